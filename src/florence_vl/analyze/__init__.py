@@ -1,0 +1,1 @@
+"""Analysis of vision encoders: alignment loss, PCA pictures, attribution, ablations."""

@@ -1,0 +1,1 @@
+"""Training and evaluation data: records, readers, mixtures, chat templates, packing, collation."""

@@ -1,0 +1,1 @@
+"""Benchmarks: metrics, suites, runner, judge, report."""

@@ -1,0 +1,74 @@
+"""Registries by exact name, and "did you mean" for every name a user can type."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+def did_you_mean(word: str, options: Iterable[str], limit: int = 3) -> str:
+    """A sentence that names the options nearest to a mistyped word, or all of them when none is near.
+
+    Args:
+        word: What the user typed.
+        options: The names that exist.
+        limit: How many near names to list at most.
+    """
+    names = sorted(options)
+    near = difflib.get_close_matches(word, names, n=limit, cutoff=0.5)
+    if near:
+        return f"Did you mean {' or '.join(repr(n) for n in near)}?"
+    return f"Known: {', '.join(names)}." if names else "None is registered."
+
+
+class Registry(Generic[T]):
+    """Objects by exact name.
+
+    Example:
+        >>> FUSIONS: Registry[type] = Registry("fusion")
+        >>> @FUSIONS.register("channel")
+        ... class ChannelFusion: ...
+        >>> FUSIONS["channel"] is ChannelFusion
+        True
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._items: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that stores its object under `name`.
+
+        Raises:
+            ValueError: The name is taken by another object.
+        """
+
+        def decorate(item: T) -> T:
+            if name in self._items and self._items[name] is not item:
+                raise ValueError(f"{self.kind} {name!r} is registered already, by {self._items[name]!r}")
+            self._items[name] = item
+            return item
+
+        return decorate
+
+    def __getitem__(self, name: str) -> T:
+        try:
+            return self._items[name]
+        except KeyError:
+            raise ValueError(f"unknown {self.kind} {name!r}. {did_you_mean(str(name), self._items)}") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._items
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def names(self) -> list[str]:
+        """All registered names, in the order of registration."""
+        return list(self._items)

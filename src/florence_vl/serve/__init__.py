@@ -1,0 +1,1 @@
+"""Chat in the terminal, an OpenAI-compatible server, a web page, vLLM."""

@@ -1,0 +1,1 @@
+"""The training engine: recipes, loop, optimizer, parallelism, checkpoints, metrics."""
