@@ -1,0 +1,186 @@
+"""`FlorenceVLConfig`: one vision tower asked several questions, a fusion, a projector and a decoder LLM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from florence_vl.registry import did_you_mean
+
+# Feature name -> Florence-2's own task prompt: the strings that the released weights saw. The first three tasks are
+# DBFusion's (paper section 3.2; its wording differs); the others are the rest of Florence-2's prompts without an input.
+FLORENCE2_PROMPTS: dict[str, str] = {
+    "caption": "Describe in detail what is shown in the image.",
+    "ocr": "What is the text in the image?",
+    "grounding": "Locate the objects in the image, with their descriptions.",
+    "brief_caption": "What does the image describe?",
+    "paragraph": "Describe with a paragraph what is shown in the image.",
+    "ocr_regions": "What is the text in the image, with regions?",
+    "detection": "Locate the objects with category name in the image.",
+    "proposals": "Locate the region proposals in the image.",
+}
+
+# Their ids in Florence-2's BART vocabulary (0 = <s>, 2 = </s>): the ids of the released Florence-2 weights.
+FLORENCE2_PROMPT_IDS: dict[str, tuple[int, ...]] = {
+    "caption": (0, 47066, 21700, 11, 4617, 99, 16, 2343, 11, 5, 2274, 4, 2),
+    "ocr": (0, 2264, 16, 5, 2788, 11, 5, 2274, 116, 2),
+    "grounding": (0, 574, 22486, 5, 8720, 11, 5, 2274, 6, 19, 49, 24173, 4, 2),
+    "brief_caption": (0, 2264, 473, 5, 2274, 6190, 116, 2),
+    "paragraph": (0, 47066, 21700, 19, 10, 17818, 99, 16, 2343, 11, 5, 2274, 4, 2),
+    "ocr_regions": (0, 2264, 16, 5, 2788, 11, 5, 2274, 6, 19, 3806, 116, 2),
+    "detection": (0, 574, 22486, 5, 8720, 19, 4120, 766, 11, 5, 2274, 4, 2),
+    "proposals": (0, 574, 22486, 5, 976, 5327, 11, 5, 2274, 4, 2),
+}
+
+DAVIT = "davit"
+DBFUSION_FEATURES: tuple[str, ...] = (DAVIT, "caption", "ocr", "grounding")
+
+MeanToken = Literal["grid", "all", "grid_before_encoder"]
+PromptPadding = Literal["masked", "attended"]
+
+
+@strict
+class FlorenceVLConfig(PreTrainedConfig):
+    r"""Configuration of a Florence-VL (arXiv 2412.04424, section 3).
+
+    Args:
+        vision_config: The tower's: a `Florence2Config`, or the config of any transformers vision model (CLIP, SigLIP,
+            DINOv2 ...) with `tower="backbone"`.
+        text_config: Any decoder LLM's.
+        tower: `"florence2"` or `"backbone"`.
+        features: Names of the features that are fused, in the order of their channels. For `florence2`: `davit` and
+            names of `prompts`; for `backbone`: names of `feature_layers`.
+        prompts: Prompt text by feature name. Only documentation at run time: `prompt_token_ids` is what the tower reads.
+        prompt_token_ids: Ids of each prompt, with begin and end tokens and without padding, so that no Florence-2
+            tokenizer is needed at run time.
+        prompt_padding: What the encoder does with the padding behind shorter prompts: `masked` (right), or
+            `attended` (what the released weights most probably saw).
+        prompt_length: Length to which prompts are padded, in tokens; `None` pads to the longest prompt in use.
+            The released weights have 14.
+        mean_token: What happens to Florence-2's mean token: `grid` drops it after the encoder (576 tokens at 768 px),
+            `all` keeps it (577), `grid_before_encoder` drops it before the encoder. For a `backbone` tower `grid` drops
+            class and register tokens and `all` keeps them.
+        feature_layers: For `backbone`: feature name -> index into the backbone's hidden states (-2 is LLaVA-1.5's).
+        fusion: Registered name of the fusion: `channel`, `token` or `average` (paper section 3.3).
+        projector_depth: Number of linear layers of the projector, 1 to 4.
+        projector_hidden_act: Activation between them.
+        image_token_id: Id of the image placeholder in the LLM's vocabulary.
+        tie_word_embeddings: Whether the LLM's head is its embedding table. Follows `text_config`.
+
+    Raises:
+        ValueError: A name is unknown or two settings contradict each other; the message says which and what is known.
+    """
+
+    model_type = "florence_vl"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="florence2"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    tower: str = "florence2"
+    features: list[str] | tuple[str, ...] | None = None
+    prompts: dict[str, str] | None = None
+    prompt_token_ids: dict[str, list[int] | tuple[int, ...]] | None = None
+    prompt_padding: str = "masked"
+    prompt_length: int | None = None
+    mean_token: str = "grid"
+    feature_layers: dict[str, int] | None = None
+    fusion: str = "channel"
+    projector_depth: int = 3
+    projector_hidden_act: str = "gelu"
+    image_token_id: int = 3
+    tie_word_embeddings: bool = False
+    is_encoder_decoder: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        if self.tower == "florence2":
+            if self.features is None:
+                self.features = list(DBFUSION_FEATURES)
+            if self.prompts is None:
+                self.prompts = {n: t for n, t in FLORENCE2_PROMPTS.items() if n in self.features}
+            if self.prompt_token_ids is None:
+                self.prompt_token_ids = {n: list(i) for n, i in FLORENCE2_PROMPT_IDS.items() if n in self.features}
+        else:
+            if self.feature_layers is None:
+                self.feature_layers = {"last": -1}
+            if self.features is None:
+                self.features = list(self.feature_layers)
+            self.prompts = self.prompts or {}
+            self.prompt_token_ids = self.prompt_token_ids or {}
+        self.features = list(self.features)
+        self.prompt_token_ids = {name: list(ids) for name, ids in self.prompt_token_ids.items()}
+        self._check()
+
+    def _check(self) -> None:
+        from florence_vl.model.fusion import FUSIONS
+        from florence_vl.model.towers import TOWERS
+
+        _ = TOWERS[self.tower]
+        _ = FUSIONS[self.fusion]
+        _choice("mean_token", self.mean_token, MeanToken.__args__)  # type: ignore[attr-defined]
+        _choice("prompt_padding", self.prompt_padding, PromptPadding.__args__)  # type: ignore[attr-defined]
+        if not 1 <= self.projector_depth <= 4:
+            raise ValueError(f"projector_depth is {self.projector_depth}; it must be 1 to 4")
+        names = list(self.features)
+        if not names:
+            raise ValueError("features is empty; name at least one, e.g. features=['davit', 'caption']")
+        if len(set(names)) != len(names):
+            raise ValueError(f"features names a feature twice: {names}")
+        is_florence2 = getattr(self.vision_config, "model_type", None) == "florence2"
+        if is_florence2 != (self.tower == "florence2"):
+            raise ValueError(
+                f"tower={self.tower!r} does not fit a vision_config of model_type "
+                f"{getattr(self.vision_config, 'model_type', None)!r}: 'florence2' needs a Florence2Config, 'backbone' "
+                "any other vision model's config"
+            )
+        if self.tower == "florence2":
+            self._check_prompts(names)
+        else:
+            for name in names:
+                _known("feature", name, self.feature_layers, "feature_layers")
+            if self.mean_token == "grid_before_encoder":
+                raise ValueError("mean_token='grid_before_encoder' is for the florence2 tower only")
+
+    def _check_prompts(self, names: Sequence[str]) -> None:
+        if self.feature_layers is not None:
+            raise ValueError("feature_layers is for the 'backbone' tower; the florence2 tower's depth is 'davit'")
+        if DAVIT in self.prompt_token_ids:
+            raise ValueError(f"{DAVIT!r} names the unprompted feature and can't be a prompt; choose another name")
+        longest = 0
+        for name in names:
+            if name == DAVIT:
+                continue
+            _known("feature", name, [DAVIT, *self.prompt_token_ids], "prompt_token_ids")
+            ids = self.prompt_token_ids[name]
+            vocab_size = self.vision_config.text_config.vocab_size
+            if not ids or min(ids) < 0 or max(ids) >= vocab_size:
+                raise ValueError(
+                    f"prompt_token_ids[{name!r}] is {ids}: ids must be in [0, {vocab_size}), the vocabulary of this "
+                    "Florence-2. Tokenize the prompt with that Florence-2's own tokenizer (build_model does)"
+                )
+            longest = max(longest, len(ids))
+        if self.prompt_length is not None and self.prompt_length < longest:
+            raise ValueError(f"prompt_length is {self.prompt_length}, but a prompt in use has {longest} tokens")
+
+    @property
+    def prompt_names(self) -> list[str]:
+        """Names of the features that take a pass through the encoder, in order."""
+        return [name for name in self.features if name != DAVIT] if self.tower == "florence2" else []
+
+
+def _choice(field: str, value: str, options: Sequence[str]) -> None:
+    if value not in options:
+        raise ValueError(f"unknown {field} {value!r}. {did_you_mean(value, options)}")
+
+
+def _known(kind: str, name: str, options: Mapping[str, Any] | Sequence[str], where: str) -> None:
+    if name not in options:
+        raise ValueError(f"unknown {kind} {name!r}: {where} has no such name. {did_you_mean(name, options)}")

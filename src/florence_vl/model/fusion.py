@@ -1,0 +1,123 @@
+"""Depth-breadth fusion: named features in, one sequence of image tokens out (paper section 3.3).
+
+Shape letters: B images, N tokens a feature, N' tokens out, D channels of a feature, C channels out.
+A new fusion is a class here or in any module that registers it under an exact name; its contract test runs by itself.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from florence_vl.registry import Registry
+
+FUSIONS: Registry[type[Fusion]] = Registry("fusion")
+
+
+class Fusion(nn.Module, ABC):
+    """Joins the features of an image.
+
+    Args:
+        feature_dims: Channels D of each feature by name, in the order of fusion.
+    """
+
+    def __init__(self, feature_dims: Mapping[str, int]) -> None:
+        super().__init__()
+        self.feature_dims = dict(feature_dims)
+
+    @property
+    @abstractmethod
+    def out_dim(self) -> int:
+        """Channels C of the result."""
+
+    def num_tokens(self, num_feature_tokens: int) -> int:
+        """Tokens N' of the result for features of `num_feature_tokens` tokens."""
+        return num_feature_tokens
+
+    @abstractmethod
+    def forward(self, features: Mapping[str, Tensor], context: Tensor | None = None) -> Tensor:
+        """Fuse.
+
+        Args:
+            features: Name -> (B, N, D).
+            context: (B, H) state of the question, for fusions that adapt to it; the three of the paper ignore it.
+
+        Returns:
+            (B, N', C).
+        """
+
+    def ordered(self, features: Mapping[str, Tensor]) -> list[Tensor]:
+        """The features in the order of fusion.
+
+        Raises:
+            ValueError: A feature is missing; the message names both lists.
+        """
+        missing = [name for name in self.feature_dims if name not in features]
+        if missing:
+            raise ValueError(f"fusion misses the features {missing}; it got {list(features)}")
+        return [features[name] for name in self.feature_dims]
+
+    def _same_width(self, kind: str) -> int:
+        widths = set(self.feature_dims.values())
+        if len(widths) != 1:
+            raise ValueError(f"fusion {kind!r} needs features of one width, got {self.feature_dims}; use 'channel'")
+        return widths.pop()
+
+
+@FUSIONS.register("channel")
+class ChannelFusion(Fusion):
+    """Concatenates along channels: (B, N, sum of D). The paper's choice: as many tokens as one feature has."""
+
+    @property
+    def out_dim(self) -> int:
+        return sum(self.feature_dims.values())
+
+    def forward(self, features: Mapping[str, Tensor], context: Tensor | None = None) -> Tensor:
+        return torch.cat(self.ordered(features), dim=-1)
+
+
+@FUSIONS.register("token")
+class TokenFusion(Fusion):
+    """Concatenates along the sequence: (B, k N, D). The paper's 1728 tokens are three features of 576."""
+
+    def __init__(self, feature_dims: Mapping[str, int]) -> None:
+        super().__init__(feature_dims)
+        self._dim = self._same_width("token")
+
+    @property
+    def out_dim(self) -> int:
+        return self._dim
+
+    def num_tokens(self, num_feature_tokens: int) -> int:
+        return num_feature_tokens * len(self.feature_dims)
+
+    def forward(self, features: Mapping[str, Tensor], context: Tensor | None = None) -> Tensor:
+        return torch.cat(self.ordered(features), dim=1)
+
+
+@FUSIONS.register("average")
+class AverageFusion(Fusion):
+    """Mean over the features: (B, N, D)."""
+
+    def __init__(self, feature_dims: Mapping[str, int]) -> None:
+        super().__init__(feature_dims)
+        self._dim = self._same_width("average")
+
+    @property
+    def out_dim(self) -> int:
+        return self._dim
+
+    def forward(self, features: Mapping[str, Tensor], context: Tensor | None = None) -> Tensor:
+        return torch.stack(self.ordered(features)).mean(dim=0)
+
+
+def build_fusion(name: str, feature_dims: Mapping[str, int]) -> Fusion:
+    """The fusion of that exact name.
+
+    Raises:
+        ValueError: No such fusion (near names listed), or the features do not fit it.
+    """
+    return FUSIONS[name](feature_dims)

@@ -1,0 +1,405 @@
+"""`FlorenceVLModel` and `FlorenceVLForConditionalGeneration`: tower -> fusion -> projector -> any decoder LLM.
+
+Follows transformers' conventions for composite vision-language models, so its trainers, quantisers, PEFT, `generate`
+and serving work unmodified. Shape letters: B rows, L tokens of a row, I images of the batch, N tokens an image,
+H width of the LLM, K supervised positions, X vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.models.florence2.modeling_florence2 import Florence2VisionPositionalEmbeddingCosine1D
+from transformers.utils import can_return_tuple, torch_compilable_check
+
+from florence_vl.model.configuration import FlorenceVLConfig
+from florence_vl.model.fusion import build_fusion
+from florence_vl.model.projector import Projector
+from florence_vl.model.towers import TOWERS, Florence2Tower
+
+Part = Literal["tower", "projector", "llm"]
+PARTS: tuple[Part, ...] = ("tower", "projector", "llm")
+
+
+@dataclass
+class FlorenceVLImageFeatures(BaseModelOutputWithPooling):
+    """What `get_image_features` returns.
+
+    Attributes:
+        pooler_output: One (N, H) tensor an image: the tokens that stand at its placeholders.
+        features: The tower's features before fusion, name -> (I, N, D); only with `output_features=True`.
+    """
+
+    features: dict[str, Tensor] | None = None
+
+
+@dataclass
+class FlorenceVLModelOutputWithPast(BaseModelOutputWithPast):
+    """Output of the headless model; `image_hidden_states` are the projected image tokens, (all image tokens, H)."""
+
+    image_hidden_states: Tensor | None = None
+
+
+@dataclass
+class FlorenceVLCausalLMOutputWithPast(ModelOutput):
+    """Output of the model with its head.
+
+    Attributes:
+        loss: Scalar, when `labels` are given.
+        logits: (B, L or what `logits_to_keep` asks, X); `None` in training with labels, where the head runs at
+            supervised positions only.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+
+
+class FlorenceVLPreTrainedModel(PreTrainedModel):
+    """Weights, checkpointing and attention conventions of both classes."""
+
+    config_class = FlorenceVLConfig
+    config: FlorenceVLConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DaViTBlock", "BartEncoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Florence2Tower):
+            module.reset_buffers()
+        elif isinstance(module, Florence2VisionPositionalEmbeddingCosine1D):
+            table = torch.empty_like(module.pos_idx_to_embed)
+            table[:, 0::2], table[:, 1::2] = module.get_sinusoid_embeddings(module.max_seq_len, module.embed_dim)
+            with torch.no_grad():
+                module.pos_idx_to_embed.copy_(table)
+
+
+class FlorenceVLModel(FlorenceVLPreTrainedModel):
+    """Florence-VL without a language modelling head.
+
+    Args:
+        config: Its `vision_config` and `text_config` decide tower and LLM.
+    """
+
+    def __init__(self, config: FlorenceVLConfig) -> None:
+        super().__init__(config)
+        self.vision_tower = TOWERS[config.tower](config)
+        self.fusion = build_fusion(config.fusion, self.vision_tower.feature_dims)
+        width = config.text_config.hidden_size
+        self.multi_modal_projector = Projector(
+            self.fusion.out_dim, width, config.projector_depth, config.projector_hidden_act
+        )
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def num_image_tokens(self, height: int, width: int) -> int:
+        """Tokens that an image of that many pixels takes in the LLM's sequence."""
+        return self.fusion.num_tokens(self.vision_tower.num_tokens(height, width))
+
+    def part_modules(self, part: Part) -> list[nn.Module]:
+        """Modules of a part: `tower`, `projector` (with the fusion) or `llm`."""
+        modules = {
+            "tower": [self.vision_tower],
+            "projector": [self.fusion, self.multi_modal_projector],
+            "llm": [self.language_model],
+        }
+        if part not in modules:
+            raise ValueError(f"unknown part {part!r}: the parts are {', '.join(PARTS)}")
+        return modules[part]
+
+    def train(self, mode: bool = True) -> FlorenceVLModel:
+        """`nn.Module.train`, but a part without trainable parameters stays in eval: no dropout, no DropPath."""
+        super().train(mode)
+        if mode:
+            for part in PARTS:
+                modules = self.part_modules(part)
+                parameters = [p for module in modules for p in module.parameters()]
+                if parameters and not any(p.requires_grad for p in parameters):
+                    for module in modules:
+                        module.eval()
+            self._keep_checkpointing_alive()
+        return self
+
+    def _keep_checkpointing_alive(self) -> None:
+        # A frozen LLM still passes gradients to the projector, so its layers must go on checkpointing, which
+        # transformers does in training mode only. The layers' children, where dropout lives, stay in eval.
+        if not self.language_model.training:
+            for module in self.language_model.modules():
+                if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+                    module.training = True
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: Tensor, output_features: bool = False, **kwargs: Any
+    ) -> FlorenceVLImageFeatures:
+        """Encode images once, for `forward(mm_encoder_outputs={"image": ...})` as often as wanted.
+
+        Args:
+            pixel_values: (I, 3, height, width), normalised by the processor.
+            output_features: Also return the tower's features by name.
+            **kwargs: transformers' common keywords; none changes the result.
+
+        Raises:
+            ValueError: `pixel_values` isn't (I, 3, height, width) or too large for the tower.
+        """
+        features = self.vision_tower(pixel_values.to(self.dtype))
+        tokens_INH = self.multi_modal_projector(self.fusion(features))
+        return FlorenceVLImageFeatures(
+            last_hidden_state=tokens_INH,
+            pooler_output=list(tokens_INH),
+            features=features if output_features else None,
+        )
+
+    def get_placeholder_mask(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor
+    ) -> torch.BoolTensor:
+        """Where the image tokens go: (B, L, 1).
+
+        Raises:
+            ValueError: The number of placeholders differs from the number of image tokens; both are named.
+        """
+        if input_ids is None:
+            token = torch.tensor(self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+            mask_BL = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        else:
+            mask_BL = input_ids == self.config.image_token_id
+        count = mask_BL.sum()
+        torch_compilable_check(
+            count == image_features.shape[0],
+            lambda: (
+                f"the text has {int(count)} image placeholder tokens, but the images give {image_features.shape[0]}. "
+                "Pass text and images through the processor together, one <image> for each image"
+            ),
+        )
+        return mask_BL.unsqueeze(-1).to(inputs_embeds.device)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_encoder_outputs: dict[str, FlorenceVLImageFeatures] | None = None,
+        **kwargs: Any,
+    ) -> FlorenceVLModelOutputWithPast:
+        """Run tower, fusion, projector and LLM.
+
+        Args:
+            input_ids: (B, L) with one placeholder id for each image token.
+            pixel_values: (I, 3, height, width): all images of the batch in reading order.
+            attention_mask: (B, L); `None` with restarting `position_ids` for packed rows.
+            position_ids: (B, L).
+            past_key_values: Key-value cache.
+            inputs_embeds: (B, L, H) instead of `input_ids`.
+            mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`.
+            **kwargs: Passed on to the LLM.
+
+        Raises:
+            ValueError: Not exactly one of `input_ids` and `inputs_embeds`, both kinds of image input, or as many
+                placeholders as don't fit the images.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if pixel_values is not None and mm_encoder_outputs is not None:
+            raise ValueError("pass pixel_values or mm_encoder_outputs, not both")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        image = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            image = self.get_image_features(pixel_values, return_dict=True)
+        image_tokens = None
+        if image is not None:
+            image_tokens = torch.cat(list(image.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+            mask_BL1 = self.get_placeholder_mask(input_ids, inputs_embeds, image_tokens)
+            inputs_embeds = inputs_embeds.masked_scatter(mask_BL1, image_tokens)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return FlorenceVLModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_tokens,
+        )
+
+
+class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMixin):
+    """Florence-VL with its language modelling head: trains, generates, saves and loads like any transformers model."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: FlorenceVLConfig) -> None:
+        super().__init__(config)
+        self.model = FlorenceVLModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> FlorenceVLImageFeatures:
+        """See `FlorenceVLModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def num_image_tokens(self, height: int, width: int) -> int:
+        """Tokens that an image of that many pixels takes in the LLM's sequence."""
+        return self.model.num_image_tokens(height, width)
+
+    def part_parameters(self, part: Part) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters of a part, each once; a head that is not tied belongs to `llm`.
+
+        Raises:
+            ValueError: No such part.
+        """
+        modules = [*self.model.part_modules(part), *([self.lm_head] if part == "llm" else [])]
+        wanted = {id(p) for module in modules for p in module.parameters()}
+        for name, parameter in self.named_parameters():
+            if id(parameter) in wanted:
+                yield name, parameter
+
+    def set_trainable(self, tower: bool, projector: bool, llm: bool) -> None:
+        """Freeze and unfreeze parts: stage 1 of the paper is all true, stage 2 freezes the tower.
+
+        A frozen part gets no gradients and stays in eval mode whatever `train()` is called.
+        """
+        for part, trainable in zip(PARTS, (tower, projector, llm), strict=True):
+            for _, parameter in self.part_parameters(part):
+                parameter.requires_grad_(trainable)
+        self.train(self.training)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_encoder_outputs: dict[str, FlorenceVLImageFeatures] | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> FlorenceVLCausalLMOutputWithPast | tuple:
+        """`FlorenceVLModel.forward`, then the head, and the loss when there are labels.
+
+        Args:
+            input_ids: (B, L) with one placeholder id for each image token.
+            pixel_values: (I, 3, height, width): all images of the batch in reading order.
+            attention_mask: (B, L).
+            position_ids: (B, L).
+            past_key_values: Key-value cache.
+            inputs_embeds: (B, L, H) instead of `input_ids`.
+            labels: (B, L) token ids, -100 where nothing is supervised; shifted here.
+            num_items_in_batch: What the summed loss is divided by (supervised tokens over all ranks and accumulation
+                steps); by default the number in this batch.
+            logits_to_keep: Number of last positions, or positions, to return logits for; 0 means all.
+            mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`.
+            return_dict: `False` returns a tuple.
+            **kwargs: Passed on to the LLM.
+
+        Returns:
+            In training with labels `logits` is `None`: the head runs at the K supervised positions only.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **kwargs,
+        )
+        states_BLH = outputs.last_hidden_state
+        loss = logits = None
+        if labels is not None:
+            loss = self.supervised_loss(states_BLH, labels, num_items_in_batch)
+        if labels is None or not self.training:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(states_BLH[:, keep])
+        result = FlorenceVLCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
+        return result if return_dict else result.to_tuple()
+
+    def supervised_loss(self, states_BLH: Tensor, labels_BL: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+        """Cross-entropy of the next token, with the head run at supervised positions only.
+
+        Args:
+            states_BLH: The LLM's last hidden states.
+            labels_BL: Token ids, -100 where nothing is supervised.
+            num_items: Divisor of the summed loss; by default the number K of supervised positions.
+
+        Returns:
+            Scalar float32; zero (with a graph) when nothing is supervised.
+        """
+        targets_BL = labels_BL[:, 1:].to(states_BLH.device)
+        supervised_BL = targets_BL != -100
+        logits_KX = self.lm_head(states_BLH[:, :-1][supervised_BL])
+        total = nn.functional.cross_entropy(logits_KX.float(), targets_BL[supervised_BL], reduction="sum")
+        if num_items is None:
+            num_items = supervised_BL.sum().clamp(min=1)
+        return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
+
+
+__all__ = [
+    "PARTS",
+    "FlorenceVLForConditionalGeneration",
+    "FlorenceVLImageFeatures",
+    "FlorenceVLModel",
+    "FlorenceVLPreTrainedModel",
+]

@@ -1,0 +1,69 @@
+"""Vision towers: pixels in, named features out. Registered by exact name; `florence2` is the paper's."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from florence_vl.registry import Registry
+
+TOWERS: Registry[type[VisionTower]] = Registry("tower")
+
+
+class VisionTower(nn.Module, ABC):
+    """Contract of every tower: `(B, 3, H, W) -> {feature name: (B, N, D)}`, sizes known before any forward."""
+
+    #: Class names of the layers that activation checkpointing and FSDP treat as units.
+    layer_classes: tuple[str, ...] = ()
+
+    @property
+    @abstractmethod
+    def feature_dims(self) -> dict[str, int]:
+        """Channels D by feature name, in the order of fusion."""
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """Names of the features, in the order of fusion."""
+        return tuple(self.feature_dims)
+
+    @abstractmethod
+    def num_tokens(self, height: int, width: int) -> int:
+        """Tokens N of one feature for an image of that many pixels.
+
+        Raises:
+            ValueError: The tower can't take an image of this size.
+        """
+
+    @abstractmethod
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """All features of the images.
+
+        Args:
+            pixel_values: (B, 3, H, W), normalised.
+
+        Returns:
+            Name -> (B, N, D).
+
+        Raises:
+            ValueError: Wrong number of dimensions or channels, or a size that the tower can't take.
+        """
+
+
+def check_pixels(pixel_values: Tensor) -> None:
+    """Refuse what is not a batch of RGB images.
+
+    Raises:
+        ValueError: `pixel_values` isn't (B, 3, H, W).
+    """
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+        raise ValueError(
+            f"pixel_values has shape {tuple(pixel_values.shape)}; expected (images, 3, height, width): RGB images as "
+            "the processor returns them, all images of the batch along the first dimension"
+        )
+
+
+from florence_vl.model.towers.backbone import BackboneTower  # noqa: E402
+from florence_vl.model.towers.florence2 import Florence2Tower  # noqa: E402
+
+__all__ = ["TOWERS", "BackboneTower", "Florence2Tower", "VisionTower", "check_pixels"]

@@ -1,0 +1,78 @@
+"""Any transformers vision backbone as a tower: CLIP (LLaVA-1.5, the baseline of Table 3), SigLIP, DINOv2 ...
+
+Shape letters: B images, N image tokens, D channels.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import AutoModel
+
+from florence_vl.model.configuration import FlorenceVLConfig
+from florence_vl.model.towers import TOWERS, VisionTower, check_pixels
+
+
+@TOWERS.register("backbone")
+class BackboneTower(VisionTower):
+    """Named hidden layers of one vision model.
+
+    Args:
+        config: `vision_config` is the backbone's, `feature_layers` names the layers (LLaVA-1.5: `{"clip": -2}`).
+
+    Raises:
+        ValueError: A layer index is outside the backbone.
+    """
+
+    def __init__(self, config: FlorenceVLConfig) -> None:
+        super().__init__()
+        self.config = config
+        vision = config.vision_config
+        self.backbone = AutoModel.from_config(vision)
+        self.layer_classes = tuple(self.backbone._no_split_modules or ())
+        depth = vision.num_hidden_layers
+        for name, layer in config.feature_layers.items():
+            if not -depth - 1 <= layer <= depth:
+                raise ValueError(
+                    f"feature_layers[{name!r}] is {layer}, but this {vision.model_type} has {depth} layers: an index "
+                    f"into its {depth + 1} hidden states is {-depth - 1} to {depth} (0 = the embeddings)"
+                )
+
+    @property
+    def feature_dims(self) -> dict[str, int]:
+        return dict.fromkeys(self.config.features, self.config.vision_config.hidden_size)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Class and register tokens in front of the grid."""
+        vision = self.config.vision_config
+        if vision.model_type in ("siglip_vision_model", "siglip2_vision_model"):
+            return 0
+        return 1 + getattr(vision, "num_register_tokens", 0)
+
+    def num_tokens(self, height: int, width: int) -> int:
+        vision = self.config.vision_config
+        patch = vision.patch_size
+        if min(height, width) < patch:
+            raise ValueError(f"an image of {height}x{width} pixels is smaller than one patch of {patch}x{patch}")
+        if self.fixed_size and (height, width) != (vision.image_size, vision.image_size):
+            raise ValueError(
+                f"an image of {height}x{width} pixels: this {vision.model_type} takes {vision.image_size}x"
+                f"{vision.image_size} only. Set the processor's size to that"
+            )
+        return (height // patch) * (width // patch) + (self.num_prefix_tokens if self.config.mean_token == "all" else 0)
+
+    @property
+    def fixed_size(self) -> bool:
+        """Whether the backbone has positions for one size only (DINOv2 interpolates its own)."""
+        return not self.config.vision_config.model_type.startswith(("dinov2", "dinov3"))
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        check_pixels(pixel_values)
+        num_tokens = self.num_tokens(*pixel_values.shape[-2:])
+        dtype = next(self.backbone.parameters()).dtype
+        states = self.backbone(pixel_values.to(dtype), output_hidden_states=True, return_dict=True).hidden_states
+        features: dict[str, Tensor] = {}
+        for name in self.config.features:
+            state_BND = states[self.config.feature_layers[name]]
+            features[name] = state_BND if self.config.mean_token == "all" else state_BND[:, -num_tokens:]
+        return features

@@ -1,0 +1,163 @@
+"""The paper's tower: Florence-2 without its decoder, asked several prompts at once (paper sections 2 and 3.2).
+
+DaViT runs once an image; all prompts go through the BART encoder as one batch.
+Shape letters: B images, P prompts, T tokens of a prompt, N image tokens, S = N + T, D channels, G channel groups.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import Florence2Config
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.bart.modeling_bart import BartEncoder
+from transformers.models.florence2.modeling_florence2 import (
+    Florence2MultiModalProjector,
+    Florence2VisionBackbone,
+    Florence2VisionBlock,
+    Florence2VisionChannelAttention,
+)
+
+from florence_vl.model.configuration import DAVIT, FlorenceVLConfig
+from florence_vl.model.towers import TOWERS, VisionTower, check_pixels
+
+
+class DaViTBlock(GradientCheckpointingLayer, Florence2VisionBlock):
+    """transformers' DaViT block, reachable by `gradient_checkpointing_enable` (upstream's is not)."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return Florence2VisionBlock.forward(self, hidden_states)
+
+
+class DaViTChannelAttention(Florence2VisionChannelAttention):
+    """transformers' channel-group attention, as plain matrix products.
+
+    Its "heads" have as many channels as the image has positions (36,864 at stage 1 for 768 px): no fused attention
+    kernel takes that, and none is needed, as the attention matrix itself is tiny (32 x 32 in every released size).
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        batch, tokens, channels = hidden_states.shape
+        qkv_BN3GC = self.qkv(hidden_states).view(batch, tokens, 3, self.groups, channels // self.groups)
+        query_BGNC, key_BGNC, value_BGNC = qkv_BN3GC.permute(2, 0, 3, 1, 4).unbind(0)
+        scores_BGCC = (query_BGNC * tokens**-0.5).transpose(-1, -2) @ key_BGNC
+        weights_BGCC = scores_BGCC.softmax(dim=-1)
+        out_BGNC = value_BGNC @ weights_BGCC.transpose(-1, -2)
+        return self.proj(out_BGNC.transpose(1, 2).reshape(batch, tokens, channels))
+
+
+@TOWERS.register("florence2")
+class Florence2Tower(VisionTower):
+    """DaViT, its projection and the BART encoder of a Florence-2.
+
+    Args:
+        config: Names the features and holds the Florence-2 config and the prompts' token ids.
+    """
+
+    layer_classes = ("DaViTBlock", "BartEncoderLayer")
+
+    def __init__(self, config: FlorenceVLConfig) -> None:
+        super().__init__()
+        florence2: Florence2Config = config.vision_config
+        self.config = config
+        self.davit = Florence2VisionBackbone._from_config(florence2.vision_config)
+        for module in self.davit.modules():  # same parameters and names, our forward
+            if type(module) is Florence2VisionBlock:
+                module.__class__ = DaViTBlock
+            elif type(module) is Florence2VisionChannelAttention:
+                module.__class__ = DaViTChannelAttention
+        self.image_projector = Florence2MultiModalProjector(florence2)
+        self.encoder = BartEncoder._from_config(florence2.text_config) if config.prompt_names else None
+        self.register_buffer("prompt_ids", torch.empty(0), persistent=False)
+        self.register_buffer("prompt_mask", torch.empty(0), persistent=False)
+        self.reset_buffers()
+
+    @property
+    def feature_dims(self) -> dict[str, int]:
+        dim = self.config.vision_config.vision_config.projection_dim
+        return dict.fromkeys(self.config.features, dim)
+
+    def reset_buffers(self) -> None:
+        """Fill the prompt buffers and DaViT's temporal embedding from the config.
+
+        Called at construction, and again after `from_pretrained` built the model without storage.
+        """
+        names = self.config.prompt_names
+        ids = [self.config.prompt_token_ids[name] for name in names]
+        length = self.config.prompt_length or max((len(i) for i in ids), default=0)
+        pad = self.config.vision_config.text_config.pad_token_id
+        device = self.prompt_ids.device
+        self.prompt_ids = torch.tensor([i + [pad] * (length - len(i)) for i in ids], dtype=torch.long, device=device)
+        mask = [[1] * len(i) + [0] * (length - len(i)) for i in ids]
+        self.prompt_mask = torch.tensor(mask, dtype=torch.bool, device=device)
+        self.masks_padding = self.config.prompt_padding == "masked" and any(len(i) < length for i in ids)
+
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of DaViT's last map for an image of that many pixels."""
+        vision = self.config.vision_config.vision_config
+        for kernel, stride, padding in zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True):
+            height = (height + 2 * padding - kernel) // stride + 1
+            width = (width + 2 * padding - kernel) // stride + 1
+        return height, width
+
+    def num_tokens(self, height: int, width: int) -> int:
+        rows, columns = self.grid_size(height, width)
+        florence2 = self.config.vision_config
+        limit = florence2.vision_config.max_position_embeddings
+        stride = _product(florence2.vision_config.patch_stride)
+        if min(rows, columns) < 1:
+            raise ValueError(f"an image of {height}x{width} pixels is too small: this Florence-2 needs {stride} or more")
+        if max(rows, columns) > limit:
+            raise ValueError(
+                f"an image of {height}x{width} pixels gives {rows}x{columns} positions, but this Florence-2 has "
+                f"{limit} an axis: at most {limit * stride} pixels a side. Resize the image (processor size=...)"
+            )
+        inside = rows * columns + (self.config.mean_token != "grid_before_encoder")
+        if self.encoder is not None:
+            encoder_limit = florence2.text_config.max_position_embeddings
+            if inside + self.prompt_ids.shape[1] > encoder_limit:
+                raise ValueError(
+                    f"an image of {height}x{width} pixels gives {inside} image tokens and the prompts have "
+                    f"{self.prompt_ids.shape[1]}, but the encoder of this Florence-2 has {encoder_limit} positions. "
+                    "Use smaller images (processor size=...), or features=['davit'] which needs no encoder"
+                )
+        return rows * columns + (self.config.mean_token == "all")
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        check_pixels(pixel_values)
+        num_tokens = self.num_tokens(*pixel_values.shape[-2:])
+        image_BND = self.image_projector(self.davit(pixel_values).last_hidden_state)
+        if self.config.mean_token == "grid_before_encoder":
+            image_BND = image_BND[:, 1:]
+        features = {DAVIT: image_BND[:, -num_tokens:]}
+        if self.encoder is not None:
+            prompted_BPND = self.encode_prompts(image_BND)[:, :, -num_tokens:]
+            features.update(zip(self.config.prompt_names, prompted_BPND.unbind(1), strict=True))
+        return {name: features[name] for name in self.config.features}
+
+    def encode_prompts(self, image_BND: Tensor) -> Tensor:
+        """The encoder's outputs at the image positions, for all prompts: (B, N, D) -> (B, P, N, D)."""
+        assert self.encoder is not None
+        batch, num_image, _ = image_BND.shape
+        prompts, num_text = self.prompt_ids.shape
+        text_PTD = self.encoder.embed_tokens(self.prompt_ids).to(image_BND.dtype)
+        inputs_BPSD = torch.cat(
+            [
+                image_BND.unsqueeze(1).expand(-1, prompts, -1, -1),
+                text_PTD.unsqueeze(0).expand(batch, -1, -1, -1),
+            ],
+            dim=2,
+        )
+        mask = None
+        if self.masks_padding:
+            mask_PS = nn.functional.pad(self.prompt_mask, (num_image, 0), value=True)
+            mask = mask_PS.unsqueeze(0).expand(batch, -1, -1).flatten(0, 1)
+        states = self.encoder(inputs_embeds=inputs_BPSD.flatten(0, 1), attention_mask=mask).last_hidden_state
+        return states.unflatten(0, (batch, prompts))[:, :, :num_image]
+
+
+def _product(values: tuple[int, ...] | list[int]) -> int:
+    result = 1
+    for value in values:
+        result *= value
+    return result
