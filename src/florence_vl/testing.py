@@ -1,0 +1,112 @@
+"""Tiny random models and processors: every path of the project on a CPU in seconds, with no file and no network."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from florence_vl.model.configuration import FlorenceVLConfig
+from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+
+if TYPE_CHECKING:
+    from florence_vl.model.processing import FlorenceVLProcessor
+
+TINY_IMAGE_SIZE = 64  # pixels: a 2x2 grid, so 4 image tokens (5 with the mean token)
+TINY_VOCAB_SIZE = 512
+TINY_IMAGE_TOKEN_ID = 3
+
+TINY_PROMPT_IDS: dict[str, list[int]] = {"caption": [0, 5, 6, 7, 8, 2], "ocr": [0, 9, 2], "grounding": [0, 10, 11, 2]}
+
+_HEADS = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+TINY_LLMS: dict[str, dict[str, Any]] = {
+    "llama": {**_HEADS, "num_key_value_heads": 2},
+    "phi3": {**_HEADS, "num_key_value_heads": 4},
+    "qwen3": {**_HEADS, "num_key_value_heads": 2, "head_dim": 12},
+    "mistral": {**_HEADS, "num_key_value_heads": 2, "head_dim": 12, "sliding_window": None},
+    "gemma3_text": {**_HEADS, "num_key_value_heads": 2, "head_dim": 12},
+}
+
+TINY_BACKBONES: dict[str, dict[str, Any]] = {
+    name: {**_HEADS, "hidden_size": 32, "image_size": TINY_IMAGE_SIZE, "patch_size": 32}
+    for name in ("clip_vision_model", "siglip_vision_model", "dinov2")
+}
+
+
+def tiny_florence2(**overrides: Any) -> dict[str, Any]:
+    """Config dict of a Florence-2 with the real structure and small sizes; 64 px give a 2x2 grid."""
+    config: dict[str, Any] = {
+        "model_type": "florence2",
+        "vision_config": {
+            "embed_dim": (8, 16, 32, 64),
+            "num_heads": (1, 2, 4, 8),
+            "num_groups": (1, 2, 4, 8),
+            "depths": (1, 1, 2, 1),
+            "projection_dim": 32,
+            "window_size": 4,
+            "max_position_embeddings": 10,
+        },
+        "text_config": {
+            "model_type": "bart",
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "encoder_ffn_dim": 64,
+            "decoder_ffn_dim": 64,
+            "vocab_size": 96,
+            "max_position_embeddings": 64,
+        },
+        "image_token_id": 95,
+    }
+    for part, values in overrides.items():
+        config[part] = {**config[part], **values} if isinstance(values, dict) else values
+    return config
+
+
+def tiny_config(llm: str = "llama", tower: str = "florence2", **overrides: Any) -> FlorenceVLConfig:
+    """A `FlorenceVLConfig` of tiny parts.
+
+    Args:
+        llm: Model type of the LLM, one of `TINY_LLMS`.
+        tower: `florence2`, or a vision model type of `TINY_BACKBONES`, or `backbone` (CLIP).
+        **overrides: Fields of `FlorenceVLConfig`.
+    """
+    text = {
+        "model_type": llm,
+        "vocab_size": TINY_VOCAB_SIZE,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": llm == "gemma3_text",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        **TINY_LLMS[llm],
+    }
+    fields: dict[str, Any] = {"text_config": text, "image_token_id": TINY_IMAGE_TOKEN_ID}
+    if tower == "florence2":
+        fields |= {"vision_config": tiny_florence2(), "prompt_token_ids": TINY_PROMPT_IDS}
+    else:
+        kind = "clip_vision_model" if tower == "backbone" else tower
+        fields |= {"tower": "backbone", "vision_config": {"model_type": kind, **TINY_BACKBONES[kind]}}
+        fields["feature_layers"] = {"last": -2}
+    return FlorenceVLConfig(**(fields | overrides))
+
+
+def tiny_model(
+    llm: str = "llama", tower: str = "florence2", seed: int = 0, **overrides: Any
+) -> tuple[FlorenceVLForConditionalGeneration, FlorenceVLProcessor]:
+    """A tiny random model in eval mode, float32, and its processor. Same seed, same weights."""
+    config = tiny_config(llm, tower, **overrides)
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    model = FlorenceVLForConditionalGeneration(config).eval()
+    torch.random.set_rng_state(state)
+    return model, tiny_processor(config)
+
+
+def tiny_processor(config: FlorenceVLConfig | None = None) -> FlorenceVLProcessor:
+    """A processor for `tiny_model`: a small byte-level BPE built in code, 64 px images."""
+    from florence_vl.model.processing import build_tiny_processor
+
+    return build_tiny_processor(config or tiny_config())
