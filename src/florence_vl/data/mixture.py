@@ -1,0 +1,178 @@
+"""Weighted mixtures of sources: position p of the endless stream -> (source, record), a pure function of (seed, p)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Protocol, runtime_checkable
+
+from florence_vl.data.records import Record
+from florence_vl.data.sampler import BlockPermutation, Permutation, mix
+from florence_vl.registry import did_you_mean
+
+WEIGHTINGS = ("repeats", "proportions")
+
+
+@runtime_checkable
+class MapReader(Protocol):
+    """What a mixture needs of a reader; every class in `READERS` has it."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Record: ...
+
+
+@dataclass(frozen=True)
+class MixtureSource:
+    """One source of a mixture.
+
+    Args:
+        name: Name in reports; records get it as their `source`.
+        reader: Any sized, indexable object that gives a `Record`.
+        weight: See `Mixture`.
+    """
+
+    name: str
+    reader: MapReader
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A node of the interleaving tree: a leaf (a source) or two subtrees with their draws an epoch."""
+
+    draws: int
+    source: int = -1
+    left: _Node | None = field(default=None)
+    right: _Node | None = field(default=None)
+
+
+class Mixture:
+    """An endless, evenly interleaved, shuffled stream over weighted sources, without state.
+
+    Draws are stratified: after every epoch each source has been drawn exactly as often as its weight says, and within
+    an epoch the sources are spread evenly (a binary tree of Bresenham lines), so no stretch of training misses a
+    source. The k-th draw of a source is record `shuffle_pass(k mod n)` of its pass number k div n; a source with weight
+    0.5 is therefore seen whole in two epochs, and one with weight 3 three times an epoch.
+
+    Args:
+        sources: The sources; names must differ.
+        weighting: "repeats": a weight is how often the source is passed in one epoch (1 = every record once).
+            "proportions": a weight is the source's share of the stream, whatever its size.
+        epoch_size: Records an epoch under "proportions" (default: the sum of the sources' sizes).
+        seed: Chooses the shuffles.
+        shuffle: False keeps every source's own order (evaluation, debugging).
+
+    Raises:
+        ValueError: No sources, equal names, an empty source, or a weight that is not positive and finite.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[MixtureSource],
+        weighting: str = "repeats",
+        epoch_size: int | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        if weighting not in WEIGHTINGS:
+            raise ValueError(f"unknown weighting {weighting!r}. {did_you_mean(weighting, WEIGHTINGS)}")
+        if not sources:
+            raise ValueError("a mixture needs at least one source")
+        names = [source.name for source in sources]
+        if len(set(names)) != len(names):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise ValueError(f"source names must differ, found twice: {', '.join(twice)}")
+        if epoch_size is not None and weighting == "repeats":
+            raise ValueError("epoch_size goes with weighting='proportions'; under 'repeats' weights set the epoch")
+        for source in sources:
+            if not (source.weight > 0 and math.isfinite(source.weight)):
+                raise ValueError(f"weight of {source.name!r} must be positive and finite, got {source.weight}")
+            if len(source.reader) == 0:
+                raise ValueError(f"source {source.name!r} has no records")
+        self.sources = list(sources)
+        self.weighting, self.seed, self.shuffle = weighting, seed, shuffle
+        self.sizes = [len(source.reader) for source in sources]
+        if weighting == "repeats":
+            self.draws = [max(1, round(n * s.weight)) for n, s in zip(self.sizes, sources, strict=True)]
+        else:
+            self.draws = _apportion([s.weight for s in sources], epoch_size or sum(self.sizes))
+        self._root = _tree([_Node(draws, index) for index, draws in enumerate(self.draws)])
+
+    def __len__(self) -> int:
+        """Records an epoch."""
+        return self._root.draws
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """(index of the source, index of the record in it) at any position >= 0; epochs follow each other endlessly."""
+        if position < 0:
+            raise IndexError(f"positions start at 0, got {position}")
+        node = self._root
+        while node.left is not None and node.right is not None:
+            before = position * node.left.draws // node.draws
+            if (position + 1) * node.left.draws // node.draws > before:
+                node, position = node.left, before
+            else:
+                node, position = node.right, position - before
+        size = self.sizes[node.source]
+        pass_, index = divmod(position, size)
+        if self.shuffle:
+            block = int(getattr(self.sources[node.source].reader, "block", 1) or 1)
+            index = _shuffle(size, mix(self.seed, node.source, pass_), block)(index)
+        return node.source, index
+
+    def __getitem__(self, position: int) -> Record:
+        """The record at a position, named after its source.
+
+        Raises:
+            BadRecord: The record is malformed; `locate` names it.
+        """
+        source, index = self.locate(position)
+        record = self.sources[source].reader[index]
+        record.source = self.sources[source].name
+        return record
+
+    def describe(self) -> list[dict[str, object]]:
+        """For every source: name, records, weight, draws and passes an epoch, share of the stream."""
+        return [
+            {
+                "source": source.name,
+                "records": size,
+                "weight": source.weight,
+                "draws": draws,
+                "passes": draws / size,
+                "share": draws / len(self),
+            }
+            for source, size, draws in zip(self.sources, self.sizes, self.draws, strict=True)
+        ]
+
+
+@lru_cache(maxsize=256)
+def _shuffle(size: int, seed: int, block: int) -> Permutation | BlockPermutation:
+    return BlockPermutation(size, seed, block) if block > 1 else Permutation(size, seed)
+
+
+def _apportion(weights: Sequence[float], total: int) -> list[int]:
+    """Whole numbers in the proportion of the weights that add up to `total` (largest remainders), each at least 1."""
+    if total < len(weights):
+        raise ValueError(f"epoch_size {total} is smaller than the number of sources, {len(weights)}")
+    exact = [weight / math.fsum(weights) * total for weight in weights]
+    counts = [max(1, math.floor(x)) for x in exact]
+    order = sorted(range(len(weights)), key=lambda i: (counts[i] - exact[i], i))
+    while sum(counts) < total:
+        for i in order[: total - sum(counts)]:
+            counts[i] += 1
+    while sum(counts) > total:
+        counts[max(range(len(counts)), key=lambda i: counts[i] - exact[i] if counts[i] > 1 else -math.inf)] -= 1
+    return counts
+
+
+def _tree(nodes: list[_Node]) -> _Node:
+    """A balanced binary tree over the sources."""
+    if len(nodes) == 1:
+        return nodes[0]
+    half = len(nodes) // 2
+    left, right = _tree(nodes[:half]), _tree(nodes[half:])
+    return _Node(left.draws + right.draws, left=left, right=right)

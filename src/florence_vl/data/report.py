@@ -1,0 +1,162 @@
+"""What the data pipeline saw: bad records by kind and source, and how full the batches are."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class BadEntry:
+    """A record that was skipped.
+
+    Args:
+        kind: See `BadRecord`.
+        source: Name of the source.
+        index: Its number in the source's reader.
+        position: Its position in the mixture's stream.
+        message: What was found.
+    """
+
+    kind: str
+    source: str
+    index: int
+    position: int
+    message: str
+
+
+class DataReport:
+    """Counts of one rank; stops the run when too much of the data is bad.
+
+    Args:
+        max_bad_share: Largest share of bad records that is borne ...
+        min_records: ... once so many records have been read.
+        path: JSON lines of the bad records, appended to; None writes none.
+        counts: What `counts()` gave when the run was stopped.
+    """
+
+    def __init__(
+        self,
+        max_bad_share: float = 0.05,
+        min_records: int = 1000,
+        path: str | Path | None = None,
+        counts: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.max_bad_share, self.min_records = max_bad_share, min_records
+        self.path = Path(path) if path else None
+        self.records = self.samples = self.batches = self.rows = 0
+        self.tokens = self.slots = self.supervised_tokens = self.images = 0
+        self.bad: Counter[tuple[str, str]] = Counter()
+        self._last: list[BadEntry] = []
+        if counts is not None:
+            for name in _NUMBERS:
+                setattr(self, name, int(counts[name]))
+            self.bad.update({(kind, source): int(n) for kind, source, n in counts["bad"]})
+
+    def add(
+        self,
+        *,
+        records: int,
+        bad: Sequence[BadEntry],
+        rows: int,
+        batch: Mapping[str, torch.Tensor],
+        tokens: int,
+        samples: int,
+    ) -> None:
+        """Count one micro-batch.
+
+        Args:
+            records: Records newly looked at.
+            bad: Those of them, or of the batch, that were skipped.
+            rows: Packed rows, or padded batches.
+            batch: The collated batch: `input_ids` (B, T), `labels` (B, T), `pixel_values` (images, 3, H, W) or absent.
+            tokens: Tokens of its samples, without padding.
+            samples: Samples in it.
+
+        Raises:
+            ValueError: More than `max_bad_share` of the records is bad.
+        """
+        self.records += records
+        self.samples += samples
+        self.batches += 1
+        self.rows += rows
+        self.tokens += tokens
+        self.slots += batch["input_ids"].numel()
+        self.supervised_tokens += int((batch["labels"] != -100).sum())
+        pixels = batch.get("pixel_values")
+        self.images += 0 if pixels is None else len(pixels)
+        if bad:
+            self.bad.update((entry.kind, entry.source) for entry in bad)
+            self._last = [*self._last, *bad][-3:]
+            self._write(bad)
+            self._check()
+
+    def _write(self, bad: Sequence[BadEntry]) -> None:
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            for entry in bad:
+                file.write(json.dumps(asdict(entry), ensure_ascii=False) + "\n")
+
+    def _check(self) -> None:
+        if self.records < self.min_records or self.bad_share <= self.max_bad_share:
+            return
+        counted = ", ".join(f"{n} x {kind} in {source}" for (kind, source), n in self.bad.most_common(5))
+        where = f" All are listed in {self.path}." if self.path else ""
+        raise ValueError(
+            f"{self.num_bad} of {self.records} records are bad ({self.bad_share:.1%}; packing.max_bad_share allows "
+            f"{self.max_bad_share:.1%}): {counted}. The last: {self._last[-1].message}.{where}"
+        )
+
+    @property
+    def num_bad(self) -> int:
+        """Number of skipped records."""
+        return sum(self.bad.values())
+
+    @property
+    def bad_share(self) -> float:
+        """Skipped records over records read."""
+        return self.num_bad / self.records if self.records else 0.0
+
+    @property
+    def efficiency(self) -> float:
+        """Tokens of samples over tokens computed (padding included), 0 to 1."""
+        return self.tokens / self.slots if self.slots else 0.0
+
+    def counts(self) -> dict[str, Any]:
+        """All counts as plain types, for a checkpoint."""
+        plain: dict[str, Any] = {name: getattr(self, name) for name in _NUMBERS}
+        plain["bad"] = [[kind, source, n] for (kind, source), n in sorted(self.bad.items())]
+        return plain
+
+    def summary(self) -> dict[str, Any]:
+        """Figures for a log line: what was read, skipped, and how full the batches were."""
+        return {
+            "records": self.records,
+            "samples": self.samples,
+            "bad_records": self.num_bad,
+            "bad_share": self.bad_share,
+            "bad": {f"{source}/{kind}": n for (kind, source), n in sorted(self.bad.items())},
+            "packing_efficiency": self.efficiency,
+            "samples_per_row": self.samples / self.rows if self.rows else 0.0,
+            "images": self.images,
+            "supervised_share": self.supervised_tokens / self.tokens if self.tokens else 0.0,
+        }
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.samples} samples in {self.rows} rows, {self.images} images, {self.tokens} tokens "
+            f"({self.supervised_tokens} supervised), rows {self.efficiency:.1%} full"
+        ]
+        lines += [f"skipped: {n} x {kind} in {source}" for (kind, source), n in self.bad.most_common()]
+        return "\n".join(lines)
+
+
+_NUMBERS = ("records", "samples", "batches", "rows", "tokens", "slots", "supervised_tokens", "images")
