@@ -1,0 +1,239 @@
+"""`florence-vl doctor`: versions, devices, memory, packaged parts; what is missing and the command that mends it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import typer
+
+from florence_vl.cache import cache_dir
+
+State = Literal["ok", "missing", "broken"]
+
+IMPORTED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "PIL")  # must import, not only be installed
+MINI = "florence_vl_mini"
+
+epilog = """[bold]Examples[/bold]
+
+  florence-vl doctor
+
+  florence-vl doctor --json"""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report.
+
+    Attributes:
+        group: Heading that it stands under.
+        name: What was looked at.
+        state: "ok", "missing" (optional, absent) or "broken" (needed, and absent or unusable).
+        found: What was found.
+        mend: The command or step that mends it; empty when nothing is to do.
+    """
+
+    group: str
+    name: str
+    state: State
+    found: str
+    mend: str = ""
+
+
+def _editable_root() -> Path | None:
+    """The checkout that this package is imported from, if it is one."""
+    root = Path(__file__).resolve().parents[3]
+    return root if (root / "pyproject.toml").is_file() and (root / "src" / "florence_vl").is_dir() else None
+
+
+def _requirement(extra: str = "") -> str:
+    suffix = f"[{extra}]" if extra else ""
+    root = _editable_root()
+    return f"-e '{os.path.relpath(root)}{suffix}'" if root else f"'florence-vl{suffix}'"
+
+
+def check_packages() -> list[Check]:
+    """Every core dependency against its range, and the presence of each extra."""
+    from packaging.requirements import Requirement
+
+    checks = []
+    found = platform.python_version()
+    fits = sys.version_info >= (3, 10)
+    checks.append(Check("packages", "python", "ok" if fits else "broken", found, "" if fits else "use Python >= 3.10"))
+    try:
+        requirements = [Requirement(text) for text in importlib.metadata.requires("florence-vl") or ()]
+        version = importlib.metadata.version("florence-vl")
+        checks.append(Check("packages", "florence-vl", "ok", version))
+    except importlib.metadata.PackageNotFoundError:
+        mend = f"pip install {_requirement()}"
+        return [*checks, Check("packages", "florence-vl", "broken", "not installed, only on the path", mend)]
+
+    extras: dict[str, list[str]] = {}
+    for requirement in requirements:
+        extra = next(
+            (name for name in _extras() if requirement.marker and requirement.marker.evaluate({"extra": name})), ""
+        )
+        lacking = _lacking(requirement.name, str(requirement.specifier))
+        if extra:
+            extras.setdefault(extra, [])
+            if lacking and requirement.name != "florence-vl":
+                extras[extra].append(lacking)
+        elif requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            mend = f"pip install '{requirement.name}{requirement.specifier}'" if lacking else ""
+            state: State = "broken" if lacking else "ok"
+            checks.append(Check("packages", requirement.name, state, lacking or _version(requirement.name), mend))
+    for extra, missing in extras.items():
+        if missing:
+            checks.append(
+                Check("extras", extra, "missing", "lacks " + ", ".join(missing), f"pip install {_requirement(extra)}")
+            )
+        else:
+            checks.append(Check("extras", extra, "ok", "installed"))
+    return checks
+
+
+def _extras() -> list[str]:
+    return importlib.metadata.metadata("florence-vl").get_all("Provides-Extra") or []
+
+
+def _version(distribution: str) -> str:
+    return importlib.metadata.version(distribution)
+
+
+def _lacking(distribution: str, specifier: str) -> str:
+    """What is wrong with an installed distribution; empty when it is there and in range."""
+    from packaging.specifiers import SpecifierSet
+
+    try:
+        version = _version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return distribution
+    return "" if SpecifierSet(specifier).contains(version, prereleases=True) else f"{distribution} {version}"
+
+
+def check_imports() -> list[Check]:
+    """That the core libraries import (a wheel for another processor or Python is installed, yet useless)."""
+    checks = []
+    for name in IMPORTED:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            line = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            mend = f"pip install --force-reinstall {'pillow' if name == 'PIL' else name}"
+            checks.append(Check("packages", f"import {name}", "broken", line, mend))
+    return checks
+
+
+def check_devices() -> list[Check]:
+    """Accelerators, threads, fast bf16, memory and disk."""
+    import psutil
+
+    checks = []
+    try:
+        import torch
+    except Exception:
+        return checks  # check_imports says why
+    gib = 1 << 30
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            text = f"{properties.name}, {properties.total_memory / gib:.0f} GiB, bf16 {torch.cuda.is_bf16_supported()}"
+            checks.append(Check("devices", f"cuda:{index}", "ok", text))
+    elif shutil.which("nvidia-smi"):
+        found = f"an NVIDIA driver, but torch {torch.__version__} sees no GPU"
+        mend = "install a CUDA build of torch: https://pytorch.org/get-started/locally"
+        checks.append(Check("devices", "cuda", "missing", found, mend))
+    if torch.backends.mps.is_available():
+        checks.append(Check("devices", "mps", "ok", platform.processor() or "Apple GPU"))
+    capability = torch.backends.cpu.get_cpu_capability()
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {capability}"
+    checks.append(Check("devices", "cpu", "ok", threads))
+    fast = _cpu_has_fast_bf16()
+    checks.append(Check("devices", "cpu bf16", "ok", "native" if fast else "emulated and slow: stay in float32"))
+    memory = psutil.virtual_memory()
+    text = f"{memory.total / gib:.0f} GiB, {memory.available / gib:.0f} GiB free"
+    checks.append(Check("devices", "memory", "ok", text))
+    folder = cache_dir()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free / gib
+    writable = os.access(existing, os.W_OK)
+    state: State = "ok" if writable and free >= 2 else "broken"
+    mend = "" if state == "ok" else "set FLORENCE_VL_CACHE to a writable folder with 2 GiB free"
+    text = f"{folder}, {free:.0f} GiB free{'' if writable else ', not writable'}"
+    checks.append(Check("devices", "cache", state, text, mend))
+    return checks
+
+
+def _cpu_has_fast_bf16() -> bool:
+    """True with AVX-512 BF16, AMX or Arm's BF16 instructions."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.machine() == "arm64"
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
+
+
+def check_parts() -> list[Check]:
+    """The embedded parts: SmolLM2 and the mini Florence-2."""
+    from florence_vl.parts import SMOLLM2, is_converted
+
+    if is_converted(SMOLLM2):
+        smollm2 = Check("parts", SMOLLM2.name, "ok", f"converted, {SMOLLM2.folder}")
+    elif SMOLLM2.source() is not None:
+        smollm2 = Check("parts", SMOLLM2.name, "ok", "installed, is converted at the first use (20 s, 540 MB)")
+    else:
+        smollm2 = Check("parts", SMOLLM2.name, "missing", "the demo's language model", SMOLLM2.install)
+    spec = importlib.util.find_spec(MINI)
+    if spec is None:
+        in_checkout = (root := _editable_root()) and (root / "packages" / "florence-vl-mini").is_dir()
+        mend = f"pip install {'-e packages/florence-vl-mini' if in_checkout else 'florence-vl-mini'}"
+        return [smollm2, Check("parts", "florence-vl-mini", "missing", "the mini Florence-2 and its images", mend)]
+    return [smollm2, Check("parts", "florence-vl-mini", "ok", "installed")]
+
+
+def command(
+    as_json: bool = typer.Option(False, "--json", help="Print the checks as JSON."),
+) -> None:
+    """Versions, devices, what is missing and the command that mends it.
+
+    Exits with 1 when something needed is broken. torchvision, timm and open-clip are never needed.
+    """
+    checks = [*check_packages(), *check_imports(), *check_devices(), *check_parts()]
+    broken = [check for check in checks if check.state == "broken"]
+    if as_json:
+        typer.echo(json.dumps([asdict(check) for check in checks], indent=2))
+    else:
+        _print(checks)
+    if broken:
+        raise typer.Exit(1)
+
+
+def _print(checks: list[Check]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    signs = {"ok": "[green]ok[/green]", "missing": "[yellow]--[/yellow]", "broken": "[red]!![/red]"}
+    console = Console()
+    for group in dict.fromkeys(check.group for check in checks):
+        table = Table(
+            title=group, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False
+        )
+        for check in (check for check in checks if check.group == group):
+            found = escape(check.found) + (f"\n[cyan]{escape(check.mend)}[/cyan]" if check.mend else "")
+            table.add_row(signs[check.state], escape(check.name), found)
+        console.print(table)
+        console.print()
+    broken = sum(check.state == "broken" for check in checks)
+    missing = sum(check.state == "missing" for check in checks)
+    verdict = f"[red]{broken} needed and broken[/red]" if broken else "[green]all that is needed works[/green]"
+    console.print(f"{verdict}; {missing} optional and missing. torchvision, timm and open-clip are never needed.")
