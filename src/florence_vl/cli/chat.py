@@ -1,0 +1,141 @@
+"""`florence-vl chat`: one question, or a conversation in the terminal, streamed."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Optional
+
+import typer
+
+from florence_vl.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from florence_vl.serve.chat import ChatSession
+
+epilog = """[bold]Examples[/bold]
+
+  florence-vl chat --model runs/demo/model --image photo.jpg "What is shown?"
+
+  florence-vl chat --model runs/demo/model --image photo.jpg
+
+  florence-vl chat --model mini --image a.png --image b.png --temperature 0.7 "What differs?"
+
+In a conversation /help lists what can be done."""
+
+HELP = """/image FILE   talk about another picture: the conversation starts again
+/add FILE     show one more picture with the next question
+/reset        start again with the same pictures
+/help         this list
+/quit         leave (or end of input)"""
+COMMANDS = ("/image", "/add", "/reset", "/help", "/quit")
+
+
+def command(
+    question: Optional[str] = typer.Argument(None, help="The question; without one a conversation opens."),  # noqa: UP045
+    model: str = typer.Option(..., "--model", "-m", help="Folder of a saved model, or `mini` for the demo's."),
+    image: list[Path] = typer.Option([], "--image", "-i", help="Picture that the question is about; may be repeated."),
+    system: Optional[str] = typer.Option(None, "--system", help="System message."),  # noqa: UP045
+    max_new_tokens: int = typer.Option(256, "--max-new-tokens", help="Longest answer, in tokens."),
+    temperature: float = typer.Option(0.0, "--temperature", help="0 takes the likeliest token; above 0 samples."),
+    top_p: Optional[float] = typer.Option(None, "--top-p", help="Sample from this share of the probability."),  # noqa: UP045
+    top_k: Optional[int] = typer.Option(None, "--top-k", help="Sample from that many likeliest tokens."),  # noqa: UP045
+    repetition_penalty: float = typer.Option(1.0, "--repetition-penalty", help="Above 1 discourages repeating."),
+    seed: Optional[int] = typer.Option(None, "--seed", help="Makes sampling repeatable."),  # noqa: UP045
+    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, cuda:1, mps."),
+    dtype: str = typer.Option("auto", "--dtype", help="auto, float32, bfloat16, float16."),
+) -> None:
+    """Ask a model about an image, once or in a conversation."""
+    from florence_vl.serve.chat import ChatSession, GenerationOptions
+    from florence_vl.serve.loading import check_folder, load_model
+
+    options = GenerationOptions(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    if question is not None and not question.strip():
+        raise ValueError("the question is empty: give one, or leave it out to open a conversation")
+    from florence_vl.model.image_processing import open_image
+
+    pictures = [open_image(path) for path in image]
+    check_folder(model)
+    session = ChatSession(*load_model(model, device, dtype), options=options, system=system)
+    for picture in pictures:
+        session.show(picture)
+    if question is not None:
+        _print_answer(session.stream(question))
+        return
+    interactive = sys.stdin.isatty()
+    if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  line editing and history in input()
+        typer.echo("Ask about the picture; /help lists what else there is.")
+    converse(session, read=lambda: input("> " if interactive else ""))
+
+
+def _print_answer(pieces: Iterator[str]) -> None:
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def converse(session: ChatSession, read: Callable[[], str]) -> None:
+    """Read lines until the end of input or `/quit`: questions, and commands that begin with a slash.
+
+    A mistake in a line is told and the conversation goes on. Ctrl-C breaks off an answer.
+    """
+    while True:
+        try:
+            line = read().strip()
+        except EOFError:
+            return
+        if not line:
+            continue
+        if line == "/quit":
+            return
+        try:
+            if line.startswith("/"):
+                typer.echo(obey(session, line))
+            else:
+                _print_answer(session.stream(line))
+        except KeyboardInterrupt:
+            typer.echo(" (broken off)")
+        except (ValueError, OSError) as error:
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+
+
+def obey(session: ChatSession, line: str) -> str:
+    """Carry out a slash command.
+
+    Returns:
+        What was done, for the user.
+
+    Raises:
+        ValueError: Unknown command, or a file is missing from it.
+    """
+    word, _, rest = line.partition(" ")
+    rest = rest.strip().strip("'\"")
+    if word not in COMMANDS:
+        raise ValueError(f"unknown command {word!r}. {did_you_mean(word, COMMANDS)}")
+    if word == "/help":
+        return HELP
+    if word == "/reset":
+        session.reset(keep_images=True)
+        return "(started again)"
+    if not rest:
+        raise ValueError(f"{word} needs a file: {word} photo.jpg")
+    from florence_vl.model.image_processing import open_image
+
+    picture = open_image(Path(rest).expanduser())
+    if word == "/image":
+        session.reset()
+    width, height = session.show(picture)
+    return f"({Path(rest).name}, {width}x{height})"
