@@ -1,0 +1,30 @@
+"""Scores of answers, without heavy dependencies: strict parsers and metrics by name."""
+
+from florence_vl.evaluate.metrics import choice, documents, judged, reasoning, vqa, yes_no
+from florence_vl.evaluate.metrics.base import KINDS, METRICS, Metric, Units, Verdict, score_all, stratify
+from florence_vl.evaluate.metrics.choice import parse_choice, substring_match
+from florence_vl.evaluate.metrics.documents import anls, relaxed_match
+from florence_vl.evaluate.metrics.vqa import vqa_accuracy
+from florence_vl.evaluate.metrics.yes_no import parse_yes_no
+
+__all__ = [
+    "KINDS",
+    "METRICS",
+    "Metric",
+    "Units",
+    "Verdict",
+    "anls",
+    "choice",
+    "documents",
+    "judged",
+    "parse_choice",
+    "parse_yes_no",
+    "reasoning",
+    "relaxed_match",
+    "score_all",
+    "stratify",
+    "substring_match",
+    "vqa",
+    "vqa_accuracy",
+    "yes_no",
+]

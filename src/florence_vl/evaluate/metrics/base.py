@@ -1,0 +1,164 @@
+"""What a metric is: a verdict on one answer, and a score over units of questions that stand or fall together."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from florence_vl.registry import Registry
+
+METRICS: Registry[Metric] = Registry("metric")
+
+# Kinds of outcome, in the order in which a report lists failures.
+KINDS = ("right", "partly", "wrong", "unparsed", "empty", "runaway")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one answer.
+
+    Attributes:
+        parsed: What was read from the raw answer; None when nothing could be read.
+        score: Between 0 (wrong) and 1 (right).
+        kind: One of `KINDS`.
+        details: Further scores of the same answer by name, for instance `as_authors`.
+    """
+
+    parsed: Any
+    score: float
+    kind: str
+    details: Mapping[str, float] | None = None
+
+
+Reference = Mapping[str, Any]
+Judged = tuple[Verdict, Reference]
+# Of one stratum: number of units, and the mean of the units' vectors (k,).
+Strata = Mapping[str, tuple[int, np.ndarray]]
+
+
+def verdict(
+    answer: str, parsed: Any, score: float, finished: bool, details: Mapping[str, float] | None = None
+) -> Verdict:
+    """A verdict with its kind: an empty answer never scores; one cut at the token limit and wrong ran away."""
+    if not answer.strip():
+        return Verdict(None, 0.0, "empty", details)
+    if score >= 1:
+        kind = "right"
+    elif score > 0:
+        kind = "partly"
+    elif not finished:
+        kind = "runaway"
+    else:
+        kind = "unparsed" if parsed is None else "wrong"
+    return Verdict(parsed, float(score), kind, details)
+
+
+class Metric(ABC):
+    """Scores the answers of a benchmark.
+
+    A metric sees one answer at a time (`judge`), then units: the questions that are one sample in the statistical
+    sense, for instance the two images of an MMVP pair. Every score is a function of the strata's mean unit vectors
+    (`combine`), so confidence intervals come from resampling units, whatever the benchmark.
+
+    Attributes:
+        name: Name in the registry.
+        headline: The key of `combine` that stands for the benchmark in a table.
+    """
+
+    name: str = ""
+    headline: str = "accuracy"
+
+    @abstractmethod
+    def judge(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
+        """Verdict on one raw answer.
+
+        Args:
+            answer: The model's text as it was generated.
+            reference: What the benchmark knows about the question (`answer` or `answers`, `choices`, categories ...).
+            finished: False when generation ran into its token limit: such an answer is runaway text unless it already
+                is a complete answer of the expected form.
+        """
+
+    def unit(self, reference: Reference) -> Hashable | None:
+        """Key of the unit a question belongs to; None when each question is its own."""
+        return None
+
+    def stratum(self, reference: Reference) -> str:
+        """The category within which units are averaged."""
+        return ""
+
+    def vector(self, judged: Sequence[Judged]) -> tuple[float, ...]:
+        """The numbers of one unit; by default the score of its only question."""
+        return (judged[0][0].score,)
+
+    def combine(self, strata: Strata) -> dict[str, float]:
+        """Scores from the strata's means; by default the mean over all units as `accuracy`, in per cent."""
+        return {self.headline: 100 * pooled(strata)[0]}
+
+
+def pooled(strata: Strata) -> np.ndarray:
+    """Mean vector over the units of all strata."""
+    total = sum(count for count, _ in strata.values())
+    return np.sum([count * mean for count, mean in strata.values()], axis=0) / total
+
+
+def metric(name: str) -> Callable[[type[Metric]], type[Metric]]:
+    """Class decorator that registers one instance of a metric under `name`."""
+
+    def decorate(cls: type[Metric]) -> type[Metric]:
+        cls.name = name
+        METRICS.register(name)(cls())
+        return cls
+
+    return decorate
+
+
+def score_all(chosen: Metric, judged: Sequence[Judged]) -> dict[str, float]:
+    """Scores of a benchmark from all its verdicts.
+
+    Raises:
+        ValueError: There is no verdict.
+    """
+    return chosen.combine(stratify(chosen, judged).means())
+
+
+@dataclass
+class Units:
+    """The units of a benchmark as arrays: for each stratum a matrix (units, k), and the keys of its units."""
+
+    vectors: dict[str, np.ndarray]
+    keys: dict[str, list[Hashable]]
+
+    def means(self) -> dict[str, tuple[int, np.ndarray]]:
+        """Number of units and mean vector of each stratum."""
+        return {name: (len(matrix), matrix.mean(axis=0)) for name, matrix in self.vectors.items()}
+
+
+def stratify(chosen: Metric, judged: Sequence[Judged], ids: Sequence[str] | None = None) -> Units:
+    """Group verdicts into units and strata.
+
+    Args:
+        chosen: The metric.
+        judged: One verdict and reference a question.
+        ids: The questions' ids, used as keys of units that are single questions.
+
+    Raises:
+        ValueError: There is no verdict.
+    """
+    if not judged:
+        raise ValueError(f"no answer to score with the metric {chosen.name!r}")
+    members: dict[tuple[str, Hashable], list[Judged]] = {}
+    for position, (found, reference) in enumerate(judged):
+        unit = chosen.unit(reference)
+        key = ("question", ids[position] if ids else position) if unit is None else unit
+        members.setdefault((chosen.stratum(reference), key), []).append((found, reference))
+    rows: dict[str, list[tuple[float, ...]]] = {}
+    keys: dict[str, list[Hashable]] = {}
+    for (stratum, key), group in members.items():
+        rows.setdefault(stratum, []).append(chosen.vector(group))
+        keys.setdefault(stratum, []).append(key)
+    return Units({name: np.asarray(values, dtype=np.float64) for name, values in rows.items()}, keys)

@@ -1,0 +1,148 @@
+"""Yes or no: POPE, MME, HallusionBench."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+
+from florence_vl.evaluate.metrics.base import Judged, Metric, Reference, Strata, Verdict, metric, pooled, verdict
+
+MME_PERCEPTION = (
+    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
+)  # fmt: skip
+MME_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+
+_OPPOSITE = {"yes": "no", "no": "yes"}
+
+
+def parse_yes_no(answer: str, finished: bool = True) -> str | None:
+    """`yes` or `no` when the answer starts with it and doesn't take it back, else None.
+
+    "Yes." and "no, there is none" are read; "Yes or no", "Yes. No.", an empty answer and one cut off at the token limit
+    are not.
+    """
+    text = answer.strip().lower()
+    words = re.findall(r"[^\W\d_]+", text)
+    if not words or (not finished and len(words) > 1):
+        return None
+    first = words[0]
+    if len(words) == 1:
+        first = {"y": "yes", "n": "no"}.get(first, first)
+    if first not in _OPPOSITE or not text.lstrip("\"'`*([{ ").startswith(words[0]):
+        return None
+    other = _OPPOSITE[first]
+    if re.match(rf"\W*{first}\W*(?:(?:or|and)\W+)?{other}\b", text) or re.search(rf"[.,;!?\n]\s*{other}\b", text):
+        return None
+    return first
+
+
+class _YesNo(Metric):
+    def judge(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
+        found = parse_yes_no(answer, finished)
+        return verdict(answer, found, float(found == _wanted(reference)), finished)
+
+
+def _wanted(reference: Reference) -> str:
+    wanted = str(reference["answer"]).strip().lower().rstrip(".")
+    wanted = {"1": "yes", "0": "no"}.get(wanted, wanted)
+    if wanted not in _OPPOSITE:
+        raise ValueError(f"a yes/no question needs the answer yes or no, found {reference['answer']!r}")
+    return wanted
+
+
+@metric("yes_no")
+class YesNo(_YesNo):
+    """Plain accuracy of yes/no answers."""
+
+
+@metric("pope")
+class POPE(_YesNo):
+    """Object hallucination: accuracy, precision, recall, F1 and share of "yes" (Li et al., 2023).
+
+    An answer that is neither is wrong, and counts as "not yes" in recall.
+    """
+
+    headline = "f1"
+
+    def vector(self, judged: Sequence[Judged]) -> tuple[float, ...]:
+        ((found, reference),) = judged
+        said, true = found.parsed == "yes", _wanted(reference) == "yes"
+        return (found.score, float(said and true), float(said), float(true))
+
+    def combine(self, strata: Strata) -> dict[str, float]:
+        accuracy, hit, said, true = (float(value) for value in pooled(strata))
+        return {
+            "f1": 200 * hit / (said + true) if said + true else 0.0,
+            "accuracy": 100 * accuracy,
+            "precision": 100 * hit / said if said else 0.0,
+            "recall": 100 * hit / true if true else 0.0,
+            "yes_ratio": 100 * said,
+        }
+
+
+@metric("mme")
+class MME(_YesNo):
+    """MME: an image's two questions give accuracy and accuracy+ (both right), added up (Fu et al., 2023).
+
+    `perception` has at most 2000 points in ten categories, `cognition` at most 800 in four. A category without
+    questions adds nothing.
+    """
+
+    headline = "perception"
+
+    def unit(self, reference: Reference) -> Hashable:
+        return reference["unit"]
+
+    def stratum(self, reference: Reference) -> str:
+        category = reference["category"]
+        if category not in MME_PERCEPTION and category not in MME_COGNITION:
+            raise ValueError(f"MME has no category {category!r}; it has {', '.join((*MME_PERCEPTION, *MME_COGNITION))}")
+        return category
+
+    def vector(self, judged: Sequence[Judged]) -> tuple[float, ...]:
+        if len(judged) != 2:
+            raise ValueError(f"MME asks two questions of each image, found {len(judged)} for {judged[0][1]['unit']!r}")
+        scores = [found.score for found, _ in judged]
+        return (sum(scores) / 2, float(sum(scores) == 2))
+
+    def combine(self, strata: Strata) -> dict[str, float]:
+        points = {name: 100 * float(mean[0] + mean[1]) for name, (_, mean) in strata.items()}
+        accuracy, plus = (100 * float(value) for value in pooled(strata))
+        scores = {
+            "perception": sum(points.get(name, 0.0) for name in MME_PERCEPTION),
+            "cognition": sum(points.get(name, 0.0) for name in MME_COGNITION),
+            "accuracy": accuracy,
+            "accuracy_plus": plus,
+        }
+        return scores | {f"category/{name}": value for name, value in points.items()}
+
+
+@metric("hallusion_bench")
+class HallusionBench(_YesNo):
+    """HallusionBench: questions (aAcc), question pairs (qAcc), figures (fAcc) answered right throughout.
+
+    The official code leaves figure 0 of visual-supplement questions (no figure shown) out of fAcc (Guan et al., 2024).
+    """
+
+    headline = "aAcc"
+
+    def unit(self, reference: Reference) -> Hashable:
+        return (reference["category"], reference["subcategory"], str(reference["set_id"]))
+
+    def vector(self, judged: Sequence[Judged]) -> tuple[float, ...]:
+        questions: dict[str, list[float]] = defaultdict(list)
+        figures: dict[str, list[float]] = defaultdict(list)
+        for found, reference in judged:
+            questions[str(reference["question_id"])].append(found.score)
+            if not (reference["category"] == "VS" and str(reference["figure_id"]) == "0"):
+                figures[str(reference["figure_id"])].append(found.score)
+        right = [sum(all(s == 1 for s in scores) for scores in groups.values()) for groups in (questions, figures)]
+        return (sum(f.score for f, _ in judged), len(judged), right[0], len(questions), right[1], len(figures))
+
+    def combine(self, strata: Strata) -> dict[str, float]:
+        values = pooled(strata)
+        names = ("aAcc", "qAcc", "fAcc")
+        return {
+            n: 100 * float(values[2 * i] / values[2 * i + 1]) if values[2 * i + 1] else 0.0 for i, n in enumerate(names)
+        }
