@@ -105,8 +105,67 @@ def tiny_model(
     return model, tiny_processor(config)
 
 
-def tiny_processor(config: FlorenceVLConfig | None = None) -> FlorenceVLProcessor:
-    """A processor for `tiny_model`: a small byte-level BPE built in code, 64 px images."""
-    from florence_vl.model.processing import build_tiny_processor
+# Every template's control tokens. The first four have the ids that `tiny_config` says: pad, bos, eos, image.
+TINY_SPECIAL_TOKENS = tuple(
+    "<pad> <s> <|im_end|> <image> <|im_start|> </s> <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> "
+    "<|system|> <|user|> <|assistant|> <|end|>".split()
+)
+TINY_CORPUS = (
+    "A photo of a red car next to a small house, and two people who walk with a dog on the street.",
+    "What is shown in the image? Describe it in detail. How many people are there? What colour is it?",
+    "The image shows the text of a sign on the left, a green tree behind it and a table in the foreground.",
+)
 
-    return build_tiny_processor(config or tiny_config())
+
+def tiny_tokenizer() -> Any:
+    """A fast byte-level BPE of `TINY_VOCAB_SIZE` tokens, trained on three sentences, with every template's tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY_VOCAB_SIZE,
+        min_frequency=1,
+        special_tokens=list(TINY_SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(TINY_CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=list(TINY_SPECIAL_TOKENS[3:]),
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tiny_processor(
+    config: FlorenceVLConfig | None = None, template: str = "chatml", image_size: int = TINY_IMAGE_SIZE, **options: Any
+) -> FlorenceVLProcessor:
+    """A processor for `tiny_model`: a small byte-level BPE built in code, 64 px images.
+
+    Args:
+        config: The model's, for the number of image tokens; `tiny_config()` by default.
+        template: Name in `CHAT_TEMPLATES`.
+        image_size: Height and width of processed images, px.
+        **options: The chat template's, see `ChatTemplate.build`.
+    """
+    from florence_vl.data.chat_template import CHAT_TEMPLATES
+    from florence_vl.model.image_processing import FlorenceVLImageProcessor
+    from florence_vl.model.processing import FlorenceVLProcessor, ImageTokenRule
+
+    tokenizer = tiny_tokenizer()
+    if template == "vicuna_v1":
+        tokenizer.eos_token = "</s>"
+    return FlorenceVLProcessor(
+        FlorenceVLImageProcessor(size=image_size),
+        tokenizer,
+        chat_template=CHAT_TEMPLATES[template].build(tokenizer, "<image>", **options),
+        image_token="<image>",
+        image_token_rule=ImageTokenRule.from_config(config or tiny_config()),
+    )

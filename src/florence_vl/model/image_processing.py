@@ -1,7 +1,5 @@
 """From any image file to `pixel_values`: safe decoding, pad or squash, normalisation (PIL, no torchvision)."""
 
-from __future__ import annotations
-
 import base64
 import binascii
 import io

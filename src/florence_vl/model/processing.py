@@ -1,0 +1,445 @@
+"""`FlorenceVLProcessor`: conversations and images in, `input_ids` with counted image tokens and `pixel_values` out."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import MultiModalData, ProcessorMixin, TextKwargs
+
+from florence_vl.model.image_processing import FlorenceVLImageProcessor, FlorenceVLImagesKwargs
+
+if TYPE_CHECKING:
+    from florence_vl.model.configuration import FlorenceVLConfig
+
+__all__ = ["BREAK", "FlorenceVLImageProcessor", "FlorenceVLProcessor", "ImageTokenRule"]
+
+BREAK = "\U0010fffd"
+"""A private-use character that ends a token without being one: `FlorenceVLProcessor` drops its tokens. It keeps control
+tokens that a user typed from being matched as such, whatever tokenizer and version of transformers."""
+
+# Florence-2's patch convolutions: kernel, stride, padding of each stage. 32 px an image token.
+_FLORENCE2_CONVOLUTIONS = ((7, 4, 3), (3, 2, 1), (3, 2, 1), (3, 2, 1))
+
+
+@dataclass(frozen=True)
+class ImageTokenRule:
+    """How many tokens an image of a given size becomes: `scale * (rows * columns + additional) + offset`.
+
+    Args:
+        convolutions: (kernel, stride, padding) of the tower's patch convolutions, px, which give rows and columns.
+        additional: Tokens beside the grid that are kept (mean, class or register tokens).
+        scale: Tokens after fusion for each token of one feature (the number of features for `token` fusion).
+        offset: Tokens after fusion whatever the image's size.
+    """
+
+    convolutions: tuple[tuple[int, int, int], ...] = _FLORENCE2_CONVOLUTIONS
+    additional: int = 0
+    scale: int = 1
+    offset: int = 0
+
+    @classmethod
+    def from_config(cls, config: FlorenceVLConfig) -> ImageTokenRule:
+        """The rule of a model.
+
+        Raises:
+            ValueError: The fusion's number of tokens does not grow linearly with the features'.
+        """
+        from florence_vl.model.fusion import build_fusion
+
+        if config.tower == "florence2":
+            vision = config.vision_config.vision_config
+            convolutions = tuple(zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True))
+            additional = int(config.mean_token == "all")
+        else:
+            vision = config.vision_config
+            convolutions = ((vision.patch_size, vision.patch_size, 0),)
+            prefix = 0 if "siglip" in vision.model_type else 1 + getattr(vision, "num_register_tokens", 0)
+            additional = prefix if config.mean_token == "all" else 0
+        fusion = build_fusion(config.fusion, dict.fromkeys(config.features, 1))
+        one, two, many = (fusion.num_tokens(n) for n in (1, 2, 577))
+        scale, offset = two - one, 2 * one - two
+        if many != scale * 577 + offset:
+            raise ValueError(
+                f"fusion {config.fusion!r} gives {one}, {two} and {many} tokens for features of 1, 2 and 577: an "
+                "ImageTokenRule describes fusions with a linear number of tokens only"
+            )
+        return cls(convolutions, additional, scale, offset)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the tower's last map for an image of that many pixels."""
+        for kernel, stride, padding in self.convolutions:
+            height = (height + 2 * padding - kernel) // stride + 1
+            width = (width + 2 * padding - kernel) // stride + 1
+        return height, width
+
+    def num_tokens(self, height: int, width: int) -> int:
+        """Tokens of an image of `height` x `width` pixels.
+
+        Raises:
+            ValueError: The image is smaller than one patch.
+        """
+        rows, columns = self.grid(height, width)
+        if rows < 1 or columns < 1:
+            raise ValueError(f"an image of {height}x{width} pixels is smaller than one patch of the vision tower")
+        return self.scale * (rows * columns + self.additional) + self.offset
+
+
+class FlorenceVLProcessor(ProcessorMixin):
+    """Tokenizer, image processor and chat template of one Florence-VL.
+
+    What a user types is text: `<image>` or `<|im_end|>` inside a message is never a placeholder or a control token
+    (`sanitize_control_tokens=False` turns that off). Padding is on the left, as generation needs it; training code pads
+    by itself (`florence_vl.data.collate`).
+
+    Args:
+        image_processor: A `FlorenceVLImageProcessor`.
+        tokenizer: The LLM's, a fast one, whose vocabulary has `image_token` as one token.
+        chat_template: Jinja text, as `florence_vl.data.chat_template.CHAT_TEMPLATES[name].build(tokenizer)` gives it.
+        image_token: The placeholder, repeated once for each image token.
+        image_token_rule: Counts the tokens of an image; an `ImageTokenRule` or its dict. Florence-2's 576 at 768 px by
+            default.
+
+    Raises:
+        ValueError: The tokenizer has no such image token or is not a fast one.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | dict[str, str] | None = None,
+        image_token: str = "<image>",
+        image_token_rule: ImageTokenRule | Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if tokenizer is None or image_processor is None:
+            raise ValueError("FlorenceVLProcessor needs an image_processor and a tokenizer")
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer; masks and offsets need a fast one")
+        self.image_token = image_token
+        self.image_token_id = tokenizer.get_vocab().get(image_token)
+        if self.image_token_id is None or tokenizer.encode(image_token, add_special_tokens=False) != [
+            self.image_token_id
+        ]:
+            raise ValueError(
+                f"the tokenizer has no single token {image_token!r} for images. Name an unused reserved token "
+                "(image_token=...), or add one: tokenizer.add_special_tokens({'additional_special_tokens': "
+                f"[{image_token!r}]}})"
+            )
+        rule = image_token_rule or ImageTokenRule()
+        if isinstance(rule, Mapping):
+            rule = ImageTokenRule(**{**rule, "convolutions": tuple(tuple(c) for c in rule["convolutions"])})
+        self._rule = rule
+        self.image_token_rule = asdict(rule)
+        self._control_patterns: dict[str, re.Pattern[str]] = {}
+        tokenizer.padding_side = "left"
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+
+    # ------------------------------------------------------------ image tokens
+
+    def num_image_tokens(self, height: int | None = None, width: int | None = None) -> int:
+        """Tokens of an image after processing to `height` x `width` pixels; by default the processor's own size."""
+        size = self.image_processor.size
+        return self._rule.num_tokens(height or size.height, width or size.width)
+
+    def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any) -> str:
+        """The placeholder of one processed image, repeated once for each of its tokens."""
+        height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
+        return self.image_token * self.num_image_tokens(height, width)
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        if image_sizes is None:
+            return MultiModalData()
+        size = kwargs.get("size") or kwargs.get("images_kwargs", {}).get("size") or self.image_processor.size
+        count = self.num_image_tokens(size["height"], size["width"])
+        return MultiModalData(num_image_tokens=[count] * len(image_sizes), num_image_patches=[1] * len(image_sizes))
+
+    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
+        """Check that every prompt has as many placeholders as images.
+
+        Raises:
+            ValueError: Naming both counts.
+        """
+        if text is not None:
+            texts = [text] if isinstance(text, str) else list(text)
+            if not texts or not all(isinstance(item, str) for item in texts):
+                raise ValueError("text must be a string or a list of strings")
+            placeholders = [item.count(self.image_token) for item in texts]
+            nested = isinstance(images, (list, tuple)) and bool(images)
+            nested = nested and all(isinstance(item, (list, tuple)) for item in images)
+            if nested and len(images) == len(texts):
+                for index, (count, group) in enumerate(zip(placeholders, images, strict=True)):
+                    if count != len(group):
+                        raise ValueError(self._count_message(count, len(group), f"prompt {index} has"))
+            total = _count_images(images)
+            if sum(placeholders) != total:
+                raise ValueError(self._count_message(sum(placeholders), total, "the prompts have"))
+        super().validate_inputs(images=images, text=text, **kwargs)
+
+    def _count_message(self, placeholders: int, images: int, who: str) -> str:
+        return (
+            f"{who} {placeholders} image placeholders ({self.image_token}) but {images} images were given. Give one "
+            "image for each placeholder; in a chat use {'type': 'image', 'image': ...} parts"
+        )
+
+    # ------------------------------------------------------------ text
+
+    def control_pattern(self, chat_template: str) -> re.Pattern[str]:
+        """Matches the tokens that only a template may write: special tokens and added tokens that it contains."""
+        pattern = self._control_patterns.get(chat_template)
+        if pattern is None:
+            tokens = {
+                token.content
+                for token in self.tokenizer.added_tokens_decoder.values()
+                if len(token.content) > 1
+                and not token.content.isspace()
+                and (token.special or token.content in chat_template)
+            }
+            tokens.add(self.image_token)
+            longest_first = sorted(tokens, key=lambda token: (-len(token), token))
+            pattern = re.compile("|".join(map(re.escape, longest_first)))
+            self._control_patterns[chat_template] = pattern
+        return pattern
+
+    def sanitize(self, conversation: Sequence[Mapping[str, Any]], chat_template: str) -> list[dict[str, Any]]:
+        """A copy of the messages in which no text can be taken for a control token or an image.
+
+        A `BREAK` is put inside each control token that a message contains, and before an answer that starts with white
+        space (so that it does not merge with the template's). `__call__` and `tokenize` drop it again.
+
+        Raises:
+            ValueError: A message without role or content, a text part without text, a part of unknown type.
+        """
+        pattern = self.control_pattern(chat_template)
+        result = []
+        if not conversation:
+            raise ValueError("the conversation has no messages")
+        for index, message in enumerate(conversation):
+            if not isinstance(message, Mapping) or "role" not in message:
+                raise ValueError(f"message {index} must be a dict with 'role' and 'content', found {message!r:.80}")
+            content = message.get("content")
+            if isinstance(content, str):
+                content = [{"type": "text", "text": content}]
+            if not isinstance(content, (list, tuple)) or not content:
+                raise ValueError(
+                    f"message {index} ({message['role']}) has no content: give text, or a list of text and image parts"
+                )
+            parts = []
+            for part in content:
+                kind = part.get("type") if isinstance(part, Mapping) else None
+                if kind == "text":
+                    if not isinstance(part.get("text"), str):
+                        raise ValueError(f"message {index} ({message['role']}) has a text part without text")
+                    parts.append({**part, "text": _break_tokens(part["text"], pattern)})
+                elif kind in ("image", "image_url"):
+                    parts.append(dict(part))
+                else:
+                    raise ValueError(
+                        f"message {index} ({message['role']}) has a part of unknown type {kind!r}; known: text, image"
+                    )
+            first = parts[0]
+            if message["role"] == "assistant" and first["type"] == "text" and first["text"][:1].isspace():
+                first["text"] = BREAK + first["text"]
+            result.append({**message, "content": parts})
+        return result
+
+    def tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a rendered text and the characters [start, end) that each covers.
+
+        No special tokens are added, image placeholders are not expanded and the tokens of `BREAK` are left out.
+        """
+        encoding = self.tokenizer(
+            text,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+        if BREAK not in text:
+            return ids, offsets
+        keep = _without_breaks(offsets, _break_positions(text))
+        return [ids[i] for i in keep], [offsets[i] for i in keep]
+
+    def apply_chat_template(  # type: ignore[override]
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        *,
+        tokenize: bool = False,
+        sanitize_control_tokens: bool = True,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Render conversations, and tokenize them and process their images with `tokenize=True`.
+
+        As transformers' `ProcessorMixin.apply_chat_template`, with two differences: text in messages is sanitized by
+        default, also with `return_assistant_tokens_mask` (the rendered text then holds `BREAK` characters, which this
+        processor drops); and the tokenizer adds no special tokens, since the template writes them all.
+
+        Raises:
+            ValueError: A malformed conversation, or one that the template refuses.
+        """
+        template = self._template_text(chat_template)
+        batched = isinstance(conversation, (list, tuple)) and bool(conversation)
+        batched = batched and isinstance(conversation[0], (list, tuple))
+        if sanitize_control_tokens:
+            chats = [getattr(c, "messages", c) for c in (conversation if batched else [conversation])]
+            cleaned = [self.sanitize(chat, template) for chat in chats]
+            conversation = cleaned if batched else cleaned[0]
+        moved = {key: kwargs.pop(key) for key in list(kwargs) if key in _CALL_KWARGS}
+        processor_kwargs = {"add_special_tokens": False, **moved, **(processor_kwargs or {})}
+        try:
+            return super().apply_chat_template(
+                conversation, template, tokenize=tokenize, processor_kwargs=processor_kwargs, **kwargs
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template refuses this conversation: {error}") from error
+
+    def _template_text(self, chat_template: str | None) -> str:
+        own = self.chat_template
+        if chat_template is None:
+            template = own.get("default") if isinstance(own, dict) else own
+        else:
+            template = own[chat_template] if isinstance(own, dict) and chat_template in own else chat_template
+        if not template:
+            raise ValueError(
+                "this processor has no chat template. Set processor.chat_template, e.g. to "
+                "florence_vl.data.chat_template.CHAT_TEMPLATES['chatml'].build(processor)"
+            )
+        return template
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
+        """Tokenize prompts, each placeholder standing for one image, and process the images.
+
+        Args:
+            images: Images of all prompts in reading order (or a list of images for each prompt): PIL images, paths,
+                addresses, bytes or uint8 arrays.
+            text: Rendered prompt or prompts.
+            **kwargs: transformers' keywords for text and images (`padding`, `max_length`, `return_tensors`, ...).
+
+        Returns:
+            `input_ids`, `attention_mask` and, with images, `pixel_values` (n, 3, H, W).
+
+        Raises:
+            ValueError: The counts of placeholders and images differ, or truncation would cut an image.
+        """
+        texts = [text] if isinstance(text, str) else text
+        if not texts or not any(isinstance(item, str) and BREAK in item for item in texts):
+            return super().__call__(images=images, text=text, **kwargs)
+        return self._call_without_breaks(images, list(texts), kwargs)
+
+    def _call_without_breaks(self, images: Any, texts: list[str], kwargs: dict[str, Any]) -> BatchFeature:
+        # The tokenizer sees the breaks, so padding, truncation and conversion to tensors have to wait until they left.
+        merged = self._merge_kwargs(
+            self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
+        options = merged["text_kwargs"]
+        return_tensors = options.get("return_tensors")
+        now = {"padding": False, "truncation": False, "return_tensors": None, "return_offsets_mapping": True}
+        now["return_text_replacement_offsets"] = True
+        later = {*now, "max_length", "padding_side", "pad_to_multiple_of"}
+        passed = {key: value for key, value in kwargs.items() if key not in later}
+        if "text_kwargs" in passed:
+            passed["text_kwargs"] = {k: v for k, v in passed["text_kwargs"].items() if k not in later}
+        if "common_kwargs" in passed:
+            passed["common_kwargs"] = {k: v for k, v in passed["common_kwargs"].items() if k not in later}
+        out = super().__call__(images=images, text=texts, **passed, **now)
+
+        columns = [key for key in ("input_ids", "attention_mask", "mm_token_type_ids", "offset_mapping") if key in out]
+        limit = options.get("max_length") if options.get("truncation") else None
+        for row, original in enumerate(texts):
+            positions = _shifted(_break_positions(original), out["text_replacement_offsets"][row])
+            keep = _without_breaks(out["offset_mapping"][row], positions)
+            if limit is not None and len(keep) > limit:
+                cut = keep[:limit] if self.tokenizer.truncation_side == "right" else keep[-limit:]
+                lost = set(keep) - set(cut)
+                if any(out["input_ids"][row][index] == self.image_token_id for index in lost):
+                    raise ValueError(
+                        f"max_length={limit} would cut an image: prompt {row} has {len(keep)} tokens. Raise max_length "
+                        "or give fewer images"
+                    )
+                keep = cut
+            for key in columns:
+                values = out[key][row]
+                out[key][row] = [values[index] for index in keep]
+        if options.get("padding"):
+            self._pad(out, columns, options)
+        if not (options.get("return_offsets_mapping") or kwargs.get("return_offsets_mapping")):
+            out.pop("offset_mapping")
+        if not (options.get("return_text_replacement_offsets") or kwargs.get("return_text_replacement_offsets")):
+            out.pop("text_replacement_offsets")
+        return BatchFeature(
+            dict(out), tensor_type=return_tensors, skip_tensor_conversion=["text_replacement_offsets", "offset_mapping"]
+        )
+
+    def _pad(self, out: BatchFeature, columns: list[str], options: Mapping[str, Any]) -> None:
+        length = max(len(ids) for ids in out["input_ids"])
+        if options["padding"] == "max_length":
+            length = max(length, options.get("max_length") or self.tokenizer.model_max_length)
+        if multiple := options.get("pad_to_multiple_of"):
+            length = math.ceil(length / multiple) * multiple
+        if self.tokenizer.pad_token_id is None:
+            raise ValueError("the tokenizer has no pad token; set tokenizer.pad_token")
+        fill = {"input_ids": self.tokenizer.pad_token_id, "offset_mapping": (0, 0)}
+        right = (options.get("padding_side") or self.tokenizer.padding_side) == "right"
+        for key in columns:
+            rows = []
+            for values in out[key]:
+                padding = [fill.get(key, 0)] * (length - len(values))
+                rows.append(list(values) + padding if right else padding + list(values))
+            out[key] = rows
+
+
+_CALL_KWARGS = frozenset({*TextKwargs.__annotations__, *FlorenceVLImagesKwargs.__annotations__}) - {"return_tensors"}
+
+
+def _count_images(images: Any) -> int:
+    if images is None:
+        return 0
+    if isinstance(images, (list, tuple)):
+        return sum(_count_images(item) for item in images)
+    if getattr(images, "ndim", 3) == 4:
+        return len(images)
+    return 1
+
+
+def _break_tokens(text: str, pattern: re.Pattern[str]) -> str:
+    text = text.replace(BREAK, "")
+    while match := pattern.search(text):
+        cut = match.start() + 1
+        text = text[:cut] + BREAK + text[cut:]
+    return text
+
+
+def _break_positions(text: str) -> set[int]:
+    return {match.start() for match in re.finditer(BREAK, text)}
+
+
+def _shifted(positions: set[int], replacements: Sequence[Mapping[str, Any]]) -> set[int]:
+    """Positions in the text after its placeholders were expanded."""
+    shifted = set()
+    for position in positions:
+        gain = [r["new_span"][1] - r["span"][1] for r in replacements if r["span"][1] <= position]
+        shifted.add(position + (gain[-1] if gain else 0))
+    return shifted
+
+
+def _without_breaks(offsets: Sequence[tuple[int, int]], positions: set[int]) -> list[int]:
+    keep = []
+    for index, (start, end) in enumerate(offsets):
+        covered = sum(position in positions for position in range(start, end))
+        if not covered:
+            keep.append(index)
+        elif covered != end - start:
+            raise ValueError("this tokenizer merges the private-use character U+10FFFD with text; cannot sanitize")
+    return keep
