@@ -1,0 +1,31 @@
+"""Vision encoders to compare, by exact name: images in, named (B, N, D) token features out."""
+
+from __future__ import annotations
+
+from florence_vl.analyze.encoders import (  # noqa: F401  (each registers its encoders)
+    backbone,
+    clip,
+    dinov2,
+    dinov2_small_focus,
+    efficientnet_lite0,
+    siglip,
+    stable_diffusion,
+)
+from florence_vl.analyze.encoders.base import Encoder, MissingWeights, Preprocess, digest, state_hash
+from florence_vl.analyze.encoders.registry import ENCODERS, EncoderSpec
+
+__all__ = ["ENCODERS", "Encoder", "EncoderSpec", "MissingWeights", "Preprocess", "digest", "load_encoder", "state_hash"]
+
+
+def load_encoder(spec: str | EncoderSpec, fit: str | None = None) -> Encoder:
+    """An encoder by its spec, `name[=weights][:feature+feature][@size]`.
+
+    Args:
+        spec: What to load, e.g. `"dinov2_small_focus:layer6+last@448"` or `"florence2=models/base:davit+ocr"`.
+        fit: How pictures are brought to the input's shape: `squash` (default), `pad` or `crop`.
+
+    Raises:
+        MissingWeights: The weights are not on this machine; the message names the command that gets them.
+        ValueError: Unknown name, feature, size or fit.
+    """
+    return (EncoderSpec.parse(spec) if isinstance(spec, str) else spec).load(fit)

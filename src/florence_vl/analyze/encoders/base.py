@@ -1,0 +1,212 @@
+"""What every encoder of the analysis is: images in, named token features out, and an identity that caches can trust.
+
+Shape letters: B images, N tokens of a feature, D its channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from florence_vl.registry import did_you_mean
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+FITS = ("squash", "pad", "crop")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a picture becomes an encoder's input; part of the encoder's identity.
+
+    Args:
+        height: Rows of the input, in pixels.
+        width: Columns of the input, in pixels.
+        mean: Mean of each channel, of values in [0, 1].
+        std: Standard deviation of each channel.
+        fit: `squash` resizes both sides and changes the aspect ratio (Florence-2's own way, and the default, as
+            every encoder then sees the whole picture and nothing else); `pad` pads to the input's aspect ratio with the
+            mean colour (LLaVA-1.5); `crop` fills the input and cuts what overhangs (CLIP's own way).
+
+    Raises:
+        ValueError: `fit` is unknown or a side is not positive.
+    """
+
+    height: int
+    width: int
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    fit: str = "squash"
+
+    def __post_init__(self) -> None:
+        if self.fit not in FITS:
+            raise ValueError(f"unknown fit {self.fit!r}. {did_you_mean(self.fit, FITS)}")
+        if self.height < 1 or self.width < 1:
+            raise ValueError(f"input size is {self.height}x{self.width}; both sides must be positive")
+
+    def placed(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """Where the whole picture comes to lie in the input: (left, top, right, bottom), may reach outside of it."""
+        if self.fit == "squash":
+            return 0, 0, self.width, self.height
+        choose = min if self.fit == "pad" else max
+        scale = choose(self.width / width, self.height / height)
+        new_width, new_height = max(1, round(width * scale)), max(1, round(height * scale))
+        left, top = (self.width - new_width) // 2, (self.height - new_height) // 2
+        return left, top, left + new_width, top + new_height
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """An RGB picture -> (3, height, width), fp32, normalised. Bicubic, by Pillow."""
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        left, top, right, bottom = self.placed(*image.size)
+        image = image.resize((right - left, bottom - top), Image.Resampling.BICUBIC)
+        if image.size != (self.width, self.height):
+            canvas = Image.new("RGB", (self.width, self.height), tuple(int(255 * m) for m in self.mean))
+            canvas.paste(image, (left, top))
+            image = canvas
+        pixels_HWC = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255.0)
+        pixels_HWC = (pixels_HWC - torch.tensor(self.mean)) / torch.tensor(self.std)
+        return pixels_HWC.permute(2, 0, 1).contiguous()
+
+
+class Encoder(ABC):
+    """One vision encoder: `encoder(images) -> {feature name: (B, N, D)}`.
+
+    Features hold grid tokens only, row by row (class and register tokens would not belong to a place in the picture),
+    so that mean pooling is over the picture and `N == rows * columns` of `grid()`.
+
+    Args:
+        name: Registered name.
+        module: The network; it is put in eval mode and frozen.
+        preprocess: How pictures become its input.
+        features: Names of the features to compute.
+        settings: Whatever else decides the features' values (layer indices, noise level, prompt, ...).
+    """
+
+    #: The command that gets what this encoder needs, for error messages.
+    install: str = ""
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        preprocess: Preprocess,
+        features: Sequence[str],
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.name = name
+        self.module = module.eval().requires_grad_(False)
+        self.preprocess = preprocess
+        self.features = tuple(features)
+        self.settings = dict(settings or {})
+        self._weights: str | None = None
+
+    @abstractmethod
+    def encode(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W), normalised -> feature name -> (B, N, D)."""
+
+    @property
+    @abstractmethod
+    def feature_dims(self) -> dict[str, int]:
+        """Channels D by feature name, in order."""
+
+    @abstractmethod
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the token grid at the encoder's input size."""
+
+    def grids(self) -> dict[str, tuple[int, int]]:
+        """Rows and columns by feature name; encoders whose features differ in resolution say so here."""
+        return {name: self.grid() for name in self.feature_dims}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the weights."""
+        return next(self.module.parameters()).dtype
+
+    def to(self, device: str | torch.device) -> Encoder:
+        """Move the weights; the identity does not change."""
+        _ = self.identity  # hashed where the weights were loaded
+        self.module.to(device)
+        return self
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Features of pictures.
+
+        Args:
+            images: RGB pictures of any sizes.
+
+        Returns:
+            Name -> (B, N, D), in the encoder's data type and on its device.
+
+        Raises:
+            ValueError: No picture is given.
+        """
+        if not images:
+            raise ValueError("no image to encode")
+        return self.encode_batch(torch.stack([self.preprocess(image) for image in images]))
+
+    @torch.inference_mode()
+    def encode_batch(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """Features of preprocessed pictures (B, 3, H, W), moved to the encoder's device and data type."""
+        features = self.encode(pixel_values.to(self.device, self.dtype, non_blocking=True))
+        return {name: features[name] for name in self.feature_dims}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides a feature's value besides the picture: what a cache must never mix."""
+        if self._weights is None:
+            self._weights = state_hash(self.module)
+        return {
+            "encoder": self.name,
+            "weights": self._weights,
+            "preprocess": asdict(self.preprocess),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "settings": self.settings,
+        }
+
+    def resized(self, size: int | None, fit: str | None) -> Encoder:
+        """The same encoder with another input size (square) and fit."""
+        if size is not None:
+            self.preprocess = replace(self.preprocess, height=size, width=size)
+        if fit is not None:
+            self.preprocess = replace(self.preprocess, fit=fit)
+        return self
+
+
+def digest(identity: Mapping[str, Any]) -> str:
+    """Short name of an identity: the same for equal content, whatever the order of keys."""
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def state_hash(module: nn.Module) -> str:
+    """Hash of all weights and buffers of a module: names, shapes, data types and bytes."""
+    total = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        total.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+class MissingWeights(ValueError):
+    """An encoder's or an LLM's weights are not on this machine; the message names the command that gets them."""
+
+
+def missing(name: str, what: str, command: str) -> MissingWeights:
+    """The error for weights that are not there."""
+    return MissingWeights(f"{name}: {what}. Get it with: {command}")

@@ -1,0 +1,64 @@
+"""The registry of encoders, and the way a user names one: `name[=weights][:feature+feature][@size]`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from florence_vl.analyze.encoders.base import Encoder
+from florence_vl.registry import Registry
+
+# name -> factory(weights=None, features=(), size=None, fit=None) -> Encoder
+ENCODERS: Registry[Callable[..., Encoder]] = Registry("encoder")
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """An encoder as a user names it.
+
+    Args:
+        name: Registered name.
+        weights: Folder or hub name of the weights; None for the encoder's own.
+        features: Features to use, joined along channels; empty for the encoder's own choice.
+        size: Side of the square input in pixels; None for the encoder's own.
+    """
+
+    name: str
+    weights: str | None = None
+    features: tuple[str, ...] = ()
+    size: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> EncoderSpec:
+        """Read `name[=weights][:feature+feature][@size]`, e.g. `florence2=models/base:davit+caption@384`.
+
+        Raises:
+            ValueError: The text is not of that form, or no encoder has that name.
+        """
+        match = re.fullmatch(
+            r"(?P<name>[\w.-]+)(?:=(?P<weights>.+?))?(?::(?P<features>\w+(?:\+\w+)*))?(?:@(?P<size>\d+))?",
+            text,
+        )
+        if not match:
+            raise ValueError(
+                f"{text!r} does not name an encoder; expected name[=weights][:feature+feature][@size], "
+                "e.g. dinov2_small_focus:layer6+last@448"
+            )
+        _ = ENCODERS[match["name"]]
+        features = tuple(match["features"].split("+")) if match["features"] else ()
+        return cls(match["name"], match["weights"], features, int(match["size"]) if match["size"] else None)
+
+    def __str__(self) -> str:
+        weights = f"={self.weights}" if self.weights else ""
+        features = f":{'+'.join(self.features)}" if self.features else ""
+        return f"{self.name}{weights}{features}{f'@{self.size}' if self.size else ''}"
+
+    def load(self, fit: str | None = None) -> Encoder:
+        """Load the encoder.
+
+        Raises:
+            MissingWeights: Its weights are not on this machine; the message names the command that gets them.
+            ValueError: It has no such feature, or can't take that size.
+        """
+        return ENCODERS[self.name](weights=self.weights, features=self.features, size=self.size, fit=fit)

@@ -1,0 +1,259 @@
+"""PCA pictures: the first three principal components of an encoder's token features as colours (paper Figure 3).
+
+The background is cut by a threshold on the first component, as in DINOv2 (arXiv 2304.07193): the components that become
+colours are then fitted on the foreground alone. Shape letters: M images, N = rows x columns tokens, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from florence_vl.analyze.encoders.base import Encoder, Preprocess
+
+BACKGROUND = (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class PCAConfig:
+    """Settings of the pictures.
+
+    Args:
+        joint: One fit for all pictures, so that colours mean the same in each; otherwise a fit for each picture.
+        background: Cut the background by the first component. Off: all tokens are coloured.
+        threshold: Value of the first component, scaled to [0, 1] over the fit, above which a token is foreground; None
+            takes Otsu's.
+        flip: Take the other side of the first component as foreground. A principal component has no sign of its own; by
+            default the foreground is the side that the pictures' border has less of.
+        refit: Fit the three colour components on the foreground alone (DINOv2). Otherwise they are the first three of
+            the first fit.
+        standardize: Divide each channel by its standard deviation before the fit.
+    """
+
+    joint: bool = True
+    background: bool = True
+    threshold: float | None = None
+    flip: bool = False
+    refit: bool = True
+    standardize: bool = False
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold is {self.threshold}; the first component is scaled to [0, 1]")
+
+
+@dataclass
+class PCAMap:
+    """The picture of one feature of one image.
+
+    Args:
+        rgb: (rows, columns, 3) colours in [0, 1].
+        foreground: (rows, columns) which tokens are foreground.
+        first: (rows, columns) first component of the first fit, scaled to [0, 1], foreground high.
+        threshold: Value of `first` that was the border.
+        explained: Share of variance of the three components that became colours.
+    """
+
+    rgb: np.ndarray
+    foreground: np.ndarray
+    first: np.ndarray
+    threshold: float
+    explained: tuple[float, ...] = field(default=())
+
+
+def otsu(values: Tensor, bins: int = 256) -> float:
+    """Otsu's threshold of values in [0, 1]: the cut with the largest variance between both sides."""
+    counts = torch.histc(values.double().cpu(), bins=bins, min=0, max=1)
+    centres = (torch.arange(bins, dtype=torch.float64) + 0.5) / bins
+    below = counts.cumsum(0)
+    above = counts.sum() - below
+    sums = (counts * centres).cumsum(0)
+    mean_below = sums / below.clamp_min(1)
+    mean_above = (sums[-1] - sums) / above.clamp_min(1)
+    between = below * above * (mean_below - mean_above) ** 2
+    best = (between >= between.max() * (1 - 1e-12)).nonzero().flatten()  # a gap is a plateau: take its middle
+    return float((best.double().mean() + 1) / bins)
+
+
+def principal_components(tokens_ND: Tensor, count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (D,), directions (D, count) and their shares of variance (count,), by the covariance's eigenvectors.
+
+    Signs are fixed: the largest entry of each direction is positive, so that the same tokens give the same picture.
+
+    Raises:
+        ValueError: Fewer tokens or channels than components.
+    """
+    if min(tokens_ND.shape) < count:
+        raise ValueError(f"{count} components need as many tokens and channels, got {tuple(tokens_ND.shape)}")
+    tokens = tokens_ND.double()
+    mean = tokens.mean(0)
+    centred = tokens - mean
+    values, vectors = torch.linalg.eigh(centred.T @ centred)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)[:, :count]
+    signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+    return mean, vectors * signs, values[:count] / values.sum().clamp_min(1e-12)
+
+
+def pca_maps(
+    features_MND: Sequence[Tensor], grids: Sequence[tuple[int, int]], config: PCAConfig | None = None
+) -> list[PCAMap]:
+    """PCA pictures of one feature of several images.
+
+    Args:
+        features_MND: (N, D) tokens of each image.
+        grids: Rows and columns of each image.
+        config: Settings.
+
+    Returns:
+        One map an image.
+
+    Raises:
+        ValueError: No image, or tokens that don't fill their grid.
+    """
+    config = config or PCAConfig()
+    if not features_MND:
+        raise ValueError("no features to draw")
+    for tokens, (rows, columns) in zip(features_MND, grids, strict=True):
+        if len(tokens) != rows * columns:
+            raise ValueError(f"{len(tokens)} tokens do not fill a grid of {rows}x{columns}")
+    if not config.joint:
+        single = PCAConfig(**{**config.__dict__, "joint": True})
+        return [pca_maps([t], [g], single)[0] for t, g in zip(features_MND, grids, strict=True)]
+
+    tokens = torch.cat([t.detach().double().cpu() for t in features_MND])
+    if config.standardize:
+        tokens = (tokens - tokens.mean(0)) / tokens.std(0, unbiased=False).clamp_min(1e-9)
+    mean, directions, explained = principal_components(tokens)
+    scores = (tokens - mean) @ directions
+    first = _unit(scores[:, 0])
+    border = torch.cat([_border(*grid) for grid in grids])
+    threshold = config.threshold if config.threshold is not None else otsu(first)
+    foreground = first > threshold
+    if foreground[border].double().mean() > foreground[~border].double().mean():
+        first, foreground, threshold = 1 - first, first < threshold, 1 - threshold
+    if config.flip:
+        first, foreground, threshold = 1 - first, ~foreground, 1 - threshold
+    if not config.background:
+        foreground = torch.ones_like(foreground)
+    if config.background and config.refit and int(foreground.sum()) >= 4:
+        mean, directions, explained = principal_components(tokens[foreground])
+        scores = (tokens - mean) @ directions
+    colours = torch.stack([_unit(c, within=foreground) for c in scores.T], dim=1)
+    maps, start = [], 0
+    for rows, columns in grids:
+        part = slice(start, start + rows * columns)
+        start += rows * columns
+        maps.append(
+            PCAMap(
+                rgb=colours[part].view(rows, columns, 3).float().numpy(),
+                foreground=foreground[part].view(rows, columns).numpy(),
+                first=first[part].view(rows, columns).float().numpy(),
+                threshold=float(threshold),
+                explained=tuple(explained.tolist()),
+            )
+        )
+    return maps
+
+
+def _unit(values: Tensor, within: Tensor | None = None) -> Tensor:
+    """Scale to [0, 1] by the 1 % and 99 % quantiles (of the values `within`), clipped."""
+    chosen = values if within is None or not within.any() else values[within]
+    low, high = torch.quantile(chosen, torch.tensor([0.01, 0.99], dtype=values.dtype))
+    return ((values - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+
+
+def _border(rows: int, columns: int) -> Tensor:
+    border = torch.ones(rows, columns, dtype=torch.bool)
+    border[1:-1, 1:-1] = False
+    return border.flatten()
+
+
+def map_image(pca: PCAMap, size: tuple[int, int], preprocess: Preprocess, smooth: bool = False) -> Image.Image:
+    """The map as an RGB picture over the whole image, its padding cut away, background white.
+
+    Args:
+        pca: The map.
+        size: (width, height) of the image.
+        preprocess: How the image was brought to the encoder's input.
+        smooth: Interpolate between tokens instead of showing them as squares.
+    """
+    colours = pca.rgb * 255
+    colours[~pca.foreground] = BACKGROUND
+    return to_image_frame(Image.fromarray(colours.round().astype(np.uint8)), size, preprocess, smooth)
+
+
+def to_image_frame(picture: Image.Image, size: tuple[int, int], preprocess: Preprocess, smooth: bool) -> Image.Image:
+    """Bring a picture over the encoder's input back to the image's own frame and size."""
+    left, top, right, bottom = preprocess.placed(*size)
+    resample = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
+    scale_x, scale_y = picture.width / preprocess.width, picture.height / preprocess.height
+    box = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
+    if box[0] >= 0 and box[1] >= 0 and box[2] <= picture.width and box[3] <= picture.height:
+        return picture.resize(size, resample, box=box)
+    result = Image.new("RGB", size, BACKGROUND)  # cropped: the part that the encoder never saw stays white
+    shown_x = (max(0, -left) * size[0] / (right - left), max(0, -top) * size[1] / (bottom - top))
+    shown = (
+        round(preprocess.width * size[0] / (right - left)) if left < 0 else size[0],
+        round(preprocess.height * size[1] / (bottom - top)) if top < 0 else size[1],
+    )
+    result.paste(picture.resize(shown, resample), (round(shown_x[0]), round(shown_x[1])))
+    return result
+
+
+def overlay(image: Image.Image, pca: PCAMap, preprocess: Preprocess, strength: float = 0.6) -> Image.Image:
+    """The map laid over its image; the background shows the image in grey."""
+    colours = map_image(pca, image.size, preprocess, smooth=True)
+    mask = Image.fromarray((pca.foreground * np.uint8(255)).astype(np.uint8)).convert("RGB")
+    mask = to_image_frame(mask, image.size, preprocess, smooth=False).convert("L")
+    grey = image.convert("L").convert("RGB")
+    return Image.composite(Image.blend(image, colours, strength), grey, mask)
+
+
+def encoder_maps(
+    encoder: Encoder, images: Sequence[Image.Image], config: PCAConfig | None = None, batch_size: int = 8
+) -> dict[str, list[PCAMap]]:
+    """PCA pictures of every feature of an encoder, one list entry an image."""
+    tokens: dict[str, list[Tensor]] = {name: [] for name in encoder.feature_dims}
+    for start in range(0, len(images), batch_size):
+        for name, x_BND in encoder(images[start : start + batch_size]).items():
+            tokens[name].extend(x_BND.float().cpu())
+    grids = encoder.grids()
+    return {name: pca_maps(parts, [grids[name]] * len(images), config) for name, parts in tokens.items()}
+
+
+def sheet(image: Image.Image, columns: Mapping[str, tuple[PCAMap, Preprocess]], title: str = "", height: float = 2.4):  # noqa: ANN201
+    """One figure for one image: the picture, then each feature's map with the overlay under it.
+
+    Args:
+        image: The picture.
+        columns: Title of a column -> its map and how its encoder saw the picture.
+        title: Title of the sheet.
+        height: Height of a row in inches.
+
+    Returns:
+        A matplotlib `Figure`.
+    """
+    from matplotlib.figure import Figure
+
+    shown = image.copy()
+    shown.thumbnail((512, 512))
+    count = len(columns) + 1
+    width = height * shown.width / shown.height
+    figure = Figure(figsize=(max(count * width, 4.0), 2 * height + 0.6), layout="constrained")
+    axes = figure.subplots(2, count, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    axes[0, 0].imshow(shown)
+    axes[0, 0].set_title("image", fontsize=8)
+    for (name, (pca, preprocess)), column in zip(columns.items(), axes.T[1:], strict=True):
+        column[0].imshow(map_image(pca, shown.size, preprocess))
+        column[0].set_title(name.replace(":", ":\n"), fontsize=8)
+        column[1].imshow(overlay(shown, pca, preprocess))
+    if title:
+        figure.suptitle(title, fontsize=9)
+    return figure
