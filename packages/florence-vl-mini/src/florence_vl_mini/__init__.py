@@ -1,0 +1,69 @@
+"""Freely licensed images, fonts, words and small weights with which florence-vl runs offline.
+
+Every set has its licence and source under `data/licences/<package>/`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+DATA = Path(__file__).parent / "data"
+WEIGHTS = Path(__file__).parent / "weights"
+_ARCHIVES: dict[str, zipfile.ZipFile] = {}
+
+
+@lru_cache
+def load_index() -> list[dict[str, Any]]:
+    """All sprites: id, set, file, size [w, h], caption, keywords, category, folder, concept, new_concept, split.
+
+    `split` is train, val or test. With `new_concept` no image of that concept is in training; else the image alone is held out.
+    """
+    return json.loads((DATA / "index.json").read_text())
+
+
+def open_sprite(row: dict[str, Any]) -> Image.Image:
+    """The RGBA picture of an index row, at most 112 px on a side, trimmed to what is visible."""
+    archive = _ARCHIVES.get(row["set"])
+    if archive is None:
+        archive = _ARCHIVES[row["set"]] = zipfile.ZipFile(io.BytesIO((DATA / f"{row['set']}.zip").read_bytes()))
+    return Image.open(io.BytesIO(archive.read(row["file"]))).convert("RGBA")
+
+
+def font_paths() -> list[Path]:
+    """The shipped fonts, sorted by name."""
+    return sorted(p for p in (DATA / "fonts").iterdir() if p.suffix in (".ttf", ".otf"))
+
+
+@lru_cache
+def words() -> list[str]:
+    """About 4,700 common English words, sorted."""
+    return (DATA / "words.txt").read_text().split()
+
+
+def photos() -> list[dict[str, str]]:
+    """The sample photographs: id, file (absolute path), caption, source."""
+    rows = json.loads((DATA / "photos/index.json").read_text())
+    return [row | {"file": str(DATA / "photos" / row["file"])} for row in rows]
+
+
+def florence2_path() -> Path:
+    """The folder of the mini Florence-2 (weights, tokenizer, processor, model card).
+
+    Raises:
+        FileNotFoundError: This build of the package carries no weights.
+    """
+    path = WEIGHTS / "florence2"
+    if not (path / "model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"florence-vl-mini carries no Florence-2 weights (looked for {path}/model.safetensors): "
+            "train them with `florence-vl mini train-florence2`, or build an untrained one with "
+            "florence_vl.train.florence2.build_mini_florence2"
+        )
+    return path
