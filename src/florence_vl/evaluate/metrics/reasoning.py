@@ -43,9 +43,13 @@ def mmmu_open_candidates(answer: str) -> list[str | float]:
     tails: list[str] = []
     for position, part in enumerate(parts):
         signs = (*_INDICATORS, "=") if position == len(parts) - 1 else _INDICATORS
-        found = [part.split(sign)[-1].strip() for sign in signs if sign in part]
-        found = [tail for tail in found if tail]
-        if found and (shortest := min(found, key=len)) not in {":", ",", ".", "!", "?", ";", "'"}:
+        shortest = ""
+        for tail in (part.split(sign)[-1].strip() for sign in signs if sign in part):
+            if not shortest or len(tail) < len(
+                shortest
+            ):  # as the official code: an empty tail undoes what came before it
+                shortest = tail
+        if shortest and shortest not in {":", ",", ".", "!", "?", ";", "'"}:
             tails.append(shortest)
     tails = tails or [answer]
     numbers = [number for tail in tails for form in _NUMBER_FORMS for number in form.findall(tail)]
