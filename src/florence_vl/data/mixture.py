@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
@@ -45,8 +45,7 @@ class _Node:
 
     draws: int
     source: int = -1
-    left: _Node | None = field(default=None)
-    right: _Node | None = field(default=None)
+    children: tuple[_Node, _Node] | None = None
 
 
 class Mixture:
@@ -110,12 +109,13 @@ class Mixture:
         if position < 0:
             raise IndexError(f"positions start at 0, got {position}")
         node = self._root
-        while node.left is not None and node.right is not None:
-            before = position * node.left.draws // node.draws
-            if (position + 1) * node.left.draws // node.draws > before:
-                node, position = node.left, before
+        while node.children:
+            left, right = node.children
+            before = position * left.draws // node.draws
+            if (position + 1) * left.draws // node.draws > before:
+                node, position = left, before
             else:
-                node, position = node.right, position - before
+                node, position = right, position - before
         size = self.sizes[node.source]
         pass_, index = divmod(position, size)
         if self.shuffle:
@@ -175,4 +175,4 @@ def _tree(nodes: list[_Node]) -> _Node:
         return nodes[0]
     half = len(nodes) // 2
     left, right = _tree(nodes[:half]), _tree(nodes[half:])
-    return _Node(left.draws + right.draws, left=left, right=right)
+    return _Node(left.draws + right.draws, children=(left, right))

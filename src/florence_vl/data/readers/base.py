@@ -1,0 +1,148 @@
+"""What all readers share: the registry, filters on columns, caption prompts."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from florence_vl.data.records import BadRecord, Record, image_part, text_part
+from florence_vl.data.sampler import mix
+from florence_vl.registry import Registry, did_you_mean
+
+DEFAULT_PROMPTS = ("Describe this image in detail.",)
+
+
+class Reader:
+    """A map-style, picklable view of a data set on disk: `len(reader)` and `reader[i] -> Record`.
+
+    Args:
+        path: File, folder, glob or fsspec URL.
+        name: Name of the source in records; the path's stem by default.
+
+    Attributes:
+        block: Records that are read together; a mixture shuffles blocks of this size (1: any order is as good).
+    """
+
+    block: int = 1
+
+    def __init__(self, path: str | Path, name: str | None = None) -> None:
+        self.path = str(path)
+        self.name = name or Path(self.path.rstrip("/")).stem
+
+    def __len__(self) -> int:
+        raise TypeError(f"{type(self).__name__} must define __len__")
+
+    def __getitem__(self, index: int) -> Record:
+        """Record number `index`.
+
+        Raises:
+            BadRecord: The record is malformed.
+            IndexError: Outside [0, len).
+        """
+        raise TypeError(f"{type(self).__name__} must define __getitem__")
+
+    def _check_index(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {self.path}, which has {len(self)}")
+        return int(index)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.path!r}, {len(self)} records)"
+
+
+READERS: Registry[type[Reader]] = Registry("reader")
+
+
+_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<=": operator.le,
+    ">=": operator.ge,
+    "in": lambda value, options: value in options,
+    "not in": lambda value, options: value not in options,
+    "filled": lambda value, wanted: bool(str(value or "").strip()) == wanted,
+}
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Keeps the rows whose column passes a test; a missing (None) value passes only "!=", "not in", "filled" False.
+
+    Args:
+        column: Name of the column or JSON key.
+        test: One of `== != <= >= in not in filled`.
+        value: What to compare with.
+    """
+
+    column: str
+    test: str
+    value: Any = True
+
+    def __post_init__(self) -> None:
+        if self.test not in _OPERATORS:
+            raise ValueError(f"unknown test {self.test!r} in a filter. {did_you_mean(self.test, _OPERATORS)}")
+
+    def __call__(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row is kept."""
+        value = row.get(self.column)
+        if value is None and self.test in ("==", "<=", ">=", "in"):
+            return False
+        return _OPERATORS[self.test](value, self.value)
+
+    def key(self) -> list[Any]:
+        """For cache keys."""
+        value = list(self.value) if isinstance(self.value, (tuple, set, frozenset)) else self.value
+        return [self.column, self.test, value]
+
+
+@dataclass(frozen=True)
+class Caption:
+    """How a caption becomes a record: the prompt is chosen by the record's number, unwanted openings are cut.
+
+    Args:
+        column: Column, JSON key or extension that holds the caption.
+        prompts: User texts; "" shows the image alone.
+        strip_prefixes: Openings to cut (case-sensitive); the rest begins with a capital.
+    """
+
+    column: str
+    prompts: tuple[str, ...] = DEFAULT_PROMPTS
+    strip_prefixes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.prompts or isinstance(self.prompts, str):
+            raise ValueError('prompts must be a list of at least one text ("" for none)')
+
+    def clean(self, text: str) -> str:
+        """The caption without surrounding space and unwanted opening."""
+        text = text.strip()
+        for prefix in self.strip_prefixes:
+            if text.startswith(prefix.strip()):
+                text = text[len(prefix.strip()) :].lstrip(" ,:")
+                return text[:1].upper() + text[1:]
+        return text
+
+    def messages(self, text: Any, index: int, where: str) -> list[dict[str, Any]]:
+        """A user turn with the image and a prompt, and the caption as the answer.
+
+        Raises:
+            BadRecord: kind "messages": there is no caption.
+        """
+        if not isinstance(text, str) or not text.strip():
+            raise BadRecord("messages", f"{where} has no caption in {self.column!r}")
+        prompt = self.prompts[mix(index) % len(self.prompts)]
+        question = [image_part(), *([text_part(prompt)] if prompt else [])]
+        return [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": [text_part(self.clean(text))]},
+        ]
+
+
+def as_prompts(prompts: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Prompts as a tuple; None gives the default."""
+    if prompts is None:
+        return DEFAULT_PROMPTS
+    return (prompts,) if isinstance(prompts, str) else tuple(prompts)

@@ -1,0 +1,200 @@
+"""Conversations as data sets write them (LLaVA, ShareGPT, chat messages, question-answer pairs) -> messages, images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from florence_vl.data.readers.images import ImageStore
+from florence_vl.data.records import BadRecord, ImageSource, image_part, text_part
+from florence_vl.registry import did_you_mean
+
+PLACEHOLDER = "<image>"
+_LLAVA_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "system": "system",
+}
+
+
+def split_placeholders(text: str) -> list[dict[str, str]]:
+    """Text with `<image>` placeholders as parts, each image at its place.
+
+    Space around a placeholder is layout that belongs to the chat template (LLaVA strips it too) and is cut.
+    """
+    pieces = text.split(PLACEHOLDER)
+    if len(pieces) == 1:
+        return [text_part(text)]
+    parts: list[dict[str, str]] = []
+    for number, piece in enumerate(pieces):
+        if number:
+            parts.append(image_part())
+        if piece.strip():
+            parts.append(text_part(piece.strip()))
+    return parts
+
+
+def from_llava(conversations: Any, num_images: int, where: str) -> list[dict[str, Any]]:
+    """LLaVA `conversations` as messages.
+
+    `<image>` in a human turn is an image at that place; a record with images and no placeholder shows them first;
+    leading turns of the assistant are dropped, as LLaVA does.
+
+    Args:
+        conversations: List of `{"from": "human" | "gpt" | "system", "value": text}`.
+        num_images: Images that the record names.
+        where: Name of the record, for messages.
+
+    Raises:
+        BadRecord: kind "messages".
+    """
+
+    def bad(text: str) -> BadRecord:
+        return BadRecord("messages", f"{where}: {text}")
+
+    if not isinstance(conversations, Sequence) or isinstance(conversations, str):
+        raise bad(f"'conversations' must be a list of turns, found {type(conversations).__name__}")
+    messages: list[dict[str, Any]] = []
+    for number, turn in enumerate(conversations):
+        if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
+            raise bad(f"turn {number} must have 'from' and 'value', found {turn!r:.80}")
+        if turn["from"] not in _LLAVA_ROLES:
+            raise bad(f"turn {number} is from {turn['from']!r}. {did_you_mean(str(turn['from']), _LLAVA_ROLES)}")
+        if not isinstance(turn["value"], str):
+            raise bad(f"turn {number} has no text, found {turn['value']!r:.80}")
+        role = _LLAVA_ROLES[turn["from"]]
+        if role == "assistant" and all(message["role"] == "system" for message in messages):
+            continue
+        # only a human turn can show an image: elsewhere the word is text
+        content = split_placeholders(turn["value"]) if role == "user" else [text_part(turn["value"])]
+        messages.append({"role": role, "content": content})
+    return place_images(messages, num_images, where)
+
+
+def place_images(messages: list[dict[str, Any]], num_images: int, where: str) -> list[dict[str, Any]]:
+    """Give images that no placeholder shows their place at the start of the first user turn; check the numbers.
+
+    Raises:
+        BadRecord: kind "messages": there is no user turn, or placeholders and images differ in number.
+    """
+    users = [message for message in messages if message["role"] == "user"]
+    if not users:
+        raise BadRecord("messages", f"{where}: there is no turn of the user")
+    shown = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if shown == 0 and num_images:
+        users[0]["content"] = [image_part() for _ in range(num_images)] + users[0]["content"]
+    elif shown != num_images:
+        raise BadRecord("messages", f"{where}: the text shows {shown} images, the record names {num_images}")
+    return messages
+
+
+def from_pairs(texts: Any, num_images: int, where: str) -> list[dict[str, Any]]:
+    """Question-answer pairs (`texts` of Docmatix and the-cauldron) as one conversation about all images.
+
+    Args:
+        texts: List of `{"user": question, "assistant": answer}`.
+        num_images: Images, all shown before the first question.
+        where: Name of the record, for messages.
+
+    Raises:
+        BadRecord: kind "messages".
+    """
+    if not isinstance(texts, Sequence) or isinstance(texts, str) or not texts:
+        raise BadRecord("messages", f"{where}: 'texts' must be a list of question-answer pairs, found {texts!r:.60}")
+    messages = []
+    for number, pair in enumerate(texts):
+        question, answer = (pair.get("user"), pair.get("assistant")) if isinstance(pair, Mapping) else (None, None)
+        if not isinstance(question, str) or not isinstance(answer, str):
+            raise BadRecord("messages", f"{where}: pair {number} needs 'user' and 'assistant', found {pair!r:.80}")
+        messages.append({"role": "user", "content": [text_part(question)]})
+        messages.append({"role": "assistant", "content": [text_part(answer)]})
+    return place_images(messages, num_images, where)
+
+
+def from_messages(
+    messages: Any, images: Any, store: ImageStore, where: str
+) -> tuple[list[dict[str, Any]], list[ImageSource]]:
+    """Chat messages in the forms that are met, as `Record` wants them.
+
+    Content is a string (with `<image>` placeholders when the row has an `images` list) or a list of parts: text,
+    `{"type": "image"}` with its source in `image`, `path`, `url` or in the row's list, and OpenAI's
+    `{"type": "image_url", "image_url": {"url": ...}}`.
+
+    Args:
+        messages: The row's messages.
+        images: The row's image list, a single image, or None.
+        store: Resolves names.
+        where: Name of the record, for messages.
+
+    Raises:
+        BadRecord: kind "messages" or "image".
+    """
+
+    def bad(text: str) -> BadRecord:
+        return BadRecord("messages", f"{where}: {text}")
+
+    listed = as_list(images)
+    given = iter(listed)
+    sources: list[ImageSource] = []
+    result: list[dict[str, Any]] = []
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise bad(f"'messages' must be a list, found {type(messages).__name__}")
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+            raise bad(f"message {number} must have 'role' and 'content', found {message!r:.80}")
+        content = message["content"]
+        if isinstance(content, str):
+            split = message["role"] == "user" and listed
+            content = split_placeholders(content) if split else [text_part(content)]
+        parts = []
+        for part in content if isinstance(content, Sequence) else []:
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind not in ("image", "image_url"):
+                parts.append(dict(part) if isinstance(part, Mapping) else part)
+                continue
+            own = part.get("image_url") if kind == "image_url" else None
+            own = own.get("url") if isinstance(own, Mapping) else own
+            own = own or next((part[key] for key in ("image", "path", "url") if part.get(key)), None)
+            if own is None:
+                own = next(given, None)
+            if own is None:
+                raise bad(f"message {number} shows an image but the record names only {len(listed)}")
+            sources.append(image_source(own, store))
+            parts.append(image_part())
+        result.append({"role": message["role"], "content": parts})
+    rest = list(given)
+    if rest:
+        if sources:
+            raise bad(f"the text shows {len(sources)} images, the record names {len(rest)} more")
+        sources = [image_source(image, store) for image in rest]
+        place_images(result, len(sources), where)
+    return result, sources
+
+
+def as_list(images: Any) -> list[Any]:
+    """`image` as a list: None or "" is none, one is a list of one."""
+    if images is None or (isinstance(images, str) and not images):
+        return []
+    if isinstance(images, (list, tuple)):
+        return [image for image in images if image is not None]
+    return [images]
+
+
+def image_source(image: Any, store: ImageStore) -> ImageSource:
+    """An image as a data set stores it: a name, encoded bytes, or Hugging Face's `{"bytes": ..., "path": ...}`.
+
+    Raises:
+        BadRecord: kind "image": neither a name nor bytes.
+    """
+    if isinstance(image, Mapping):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, (bytes, bytearray, memoryview)) and len(image):
+        return bytes(image)
+    if isinstance(image, str) and image:
+        return store[image]
+    raise BadRecord("image", f"an image must be a file name or bytes, found {image!r:.60}")

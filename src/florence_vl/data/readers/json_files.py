@@ -1,0 +1,189 @@
+"""Readers of LLaVA JSON and JSON lines, and of chat-message JSON lines, by byte offsets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from florence_vl.data.readers import files
+from florence_vl.data.readers.base import READERS, Reader
+from florence_vl.data.readers.conversation import as_list, from_llava, from_messages, image_source
+from florence_vl.data.readers.images import ImageStore
+from florence_vl.data.readers.index import cached_array, line_number, scan_json_array, scan_json_lines
+from florence_vl.data.records import BadRecord, Record
+
+_SPACE = b" \t\r\n"
+
+
+class IndexedJson:
+    """Objects of a JSON list or of JSON lines by number, without loading the file.
+
+    The first opening scans the file (about 1 GB in a few seconds) and keeps the offsets in the cache folder; later ones
+    map them. `io[i]` is one positioned read and one parse.
+
+    Args:
+        path: Local path or fsspec URL.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is empty, or not a list of objects or lines.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = files.local(path)
+        key = files.identity(self.path)
+        if key[1] == 0:
+            raise ValueError(f"{self.path} is empty")
+        with files.open_file(self.path) as file:
+            head = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip(_SPACE)
+        self.is_array = head.startswith(b"[")
+        scan = scan_json_array if self.is_array else scan_json_lines
+        kind = "json" if self.is_array else "jsonl"
+        self._offsets: np.ndarray | None = cached_array(key, kind, lambda: scan(self.path))
+        self._key = (key, kind)
+        self._length = len(self._offsets) - 1
+        if self._length < 1:
+            raise ValueError(f"{self.path} holds no records")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_offsets": None}  # workers map the index themselves
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Starts of the records and the end: uint64 (records + 1,), memory-mapped."""
+        if self._offsets is None:
+            key, kind = self._key
+            scan = scan_json_array if self.is_array else scan_json_lines
+            self._offsets = cached_array(key, kind, lambda: scan(self.path))
+        return self._offsets
+
+    def __len__(self) -> int:
+        return self._length
+
+    def raw(self, index: int) -> bytes:
+        """The text of a record."""
+        start, end = (int(x) for x in self.offsets[index : index + 2])
+        text = files.read_range(self.path, start, end - start).rstrip(_SPACE)
+        if self.is_array:
+            text = text.removesuffix(b",").rstrip(_SPACE)
+        return text.removeprefix(b"\xef\xbb\xbf")
+
+    def where(self, index: int) -> str:
+        """File and line of a record, for messages (reads the file up to it)."""
+        return f"{self.path} line {line_number(self.path, int(self.offsets[index]))}"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The parsed object.
+
+        Raises:
+            BadRecord: kind "messages": not valid JSON, or not an object; the line is named.
+        """
+        text = self.raw(index)
+        try:
+            row = json.loads(text)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            start = int(self.offsets[index]) + (error.start if isinstance(error, UnicodeDecodeError) else 0)
+            line = line_number(self.path, start)
+            if isinstance(error, json.JSONDecodeError):
+                line += error.lineno - 1
+                reason = f"{error.msg} at column {error.colno}"
+            else:
+                reason = f"not UTF-8 ({error.reason})"
+            raise BadRecord("messages", f"{self.path} line {line}: invalid JSON: {reason}") from None
+        if not isinstance(row, dict):
+            raise BadRecord("messages", f"{self.where(index)}: expected an object, found {type(row).__name__}")
+        return row
+
+
+class _JsonReader(Reader):
+    """A reader whose rows are JSON objects."""
+
+    required = ""
+
+    def __init__(
+        self,
+        path: str | Path,
+        image_root: str | Path | Sequence[str | Path] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(path, name)
+        self.rows = IndexedJson(path)
+        self.images = ImageStore(image_root if image_root is not None else _parent(self.rows.path))
+        self._check_layout()
+
+    def _check_layout(self) -> None:
+        first = self.rows[0]
+        if self.required not in first:
+            other = "messages" if self.required == "conversations" else "llava"
+            hint = ""
+            if READER_KEYS[other] in first:
+                hint = f" It is read by the reader {other!r}."
+            raise ValueError(
+                f"{self.path}: the first record has no {self.required!r}; its keys are {', '.join(first)}.{hint}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _where(self, index: int, row: dict[str, Any]) -> str:
+        return f"{self.name} record {index} (id {row.get('id', index)!r})"
+
+
+def _parent(path: str) -> str:
+    return path.rsplit("/", 1)[0] if files.is_url(path) else str(Path(path).absolute().parent)
+
+
+READER_KEYS = {"llava": "conversations", "messages": "messages"}
+
+
+@READERS.register("llava")
+class LlavaReader(_JsonReader):
+    """LLaVA's format: `id`, optional `image` (name or list of names), `conversations` of `{from, value}`.
+
+    Args:
+        path: JSON list or JSON lines; local or fsspec URL.
+        image_root: Where image names are found, see `ImageStore`; the file's folder by default.
+        name: Name of the source.
+
+    Raises:
+        FileNotFoundError: No such file or image root.
+        ValueError: Not this layout.
+    """
+
+    required = "conversations"
+
+    def __getitem__(self, index: int) -> Record:
+        row = self.rows[self._check_index(index)]
+        where = self._where(index, row)
+        images = as_list(row.get("image", row.get("images")))
+        messages = from_llava(row.get("conversations"), len(images), where)
+        sources = [image_source(image, self.images) for image in images]
+        return Record(str(row.get("id", index)), self.name, messages, sources).check()
+
+
+@READERS.register("messages")
+class MessagesReader(_JsonReader):
+    """Chat messages: `messages` of `{role, content}` and optional `images`; see `conversation.from_messages`.
+
+    Args:
+        path: JSON lines or JSON list; local or fsspec URL.
+        image_root: Where image names are found, see `ImageStore`; the file's folder by default.
+        name: Name of the source.
+
+    Raises:
+        FileNotFoundError: No such file or image root.
+        ValueError: Not this layout.
+    """
+
+    required = "messages"
+
+    def __getitem__(self, index: int) -> Record:
+        row = self.rows[self._check_index(index)]
+        where = self._where(index, row)
+        images = row.get("images", row.get("image"))
+        messages, sources = from_messages(row.get("messages"), images, self.images, where)
+        return Record(str(row.get("id", index)), self.name, messages, sources).check()

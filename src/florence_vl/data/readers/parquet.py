@@ -1,0 +1,217 @@
+"""Reader of parquet tables with images in them (Hugging Face layout) or captions about images elsewhere."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from florence_vl.data.readers import files
+from florence_vl.data.readers.base import READERS, Caption, Filter, Reader, as_prompts
+from florence_vl.data.readers.conversation import as_list, from_llava, from_messages, from_pairs, image_source
+from florence_vl.data.readers.images import ImageStore
+from florence_vl.data.readers.index import cached_array
+from florence_vl.data.records import Record
+from florence_vl.registry import did_you_mean
+
+LAYOUTS = ("texts", "conversations", "messages")
+_CACHED_BYTES = 512 << 20
+_IMAGE_COLUMNS = ("images", "image", "jpg", "png")
+
+
+def require_pyarrow() -> Any:
+    """`pyarrow.parquet`.
+
+    Raises:
+        ValueError: It is not installed.
+    """
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise ValueError('parquet files need pyarrow: pip install "florence-vl[train]"') from None
+    return parquet
+
+
+@READERS.register("parquet")
+class ParquetReader(Reader):
+    """Rows of parquet files by number, read by row group.
+
+    The layout follows from the columns: `texts` (question-answer pairs: Docmatix, the-cauldron), `conversations`
+    (LLaVA), `messages` (chat), or, when `caption` names a column, captions. Images come from the first of the columns
+    `images`, `image`, `jpg`, `png` (bytes, `{bytes, path}`, a name, or a list of these), or by name from
+    `image_template` under `image_root`.
+
+    A row costs the reading of its row group; the last groups (512 MB) stay in memory and `block` tells a mixture to
+    shuffle group-wise.
+
+    Args:
+        path: File, folder or glob; local or fsspec URL.
+        image_root: Where image names are found, see `ImageStore`; the file's folder by default.
+        caption: Column of captions.
+        prompts: User texts for captions, see `Caption`.
+        strip_prefixes: Openings to cut from captions.
+        filters: Rows to keep; the kept numbers are found once and cached.
+        image_template: Name of the image file from the row's columns, e.g. "{uid}.jpg".
+        id_column: Column of record ids.
+        name: Name of the source.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: pyarrow is missing, the columns fit no layout, or a filter's column does not exist.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        image_root: str | Path | Sequence[str | Path] | None = None,
+        caption: str | None = None,
+        prompts: str | Sequence[str] | None = None,
+        strip_prefixes: Sequence[str] = (),
+        filters: Sequence[Filter] = (),
+        image_template: str | None = None,
+        id_column: str = "id",
+        name: str | None = None,
+    ) -> None:
+        super().__init__(path, name)
+        require_pyarrow()
+        self.files = files.find_files(path, (".parquet",))
+        self.id_column, self.image_template = id_column, image_template
+        self.filters = tuple(filters)
+        self.caption = Caption(caption, as_prompts(prompts), tuple(strip_prefixes)) if caption else None
+        columns = self._open(self.files[0]).schema_arrow.names
+        self.layout, self.columns = self._choose_layout(columns)
+        folder = self.files[0].rsplit("/", 1)[0] if "/" in self.files[0] else "."
+        self.images = ImageStore(image_root if image_root is not None else folder)
+        identities = [files.identity(file) for file in self.files]
+        # (file, row group, rows) of every row group
+        self._groups = cached_array(identities, "parquet", self._scan_groups)
+        self._ends = np.cumsum(self._groups[:, 2])
+        total = int(self._ends[-1]) if len(self._ends) else 0
+        self._kept: np.ndarray | None = None
+        if self.filters:
+            key = [identities, [f.key() for f in self.filters]]
+            self._kept = cached_array(key, "kept", self._scan_kept)
+            self._kept_key = key
+        self._length = total if self._kept is None else len(self._kept)
+        if self._length == 0:
+            rest = f" after the filters {[f.key() for f in self.filters]}" if self.filters and total else ""
+            raise ValueError(f"{self.path} holds no rows{rest}")
+        self.block = max(1, int(np.median(self._groups[:, 2]) * self._length / max(total, 1)))
+        self._cache: OrderedDict[int, Any] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = None if self._kept is None else np.empty(0, dtype=np.uint64)
+        return {**self.__dict__, "_cache": OrderedDict(), "_kept": kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._kept is not None:
+            self._kept = cached_array(self._kept_key, "kept", self._scan_kept)
+
+    def _open(self, file: str) -> Any:
+        parquet = require_pyarrow()
+        key = (os.getpid(), file)
+        found = _OPEN.get(key)
+        if found is None:
+            try:
+                found = parquet.ParquetFile(file if not files.is_url(file) else files.open_file(file))
+            except Exception as error:
+                raise ValueError(f"{file} is not a readable parquet file: {error}") from None
+            _OPEN[key] = found
+            while len(_OPEN) > 32:
+                _OPEN.popitem(last=False)
+        return found
+
+    def _choose_layout(self, columns: list[str]) -> tuple[str, list[str]]:
+        known = set(columns)
+        wanted = [f.column for f in self.filters] + ([self.caption.column] if self.caption else [])
+        for column in wanted:
+            if column not in known:
+                raise ValueError(f"{self.path} has no column {column!r}. {did_you_mean(column, columns)}")
+        layout = "caption" if self.caption else next((name for name in LAYOUTS if name in known), "")
+        if not layout:
+            raise ValueError(
+                f"{self.path} fits no known layout: expected a column {', '.join(LAYOUTS)}, or caption=COLUMN; "
+                f"found {', '.join(columns)}"
+            )
+        text = self.caption.column if self.caption else layout
+        self.image_column = next((name for name in _IMAGE_COLUMNS if name in known), None)
+        if self.image_template:
+            import string
+
+            fields = [field for _, field, _, _ in string.Formatter().parse(self.image_template) if field]
+            for field in fields:
+                if field not in known:
+                    raise ValueError(
+                        f"image_template {self.image_template!r} names column {field!r}. {did_you_mean(field, columns)}"
+                    )
+            self.image_column = None
+            return layout, [text, *fields, *([self.id_column] if self.id_column in known else [])]
+        if layout == "caption" and self.image_column is None:
+            raise ValueError(
+                f"{self.path} has captions but no column of images ({', '.join(_IMAGE_COLUMNS)}); give image_template"
+            )
+        extra = [column for column in (self.image_column, self.id_column) if column in known]
+        return layout, [text, *extra]
+
+    def _scan_groups(self) -> np.ndarray:
+        rows = []
+        for number, file in enumerate(self.files):
+            metadata = self._open(file).metadata
+            rows += [(number, g, metadata.row_group(g).num_rows) for g in range(metadata.num_row_groups)]
+        return np.array(rows, dtype=np.int64).reshape(-1, 3)
+
+    def _scan_kept(self) -> np.ndarray:
+        kept, start = [], 0
+        columns = sorted({f.column for f in self.filters})
+        for number, group, rows in self._groups:
+            table = self._open(self.files[number]).read_row_group(int(group), columns=columns, use_threads=False)
+            passing = [i for i, row in enumerate(table.to_pylist()) if all(f(row) for f in self.filters)]
+            kept.append(np.array(passing, dtype=np.uint64) + np.uint64(start))
+            start += int(rows)
+        return np.concatenate(kept) if kept else np.empty(0, dtype=np.uint64)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def _row(self, index: int) -> dict[str, Any]:
+        row = int(index if self._kept is None else self._kept[index])
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        table = self._cache.get(number)
+        if table is None:
+            file, group, _ = (int(x) for x in self._groups[number])
+            table = self._open(self.files[file]).read_row_group(group, columns=self.columns, use_threads=False)
+            self._cache[number] = table
+            while len(self._cache) > 1 and sum(t.nbytes for t in self._cache.values()) > _CACHED_BYTES:
+                self._cache.popitem(last=False)
+        else:
+            self._cache.move_to_end(number)
+        offset = row - (int(self._ends[number - 1]) if number else 0)
+        return dict(table.slice(offset, 1).to_pylist()[0])
+
+    def __getitem__(self, index: int) -> Record:
+        row = self._row(self._check_index(index))
+        identifier = str(row.get(self.id_column) or index)
+        where = f"{self.name} row {index} (id {identifier!r})"
+        if self.image_template:
+            listed: list[Any] = [self.image_template.format(**row)]
+        else:
+            listed = as_list(row.get(self.image_column)) if self.image_column else []
+        if self.layout == "messages":
+            messages, sources = from_messages(row["messages"], listed, self.images, where)
+            return Record(identifier, self.name, messages, sources).check()
+        if self.caption:
+            messages = self.caption.messages(row[self.caption.column], index, where)
+        elif self.layout == "texts":
+            messages = from_pairs(row["texts"], len(listed), where)
+        else:
+            messages = from_llava(row["conversations"], len(listed), where)
+        sources = [image_source(image, self.images) for image in listed]
+        return Record(identifier, self.name, messages, sources).check()
+
+
+_OPEN: OrderedDict[tuple[int, str], Any] = OrderedDict()

@@ -1,0 +1,212 @@
+"""Reader of WebDataset tar shards by number: members are indexed once, then read where they lie."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from florence_vl.data.readers import files
+from florence_vl.data.readers.base import READERS, Caption, Filter, Reader, as_prompts
+from florence_vl.data.readers.conversation import as_list, from_llava, from_messages, from_pairs
+from florence_vl.data.readers.images import ImageStore, open_tar
+from florence_vl.data.readers.index import cached_array
+from florence_vl.data.records import BadRecord, ImageRef, ImageSource, Record
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+_TEXT_EXTENSIONS = ("txt", "caption", "text")
+_MEMBER = np.dtype([("sample", "<u4"), ("name", "<u8"), ("length", "<u2"), ("offset", "<u8"), ("size", "<u8")])
+
+
+@READERS.register("webdataset")
+class WebDatasetReader(Reader):
+    """Samples of tar shards: members with the same key (the name up to the first dot) belong together.
+
+    A sample's text is its `.json` member (`conversations`, `messages`, `texts`, or a caption under the key `caption`
+    names) or its `.txt` / `.caption` member; its images are the image members in order of their names.
+
+    Args:
+        path: A `.tar`, a folder of them, or a glob; local or fsspec URL.
+        caption: Key of the caption in the JSON member; "txt" takes the text member.
+        prompts: User texts for captions, see `Caption`.
+        strip_prefixes: Openings to cut from captions.
+        filters: Samples to keep by values of the JSON member (the member is read once for every sample).
+        name: Name of the source.
+
+    Raises:
+        FileNotFoundError: No shard there.
+        ValueError: Not a tar, or no samples.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        caption: str | None = None,
+        prompts: str | Sequence[str] | None = None,
+        strip_prefixes: Sequence[str] = (),
+        filters: Sequence[Filter] = (),
+        name: str | None = None,
+    ) -> None:
+        super().__init__(path, name)
+        self.shards = files.find_files(path, (".tar",))
+        self.filters = tuple(filters)
+        self.caption = Caption(caption or "txt", as_prompts(prompts), tuple(strip_prefixes))
+        self._identities = [files.identity(shard) for shard in self.shards]
+        self._members: dict[int, np.ndarray] = {}
+        key = [self._identities, [f.key() for f in self.filters]]
+        # (shard, sample in the shard, first member, number of members) of every kept sample
+        self._samples_key = key
+        self._samples = cached_array(key, "samples", self._scan_samples)
+        if not len(self._samples):
+            rest = f" that pass the filters {[f.key() for f in self.filters]}" if self.filters else ""
+            raise ValueError(f"{self.path} holds no samples{rest}")
+        self._length = len(self._samples)
+        self._store = ImageStore(None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_members": {}, "_samples": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._samples = cached_array(self._samples_key, "samples", self._scan_samples)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def _shard(self, number: int) -> np.ndarray:
+        if number not in self._members:
+            self._members[number] = cached_array(
+                self._identities[number], "tar", lambda: _scan_shard(self.shards[number])
+            )
+        return self._members[number]
+
+    def _scan_samples(self) -> np.ndarray:
+        kept = []
+        for number in range(len(self.shards)):
+            members = self._shard(number)
+            firsts = np.flatnonzero(np.diff(members["sample"], prepend=np.uint32(0xFFFFFFFF)))
+            counts = np.diff(firsts, append=len(members))
+            for sample, (first, count) in enumerate(zip(firsts, counts, strict=True)):
+                if not self.filters or self._passes(number, int(first), int(count)):
+                    kept.append((number, sample, first, count))
+        return np.array(kept, dtype=np.uint32).reshape(-1, 4)
+
+    def _passes(self, shard: int, first: int, count: int) -> bool:
+        row = self._json(shard, self._parts(shard, first, count))
+        return row is not None and all(f(row) for f in self.filters)
+
+    def _parts(self, shard: int, first: int, count: int) -> dict[str, np.void]:
+        """Members of a sample by their full names."""
+        members = self._shard(shard)[first : first + count]
+        return {_read_name(self.shards[shard], member): member for member in members}
+
+    def _json(self, shard: int, parts: dict[str, np.void]) -> dict[str, Any] | None:
+        for name, member in parts.items():
+            if name.lower().endswith(".json"):
+                text = files.read_range(self.shards[shard], int(member["offset"]), int(member["size"]))
+                try:
+                    row = json.loads(text)
+                except ValueError as error:
+                    raise BadRecord("messages", f"{self.shards[shard]}/{name}: invalid JSON: {error}") from None
+                if not isinstance(row, dict):
+                    raise BadRecord("messages", f"{self.shards[shard]}/{name}: expected an object")
+                return row
+        return None
+
+    def __getitem__(self, index: int) -> Record:
+        shard, _, first, count = (int(x) for x in self._samples[self._check_index(index)])
+        path = self.shards[shard]
+        parts = self._parts(shard, first, count)
+        key = _split_key(next(iter(parts)))[0]
+        where = f"{path}/{key}"
+        row = self._json(shard, parts) or {}
+        images: list[ImageSource] = [
+            ImageRef(path, int(member["offset"]), int(member["size"]), name=f"{path}/{name}")
+            for name, member in sorted(parts.items())
+            if name.lower().rsplit(".", 1)[-1] in IMAGE_EXTENSIONS
+        ]
+        identifier = str(row.get("id") or row.get("uid") or row.get("key") or key)
+        if "messages" in row:
+            by_name = dict(zip(_image_names(parts), images, strict=True))
+            listed = as_list(row.get("images", row.get("image")))
+            chosen = [by_name.get(PurePosixPath(str(image)).name) for image in listed] if listed else list(images)
+            if any(image is None for image in chosen):
+                raise BadRecord("image", f"{where}: the JSON names images {listed} that the sample does not hold")
+            messages, _ = from_messages(row["messages"], ["placeholder"] * len(chosen), self._store, where)
+            images = [image for image in chosen if image is not None]
+        elif "conversations" in row:
+            messages = from_llava(row["conversations"], len(images), where)
+        elif "texts" in row:
+            messages = from_pairs(row["texts"], len(images), where)
+        else:
+            messages = self.caption.messages(self._caption_text(path, parts, row), index, where)
+        return Record(identifier, self.name, messages, images).check()
+
+    def _caption_text(self, path: str, parts: dict[str, np.void], row: dict[str, Any]) -> Any:
+        if self.caption.column != "txt":
+            return row.get(self.caption.column)
+        for name, member in parts.items():
+            if name.lower().rsplit(".", 1)[-1] in _TEXT_EXTENSIONS:
+                return files.read_range(path, int(member["offset"]), int(member["size"])).decode("utf-8", "replace")
+        return row.get("caption")
+
+
+def _split_key(name: str) -> tuple[str, str]:
+    """(key, extension): WebDataset cuts at the first dot of the last path component."""
+    folder, _, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return (f"{folder}/{stem}" if folder else stem), extension
+
+
+def _image_names(parts: dict[str, np.void]) -> list[str]:
+    return [PurePosixPath(name).name for name in sorted(parts) if name.lower().rsplit(".", 1)[-1] in IMAGE_EXTENSIONS]
+
+
+def _scan_shard(path: str) -> np.ndarray:
+    """Members of a shard. `name` and `length` say where the name's bytes stand in the tar's headers.
+
+    Raises:
+        ValueError: Not a tar, or it is cut off.
+    """
+    import tarfile
+
+    rows = []
+    sample, last = -1, None
+    with files.open_file(path) as file, open_tar(file, path) as tar:
+        try:
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]
+                if not member.isfile():
+                    continue
+                key, extension = _split_key(member.name)
+                if not extension or key.rpartition("/")[2].startswith("__"):
+                    continue
+                if key != last:
+                    sample, last = sample + 1, key
+                rows.append((sample, member.offset, len(member.name.encode()), member.offset_data, member.size))
+        except tarfile.TarError as error:
+            raise ValueError(f"{path} is damaged after {len(rows)} members: {error}") from None
+        file.seek(0, 2)
+        if rows and rows[-1][3] + rows[-1][4] > file.tell():
+            raise ValueError(f"{path} is cut off inside its last member")
+    return np.array(rows, dtype=_MEMBER)
+
+
+def _read_name(path: str, member: np.void) -> str:
+    """The name of a member, parsed from its header (ustar, GNU and pax forms)."""
+    import tarfile
+
+    start, data = int(member["name"]), int(member["offset"])
+    header = files.read_range(path, start, data - start)
+    if len(header) == tarfile.BLOCKSIZE:
+        return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
+    import io
+
+    padding = b"\0" * (int(member["size"]) + 2 * tarfile.BLOCKSIZE)  # long names precede the last header
+    with tarfile.open(fileobj=io.BytesIO(header + padding), mode="r:") as tar:
+        found = tar.next()
+    assert found is not None
+    return found.name
