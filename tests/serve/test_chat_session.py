@@ -1,0 +1,229 @@
+"""Conversations: history, images encoded once, streaming, breaking off, and loading with clear errors."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from florence_vl.serve.chat import ChatSession, GenerationOptions, encode_images, stream_answer
+from florence_vl.serve.loading import check_folder, choose_device, load_model
+from florence_vl.testing import tiny_model
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return tiny_model()
+
+
+@pytest.fixture
+def session(parts):
+    return ChatSession(*parts, options=GenerationOptions(max_new_tokens=6))
+
+
+def picture(colour="red", size=(50, 30)):
+    return Image.new("RGB", size, colour)
+
+
+def reference(model, processor, messages, images, **kwargs):
+    """The answer by transformers' own path, without streaming and without cached image tokens."""
+    sources = iter(images)
+    turns = [
+        {
+            "role": message["role"],
+            "content": [
+                {"type": "image", "image": next(sources)} if part["type"] == "image" else part
+                for part in message["content"]
+            ],
+        }
+        for message in messages
+    ]
+    inputs = processor.apply_chat_template(
+        turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values") if name in inputs}
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=6, **kwargs)
+    return processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_streamed_answer_is_the_generated_one(parts, session):
+    session.show(picture())
+    pieces = list(session.stream("What is shown?"))
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is shown?"}]}
+    expected = reference(*parts, [user], [picture()])
+    assert "".join(pieces) == expected
+    assert expected != ""
+    assert session.messages[0] == user
+    assert session.messages[1]["content"][0]["text"] == expected.strip()
+
+
+def test_second_turn_sees_the_first(parts, session):
+    session.show(picture())
+    session.ask("What is shown?")
+    history = [dict(message) for message in session.messages]
+    answer = "".join(session.stream("And now?"))
+    user = {"role": "user", "content": [{"type": "text", "text": "And now?"}]}
+    assert answer == reference(*parts, [*history, user], [picture()])
+    assert [message["role"] for message in session.messages] == ["user", "assistant"] * 2
+
+
+def test_images_are_encoded_once_each(parts, session, monkeypatch):
+    counts = []
+    real = type(parts[0]).get_image_features
+
+    def counting(self, pixel_values, **kwargs):
+        counts.append(len(pixel_values))
+        return real(self, pixel_values, **kwargs)
+
+    monkeypatch.setattr(type(parts[0]), "get_image_features", counting)
+    session.show(picture())
+    session.ask("one")
+    session.ask("two")
+    session.show(picture("blue"))
+    session.ask("three")
+    assert counts == [1, 1]
+    assert len(session.images) == 2
+
+
+def test_another_picture_starts_again(session):
+    session.show(picture())
+    first = session.ask("What?")
+    session.reset()
+    assert session.messages == []
+    assert session.images == []
+    session.show(picture("blue", (20, 60)))
+    session.ask("What?")
+    assert session.images[0].getpixel((0, 0)) == (0, 0, 255)
+    session.reset(keep_images=True)
+    assert session.images == []
+    session.ask("What?")
+    assert len(session.images) == 1
+    session.reset()
+    session.show(picture())
+    assert session.ask("What?") == first
+
+
+def test_without_a_picture(parts, session):
+    answer = "".join(session.stream("Hello"))
+    user = {"role": "user", "content": [{"type": "text", "text": "Hello"}]}
+    assert answer == reference(*parts, [user], [])
+
+
+def test_breaking_off_stops_generation_and_keeps_what_was_said(parts):
+    session = ChatSession(*parts, options=GenerationOptions(max_new_tokens=500, temperature=5.0, seed=0))
+    stream = session.stream("Tell me a long story")
+    first = next(stream)
+    stream.close()
+    assert session.messages[-1]["role"] == "assistant"
+    assert len(session.messages[-1]["content"][0]["text"]) <= len(first)
+    assert session.ask("again") is not None
+
+
+def test_failed_answer_takes_the_question_back(session, monkeypatch):
+    session.show(picture())
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(session.model), "generate", broken)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            session.ask("What?")
+    assert session.messages == []
+    session.ask("What?")
+    assert len(session.images) == 1
+
+
+def test_system_message_reaches_the_prompt(parts):
+    told = ChatSession(*parts, options=GenerationOptions(max_new_tokens=6), system="Answer in French, please.")
+    system = {"role": "system", "content": [{"type": "text", "text": "Answer in French, please."}]}
+    user = {"role": "user", "content": [{"type": "text", "text": "Hello"}]}
+    assert told.ask("Hello") == reference(*parts, [system, user], []).strip()
+    assert [message["role"] for message in told.messages] == ["user", "assistant"]
+
+
+def test_sampling_with_a_seed_repeats(parts):
+    options = GenerationOptions(max_new_tokens=12, temperature=2.0, seed=3)
+    one = ChatSession(*parts, options=options).ask("Hello")
+    two = ChatSession(*parts, options=options).ask("Hello")
+    other = ChatSession(*parts, options=GenerationOptions(max_new_tokens=12, temperature=2.0, seed=4)).ask("Hello")
+    assert one == two != other
+
+
+def test_counts_of_images_are_checked(parts):
+    user = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]
+    with pytest.raises(ValueError, match="1 image parts but 0 images"):
+        list(stream_answer(*parts, user, [], GenerationOptions()))
+
+
+def test_empty_question_is_refused(session):
+    with pytest.raises(ValueError, match="question is empty"):
+        session.ask("  ")
+
+
+def test_encode_images_matches_the_model(parts):
+    model, processor = parts
+    tokens = encode_images(model, processor, [picture(), picture("blue")])
+    assert [token.shape for token in tokens] == [(4, 48)] * 2
+    assert not torch.equal(tokens[0], tokens[1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": 1, "top_p": 0}, "top_p"),
+        ({"temperature": 1, "top_k": 0}, "top_k"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"top_p": 0.9}, "top_p is for sampling"),
+        ({"seed": 1}, "seed is for sampling"),
+    ],
+)
+def test_options_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GenerationOptions(**settings)
+
+
+def test_saved_model_loads_and_answers_the_same(parts, session, tmp_path):
+    model, processor = parts
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = ChatSession(*load_model(tmp_path, "cpu"), options=session.options)
+    for talk in (session, loaded):
+        talk.show(picture())
+    assert loaded.ask("What is shown?") == session.ask("What is shown?")
+    assert loaded.model.dtype == torch.float32
+    assert not loaded.model.training
+    assert load_model(tmp_path, "cpu", "bfloat16")[0].dtype == torch.bfloat16
+
+
+def test_folders_that_are_no_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no model at"):
+        check_folder(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="make demo"):
+        check_folder("mini")
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"no config.json. Its sub-folders inner are models"):
+        check_folder(tmp_path)
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        check_folder(tmp_path / "inner" / "config.json")
+    with pytest.raises(ValueError, match="type None"):
+        check_folder(tmp_path / "inner")
+    (tmp_path / "inner" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match="type 'llama', not 'florence_vl'"):
+        check_folder(tmp_path / "inner")
+    (tmp_path / "inner" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not a JSON object"):
+        check_folder(tmp_path / "inner")
+    assert check_folder("owner/name") == "owner/name"
+
+
+def test_devices_that_are_not_here():
+    assert choose_device("cpu") == "cpu"
+    with pytest.raises(ValueError, match=r"unknown device 'cuba'\. Did you mean 'cuda'"):
+        choose_device("cuba")
+    with pytest.raises(ValueError, match="sees no device 'cuda:99'"):
+        choose_device("cuda:99")
