@@ -47,8 +47,6 @@ class BuildConfig:
     prompt_padding: Literal["masked", "attended"] | None = None
     prompts: dict[str, str] | None = None
     feature_layers: dict[str, int] | None = None
-    image_size: int | None = None
-    image_mode: Literal["pad", "squash"] | None = None
 
 
 @dataclass
@@ -58,7 +56,8 @@ class ModelConfig:
     Attributes:
         path: Folder or hub name of a saved Florence-VL.
         build: Parts of a new one. Exactly one of `path` and `build` must be given.
-        image_mode: Replaces the loaded processor's way of making images square, when given.
+        image_aspect_ratio: How images are made square: `pad` or `squash`; None leaves the processor as it is.
+        image_size: Height and width of images in pixels; None leaves the processor as it is.
         attn_implementation: One attention backend, or one for each of `vision_config` and `text_config`.
     """
 
@@ -66,7 +65,8 @@ class ModelConfig:
 
     path: str | None = None
     build: BuildConfig | None = None
-    image_mode: Literal["pad", "squash"] | None = None
+    image_aspect_ratio: Literal["pad", "squash"] | None = None
+    image_size: int | None = None
     attn_implementation: str | dict[str, str] | None = None
 
 
@@ -78,10 +78,9 @@ class SourceConfig:
         path: File, folder, glob or fsspec address that the reader opens. Relative paths start at the working folder.
         reader: Name of the reader; None takes it from the file's name.
         dataset: Name of a registered data set (its layout, filters and licence), instead of `reader`.
-        images: Folder that relative image paths start at.
-        weight: Relative share of this source in the mixture; None is in proportion to its number of records.
+        image_root: Folder or archive, or several, in which image names are found.
+        weight: How often the source is passed in an epoch, or its share of the stream (`data.weighting`).
         name: Shown in reports; the path's stem by default.
-        split: Part of the data set, where the reader knows parts.
         limit: Use only the first records.
         options: Further arguments of the reader.
     """
@@ -91,27 +90,33 @@ class SourceConfig:
     path: str
     reader: str | None = None
     dataset: str | None = None
-    images: str | None = None
-    weight: float | None = None
+    image_root: str | list[str] | None = None
+    weight: float = 1.0
     name: str | None = None
-    split: str | None = None
     limit: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class PackingConfig:
-    """Packing of several samples into rows of a fixed token budget, attention isolated between samples.
+    """How records become rows.
 
     Attributes:
-        tokens: Tokens in a row.
-        max_images: Images in a row at most, which bounds the tower's memory.
+        mode: `packed`: rows of a fixed token budget hold several samples, attention isolated between them; `padded`:
+            every sample is a row, padded to the batch's longest.
+        tokens_per_row: Token budget of a packed row, image tokens included.
+        max_images_per_row: Images in a packed row at most, which bounds the tower's memory.
+        window: Records that are looked at together, for packing or for grouping by length.
+        group_by_length: Padded: batches of samples of like length.
     """
 
     __pydantic_config__ = STRICT
 
-    tokens: int
-    max_images: int = 16
+    mode: Literal["packed", "padded"] = "padded"
+    tokens_per_row: int = 4096
+    max_images_per_row: int = 16
+    window: int = 256
+    group_by_length: bool = False
 
 
 @dataclass
@@ -120,11 +125,13 @@ class DataConfig:
 
     Attributes:
         sources: The mixture.
+        weighting: `repeats`: a source's weight is how often it is passed in an epoch; `proportions`: its share of the
+            stream whatever its size.
         template: Chat template that labels come from; None takes the processor's own.
-        max_length: Tokens in a sample at most, image tokens included.
+        template_options: Of the template: `system`, `newline_after_image`, `double_bos`, `end`.
+        max_length: Tokens in a sample at most, image tokens included; None is without limit (padded rows only).
         on_long: What happens to longer samples.
-        packing: Packed rows; None pads the batch's samples to its longest.
-        group_by_length: Draw padded batches from samples of like length.
+        packing: See PackingConfig.
         workers: Processes that decode and encode; 0 does it in the training process.
         max_bad_share: The run stops when more than this share of records is bad.
         shuffle: Draw records in random order.
@@ -133,11 +140,12 @@ class DataConfig:
     __pydantic_config__ = STRICT
 
     sources: list[SourceConfig] = field(default_factory=list)
+    weighting: Literal["repeats", "proportions"] = "repeats"
     template: str | None = None
+    template_options: dict[str, Any] = field(default_factory=dict)
     max_length: int | None = 2048
     on_long: Literal["error", "drop", "truncate_turns"] = "truncate_turns"
-    packing: PackingConfig | None = None
-    group_by_length: bool = False
+    packing: PackingConfig = field(default_factory=PackingConfig)
     workers: int = 0
     max_bad_share: float = 0.01
     shuffle: bool = True
@@ -390,8 +398,8 @@ class Recipe:
         steps: Optimizer steps. Exactly one of `steps` and `epochs` must be given.
         epochs: Passes over the mixture.
         max_minutes: Time budget: the schedule ends at the budget or at `steps`, whichever comes first.
-        batch_size: Samples of one optimizer step, over all processes.
-        micro_batch_size: Samples (padded) or rows (packed) of one forward pass of one process.
+        batch_size: Rows of one optimizer step over all processes: samples when padded, packed rows when packed.
+        micro_batch_size: Rows of one forward pass of one process; what is missing to `batch_size` is accumulated.
         precision: `fp32`; `bf16`: fp32 weights, bf16 compute, fp32 reduction; `bf16_pure`: bf16 weights too.
         device: `auto`, `cpu`, `cuda` or `mps`.
         threads: CPU threads of torch; None leaves it.
@@ -446,6 +454,8 @@ class Recipe:
             value = getattr(self, key)
             if value is not None and value <= 0:
                 problems.append(f"`{key}` must be above 0, found {value}")
+        if self.data.template_options and self.data.template is None:
+            problems.append("`data.template_options` needs `data.template`")
         if self.model.path is not None and self.model.build is not None:
             problems.append("give only one of `model.path` and `model.build`")
         llm = self.parts.llm
@@ -457,8 +467,18 @@ class Recipe:
             problems.append(f"`parts.llm.last_layers` must be above 0, found {llm.last_layers}")
         if not any(part.train for part in (self.parts.tower, self.parts.projector, llm)):
             problems.append("every part is frozen: set `parts.<part>.train` to true for one of tower, projector, llm")
-        if self.data.packing is not None and self.data.group_by_length:
-            problems.append("`data.group_by_length` is for padded batches; packed rows have no padding to save")
+        packing = self.data.packing
+        if packing.mode == "packed" and packing.group_by_length:
+            problems.append("`data.packing.group_by_length` is for padded rows; packed rows have no padding to save")
+        if packing.mode == "packed" and (self.data.max_length or 0) > packing.tokens_per_row:
+            problems.append(
+                f"`data.max_length` {self.data.max_length} exceeds `data.packing.tokens_per_row` "
+                f"{packing.tokens_per_row}: a sample must fit a row"
+            )
+        if self.batch_size > 0 and self.micro_batch_size > 0 and self.batch_size % self.micro_batch_size:
+            problems.append(
+                f"`batch_size` {self.batch_size} is no multiple of `micro_batch_size` {self.micro_batch_size}"
+            )
         if self.parallel.shard_size is not None and self.parallel.strategy != "hsdp":
             problems.append("`parallel.shard_size` needs `parallel.strategy: hsdp`")
         if self.checkpoint.keep_last < 1:

@@ -1,0 +1,142 @@
+"""The recipe's data section as a stream of batches: sources -> mixture -> encode -> packing, through `florence_vl.data`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from florence_vl.data.mixture import Mixture, MixtureSource
+from florence_vl.data.packing import Batches, build_batches, estimate_steps
+from florence_vl.data.packing import PackingConfig as BatchPlan
+from florence_vl.data.readers import Reader, open_reader
+from florence_vl.data.records import Record
+from florence_vl.train.config import DataConfig, Recipe, SourceConfig
+
+
+class LimitedReader:
+    """The first records of a reader.
+
+    Args:
+        reader: Any reader.
+        limit: Records to keep.
+    """
+
+    def __init__(self, reader: Any, limit: int) -> None:
+        self.reader, self.limit = reader, limit
+        self.block = getattr(reader, "block", 1)
+
+    def __len__(self) -> int:
+        return min(self.limit, len(self.reader))
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of the first {len(self)}")
+        return self.reader[index]
+
+
+def open_source(source: SourceConfig) -> Reader | LimitedReader:
+    """The reader of a source.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+        ValueError: Unknown reader, data set or option.
+    """
+    options = dict(source.options)
+    if source.image_root is not None:
+        options["image_root"] = source.image_root
+    if source.name is not None:
+        options["name"] = source.name
+    if source.dataset is not None:
+        from florence_vl.data.sources import open_dataset
+
+        if source.reader is not None:
+            raise ValueError(f"source {source.path!r}: give `dataset` or `reader`, not both")
+        reader = open_dataset(source.dataset, source.path, **options)
+    else:
+        reader = open_reader(source.path, source.reader, **options)
+    return reader if source.limit is None else LimitedReader(reader, source.limit)
+
+
+def build_mixture(sources: Sequence[SourceConfig], config: DataConfig, seed: int) -> Mixture:
+    """The recipe's mixture.
+
+    Raises:
+        ValueError: No sources, or as `open_source`.
+    """
+    if not sources:
+        raise ValueError("the recipe names no data: set data.sources")
+    opened: list[MixtureSource] = []
+    names: dict[str, int] = {}
+    for source in sources:
+        name = source.name or source.dataset or Path(source.path).stem
+        names[name] = names.get(name, 0) + 1
+        unique = name if names[name] == 1 else f"{name}-{names[name]}"
+        opened.append(MixtureSource(unique, open_source(source), source.weight))
+    return Mixture(opened, weighting=config.weighting, seed=seed, shuffle=config.shuffle)
+
+
+def apply_template(processor: Any, config: DataConfig) -> None:
+    """Give the processor the recipe's chat template, so that what is saved answers as it was trained.
+
+    Raises:
+        ValueError: Unknown template or option, or one that the tokenizer can't serve.
+    """
+    if config.template is None:
+        return
+    from florence_vl.data.chat_template import CHAT_TEMPLATES
+
+    template = CHAT_TEMPLATES[config.template]
+    processor.chat_template = template.build(processor.tokenizer, processor.image_token, **config.template_options)
+
+
+class TrainingData:
+    """Batches of a recipe for any process and step.
+
+    Args:
+        recipe: Its `data`, `batch_size`, `micro_batch_size` and `seed` are used.
+        processor: The model's; it gets the recipe's chat template.
+
+    Raises:
+        ValueError: A source, the template or the sizes can't be used.
+    """
+
+    def __init__(self, recipe: Recipe, processor: Any) -> None:
+        from florence_vl.data.encode import Encoder
+
+        config = recipe.data
+        apply_template(processor, config)
+        self.recipe, self.config, self.processor = recipe, config, processor
+        self.mixture = build_mixture(config.sources, config, recipe.seed)
+        self.encoder = Encoder(processor, max_length=config.max_length, on_long=config.on_long)
+        packing = config.packing
+        self.plan = BatchPlan(
+            mode=packing.mode,
+            tokens_per_row=packing.tokens_per_row,
+            max_images_per_row=packing.max_images_per_row,
+            batch_size=recipe.micro_batch_size,
+            global_batch_size=recipe.batch_size,
+            window=packing.window,
+            group_by_length=packing.group_by_length,
+            max_bad_share=config.max_bad_share,
+            bad_records_file=str(recipe.run_dir / "bad_records.jsonl"),
+        )
+
+    def batches(self, start_step: int, rank: int, size: int, state: Mapping[str, Any] | None) -> Batches:
+        """The stream of one process from a step on."""
+        return build_batches(
+            self.mixture,
+            self.encoder,
+            self.plan,
+            seed=self.recipe.seed,
+            rank=rank,
+            world_size=size,
+            start_step=start_step,
+            num_workers=self.config.workers,
+            state=state,
+            pin_memory=True,
+        )
+
+    def steps(self, epochs: float) -> int:
+        """Optimizer steps of so many passes over the mixture."""
+        return estimate_steps(self.mixture, self.encoder, self.plan, epochs, self.recipe.seed)

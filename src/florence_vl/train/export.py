@@ -1,0 +1,153 @@
+"""From a training checkpoint to a folder that `from_pretrained` loads: gathered, LoRA merged, written atomically."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from florence_vl.train.checkpoint import latest_checkpoint, load_weights, read_trainer_state
+from florence_vl.train.config import load_recipe
+from florence_vl.train.optimizer import apply_parts
+
+if TYPE_CHECKING:
+    from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+    from florence_vl.train.parallel import World
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def merge_lora(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Fold LoRA adapters into the weights they adapt, by name: W + (alpha / r) B A.
+
+    Args:
+        state: Full state dict of a model with injected adapters.
+        model: That model; tells each adapter's scale.
+
+    Returns:
+        The state dict of the plain model.
+    """
+    try:
+        from peft.tuners.lora import LoraLayer
+    except ImportError:
+        return state
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if not adapted:
+        return state
+    merged = {}
+    for key, value in state.items():
+        if ".lora_" in key:
+            continue
+        owner, found, tail = key.partition(".base_layer.")
+        if not found:
+            merged[key] = value
+            continue
+        if tail == "weight" and owner in adapted:
+            scale = adapted[owner].scaling["default"]
+            up, down = state[f"{owner}.lora_B.default.weight"], state[f"{owner}.lora_A.default.weight"]
+            value = (value.float() + scale * (up.float() @ down.float())).to(value.dtype)
+        merged[f"{owner}.{tail}"] = value
+    return merged
+
+
+def export_state(
+    model: FlorenceVLForConditionalGeneration, processor: Any, folder: Path, world: World, dtype: str | None = None
+) -> Path:
+    """Write a model that is being trained, gathered from all processes. Every process calls it.
+
+    Args:
+        model: As trained: sharded, with adapters, or plain.
+        processor: Saved beside it.
+        folder: Replaced when the new one is complete.
+        world: The processes.
+        dtype: `fp32`, `bf16`, `fp16`; None keeps what is trained.
+
+    Returns:
+        The folder.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if world.is_main:
+        write_pretrained(model, merge_lora(state, model), processor, folder, dtype)
+    world.barrier()
+    return folder
+
+
+def write_pretrained(
+    model: FlorenceVLForConditionalGeneration, state: dict[str, Tensor], processor: Any, folder: Path, dtype: str | None
+) -> None:
+    """`save_pretrained` of a state dict beside its processor, complete or not at all."""
+    from transformers import GenerationConfig
+
+    if dtype is not None:
+        state = {k: v.to(_DTYPES[dtype]) if v.is_floating_point() else v for k, v in state.items()}
+    temporary = folder.with_name(f".{folder.name}.saving")
+    shutil.rmtree(temporary, ignore_errors=True)
+    config = type(model.config).from_dict(model.config.to_dict())
+    with torch.device("meta"):
+        shell = type(model)(config)
+    floating = next(v.dtype for v in state.values() if v.is_floating_point())
+    shell.config.dtype = floating
+    if getattr(model, "generation_config", None) is not None:
+        shell.generation_config = GenerationConfig.from_dict(model.generation_config.to_dict())
+    shell.load_state_dict(state, assign=True, strict=False)
+    shell.tie_weights()
+    shell.save_pretrained(temporary)
+    if processor is not None:
+        processor.save_pretrained(temporary)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def export_run(run: Path, folder: Path | None = None, dtype: str | None = None) -> tuple[Path, int]:
+    """Export a run's newest checkpoint, or a given one, in one process without the optimizer.
+
+    Args:
+        run: The run's folder, or one of its checkpoints.
+        folder: Where to; `RUN/model` by default.
+        dtype: `fp32`, `bf16`, `fp16`; None keeps the checkpoint's.
+
+    Returns:
+        The folder and the checkpoint's step.
+
+    Raises:
+        FileNotFoundError: No checkpoint is there.
+        ValueError: The checkpoint doesn't fit the run's model, or the dtype is unknown.
+    """
+    from florence_vl.model.configuration import FlorenceVLConfig
+    from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+    from florence_vl.model.processing import FlorenceVLProcessor
+    from florence_vl.registry import did_you_mean
+
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}. {did_you_mean(dtype, _DTYPES)}")
+    if not run.is_dir():
+        raise FileNotFoundError(f"no such run: {run}")
+    checkpoint = run if (run / "trainer.json").is_file() else latest_checkpoint(run)
+    run_dir = run.parent.parent if checkpoint == run else run
+    if checkpoint is None:
+        raise FileNotFoundError(f"{run} holds no checkpoint (expected {run}/checkpoints/step-...)")
+    described = run_dir / "model_config"
+    if not (described / "config.json").is_file():
+        raise FileNotFoundError(f"{described}/config.json is missing: the run's folder is not whole")
+    recipe = load_recipe(run_dir / "recipe.yaml")
+    model = FlorenceVLForConditionalGeneration(FlorenceVLConfig.from_pretrained(described))
+    apply_parts(model, recipe.parts)
+    if recipe.precision == "bf16_pure":
+        model.to(torch.bfloat16)
+    load_weights(model, checkpoint)
+    processor = None
+    if any((described / name).is_file() for name in ("processor_config.json", "tokenizer.json")):
+        processor = FlorenceVLProcessor.from_pretrained(described)
+    target = folder or run_dir / "model"
+    state = merge_lora(dict(model.state_dict()), model)
+    write_pretrained(model, state, processor, target, dtype)
+    return target, int(read_trainer_state(checkpoint)["step"])

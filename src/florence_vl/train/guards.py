@@ -1,0 +1,147 @@
+"""What stops a run before it does harm, or warns: non-finite numbers, an odd first loss, gradient spikes, wrong labels."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class TrainingError(RuntimeError):
+    """The run stopped itself; the message says why and where the evidence lies."""
+
+
+def dump_batch(
+    run_dir: Path, step: int, rank: int, micro_batches: list[dict[str, Any]], notes: Mapping[str, Any]
+) -> Path:
+    """Write one step's batches down for a post-mortem; `torch.load(path, weights_only=True)` reads them.
+
+    Returns:
+        The file.
+    """
+    folder = run_dir / "failures"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step}-rank-{rank}.pt"
+    plain = [
+        {key: value.cpu() if isinstance(value, torch.Tensor) else _plain(value) for key, value in batch.items()}
+        for batch in micro_batches
+    ]
+    temporary = path.with_suffix(".tmp")
+    torch.save({"step": step, "rank": rank, "notes": dict(notes), "micro_batches": plain}, temporary)
+    os.replace(temporary, path)
+    return path
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (int, float, str, bool, type(None))) else repr(value)
+
+
+def check_finite(loss: float, grad_norm: float, grad_norms: Mapping[str, float]) -> str | None:
+    """What is not finite, in words; None when all is well."""
+    found = [f"loss is {loss}"] if not math.isfinite(loss) else []
+    found += [f"the gradient norm of {part} is {norm}" for part, norm in grad_norms.items() if not math.isfinite(norm)]
+    if not found and not math.isfinite(grad_norm):
+        found.append(f"the gradient norm is {grad_norm}")
+    return " and ".join(found) or None
+
+
+def first_loss_warning(loss: float, vocab_size: int, factor: float) -> str | None:
+    """A warning when the first loss is worse than guessing: then labels, template or weights are wrong.
+
+    Guessing uniformly costs log(vocabulary); a pretrained LLM stays below that even on images that it can't read yet.
+    """
+    limit = factor * math.log(vocab_size)
+    if loss <= limit:
+        return None
+    return (
+        f"the first loss is {loss:.2f}, above {factor:g} x log(vocabulary {vocab_size}) = {limit:.2f}: worse than "
+        "guessing. Check the chat template, the labels (florence-vl data inspect) and that the LLM's weights were loaded"
+    )
+
+
+@dataclass
+class SpikeDetector:
+    """Moving average of the gradient norm; tells when a step's norm stands out.
+
+    Attributes:
+        factor: A norm above this many times the average is a spike.
+        decay: Of the moving average.
+        warmup: Steps before spikes are told.
+    """
+
+    factor: float = 5.0
+    decay: float = 0.98
+    warmup: int = 20
+    average: float = 0.0
+    count: int = 0
+    spikes: int = 0
+
+    def update(self, norm: float) -> str | None:
+        """Take in a step's norm; a report when it is a spike (which then moves the average only to the limit)."""
+        mean = self.average / (1 - self.decay**self.count) if self.count else norm
+        spike = self.count >= self.warmup and norm > self.factor * mean
+        taken = min(norm, self.factor * mean) if self.count >= self.warmup else norm
+        self.average = self.decay * self.average + (1 - self.decay) * taken
+        self.count += 1
+        if not spike:
+            return None
+        self.spikes += 1
+        return f"gradient norm {norm:.3g} is {norm / max(mean, 1e-30):.1f} times its moving average {mean:.3g}"
+
+    def state_dict(self) -> dict[str, float]:
+        """Numbers to go on with after a resume."""
+        return {"average": self.average, "count": self.count, "spikes": self.spikes}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Take up the numbers of `state_dict`."""
+        self.average, self.count, self.spikes = state["average"], int(state["count"]), int(state["spikes"])
+
+
+def describe_sample(batch: Mapping[str, Any], tokenizer: Any, image_token_id: int | None = None) -> str:
+    """The first row of a batch as text with what is supervised in [[double brackets]], image tokens counted.
+
+    Args:
+        batch: With `input_ids` and `labels`, (B, L); packed rows show their first sample.
+        tokenizer: Anything with `decode(ids)`.
+        image_token_id: Placeholder id, runs of which are shown as one.
+    """
+    ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+    positions = batch.get("position_ids")
+    end = len(ids)
+    if positions is not None:
+        starts = [i for i, p in enumerate(positions[0].tolist()) if p == 0 and i > 0]
+        end = starts[0] if starts else end
+    elif batch.get("attention_mask") is not None:
+        mask = batch["attention_mask"][0].tolist()
+        ids, labels = (
+            [i for i, m in zip(ids, mask, strict=True) if m],
+            [v for v, m in zip(labels, mask, strict=True) if m],
+        )
+        end = len(ids)
+    pieces: list[str] = []
+    run: list[int] = []
+    kind = ""
+
+    def flush() -> None:
+        if not run:
+            return
+        if kind == "image":
+            pieces.append(f"<{len(run)} image tokens>")
+        else:
+            text = tokenizer.decode(run)
+            pieces.append(f"[[{text}]]" if kind == "supervised" else text)
+        run.clear()
+
+    for token, label in zip(ids[:end], labels[:end], strict=True):
+        now = "supervised" if label != -100 else "image" if token == image_token_id else "context"
+        if now != kind:
+            flush()
+            kind = now
+        run.append(token)
+    flush()
+    return "".join(pieces)

@@ -1,0 +1,712 @@
+"""The training loop: recipe in, run folder out; the same code for one CPU process and for sharded GPUs.
+
+The loss is the sum over supervised tokens divided by their global number, over processes and accumulation steps. All
+randomness is a function of (seed, step, rank) and the data's position one of the step, so a run that was killed goes on
+from its last checkpoint with the very losses that it would have had.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+
+from florence_vl.data.sampler import mix
+from florence_vl.train.checkpoint import CheckpointManager, latest_checkpoint, read_trainer_state
+from florence_vl.train.config import Recipe, load_recipe
+from florence_vl.train.guards import (
+    SpikeDetector,
+    TrainingError,
+    check_finite,
+    describe_sample,
+    dump_batch,
+    first_loss_warning,
+)
+from florence_vl.train.metrics import TRACKERS, MetricsFile, Progress, Tracker, memory_gib
+from florence_vl.train.optimizer import (
+    Group,
+    apply_parts,
+    build_optimizer,
+    parameter_groups,
+    set_training_mode,
+    trainable_table,
+)
+from florence_vl.train.parallel import Parallelised, World, init_world, parallelise
+from florence_vl.train.schedule import lr_factor
+
+if TYPE_CHECKING:
+    from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+
+log = logging.getLogger("florence_vl.train")
+
+Batch = dict[str, Any]
+
+
+class BatchStream(Protocol):
+    """Micro-batches of one process, endless, `batches_per_rank` to an optimizer step (`florence_vl.data.build_batches`)."""
+
+    batches_per_rank: int
+
+    def __next__(self) -> Batch: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def close(self) -> None: ...
+
+
+# (first step, rank, processes, data state of the checkpoint or None) -> stream
+BatchFactory = Callable[[int, int, int, "Mapping[str, Any] | None"], BatchStream]
+Callback = Callable[["Trainer", dict[str, Any]], None]
+
+
+@dataclass
+class TrainResult:
+    """What a run left behind.
+
+    Attributes:
+        run_dir: Its folder.
+        steps: Optimizer steps done, over all its sessions.
+        finished: False when a signal or an error ended it before its time.
+        metrics: The last step's row.
+        exported: The `save_pretrained` folder, when one was written.
+    """
+
+    run_dir: Path
+    steps: int
+    finished: bool
+    metrics: dict[str, Any]
+    exported: Path | None = None
+
+
+def train(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    model: FlorenceVLForConditionalGeneration | None = None,
+    processor: Any = None,
+    batches: BatchFactory | None = None,
+    resume: str | Path = "never",
+    callbacks: Sequence[Callback] = (),
+    overrides: Sequence[str] = (),
+) -> TrainResult:
+    """Train a model as a recipe says.
+
+    Args:
+        recipe: A recipe, its path, name or content.
+        model: Use this instead of the recipe's `model`.
+        processor: Its processor; needed with `model` unless `batches` is given and nothing is exported.
+        batches: Use these instead of the recipe's `data`.
+        resume: `never` refuses a folder that holds a run; `auto` goes on from its newest checkpoint or starts one;
+            a checkpoint's path goes on from that.
+        callbacks: Called as `callback(trainer, row)` on the main process after every step.
+        overrides: `key.path=value` texts.
+
+    Returns:
+        Where everything lies.
+
+    Raises:
+        ValueError: The recipe, the data or the checkpoint can't be used.
+        TrainingError: The run stopped itself (non-finite loss or gradient).
+
+    Example:
+        >>> result = train("mini/pretrain", overrides=["steps=20"])  # doctest: +SKIP
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, overrides)
+    elif overrides:
+        recipe = load_recipe(recipe.to_dict(), overrides)
+    world = init_world(recipe.device)
+    try:
+        trainer = Trainer(recipe.check(), world, model, processor, batches, callbacks)
+        return trainer.run(resume)
+    finally:
+        world.close()
+
+
+def load_model(recipe: Recipe) -> tuple[FlorenceVLForConditionalGeneration, Any]:
+    """The recipe's model and processor, fp32: loaded from `model.path`, or assembled from `model.build`.
+
+    Raises:
+        ValueError: The recipe names none, or a part can't be used.
+        FileNotFoundError: The folder isn't there.
+    """
+    config = recipe.model
+    options: dict[str, Any] = {}
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    if config.path is not None:
+        from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+        from florence_vl.model.processing import FlorenceVLProcessor
+
+        path = Path(config.path).expanduser()
+        if config.path.startswith((".", "/", "~", "runs/")) and not path.is_dir():
+            raise FileNotFoundError(f"model.path {config.path!r}: no such folder")
+        name = str(path) if path.is_dir() else config.path
+        model = FlorenceVLForConditionalGeneration.from_pretrained(name, dtype=torch.float32, **options)
+        processor = FlorenceVLProcessor.from_pretrained(name)
+    elif config.build is not None:
+        from florence_vl.model.assemble import build_model
+
+        parts = {key: value for key, value in vars(config.build).items() if value is not None}
+        torch.manual_seed(recipe.seed)
+        model, processor = build_model(**parts)
+        if options:
+            model.set_attn_implementation(config.attn_implementation)
+    else:
+        raise ValueError("the recipe names no model: set model.path (a saved one) or model.build (its parts)")
+    images = processor.image_processor
+    if config.image_aspect_ratio is not None:
+        images.image_aspect_ratio = config.image_aspect_ratio
+    if config.image_size is not None:
+        images.size = type(images.size)(height=config.image_size, width=config.image_size)
+        model.num_image_tokens(config.image_size, config.image_size)  # refuses sizes that the tower can't take
+    return model, processor
+
+
+class Trainer:
+    """One run; `train` is the usual way in.
+
+    Args:
+        recipe: What to do.
+        world: The processes.
+        model: As in `train`, like the following.
+        processor: ...
+        batches: ...
+        callbacks: ...
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        world: World,
+        model: FlorenceVLForConditionalGeneration | None = None,
+        processor: Any = None,
+        batches: BatchFactory | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.recipe, self.world, self.processor = recipe, world, processor
+        self.run_dir = recipe.run_dir
+        self.callbacks = list(callbacks)
+        self.step = 0
+        self.samples = self.tokens = self.supervised_tokens = self.images = 0
+        self.minutes = 0.0  # of earlier sessions
+        self.stop_requested: str | None = None
+        self.spikes = SpikeDetector(recipe.guards.spike_factor)
+        self._given_model = model
+        self._given_batches = batches
+        self._row: dict[str, Any] = {}
+
+    def run(self, resume: str | Path = "never") -> TrainResult:
+        """Set up, train, leave a checkpoint and, at the end, an export."""
+        checkpoint = self._checkpoint_to_resume(resume)
+        if self.recipe.threads:
+            torch.set_num_threads(self.recipe.threads)
+        self._set_up(checkpoint)
+        assert self.total_steps is not None
+        finished = False
+        with _Signals(self):
+            try:
+                self._loop()
+                finished = self._is_done()
+                if self.checkpoints.last_saved_step != self.step:
+                    self._save(blocking=True)
+                self.checkpoints.finish()
+            finally:
+                self._close()
+        exported = None
+        if finished and self.recipe.checkpoint.export and self.processor is not None:
+            exported = self.export(self.run_dir / "model")
+        if self.world.is_main:
+            self._write_json("summary.json", {"steps": self.step, "finished": finished, "metrics": self._row})
+        return TrainResult(self.run_dir, self.step, finished, self._row, exported)
+
+    # ---------------------------------------------------------------------------------------------------- setting up
+
+    def _checkpoint_to_resume(self, resume: str | Path) -> Path | None:
+        if str(resume) == "never":
+            if latest_checkpoint(self.run_dir) is not None:
+                raise ValueError(
+                    f"{self.run_dir} holds a run already. Go on with it (--resume auto), or choose another folder "
+                    "(output=...)"
+                )
+            return None
+        if str(resume) == "auto":
+            return latest_checkpoint(self.run_dir)
+        path = Path(resume).expanduser()
+        found = path if (path / "trainer.json").is_file() else latest_checkpoint(path)
+        if found is None:
+            raise FileNotFoundError(f"{path} is neither a checkpoint nor a run with one")
+        return found
+
+    def _set_up(self, checkpoint: Path | None) -> None:
+        recipe, world = self.recipe, self.world
+        _seed_everything(recipe.seed)
+        if self._given_model is not None:
+            model = self._given_model
+        else:
+            model, self.processor = load_model(recipe)
+        apply_parts(model, recipe.parts)
+        self._prepare_data(model)
+        if world.is_main:
+            self._describe_run(model, checkpoint)
+        self.parallel: Parallelised = parallelise(
+            model,
+            world,
+            recipe.parallel,
+            recipe.precision,
+            recipe.activation_checkpointing,
+            recipe.compile,
+            self._image_size(),
+        )
+        self.model = self.parallel.model
+        self.groups: list[Group] = parameter_groups(self.model, recipe.parts, recipe.optimizer, recipe.schedule)
+        self.optimizer = build_optimizer(self.groups, recipe.optimizer, world.device)
+        self.checkpoints = CheckpointManager(self.run_dir, recipe.checkpoint, self.model, self.optimizer)
+        data_state = None
+        if checkpoint is not None:
+            data_state = self._restore(self.checkpoints.load(checkpoint))
+            self.checkpoints.last_saved_step = self.step
+        self.stream = self._batches(self.step, world.rank, world.size, data_state)
+        self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", self.step) if world.is_main else None
+        self.trackers: list[Tracker] = (
+            [TRACKERS[name](recipe, self.run_dir) for name in recipe.logging.trackers] if world.is_main else []
+        )
+        shown = recipe.logging if world.is_main else _silent(recipe)
+        self.progress = Progress(self.total_steps, self.step, shown)
+        self._print_table()
+
+    def _prepare_data(self, model: nn.Module) -> None:
+        """Decide where batches come from and how many steps the run has."""
+        recipe = self.recipe
+        if self._given_batches is not None:
+            self._batches: BatchFactory = self._given_batches
+            if recipe.steps is None:
+                raise ValueError("give `steps`: `epochs` needs the recipe's own data")
+            self.total_steps = recipe.steps
+            return
+        from florence_vl.train.data import TrainingData
+
+        if self.processor is None:
+            raise ValueError("pass the model's processor too: the recipe's data is encoded with it")
+        self.data = TrainingData(recipe, self.processor)
+        self._batches = self.data.batches
+        self.total_steps = recipe.steps or self.data.steps(recipe.epochs or 1.0)
+
+    def _image_size(self) -> tuple[int, int]:
+        size = getattr(getattr(self.processor, "image_processor", None), "size", None)
+        if size is not None:
+            get = size.get if isinstance(size, Mapping) else lambda key: getattr(size, key, None)
+            if get("height") and get("width"):
+                return int(get("height")), int(get("width"))
+        return 64, 64
+
+    def _describe_run(self, model: nn.Module, checkpoint: Path | None) -> None:
+        """Make the run's folder tell what it is: recipe, environment, and what an export needs besides weights."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        (self.run_dir / "recipe.yaml").write_text(yaml.safe_dump(self.recipe.to_dict(), sort_keys=False))
+        self._write_json("environment.json", describe_environment())
+        folder = self.run_dir / "model_config"
+        model.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
+        if self.processor is not None:
+            self.processor.save_pretrained(folder)
+
+    def _write_json(self, name: str, content: Any) -> None:
+        path = self.run_dir / name
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(content, indent=1, default=str))
+        os.replace(temporary, path)
+
+    def _print_table(self) -> None:
+        if not self.world.is_main or self.progress.kind == "none":
+            return
+        rows = trainable_table(self.model, self.groups)
+        lines = [f"{'part':<10}{'parameters':>16}{'trainable':>16}{'lr':>10}{'decay':>8}  schedule"]
+        for row in rows:
+            lr = f"{row['lr']:.1e}" if row["lr"] is not None else "frozen"
+            decay = f"{row['weight_decay']:g}" if row["weight_decay"] is not None else ""
+            lines.append(
+                f"{row['part']:<10}{row['parameters']:>16,}{row['trainable']:>16,}{lr:>10}{decay:>8}  "
+                f"{row['schedule'] or ''}"
+            )
+        accumulated = self.stream.batches_per_rank
+        lines.append(
+            f"{self.total_steps} steps, {self.world.size} process(es), {self.parallel.strategy}, "
+            f"{self.recipe.precision}, {accumulated} micro-batch(es) a step and process, output {self.run_dir}"
+        )
+        if self.step:
+            lines.append(f"resumed at step {self.step}")
+        self.progress.message("\n".join(lines))
+
+    # ------------------------------------------------------------------------------------------------------ the loop
+
+    def _loop(self) -> None:
+        set_training_mode(self.model)
+        self._began = self._last_save_time = time.monotonic()
+        while not self._is_done() and self.stop_requested is None:
+            self._train_step()
+        if self.stop_requested:
+            self.progress.message(f"{self.stop_requested}: saving step {self.step} and leaving")
+
+    def _is_done(self) -> bool:
+        return self.step >= self.total_steps or self._time_fraction >= 1
+
+    _time_fraction = 0.0  # of the budget, as the main process sees it; the same on every process
+
+    def _elapsed_minutes(self) -> float:
+        return self.minutes + (time.monotonic() - self._began) / 60
+
+    def _train_step(self) -> None:
+        world, recipe = self.world, self.recipe
+        began = time.perf_counter()
+        micro_batches = [next(self.stream) for _ in range(self.stream.batches_per_rank)]
+        data_wait = time.perf_counter() - began
+        if self.step == 0 and recipe.guards.show_sample and world.is_main:
+            self._show_sample(micro_batches[0])
+        table = self._exchange(micro_batches, data_wait)
+        num_items = max(table.supervised, 1)
+        _seed_everything(mix(recipe.seed, self.step, world.rank))
+        position = max(float(self.step), self._time_fraction * self.total_steps)
+        for group, settings in zip(self.groups, self.optimizer.param_groups, strict=True):
+            settings["lr"] = group.lr * lr_factor(group.schedule, position, self.total_steps)
+
+        loss_sum = torch.zeros((), device=world.device)
+        divisor = torch.tensor(float(num_items), device=world.device)
+        for index, batch in enumerate(micro_batches):
+            on_device = {
+                key: value.to(world.device, non_blocking=True) if isinstance(value, Tensor) else value
+                for key, value in batch.items()
+            }
+            with self.parallel.accumulate(last=index == len(micro_batches) - 1):
+                loss = self.parallel.module(on_device, divisor)
+                (loss * self.parallel.grad_scale).backward()
+            loss_sum += loss.detach().float()
+        self._fill_missing_gradients()
+        loss_value, norms = self._loss_and_norms(loss_sum)
+        total_norm = float(np.sqrt(sum(norm**2 for norm in norms.values())))
+        self._guard(loss_value, total_norm, norms, micro_batches)
+        self._clip(total_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+        self.step += 1
+        self.samples += table.samples
+        self.tokens += table.tokens
+        self.supervised_tokens += table.supervised
+        self.images += table.images
+        seconds = time.perf_counter() - began
+        self._report(table, loss_value, total_norm, norms, seconds)
+        self._maybe_save()
+
+    def _exchange(self, micro_batches: list[Batch], data_wait: float) -> _StepTable:
+        """What every process has to know of the others before a step, in one small collective."""
+        own = [
+            float(sum(_supervised(batch) for batch in micro_batches)),
+            float(sum(_tokens(batch) for batch in micro_batches)),
+            float(sum(batch["input_ids"].numel() for batch in micro_batches)),
+            float(sum(_images(batch) for batch in micro_batches)),
+            float(sum(_samples(batch) for batch in micro_batches)),
+            data_wait,
+            float(self._signalled),
+            self._elapsed_minutes() / self.recipe.max_minutes if self.recipe.max_minutes else 0.0,
+            self._elapsed_minutes(),
+        ]
+        rows = self.world.gather(own)
+        sums = rows.sum(0).tolist()
+        if rows[:, 6].any():
+            self.stop_requested = f"signal {signal.Signals(int(rows[:, 6].max())).name}"
+        self._time_fraction = float(rows[0, 7])
+        self._agreed_minutes = float(rows[0, 8])
+        if sums[0] == 0:
+            log.warning("step %d has no supervised token at all", self.step + 1)
+        return _StepTable(int(sums[0]), int(sums[1]), int(sums[2]), int(sums[3]), int(sums[4]), float(rows[:, 5].max()))
+
+    _signalled = 0
+    _agreed_minutes = 0.0
+
+    def _fill_missing_gradients(self) -> None:
+        """A parameter without a gradient (tower, in a step without images) counts as one with a zero gradient.
+
+        AdamW skips parameters without gradients; with several processes they have zeros, and the number of processes
+        must not change the result.
+        """
+        for group in self.groups:
+            for parameter in group.parameters.values():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+
+    def _loss_and_norms(self, loss_sum: Tensor) -> tuple[float, dict[str, float]]:
+        """The global loss, and the gradient's norm by part; one synchronisation with the device."""
+        values = [loss_sum]
+        if self.world.size > 1:
+            torch.distributed.all_reduce(loss_sum)
+        parts: dict[str, list[Tensor]] = {}
+        for group in self.groups:
+            parts.setdefault(group.part, []).extend(p.grad for p in group.parameters.values() if p.grad is not None)
+        for gradients in parts.values():
+            norm = torch.nn.utils.get_total_norm(gradients)
+            if hasattr(norm, "full_tensor"):
+                norm = norm.full_tensor()
+            values.append(norm.detach().float().to(loss_sum.device))
+        numbers = torch.stack([value.reshape(()) for value in values]).tolist()
+        return numbers[0], dict(zip(parts, numbers[1:], strict=True))
+
+    def _guard(self, loss: float, norm: float, norms: Mapping[str, float], micro_batches: list[Batch]) -> None:
+        guards = self.recipe.guards
+        problem = check_finite(loss, norm, norms)
+        if problem and guards.non_finite:
+            path = dump_batch(
+                self.run_dir, self.step + 1, self.world.rank, micro_batches, {"problem": problem, **norms}
+            )
+            raise TrainingError(
+                f"step {self.step + 1}: {problem}. Nothing was updated; the batch is in {path}. The last checkpoint is "
+                f"of step {self.checkpoints.last_saved_step or 0}"
+            )
+        if self.step == 0 and self.world.is_main:
+            vocabulary = self.model.config.get_text_config().vocab_size
+            if warning := first_loss_warning(loss, vocabulary, guards.first_loss_factor):
+                self.progress.message(f"warning: {warning}")
+        if (report := self.spikes.update(norm)) and self.world.is_main:
+            self.progress.message(f"step {self.step + 1}: {report}")
+
+    def _clip(self, total_norm: float) -> None:
+        limit = self.recipe.optimizer.max_grad_norm
+        if limit is None or total_norm <= limit:
+            return
+        factor = limit / (total_norm + 1e-6)
+        gradients = [p.grad for g in self.groups for p in g.parameters.values() if p.grad is not None]
+        torch._foreach_mul_(gradients, factor)
+
+    def _show_sample(self, batch: Batch) -> None:
+        tokenizer = getattr(self.processor, "tokenizer", None)
+        if tokenizer is None or self.progress.kind == "none":
+            return
+        token = getattr(self.model.config, "image_token_id", None)
+        self.progress.message(
+            "first sample, [[supervised]]:\n  " + describe_sample(batch, tokenizer, token).replace("\n", "\n  ")
+        )
+
+    # ------------------------------------------------------------------------------------- reporting and checkpoints
+
+    def _report(self, table: _StepTable, loss: float, norm: float, norms: Mapping[str, float], seconds: float) -> None:
+        row: dict[str, Any] = {
+            "step": self.step,
+            "loss": loss,
+            "grad_norm": norm,
+            **{f"grad_norm/{part}": value for part, value in norms.items()},
+            **{
+                f"lr/{group.part}": settings["lr"]
+                for group, settings in zip(self.groups, self.optimizer.param_groups, strict=True)
+            },
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "seconds": seconds,
+            "tokens_per_s": table.tokens / seconds,
+            "supervised_tokens_per_s": table.supervised / seconds,
+            "images_per_s": table.images / seconds,
+            "padding_share": 1 - table.tokens / max(table.slots, 1),
+            "data_wait_share": min(1.0, table.data_wait / seconds),
+            "memory_gib": memory_gib(self.world.device.type),
+            "minutes": self._elapsed_minutes(),
+        }
+        self._row = row
+        if not self.world.is_main:
+            return
+        assert self.metrics is not None
+        self.metrics.write(row)
+        if self.step % self.recipe.logging.every_steps == 0 or self.step == self.total_steps:
+            numbers = {k: v for k, v in row.items() if k != "step" and isinstance(v, (int, float))}
+            for tracker in self.trackers:
+                tracker.log(numbers, self.step)
+        self.progress.update(row, max(self.step / self.total_steps, self._time_fraction))
+        for callback in self.callbacks:
+            callback(self, row)
+
+    def _maybe_save(self) -> None:
+        self.checkpoints.poll()
+        config = self.recipe.checkpoint
+        due = config.every_steps is not None and self.step % config.every_steps == 0
+        if config.every_minutes is not None:
+            due |= (self._agreed_minutes - self._minutes_of_save) >= config.every_minutes
+        if due and self.step < self.total_steps:
+            self._save()
+
+    _minutes_of_save = 0.0
+
+    def _save(self, blocking: bool = False) -> None:
+        self._minutes_of_save = self._agreed_minutes
+        self.checkpoints.save(self.step, self._trainer_state(), blocking)
+
+    def _trainer_state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "supervised_tokens": self.supervised_tokens,
+            "images": self.images,
+            "minutes": self._elapsed_minutes(),
+            "seed": self.recipe.seed,
+            "world_size": self.world.size,
+            "spikes": self.spikes.state_dict(),
+            "metrics": self._row,
+            "data": self.world.gather_objects(self.stream.state()),
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Take up the counters of a checkpoint; the data state for this process is returned."""
+        from florence_vl.data.packing import merge_states
+
+        if state["seed"] != self.recipe.seed:
+            raise ValueError(
+                f"the checkpoint is of a run with seed {state['seed']}, the recipe has {self.recipe.seed}: the data's "
+                "order would differ. Restore the seed"
+            )
+        self.step = self._resumed_at = int(state["step"])
+        for name in ("samples", "tokens", "supervised_tokens", "images"):
+            setattr(self, name, int(state[name]))
+        self.minutes = float(state["minutes"])
+        self._minutes_of_save = self.minutes
+        self.spikes.load_state_dict(state["spikes"])
+        self._row = dict(state["metrics"])
+        states = [s for s in state["data"] if s]
+        if not states:
+            return None
+        merged = merge_states(states)
+        if len(states) == self.world.size:
+            merged |= {key: states[self.world.rank][key] for key in ("report", "world_size")}
+        return merged
+
+    def export(self, folder: Path) -> Path:
+        """Write the model as a `save_pretrained` folder, LoRA merged. Every process calls it."""
+        from florence_vl.train.export import export_state
+
+        return export_state(self.model, self.processor, folder, self.world)
+
+    def _close(self) -> None:
+        self.stream.close()
+        self.progress.close()
+        if self.metrics is not None:
+            self.metrics.close()
+        for tracker in self.trackers:
+            tracker.close()
+
+
+@dataclass
+class _StepTable:
+    """Sums over all processes of one optimizer step."""
+
+    supervised: int
+    tokens: int
+    slots: int
+    images: int
+    samples: int
+    data_wait: float
+
+
+class _Signals:
+    """SIGTERM, SIGUSR1 (what Slurm sends before the end) and Ctrl-C ask the loop to save and leave; twice is abrupt."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.names = [n for n in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, n)]
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        try:
+            for name in self.names:
+                number = getattr(signal, name)
+                self.previous[number] = signal.signal(number, self._handle)
+        except ValueError:  # not the main thread: whoever runs us there handles signals
+            self.previous.clear()
+        return self
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.trainer._signalled and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.trainer._signalled = number
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def _silent(recipe: Recipe) -> Any:
+    from dataclasses import replace
+
+    return replace(recipe.logging, progress="none")
+
+
+def _seed_everything(seed: int) -> None:
+    torch.manual_seed(seed & 0x7FFF_FFFF_FFFF_FFFF)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFF_FFFF)
+
+
+def _supervised(batch: Batch) -> int:
+    return int((batch["labels"][:, 1:] != -100).sum())
+
+
+def _tokens(batch: Batch) -> int:
+    """Tokens that are not padding."""
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
+
+
+def _images(batch: Batch) -> int:
+    pixels = batch.get("pixel_values")
+    return 0 if pixels is None else len(pixels)
+
+
+def _samples(batch: Batch) -> int:
+    """Samples of a batch; in packed rows every position 0 begins one."""
+    positions = batch.get("position_ids")
+    return int((positions == 0).sum()) if positions is not None else len(batch["input_ids"])
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, device, command and git state of this run."""
+    import platform
+    from importlib import metadata
+
+    versions = {}
+    for name in ("florence-vl", "torch", "transformers", "tokenizers", "peft", "numpy"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "command": sys.argv,
+        "git": {"commit": commit.stdout.strip() or None, "dirty": bool(dirty.stdout.strip())},
+    }
+
+
+__all__ = [
+    "Batch",
+    "BatchFactory",
+    "BatchStream",
+    "TrainResult",
+    "Trainer",
+    "describe_environment",
+    "load_model",
+    "read_trainer_state",
+    "train",
+]

@@ -1,0 +1,224 @@
+"""Metrics of a run: metrics.jsonl always, trackers by name, a progress bar for people, plain lines for logs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from florence_vl.registry import Registry
+from florence_vl.train.config import LoggingConfig, Recipe
+
+log = logging.getLogger("florence_vl.train")
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a step, flushed at once.
+
+    Args:
+        path: The file.
+        resume_step: Lines of later steps, written by a run that was killed after its last checkpoint, are dropped.
+    """
+
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            kept = [json.dumps(row) for row in read_metrics(path) if row["step"] <= resume_step] if resume_step else []
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            os.replace(temporary, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append a row. Non-finite numbers become null: the file is strict JSON."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics file; a last line that was cut by a crash is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+class Tracker(Protocol):
+    """Where metrics go besides the file."""
+
+    def log(self, row: Mapping[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+TRACKERS: Registry[Any] = Registry("tracker")
+
+
+@TRACKERS.register("tensorboard")
+class TensorBoardTracker:
+    """Event files in the run's folder."""
+
+    def __init__(self, recipe: Recipe, run_dir: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(
+                f"logging.trackers: tensorboard is not installed ({error}): pip install tensorboard"
+            ) from None
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def log(self, row: Mapping[str, float], step: int) -> None:
+        for key, value in row.items():
+            self._writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _RunTracker:
+    """wandb, and trackio which has wandb's interface."""
+
+    module = ""
+
+    def __init__(self, recipe: Recipe, run_dir: Path) -> None:
+        import importlib
+
+        try:
+            self._library = importlib.import_module(self.module)
+        except ImportError as error:
+            raise ValueError(
+                f"logging.trackers: {self.module} is not installed ({error}): pip install {self.module}"
+            ) from None
+        self._library.init(project=recipe.logging.project, name=recipe.name, config=recipe.to_dict())
+
+    def log(self, row: Mapping[str, float], step: int) -> None:
+        self._library.log(dict(row), step=step)
+
+    def close(self) -> None:
+        self._library.finish()
+
+
+@TRACKERS.register("trackio")
+class TrackioTracker(_RunTracker):
+    """Local-first dashboards."""
+
+    module = "trackio"
+
+
+@TRACKERS.register("wandb")
+class WandbTracker(_RunTracker):
+    """Weights & Biases."""
+
+    module = "wandb"
+
+
+class Progress:
+    """Shows a run to people: a bar with loss, speed and time left on a terminal, else a plain line now and then.
+
+    Args:
+        total_steps: Steps of the run.
+        start_step: Steps done before.
+        config: `progress` and `every_steps` of it are used.
+    """
+
+    def __init__(self, total_steps: int, start_step: int, config: LoggingConfig) -> None:
+        self.total, self.every = total_steps, config.every_steps
+        kind = config.progress
+        if kind == "auto":
+            kind = "rich" if sys.stderr.isatty() else "plain"
+        self.kind = kind
+        self._began, self._start_step = time.monotonic(), start_step
+        self._bar: Any = None
+        if kind == "rich":
+            from rich import progress as rich_progress
+            from rich.console import Console
+
+            self._bar = rich_progress.Progress(
+                rich_progress.TextColumn("[bold]step {task.completed}/{task.total}"),
+                rich_progress.BarColumn(),
+                rich_progress.TextColumn("loss {task.fields[loss]}  lr {task.fields[lr]}  {task.fields[speed]} tok/s"),
+                rich_progress.TextColumn("left {task.fields[left]}"),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task(
+                "train", total=total_steps, completed=start_step, loss="-", lr="-", speed="-", left="-"
+            )
+            self._bar.start()
+
+    def update(self, row: Mapping[str, Any], fraction: float) -> None:
+        """Show a step's row; `fraction` of the run is done, by steps or by the clock."""
+        if self.kind == "none":
+            return
+        step = row["step"]
+        left = self._time_left(fraction)
+        lr = max((v for k, v in row.items() if k.startswith("lr/")), default=0.0)
+        if self.kind == "rich":
+            self._bar.update(
+                self._task,
+                completed=step,
+                loss=f"{row['loss']:.4f}",
+                lr=f"{lr:.2e}",
+                speed=f"{row['tokens_per_s']:,.0f}",
+                left=left,
+            )
+        elif step % self.every == 0 or step == self.total or step == self._start_step + 1:
+            mfu = f"  mfu {row['mfu']:.1%}" if row.get("mfu") else ""
+            print(
+                f"step {step}/{self.total}  loss {row['loss']:.4f}  grad {row['grad_norm']:.3g}  lr {lr:.2e}  "
+                f"{row['tokens_per_s']:,.0f} tok/s ({row['supervised_tokens_per_s']:,.0f} supervised)  "
+                f"{row['images_per_s']:.1f} img/s  data wait {row['data_wait_share']:.0%}{mfu}  left {left}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _time_left(self, fraction: float) -> str:
+        spent = time.monotonic() - self._began
+        began_at = self._start_step / self.total if self.total else 0.0
+        done = fraction - began_at
+        if done <= 0:
+            return "-"
+        seconds = int(spent / done * max(0.0, 1 - fraction))
+        hours, rest = divmod(seconds, 3600)
+        return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+    def message(self, text: str) -> None:
+        """A line above the bar."""
+        if self.kind == "none":
+            log.info(text)
+        elif self.kind == "rich":
+            self._bar.console.print(text, markup=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def memory_gib(device_type: str) -> float:
+    """Peak memory of this process in GiB: of the accelerator, or resident memory on a CPU."""
+    import torch
+
+    if device_type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

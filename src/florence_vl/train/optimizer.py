@@ -1,0 +1,195 @@
+"""What trains: freezing by part, last LLM layers, LoRA, and AdamW groups for tower, projector and LLM."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from florence_vl.registry import did_you_mean
+from florence_vl.train.config import LoraConfig, OptimizerConfig, PartConfig, PartsConfig, ScheduleConfig
+
+if TYPE_CHECKING:
+    from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+
+PARTS = ("tower", "projector", "llm")
+
+
+@dataclass
+class Group:
+    """A parameter group of the optimizer and what the loop needs to know about it.
+
+    Attributes:
+        part: `tower`, `projector` or `llm`.
+        lr: Peak learning rate.
+        weight_decay: Zero for biases and norms.
+        schedule: Shape of its learning rate.
+        parameters: Trainable parameters by name.
+    """
+
+    part: str
+    lr: float
+    weight_decay: float
+    schedule: ScheduleConfig
+    parameters: dict[str, nn.Parameter]
+
+
+def apply_parts(model: FlorenceVLForConditionalGeneration, parts: PartsConfig) -> None:
+    """Freeze and unfreeze the model as the recipe says, adding LoRA adapters where it asks for them.
+
+    Raises:
+        ValueError: More layers than the LLM has, unknown LoRA targets, or peft is missing.
+    """
+    model.set_trainable(tower=parts.tower.train, projector=parts.projector.train, llm=parts.llm.train)
+    if parts.llm.last_layers is not None:
+        _train_last_layers(model, parts.llm.last_layers)
+    if parts.llm.lora is not None:
+        add_lora(model, parts.llm.lora)
+    set_training_mode(model)
+
+
+def llm_layers(model: FlorenceVLForConditionalGeneration) -> nn.ModuleList:
+    """The LLM's blocks, first to last.
+
+    Raises:
+        ValueError: The LLM keeps no list of blocks under `layers`.
+    """
+    layers = getattr(model.model.language_model, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(f"{type(model.model.language_model).__name__} has no list of blocks named `layers`")
+    return layers
+
+
+def _train_last_layers(model: FlorenceVLForConditionalGeneration, count: int) -> None:
+    layers = llm_layers(model)
+    if count > len(layers):
+        raise ValueError(f"parts.llm.last_layers is {count}, but this LLM has {len(layers)} layers")
+    for _, parameter in model.part_parameters("llm"):
+        parameter.requires_grad_(False)
+    modules: list[nn.Module] = [*layers[-count:], model.lm_head]
+    if isinstance(norm := getattr(model.model.language_model, "norm", None), nn.Module):
+        modules.append(norm)
+    embeddings = model.get_input_embeddings().weight
+    for module in modules:
+        for parameter in module.parameters():
+            if parameter is not embeddings:  # a tied head stays frozen with the embeddings, which are the first layer
+                parameter.requires_grad_(True)
+
+
+def add_lora(model: FlorenceVLForConditionalGeneration, config: LoraConfig) -> None:
+    """Freeze the LLM and put LoRA adapters on its linear layers, in place (`peft.inject_adapter_in_model`).
+
+    Raises:
+        ValueError: No linear layer of that name, or peft is missing.
+    """
+    try:
+        from peft import LoraConfig as PeftLoraConfig
+        from peft import inject_adapter_in_model
+    except ImportError as error:
+        raise ValueError(f'parts.llm.lora needs peft ({error}): pip install "florence-vl[peft]"') from None
+    llm_layers(model)
+    language_model = model.model.language_model
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in language_model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith("layers.")
+    }
+    targets = sorted(linear) if config.target_modules == "all-linear" else list(config.target_modules)
+    for target in targets:
+        if target not in linear:
+            raise ValueError(
+                f"parts.llm.lora.target_modules: this LLM has no linear {target!r}. {did_you_mean(target, linear)}"
+            )
+    for _, parameter in model.part_parameters("llm"):
+        parameter.requires_grad_(False)
+    pattern = rf"layers\..*\.({'|'.join(map(re.escape, targets))})"
+    inject_adapter_in_model(
+        PeftLoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=pattern),
+        language_model,
+    )
+
+
+def set_training_mode(model: nn.Module) -> None:
+    """`model.train()`, but every module whose parameters are all frozen is deterministic: in eval.
+
+    A frozen block inside a part that trains (LoRA's base, an LLM's first layers) must have no dropout either. Layers
+    that recompute activations keep their own flag, which transformers reads to checkpoint; their children obey.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.train()
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            checkpoints = isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+            for child in module.modules():
+                child.training = checkpoints and child is module
+
+
+def parameter_groups(
+    model: FlorenceVLForConditionalGeneration, parts: PartsConfig, optimizer: OptimizerConfig, schedule: ScheduleConfig
+) -> list[Group]:
+    """Trainable parameters by part and by whether they are decayed (matrices) or not (biases, norms).
+
+    Raises:
+        ValueError: Nothing trains.
+    """
+    groups = []
+    for part in PARTS:
+        config: PartConfig = getattr(parts, part)
+        named = [(name, p) for name, p in model.part_parameters(part) if p.requires_grad]  # type: ignore[arg-type]
+        lr = optimizer.lr if config.lr is None else config.lr
+        decay = optimizer.weight_decay if config.weight_decay is None else config.weight_decay
+        for weight_decay, chosen in (
+            (decay, {name: p for name, p in named if p.ndim >= 2}),
+            (0.0, {name: p for name, p in named if p.ndim < 2}),
+        ):
+            if chosen:
+                groups.append(Group(part, lr, weight_decay, config.schedule or schedule, chosen))
+    if not groups:
+        raise ValueError("nothing trains: every parameter is frozen. Set parts.<part>.train to true")
+    return groups
+
+
+def build_optimizer(groups: list[Group], config: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
+    """AdamW over the groups, in their order."""
+    fused = device.type == "cuda" if config.fused is None else config.fused
+    return torch.optim.AdamW(
+        [
+            {"params": list(group.parameters.values()), "lr": group.lr, "weight_decay": group.weight_decay}
+            for group in groups
+        ],
+        betas=config.betas,
+        eps=config.eps,
+        fused=fused,
+        foreach=None if not fused else False,
+    )
+
+
+def trainable_table(model: FlorenceVLForConditionalGeneration, groups: list[Group]) -> list[dict[str, Any]]:
+    """Rows of the table that is printed before step 1: part, parameters, trainable ones, learning rate, decay."""
+    rows = []
+    for part in PARTS:
+        parameters = [p for _, p in model.part_parameters(part)]  # type: ignore[arg-type]
+        own = [group for group in groups if group.part == part]
+        rows.append(
+            {
+                "part": part,
+                "parameters": sum(p.numel() for p in parameters),
+                "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+                "lr": own[0].lr if own else None,
+                "weight_decay": max((group.weight_decay for group in own), default=None),
+                "schedule": own[0].schedule.name if own else None,
+            }
+        )
+    return rows
+
+
+def named_trainable(groups: list[Group]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters that train, each once."""
+    for group in groups:
+        yield from group.parameters.items()

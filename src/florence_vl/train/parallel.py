@@ -1,0 +1,377 @@
+"""One code path from one process to many: process groups, DDP, FSDP2, HSDP, activation checkpointing, compile.
+
+The model knows nothing of this; everything is applied to it from here. Order matters: activation checkpointing, then
+compile, then sharding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from florence_vl.train.config import ActivationCheckpointingConfig, CompileConfig, ParallelConfig, Precision
+
+if TYPE_CHECKING:
+    from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+
+
+@dataclass
+class World:
+    """The processes of a run.
+
+    Attributes:
+        device: Of this process.
+        rank: Number of this process among all.
+        size: Number of processes.
+        local_rank: Number of this process on its node.
+        local_size: Processes on this node.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    owns_group: bool = field(default=False, repr=False)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def gather(self, values: list[float]) -> Tensor:
+        """All processes' values as a (size, len(values)) float64 table on the CPU."""
+        row = torch.tensor(values, dtype=torch.float64)
+        if self.size == 1:
+            return row.unsqueeze(0)
+        rows = [torch.empty_like(row) for _ in range(self.size)]
+        dist.all_gather(rows, row)
+        return torch.stack(rows)
+
+    def gather_objects(self, item: Any) -> list[Any]:
+        """All processes' objects, in the order of ranks."""
+        if self.size == 1:
+            return [item]
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item)
+        return items
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leave the process group, if this run made it."""
+        if self.owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is cuda, then mps, then cpu.
+
+    Raises:
+        ValueError: The device isn't there.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
+    if not available.get(name, False):
+        raise ValueError(f"device {name!r} is not available here; available: {[k for k, v in available.items() if v]}")
+    return torch.device(name)
+
+
+def init_world(device: str = "auto", timeout_minutes: float = 30) -> World:
+    """Join the process group that torchrun (or any launcher that sets RANK, WORLD_SIZE, ...) describes.
+
+    Raises:
+        ValueError: The device isn't there, or more processes than devices on this node.
+    """
+    kind = pick_device(device)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 and not dist.is_initialized():
+        if kind.type == "cuda":
+            kind = torch.device("cuda", torch.cuda.current_device())
+        return World(kind)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
+    backend = "gloo"
+    if kind.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"{local_size} processes on this node but {torch.cuda.device_count()} GPUs: set --nproc-per-node"
+            )
+        kind = torch.device("cuda", local_rank)
+        torch.cuda.set_device(kind)
+        backend = "cpu:gloo,cuda:nccl"
+    elif kind.type == "mps":
+        raise ValueError("several processes do not run on mps; use device=cpu")
+    owns = not dist.is_initialized()
+    if owns:
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    return World(kind, dist.get_rank(), dist.get_world_size(), local_rank, local_size, owns)
+
+
+def resolve_strategy(config: ParallelConfig, world: World) -> str:
+    """The strategy that `auto` stands for here.
+
+    Raises:
+        ValueError: The strategy doesn't fit the number of processes.
+    """
+    if config.strategy == "auto":
+        return "none" if world.size == 1 else "fsdp"
+    if config.strategy == "none" and world.size > 1:
+        raise ValueError(f"parallel.strategy is none but {world.size} processes run: use ddp, fsdp, hsdp or auto")
+    if config.strategy in ("ddp", "hsdp") and world.size == 1:
+        raise ValueError(f"parallel.strategy is {config.strategy} but one process runs: start it with torchrun")
+    if config.strategy == "fsdp" and not (dist.is_available() and dist.is_initialized()):
+        raise ValueError("parallel.strategy is fsdp but there is no process group: start it with torchrun")
+    return config.strategy
+
+
+class LossModule(nn.Module):
+    """The model as a function from a batch to its summed, globally normalised loss: the unit that is parallelised.
+
+    Text-only batches still run one dummy image through tower and projector, times zero, so that every process takes
+    part in every collective and every trainable parameter gets a gradient. Without it a process without images hangs.
+
+    Args:
+        model: The model.
+        image_size: Height and width of the dummy image in pixels.
+        always_images: Run the dummy; needed with several processes only.
+        autocast: Compute type, when weights are kept in fp32 and nothing else casts them.
+    """
+
+    def __init__(
+        self,
+        model: FlorenceVLForConditionalGeneration,
+        image_size: tuple[int, int],
+        always_images: bool = False,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.image_size, self.always_images, self.autocast = image_size, always_images, autocast
+
+    def forward(self, batch: Mapping[str, Any], num_items: Tensor) -> Tensor:
+        """Loss of a batch.
+
+        Args:
+            batch: Of a collator: `input_ids`, `labels`, ...; goes into the model as it is.
+            num_items: What the summed loss is divided by.
+
+        Returns:
+            Scalar.
+        """
+        inputs = {key: value for key, value in batch.items() if key != "labels" and value is not None}
+        device_type = inputs["input_ids"].device.type
+        context = torch.autocast(device_type, self.autocast) if self.autocast else nullcontext()
+        with context:
+            states_BLH = self.model.model(**inputs, use_cache=False, return_dict=True).last_hidden_state
+            loss = self.model.supervised_loss(states_BLH, batch["labels"], num_items)
+            if self.always_images and "pixel_values" not in inputs:
+                pixels = torch.zeros(1, 3, *self.image_size, device=states_BLH.device)
+                tokens = self.model.get_image_features(pixels, return_dict=True).pooler_output
+                loss = loss + 0.0 * sum(t.float().sum() for t in tokens)
+        return loss
+
+
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """Transformer blocks of a part, outermost ones: what is checkpointed, compiled and sharded as a unit.
+
+    These are transformers' `GradientCheckpointingLayer`s (DaViT and BART blocks, any LLM's layers, CLIP's ...).
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    found: list[nn.Module] = []
+
+    def visit(node: nn.Module) -> None:
+        for child in node.children():
+            if isinstance(child, GradientCheckpointingLayer):
+                found.append(child)
+            else:
+                visit(child)
+
+    visit(module)
+    return found
+
+
+def part_blocks(model: FlorenceVLForConditionalGeneration) -> dict[str, list[nn.Module]]:
+    """Blocks of the tower and of the LLM."""
+    return {"tower": blocks(model.model.vision_tower), "llm": blocks(model.model.language_model)}
+
+
+# Results of these are kept by selective activation checkpointing; everything cheap is recomputed.
+def _matrix_products() -> set[Any]:
+    ops = torch.ops.aten
+    names = (
+        "mm.default",
+        "addmm.default",
+        "bmm.default",
+        "_scaled_dot_product_flash_attention.default",
+        "_scaled_dot_product_efficient_attention.default",
+        "_scaled_dot_product_cudnn_attention.default",
+        "_scaled_dot_product_flash_attention_for_cpu.default",
+    )
+    found = set()
+    for name in names:
+        packet, overload = name.split(".")
+        if hasattr(ops, packet):
+            found.add(getattr(getattr(ops, packet), overload))
+    return found
+
+
+def apply_activation_checkpointing(
+    model: FlorenceVLForConditionalGeneration, config: ActivationCheckpointingConfig
+) -> None:
+    """Recompute activations block by block in the backward pass: `full`, or `selective`: all but matrix products.
+
+    Raises:
+        ValueError: A part has no blocks to recompute.
+    """
+    from torch.utils.checkpoint import (
+        CheckpointPolicy,
+        checkpoint,
+        create_selective_checkpoint_contexts,
+    )
+
+    saved = _matrix_products()
+
+    def policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    for part, found in part_blocks(model).items():
+        mode = getattr(config, part)
+        if mode == "none":
+            continue
+        if not found:
+            raise ValueError(f"activation_checkpointing.{part}: this {part} has no blocks to recompute")
+        function: Callable[..., Any] = functools.partial(checkpoint, use_reentrant=False)
+        if mode == "selective":
+            function = functools.partial(
+                function, context_fn=functools.partial(create_selective_checkpoint_contexts, policy)
+            )
+        for block in found:
+            block.gradient_checkpointing = True  # type: ignore[assignment]
+            block._gradient_checkpointing_func = function  # type: ignore[assignment]
+
+
+def apply_compile(model: FlorenceVLForConditionalGeneration, config: CompileConfig) -> None:
+    """torch.compile every block of a part in place: blocks are alike, so one compilation serves all of a kind."""
+    for part, found in part_blocks(model).items():
+        if getattr(config, part):
+            for block in found:
+                block.compile()
+
+
+@dataclass
+class Parallelised:
+    """A model ready to train.
+
+    Attributes:
+        module: Call it with (batch, num_items).
+        model: The model inside.
+        strategy: `none`, `ddp`, `fsdp` or `hsdp`.
+        grad_scale: What the loss is multiplied by, because gradients are averaged over processes.
+    """
+
+    module: nn.Module
+    model: FlorenceVLForConditionalGeneration
+    strategy: str
+    grad_scale: float
+
+    @contextlib.contextmanager
+    def accumulate(self, last: bool) -> Iterator[None]:
+        """Context of a forward and backward pass; gradients are exchanged in the step's last one only."""
+        context: AbstractContextManager[Any] = nullcontext()
+        if self.strategy == "ddp" and not last:
+            context = self.module.no_sync()  # type: ignore[operator]
+        elif self.strategy in ("fsdp", "hsdp"):
+            self.module.set_requires_gradient_sync(last)  # type: ignore[operator]
+        with context:
+            yield
+
+
+def parallelise(
+    model: FlorenceVLForConditionalGeneration,
+    world: World,
+    parallel: ParallelConfig,
+    precision: Precision,
+    checkpointing: ActivationCheckpointingConfig,
+    compile_config: CompileConfig,
+    image_size: tuple[int, int],
+) -> Parallelised:
+    """Apply everything to a model whose parts are frozen already; its weights move to the device.
+
+    Raises:
+        ValueError: Contradictions between strategy and processes.
+    """
+    strategy = resolve_strategy(parallel, world)
+    if precision == "bf16_pure":
+        model.to(torch.bfloat16)
+    apply_activation_checkpointing(model, checkpointing)
+    apply_compile(model, compile_config)
+    sharded = strategy in ("fsdp", "hsdp")
+    autocast = torch.bfloat16 if precision == "bf16" and not sharded else None
+    module: nn.Module = LossModule(model, image_size, always_images=world.size > 1, autocast=autocast)
+    if sharded:
+        _shard(module, model, world, parallel, precision, strategy)
+    else:
+        model.to(world.device)
+        if strategy == "ddp":
+            module = nn.parallel.DistributedDataParallel(
+                module,
+                device_ids=[world.device] if world.device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+            )
+    return Parallelised(module, model, strategy, float(world.size))
+
+
+def _shard(
+    module: nn.Module,
+    model: FlorenceVLForConditionalGeneration,
+    world: World,
+    parallel: ParallelConfig,
+    precision: Precision,
+    strategy: str,
+) -> None:
+    """`fully_shard` every block, the head, the token embeddings, and the rest as the root unit."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+    device_type = world.device.type
+    if strategy == "hsdp":
+        size = parallel.shard_size or world.local_size
+        if world.size % size or size == world.size:
+            raise ValueError(
+                f"parallel.strategy hsdp shards inside groups of {size} and replicates between them: {world.size} "
+                "processes give no two whole groups. Set parallel.shard_size, or use fsdp"
+            )
+        mesh = init_device_mesh(device_type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(device_type, (world.size,), mesh_dim_names=("shard",))
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": parallel.reshard_after_forward}
+    if precision != "fp32":
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if parallel.cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device_type == "cuda")
+    else:
+        model.to(world.device)
+    for found in part_blocks(model).values():
+        for block in found:
+            fully_shard(block, **options)
+    embeddings = model.get_input_embeddings()
+    if model.lm_head.weight is not embeddings.weight:
+        fully_shard(model.lm_head, **options)
+        fully_shard(embeddings, **options)
+    fully_shard(module, **options)
