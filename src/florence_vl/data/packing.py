@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from florence_vl.data.collate import PackedCollator, PaddedCollator
+from florence_vl.data.encode import IGNORE, Encoder, Sample
 from florence_vl.data.mixture import Mixture
 from florence_vl.data.records import BadRecord, Record
 from florence_vl.data.report import BadEntry, DataReport
@@ -44,6 +46,8 @@ class PackingConfig:
         batch_size: Rows (packed) or samples (padded) of one forward of one process.
         global_batch_size: Rows (packed) or samples (padded) of one optimizer step over all processes and accumulation.
         window: Records that are looked at together, for packing or for grouping by length.
+        pad_to_max_length: Packed mode: pad every row to `tokens_per_row` (one shape, for `torch.compile`); False pads
+            to the longest row of the batch.
         group_by_length: Padded mode: batches of samples of similar length; False keeps the mixture's order.
         max_bad_share: The run stops when more than this share of records is bad ...
         min_records: ... counted once so many records have been read.
@@ -56,6 +60,7 @@ class PackingConfig:
     batch_size: int = 1
     global_batch_size: int = 8
     window: int = 256
+    pad_to_max_length: bool = False
     group_by_length: bool = True
     max_bad_share: float = 0.05
     min_records: int = 1000
@@ -154,12 +159,12 @@ class WindowPlanner(Dataset):
 
     Args:
         mixture: Gives the records by position.
-        encoder: `Encoder`; its `measure(record) -> (tokens, images)` counts without decoding images.
+        encoder: `Encoder`; its `tokenize` counts without decoding images.
         config: The layout.
         seed: Shuffles the order of a window's rows.
     """
 
-    def __init__(self, mixture: Mixture, encoder: Any, config: PackingConfig, seed: int = 0) -> None:
+    def __init__(self, mixture: Mixture, encoder: Encoder, config: PackingConfig, seed: int = 0) -> None:
         self.mixture, self.encoder, self.config, self.seed = mixture, encoder, config, seed
 
     def __getitem__(self, window: int) -> WindowPlan:
@@ -168,9 +173,10 @@ class WindowPlanner(Dataset):
         positions, lengths, images, bad = [], [], [], []
         for position in range(first, first + config.window):
             try:
-                tokens, count = self.encoder.measure(self.mixture[position])
+                record = self.mixture[position]
+                tokens, count = measure(self.encoder, record)
                 if config.mode == "packed":
-                    self._check_fits(tokens, count)
+                    self._check_fits(record, tokens, count)
             except BadRecord as error:
                 bad.append(bad_entry(self.mixture, position, error))
                 continue
@@ -190,18 +196,30 @@ class WindowPlanner(Dataset):
             groups = [groups[i] for i in shuffle]
         return WindowPlan(window, [[positions[i] for i in group] for group in groups], config.window, bad)
 
-    def _check_fits(self, tokens: int, count: int) -> None:
-        if tokens > self.config.tokens_per_row:
-            raise BadRecord(
-                "too_long",
-                f"the sample has {tokens} tokens, a row {self.config.tokens_per_row} (packing.tokens_per_row)",
-            )
-        if count > self.config.max_images_per_row:
-            raise BadRecord(
-                "too_long",
-                f"the sample has {count} images, a row at most {self.config.max_images_per_row} "
-                "(packing.max_images_per_row)",
-            )
+    def _check_fits(self, record: Record, tokens: int, count: int) -> None:
+        config, text = self.config, ""
+        if tokens > config.tokens_per_row:
+            text = f"{tokens} tokens, more than packing.tokens_per_row={config.tokens_per_row}"
+        elif count > config.max_images_per_row:
+            text = f"{count} images, more than packing.max_images_per_row={config.max_images_per_row}"
+        if text:
+            text = f"record {record.id!r} of {record.source!r} has {text}"
+            if self.encoder.on_long == "error":
+                raise ValueError(f"{text}. Raise it, or set on_long to drop")
+            raise BadRecord("too_long", text)
+
+
+def measure(encoder: Encoder, record: Record) -> tuple[int, int]:
+    """(tokens, images) of a record's sample, after turns that are too many were cut; no image is read.
+
+    Raises:
+        BadRecord: As `Encoder.__call__`, but for unreadable images.
+    """
+    ids, _ = encoder.tokenize(record)
+    if not record.images:
+        return len(ids), 0
+    processor = encoder.processor
+    return len(ids), int((ids == processor.image_token_id).sum()) // processor.num_image_tokens()
 
 
 def bad_entry(mixture: Mixture, position: int, error: BadRecord) -> BadEntry:
@@ -234,8 +252,11 @@ class _Answer:
 class _BatchEncoder(Dataset):
     """Encodes the records of a request and collates them; runs in workers."""
 
-    def __init__(self, mixture: Mixture, encoder: Any, collator: Any) -> None:
-        self.mixture, self.encoder, self.collator = mixture, encoder, collator
+    def __init__(self, mixture: Mixture, encoder: Encoder, config: PackingConfig) -> None:
+        self.mixture, self.encoder, self.config = mixture, encoder, config
+        pad = encoder.processor.tokenizer.pad_token_id
+        self._pad = PaddedCollator(pad)
+        self._pack = PackedCollator(pad, config.tokens_per_row, pad_to_max_length=config.pad_to_max_length)
 
     def __getitem__(self, request: _Request) -> _Answer:
         bad: list[BadEntry] = []
@@ -249,8 +270,10 @@ class _BatchEncoder(Dataset):
                     bad.append(bad_entry(self.mixture, position, error))
             rows.append(row)
         samples = [sample for row in rows for sample in row]
-        batch = self.collator(rows)
-        tokens = sum(len(sample.input_ids) for sample in samples)
+        if not samples:  # all images of the batch are unreadable: a batch that teaches nothing keeps the ranks in step
+            rows[0] = [Sample(torch.tensor([self._pad.pad_token_id]), torch.tensor([IGNORE]))]
+        batch = self._pack(rows) if self.config.mode == "packed" else self._pad(rows[0])
+        tokens = sum(len(sample) for sample in samples)
         return _Answer(request, batch, bad, [(s.source, s.id) for s in samples], tokens)
 
 
@@ -301,6 +324,7 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
             num_workers=num_workers,
             pin_memory=False,
             prefetch_factor=2 if num_workers else None,
+            generator=torch.Generator(),  # the loader's own seed must not move the training's random state
         )
         self._pin_memory = pin_memory and torch.cuda.is_available()
         self._iterator: Iterator[_Answer] = iter(self._loader)
@@ -336,6 +360,7 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
                 collate_fn=_identity,
                 num_workers=self._plan_workers,
                 prefetch_factor=4 if self._plan_workers else None,
+                generator=torch.Generator(),
             )
         )
         waiting: dict[int, deque[WindowPlan]] = {lane: deque() for lane in own}
@@ -452,7 +477,7 @@ def _identity(item: Any) -> Any:
 
 def build_batches(
     mixture: Mixture,
-    encoder: Any,
+    encoder: Encoder,
     packing: PackingConfig,
     seed: int = 0,
     rank: int = 0,
@@ -466,7 +491,7 @@ def build_batches(
 
     Args:
         mixture: Where records come from.
-        encoder: `florence_vl.data.encode.Encoder`: record -> sample, and `measure`.
+        encoder: Record -> sample; its `max_length` and `on_long` say what becomes of long ones.
         packing: Rows, batches, limits. `packing.batches_per_step` must be a multiple of `world_size`; the accumulation
             steps of a rank are `packing.batches_per_step // world_size`.
         seed: Orders the rows inside windows (the mixture has its own).
@@ -485,8 +510,6 @@ def build_batches(
     Raises:
         ValueError: The sizes do not divide, the rank is impossible, or `state` is of other data.
     """
-    from florence_vl.data.collate import PackedCollator, PaddedCollator
-
     check_rank(rank, world_size)
     if packing.batches_per_step % world_size:
         raise ValueError(
@@ -495,15 +518,14 @@ def build_batches(
         )
     if start_step < 0:
         raise ValueError(f"start_step must not be negative, got {start_step}")
-    longest = getattr(encoder, "max_length", None)
+    longest = encoder.max_length
     if packing.mode == "packed" and longest is not None and longest > packing.tokens_per_row:
         raise ValueError(
             f"max_length {longest} exceeds packing.tokens_per_row {packing.tokens_per_row}: a sample must fit a row"
         )
-    collator = PackedCollator(encoder.processor) if packing.mode == "packed" else PaddedCollator(encoder.processor)
     return Batches(
         WindowPlanner(mixture, encoder, packing, seed),
-        _BatchEncoder(mixture, encoder, collator),
+        _BatchEncoder(mixture, encoder, packing),
         rank,
         world_size,
         start_step,
@@ -562,7 +584,7 @@ def _fingerprint(planner: WindowPlanner) -> dict[str, Any]:
 
 
 def estimate_steps(
-    mixture: Mixture, encoder: Any, packing: PackingConfig, epochs: float = 1.0, seed: int = 0, windows: int = 8
+    mixture: Mixture, encoder: Encoder, packing: PackingConfig, epochs: float = 1.0, seed: int = 0, windows: int = 8
 ) -> int:
     """Optimizer steps of so many epochs.
 
@@ -591,11 +613,11 @@ __all__ = [
     "MODES",
     "Batches",
     "PackingConfig",
-    "Record",
     "WindowPlan",
     "WindowPlanner",
     "build_batches",
     "estimate_steps",
+    "measure",
     "merge_states",
     "pack_first_fit",
 ]
