@@ -1,0 +1,500 @@
+"""A small Florence-2 from scratch: transformers' own classes, own tokenizer, trained on scenes with the seq2seq loss.
+
+`V` is computed once an image and shared by all of the image's tasks. The position in the data is the step alone, so a run
+that was killed continues with exactly the samples it would have seen.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from florence_vl.data.scenes import FLORENCE2_PROMPTS, Scene, SceneGenerator
+
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # Florence-2's own (ImageNet)
+SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # ids 0..4; the first four as in BART
+# Text and charts are shown more often than in `DEFAULT_MIX`'s evaluation mix: reading takes the longest to learn.
+TRAINING_MIX = {
+    "single": 0.13, "objects": 0.37, "lettering": 0.36, "receipt": 0.02, "form": 0.03, "table": 0.02,
+    "bar_chart": 0.02, "line_chart": 0.02, "pie_chart": 0.02, "scatter_chart": 0.01,
+}  # fmt: skip
+TASK_WEIGHTS = {
+    "<CAPTION>": 1.0, "<DETAILED_CAPTION>": 1.0, "<OCR>": 1.6, "<OCR_WITH_REGION>": 0.7, "<OD>": 1.0,
+    "<DENSE_REGION_CAPTION>": 1.0,
+}  # fmt: skip
+
+
+@dataclass
+class Florence2Training:
+    """Settings of a run.
+
+    Attributes:
+        out: Folder of checkpoint, metrics and tokenizer.
+        steps: Optimizer steps in all; more can be asked for later.
+        decay_steps: The last steps, over which the learning rate falls linearly to zero (warm-up, stable, decay).
+        images_per_step: Images an optimizer step.
+        tasks_per_image: Tasks drawn for each image; they share its `V`.
+        location_bins: Grid of the box corners: targets use the centres of this many bins out of Florence-2's 1000.
+        max_target_tokens: Longer targets (full documents) are replaced by another task of the same image.
+        precision: "bfloat16" (autocast; weights stay float32) or "float32".
+        ema_decay: Decay of the running mean of the weights, which is what is exported; 0 switches it off.
+    """
+
+    out: str
+    steps: int = 6000
+    decay_steps: int = 600
+    warmup_steps: int = 200
+    images_per_step: int = 16
+    tasks_per_image: int = 3
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    image_size: int = 256
+    location_bins: int = 64
+    max_target_tokens: int = 96
+    precision: str = "float32"
+    ema_decay: float = 0.998
+    workers: int = 1
+    threads: int = 1
+    save_every: int = 100
+    log_every: int = 20
+    mix: dict[str, float] = field(default_factory=lambda: dict(TRAINING_MIX))
+    tasks: dict[str, float] = field(default_factory=lambda: dict(TASK_WEIGHTS))
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision must be float32 or bfloat16, found {self.precision!r}")
+        if self.decay_steps > self.steps:
+            raise ValueError(f"decay_steps ({self.decay_steps}) must not exceed steps ({self.steps})")
+        if not 1 <= self.tasks_per_image <= len(FLORENCE2_PROMPTS):
+            raise ValueError(f"tasks_per_image must be 1 to {len(FLORENCE2_PROMPTS)}, found {self.tasks_per_image}")
+        unknown = set(self.tasks) - set(FLORENCE2_PROMPTS)
+        if unknown:
+            raise ValueError(f"unknown Florence-2 tasks {sorted(unknown)}; known: {', '.join(FLORENCE2_PROMPTS)}")
+
+
+def mini_florence2_config(vocab_size: int, image_token_id: int, image_size: int = 256) -> Any:
+    """A `Florence2Config` of about 6 M parameters; 256 px give 8 x 8 + 1 image tokens of width 192."""
+    from transformers import Florence2Config
+
+    dims = (32, 64, 128, 256)
+    heads = tuple(d // 32 for d in dims)
+    return Florence2Config(
+        vision_config={
+            "model_type": "florence_vision",
+            "depths": (1, 1, 3, 1),
+            "embed_dim": dims,
+            "num_heads": heads,
+            "num_groups": heads,
+            "window_size": 8,
+            "projection_dim": 192,
+            "drop_path_rate": 0.0,
+            "max_position_embeddings": max(10, math.ceil(image_size / 32)),
+        },
+        text_config={
+            "model_type": "bart",
+            "vocab_size": vocab_size,
+            "d_model": 192,
+            "encoder_layers": 3,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 6,
+            "decoder_attention_heads": 6,
+            "encoder_ffn_dim": 768,
+            "decoder_ffn_dim": 768,
+            "max_position_embeddings": 256,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+            "activation_dropout": 0.0,
+            "bos_token_id": 0,
+            "pad_token_id": 1,
+            "eos_token_id": 2,
+            "decoder_start_token_id": 2,
+            "forced_bos_token_id": None,
+            "forced_eos_token_id": None,
+        },
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+        image_token_id=image_token_id,
+    )
+
+
+def _corpus(seed: int, scenes: int) -> Iterator[str]:
+    from florence_vl.data.scenes import assets
+
+    for prompt in FLORENCE2_PROMPTS.values():
+        yield from [prompt] * 50
+    for sprite in assets.sprites("train"):
+        yield from [sprite.name] * 3
+    generator = SceneGenerator(seed, "train", 64, {"objects": 0.5, "lettering": 0.2, "single": 0.3})
+    for scene in generator.scenes(scenes):
+        yield scene.caption
+        yield scene.detailed_caption
+
+
+def train_tokenizer(seed: int = 0, merges: int = 1024, scenes: int = 2000) -> Any:
+    """A byte-level BPE with BART's special tokens, `<loc_0>` to `<loc_999>` and `<image>`.
+
+    Words inside pictures are left out of the training text on purpose: reading a word needs its letters.
+
+    Args:
+        seed: Seed of the scenes whose captions train it.
+        merges: Upper limit of learned merges.
+        scenes: Number of scenes.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(unk_token=None))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(SPECIAL_TOKENS) + 256 + merges,
+        min_frequency=3,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_corpus(seed, scenes), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+        model_max_length=256,
+        clean_up_tokenization_spaces=False,
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    tokenizer.add_tokens([f"<loc_{i}>" for i in range(1000)])
+    return tokenizer
+
+
+def florence2_processor(tokenizer: Any, image_size: int = 256) -> Any:
+    """A `Florence2Processor` around a tokenizer of `train_tokenizer`, on Pillow alone."""
+    from transformers import CLIPImageProcessorPil, Florence2Processor
+
+    side = {"height": image_size, "width": image_size}
+    images = CLIPImageProcessorPil(
+        size=side, crop_size=side, do_center_crop=False, resample=3, image_mean=list(IMAGE_MEAN), image_std=list(IMAGE_STD)
+    )
+    images.image_seq_length = (image_size // 32) ** 2 + 1
+    rules = {
+        "ocr": {"PATTERN": None, "AREA_THRESHOLD": 0.0},
+        "phrase_grounding": {"banned_grounding_tokens": []},
+        "pure_text": {},
+        "description_with_bboxes": {},
+        "description_with_polygons": {},
+        "polygons": {},
+        "bboxes": {},
+        "description_with_bboxes_or_polygons": {},
+    }
+    return Florence2Processor(images, tokenizer, num_additional_image_tokens=1, post_processor_config=rules)
+
+
+def build_mini_florence2(folder: str | Path, seed: int = 0, image_size: int = 256) -> Path:
+    """Write an untrained mini Florence-2 (weights, config, tokenizer, processor) that `from_pretrained` loads.
+
+    Args:
+        folder: Where to; an existing model there is replaced.
+        seed: Seed of weights and tokenizer.
+        image_size: Side of the square images in pixels, a multiple of 32.
+
+    Raises:
+        ValueError: `image_size` is not a multiple of 32.
+    """
+    from transformers import Florence2ForConditionalGeneration
+
+    if image_size % 32:
+        raise ValueError(f"image_size must be a multiple of 32, found {image_size}")
+    folder = Path(folder)
+    tokenizer = train_tokenizer(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Florence2ForConditionalGeneration(
+            mini_florence2_config(len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"), image_size)
+        )
+    model.save_pretrained(folder)
+    florence2_processor(tokenizer, image_size).save_pretrained(folder)
+    return folder
+
+
+class SceneTasks(torch.utils.data.Dataset):
+    """Sample `i`: the pixels of training scene `i` and the token ids of some of its tasks, drawn by `i`."""
+
+    def __init__(self, config: Florence2Training, tokenizer: Any) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.scenes = SceneGenerator(config.seed, "train", config.image_size, config.mix)
+        self.step = max(1, 1000 // config.location_bins)
+        self.prompts = {t: encode_prompt(tokenizer, t) for t in config.tasks}
+
+    def __len__(self) -> int:
+        return self.config.steps * self.config.images_per_step
+
+    def __getitem__(self, index: int) -> tuple[Tensor, list[tuple[list[int], list[int]]]]:
+        """(pixels (3, H, W) uint8, [(prompt ids, target ids), ...])."""
+        scene = self.scenes[index]
+        rng = Random(f"tasks/{self.config.seed}/{index}")
+        pixels = torch.from_numpy(np.asarray(scene.image).copy()).permute(2, 0, 1)
+        left = dict(self.config.tasks)
+        samples: list[tuple[list[int], list[int]]] = []
+        while left and len(samples) < self.config.tasks_per_image:
+            task = rng.choices(list(left), list(left.values()))[0]
+            del left[task]
+            if "OCR" in task and not scene.texts and rng.random() > 0.15:
+                continue  # "no text" is worth learning, but soon learned
+            ids = self.target_ids(scene, task)
+            if ids is not None:
+                samples.append((self.prompts[task], ids))
+        return pixels, samples
+
+    def target_ids(self, scene: Scene, task: str) -> list[int] | None:
+        """`<s> ... </s>`, or None where the scene has nothing to say to the task or too much."""
+        text = scene.target(task, self.step)
+        if not text and "OCR" not in task:
+            return None
+        ids = self.tokenizer(f"<s>{text}</s>", add_special_tokens=False)["input_ids"]
+        return ids if len(ids) <= self.config.max_target_tokens else None
+
+
+def encode_prompt(tokenizer: Any, task: str) -> list[int]:
+    """Token ids of a task's prompt as `Florence2Processor` lays it out: `<s> prompt </s>`."""
+    return tokenizer(f"<s>{FLORENCE2_PROMPTS[task]}</s>", add_special_tokens=False)["input_ids"]
+
+
+def collate(batch: list[tuple[Tensor, list[tuple[list[int], list[int]]]]]) -> dict[str, Tensor]:
+    """Pad the tasks of a batch of images.
+
+    Returns:
+        pixels (B, 3, H, W) uint8; owner (T,) the image of each task; prompt_ids, prompt_mask (T, P); labels (T, L),
+        -100 where padded.
+    """
+    owner = [i for i, (_, samples) in enumerate(batch) for _ in samples]
+    pairs = [pair for _, samples in batch for pair in samples]
+
+    def pad(rows: list[list[int]], value: int) -> Tensor:
+        out = torch.full((len(rows), max(map(len, rows))), value)
+        for i, row in enumerate(rows):
+            out[i, : len(row)] = torch.tensor(row)
+        return out
+
+    prompt_ids = pad([p for p, _ in pairs], 1)
+    return {
+        "pixels": torch.stack([pixels for pixels, _ in batch]),
+        "owner": torch.tensor(owner),
+        "prompt_ids": prompt_ids,
+        "prompt_mask": (prompt_ids != 1).long(),
+        "labels": pad([t for _, t in pairs], -100),
+    }
+
+
+def normalize(pixels: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) to what the vision tower takes: ImageNet's mean and standard deviation."""
+    mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+    return (pixels.float() / 255 - mean) / std
+
+
+def seq2seq_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of every target token.
+
+    The same computation as `Florence2ForConditionalGeneration.forward` with labels, but DaViT runs once an image however
+    many tasks it has, and the LM head only where there is a label.
+
+    Returns:
+        (loss of each supervised token (S,), index of its task (S,)).
+    """
+    image = model.model.get_image_features(normalize(batch["pixels"])).pooler_output  # (B, N, D)
+    image = image[batch["owner"]]
+    embeds = torch.cat([image, model.get_input_embeddings()(batch["prompt_ids"]).to(image.dtype)], dim=1)
+    mask = torch.cat([batch["prompt_mask"].new_ones(image.shape[:2]), batch["prompt_mask"]], dim=1)
+    labels = batch["labels"]
+    text = model.config.text_config
+    shifted = labels.new_full(labels.shape, text.pad_token_id)
+    shifted[:, 0] = text.decoder_start_token_id
+    shifted[:, 1:] = labels[:, :-1].masked_fill(labels[:, :-1] == -100, text.pad_token_id)
+    hidden = model.model.language_model(
+        inputs_embeds=embeds, attention_mask=mask, decoder_input_ids=shifted, use_cache=False
+    ).last_hidden_state
+    supervised = labels != -100
+    logits = model.lm_head(hidden[supervised]).float()
+    return F.cross_entropy(logits, labels[supervised], reduction="none"), supervised.nonzero()[:, 0]
+
+
+def _save(path: Path, state: dict[str, Any]) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".partial", delete=False) as file:
+        torch.save(state, file)
+    os.replace(file.name, path)
+
+
+def _lr_factor(step: int, config: Florence2Training) -> float:
+    from florence_vl.train.config import ScheduleConfig
+    from florence_vl.train.schedule import lr_factor
+
+    shape = ScheduleConfig(name="wsd", warmup_steps=config.warmup_steps, decay_ratio=config.decay_steps / config.steps)
+    return lr_factor(shape, step, config.steps)
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def _worker_init(_: int) -> None:
+    torch.set_num_threads(1)
+    os.nice(5)
+
+
+def train(config: Florence2Training, device: str | None = None) -> Path:
+    """Train, or continue what `config.out` holds, up to `config.steps`; SIGTERM and SIGINT save first.
+
+    Args:
+        config: Settings. Model, tokenizer and data of an existing run must not change; steps, decay, learning rate may.
+        device: "cpu", "cuda", ...; the GPU where there is one.
+
+    Returns:
+        The folder of the exported model (weights of the running mean).
+
+    Raises:
+        ValueError: The loss is not finite, or the checkpoint was made with another seed, mix or size.
+    """
+    from transformers import Florence2ForConditionalGeneration, Florence2Processor
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cpu":
+        torch.set_num_threads(config.threads)
+    out = Path(config.out).expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+    start_folder, checkpoint = out / "start", out / "checkpoint.pt"
+    if not (start_folder / "processor_config.json").exists():
+        build_mini_florence2(start_folder, config.seed, config.image_size)
+    model = Florence2ForConditionalGeneration.from_pretrained(start_folder).to(device).train()
+    tokenizer = Florence2Processor.from_pretrained(start_folder).tokenizer
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.98), fused=True
+    )
+    ema = {name: p.detach().clone() for name, p in model.named_parameters()} if config.ema_decay else {}
+    same = ("seed", "image_size", "images_per_step", "tasks_per_image", "location_bins", "max_target_tokens", "mix", "tasks")
+    step = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        changed = [k for k in same if state["config"][k] != asdict(config)[k]]
+        if changed:
+            raise ValueError(f"{checkpoint} was made with other {', '.join(changed)}: choose another folder")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+        if config.ema_decay:
+            ema = {k: v.to(device) for k, v in (state["ema"] or dict(model.named_parameters())).items()}
+
+    data = SceneTasks(config, tokenizer)
+    n = config.images_per_step
+    loader = torch.utils.data.DataLoader(
+        data,
+        batch_sampler=[range(s * n, (s + 1) * n) for s in range(step, config.steps)],
+        collate_fn=collate,
+        num_workers=config.workers,
+        prefetch_factor=6 if config.workers else None,
+        worker_init_fn=_worker_init if config.workers else None,
+    )
+    stop: list[int] = []
+    previous = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    names = {tuple(ids): task for task, ids in data.prompts.items()}
+    sums: dict[str, list[float]] = {}
+    began, seen = time.perf_counter(), 0
+
+    def save() -> None:
+        _save(
+            checkpoint,
+            {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema, "step": step, "config": asdict(config)},
+        )
+
+    try:
+        for batch in loader:
+            batch = {k: v.to(device) for k, v in batch.items()}
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * _lr_factor(step, config)
+            with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                losses, task_of = seq2seq_loss(model, batch)
+            loss = losses.mean()
+            if not torch.isfinite(loss):
+                raise ValueError(f"the loss is {loss.item()} at step {step}; lower learning_rate")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            optimizer.step()
+            step += 1
+            if ema:
+                decay = min(config.ema_decay, (1 + step) / (10 + step))
+                torch._foreach_lerp_(list(ema.values()), [p.detach() for p in model.parameters()], 1 - decay)
+            seen += len(batch["pixels"])
+            for i, row in enumerate(batch["prompt_ids"].tolist()):
+                entry = sums.setdefault(names[tuple(v for v in row if v != 1)], [0.0, 0.0])
+                mine = losses.detach()[task_of == i]
+                entry[0] += mine.sum().item()
+                entry[1] += mine.numel()
+            if step % config.log_every == 0 or step == config.steps:
+                now = time.perf_counter()
+                line = {
+                    "step": step,
+                    "loss": round(sum(v[0] for v in sums.values()) / sum(v[1] for v in sums.values()), 4),
+                    "lr": round(optimizer.param_groups[0]["lr"], 7),
+                    "grad_norm": round(norm.item(), 3),
+                    "images_per_second": round(seen / (now - began), 2),
+                    **{task: round(v[0] / v[1], 4) for task, v in sorted(sums.items())},
+                }
+                with (out / "metrics.jsonl").open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                sums, began, seen = {}, now, 0
+            if step % config.save_every == 0:
+                save()
+            if stop:
+                break
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    save()
+    return export(out)
+
+
+def export(out: str | Path, target: str | Path | None = None, dtype: torch.dtype = torch.float32) -> Path:
+    """Write the running mean of the weights of a run as a folder that `from_pretrained` loads.
+
+    Args:
+        out: The run's folder.
+        target: Where to, `out/model` by default.
+        dtype: Type of the stored weights.
+
+    Raises:
+        FileNotFoundError: No checkpoint there.
+    """
+    from transformers import Florence2ForConditionalGeneration, Florence2Processor
+
+    out = Path(out).expanduser()
+    if not (out / "checkpoint.pt").exists():
+        raise FileNotFoundError(f"no checkpoint in {out}: train first")
+    target = Path(target) if target else out / "model"
+    state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+    model = Florence2ForConditionalGeneration.from_pretrained(out / "start")
+    model.load_state_dict(state["model"])
+    if state["ema"]:
+        model.load_state_dict(state["ema"], strict=False)
+    model.to(dtype).save_pretrained(target)
+    Florence2Processor.from_pretrained(out / "start").save_pretrained(target)
+    return target
