@@ -1,4 +1,4 @@
-"""The recipe's data section as a stream of batches: sources -> mixture -> encode -> packing, through `florence_vl.data`."""
+"""The recipe's data section as a stream of batches: sources -> mixture -> encode -> packing."""
 
 from __future__ import annotations
 

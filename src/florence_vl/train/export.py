@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from florence_vl.train.checkpoint import latest_checkpoint, load_weights, read_trainer_state
-from florence_vl.train.config import load_recipe
 from florence_vl.train.optimizer import apply_parts
+from florence_vl.train.recipes import load_recipe
 
 if TYPE_CHECKING:
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def merge_lora(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def merge_lora(state: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Fold LoRA adapters into the weights they adapt, by name: W + (alpha / r) B A.
 
     Args:
@@ -72,7 +72,7 @@ def export_state(
 
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if world.is_main:
-        write_pretrained(model, merge_lora(state, model), processor, folder, dtype)
+        write_pretrained(model, merge_lora(dict(state), model), processor, folder, dtype)
     world.barrier()
     return folder
 

@@ -1,4 +1,4 @@
-"""What stops a run before it does harm, or warns: non-finite numbers, an odd first loss, gradient spikes, wrong labels."""
+"""What stops a run before it does harm, or warns: non-finite numbers, odd first losses, spikes, wrong labels."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def first_loss_warning(loss: float, vocab_size: int, factor: float) -> str | Non
         return None
     return (
         f"the first loss is {loss:.2f}, above {factor:g} x log(vocabulary {vocab_size}) = {limit:.2f}: worse than "
-        "guessing. Check the chat template, the labels (florence-vl data inspect) and that the LLM's weights were loaded"
+        "guessing. Check chat template and labels (florence-vl data inspect), and that the LLM's weights were loaded"
     )
 
 
@@ -118,11 +118,8 @@ def describe_sample(batch: Mapping[str, Any], tokenizer: Any, image_token_id: in
         end = starts[0] if starts else end
     elif batch.get("attention_mask") is not None:
         mask = batch["attention_mask"][0].tolist()
-        ids, labels = (
-            [i for i, m in zip(ids, mask, strict=True) if m],
-            [v for v, m in zip(labels, mask, strict=True) if m],
-        )
-        end = len(ids)
+        kept = [index for index, is_token in enumerate(mask) if is_token]
+        ids, labels, end = [ids[i] for i in kept], [labels[i] for i in kept], len(kept)
     pieces: list[str] = []
     run: list[int] = []
     kind = ""

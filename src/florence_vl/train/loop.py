@@ -10,10 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +24,7 @@ from torch import Tensor, nn
 
 from florence_vl.data.sampler import mix
 from florence_vl.train.checkpoint import CheckpointManager, latest_checkpoint, read_trainer_state
-from florence_vl.train.config import Recipe, load_recipe
+from florence_vl.train.config import Recipe
 from florence_vl.train.guards import (
     SpikeDetector,
     TrainingError,
@@ -46,18 +43,28 @@ from florence_vl.train.optimizer import (
     trainable_table,
 )
 from florence_vl.train.parallel import Parallelised, World, init_world, parallelise
+from florence_vl.train.recipes import load_recipe
 from florence_vl.train.schedule import lr_factor
+from florence_vl.train.setup import describe_environment, load_model
+from florence_vl.train.steps import (
+    Batch,
+    StepCounts,
+    StopSignals,
+    count_images,
+    count_samples,
+    count_supervised,
+    count_tokens,
+    seed_everything,
+)
 
 if TYPE_CHECKING:
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
 
 log = logging.getLogger("florence_vl.train")
 
-Batch = dict[str, Any]
-
 
 class BatchStream(Protocol):
-    """Micro-batches of one process, endless, `batches_per_rank` to an optimizer step (`florence_vl.data.build_batches`)."""
+    """Endless micro-batches of one process, `batches_per_rank` to a step (`florence_vl.data.packing.build_batches`)."""
 
     batches_per_rank: int
 
@@ -135,46 +142,6 @@ def train(
         world.close()
 
 
-def load_model(recipe: Recipe) -> tuple[FlorenceVLForConditionalGeneration, Any]:
-    """The recipe's model and processor, fp32: loaded from `model.path`, or assembled from `model.build`.
-
-    Raises:
-        ValueError: The recipe names none, or a part can't be used.
-        FileNotFoundError: The folder isn't there.
-    """
-    config = recipe.model
-    options: dict[str, Any] = {}
-    if config.attn_implementation is not None:
-        options["attn_implementation"] = config.attn_implementation
-    if config.path is not None:
-        from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
-        from florence_vl.model.processing import FlorenceVLProcessor
-
-        path = Path(config.path).expanduser()
-        if config.path.startswith((".", "/", "~", "runs/")) and not path.is_dir():
-            raise FileNotFoundError(f"model.path {config.path!r}: no such folder")
-        name = str(path) if path.is_dir() else config.path
-        model = FlorenceVLForConditionalGeneration.from_pretrained(name, dtype=torch.float32, **options)
-        processor = FlorenceVLProcessor.from_pretrained(name)
-    elif config.build is not None:
-        from florence_vl.model.assemble import build_model
-
-        parts = {key: value for key, value in vars(config.build).items() if value is not None}
-        torch.manual_seed(recipe.seed)
-        model, processor = build_model(**parts)
-        if options:
-            model.set_attn_implementation(config.attn_implementation)
-    else:
-        raise ValueError("the recipe names no model: set model.path (a saved one) or model.build (its parts)")
-    images = processor.image_processor
-    if config.image_aspect_ratio is not None:
-        images.image_aspect_ratio = config.image_aspect_ratio
-    if config.image_size is not None:
-        images.size = type(images.size)(height=config.image_size, width=config.image_size)
-        model.num_image_tokens(config.image_size, config.image_size)  # refuses sizes that the tower can't take
-    return model, processor
-
-
 class Trainer:
     """One run; `train` is the usual way in.
 
@@ -203,6 +170,7 @@ class Trainer:
         self.samples = self.tokens = self.supervised_tokens = self.images = 0
         self.minutes = 0.0  # of earlier sessions
         self.stop_requested: str | None = None
+        self._signals = StopSignals()
         self.spikes = SpikeDetector(recipe.guards.spike_factor)
         self._given_model = model
         self._given_batches = batches
@@ -216,7 +184,7 @@ class Trainer:
         self._set_up(checkpoint)
         assert self.total_steps is not None
         finished = False
-        with _Signals(self):
+        with self._signals:
             try:
                 self._loop()
                 finished = self._is_done()
@@ -252,7 +220,7 @@ class Trainer:
 
     def _set_up(self, checkpoint: Path | None) -> None:
         recipe, world = self.recipe, self.world
-        _seed_everything(recipe.seed)
+        seed_everything(recipe.seed)
         if self._given_model is not None:
             model = self._given_model
         else:
@@ -268,7 +236,7 @@ class Trainer:
             recipe.precision,
             recipe.activation_checkpointing,
             recipe.compile,
-            self._image_size(),
+            self._image_size(model),
         )
         self.model = self.parallel.model
         self.groups: list[Group] = parameter_groups(self.model, recipe.parts, recipe.optimizer, recipe.schedule)
@@ -304,13 +272,13 @@ class Trainer:
         self._batches = self.data.batches
         self.total_steps = recipe.steps or self.data.steps(recipe.epochs or 1.0)
 
-    def _image_size(self) -> tuple[int, int]:
+    def _image_size(self, model: FlorenceVLForConditionalGeneration) -> tuple[int, int]:
+        """Pixels of the dummy image of text-only batches."""
         size = getattr(getattr(self.processor, "image_processor", None), "size", None)
         if size is not None:
-            get = size.get if isinstance(size, Mapping) else lambda key: getattr(size, key, None)
-            if get("height") and get("width"):
-                return int(get("height")), int(get("width"))
-        return 64, 64
+            return int(size["height"]), int(size["width"])
+        side = int(getattr(model.config.vision_config, "image_size", None) or 64)
+        return side, side
 
     def _describe_run(self, model: nn.Module, checkpoint: Path | None) -> None:
         """Make the run's folder tell what it is: recipe, environment, and what an export needs besides weights."""
@@ -376,7 +344,7 @@ class Trainer:
             self._show_sample(micro_batches[0])
         table = self._exchange(micro_batches, data_wait)
         num_items = max(table.supervised, 1)
-        _seed_everything(mix(recipe.seed, self.step, world.rank))
+        seed_everything(mix(recipe.seed, self.step, world.rank))
         position = max(float(self.step), self._time_fraction * self.total_steps)
         for group, settings in zip(self.groups, self.optimizer.param_groups, strict=True):
             settings["lr"] = group.lr * lr_factor(group.schedule, position, self.total_steps)
@@ -409,16 +377,16 @@ class Trainer:
         self._report(table, loss_value, total_norm, norms, seconds)
         self._maybe_save()
 
-    def _exchange(self, micro_batches: list[Batch], data_wait: float) -> _StepTable:
+    def _exchange(self, micro_batches: list[Batch], data_wait: float) -> StepCounts:
         """What every process has to know of the others before a step, in one small collective."""
         own = [
-            float(sum(_supervised(batch) for batch in micro_batches)),
-            float(sum(_tokens(batch) for batch in micro_batches)),
+            float(sum(count_supervised(batch) for batch in micro_batches)),
+            float(sum(count_tokens(batch) for batch in micro_batches)),
             float(sum(batch["input_ids"].numel() for batch in micro_batches)),
-            float(sum(_images(batch) for batch in micro_batches)),
-            float(sum(_samples(batch) for batch in micro_batches)),
+            float(sum(count_images(batch) for batch in micro_batches)),
+            float(sum(count_samples(batch) for batch in micro_batches)),
             data_wait,
-            float(self._signalled),
+            float(self._signals.received),
             self._elapsed_minutes() / self.recipe.max_minutes if self.recipe.max_minutes else 0.0,
             self._elapsed_minutes(),
         ]
@@ -430,9 +398,8 @@ class Trainer:
         self._agreed_minutes = float(rows[0, 8])
         if sums[0] == 0:
             log.warning("step %d has no supervised token at all", self.step + 1)
-        return _StepTable(int(sums[0]), int(sums[1]), int(sums[2]), int(sums[3]), int(sums[4]), float(rows[:, 5].max()))
+        return StepCounts(int(sums[0]), int(sums[1]), int(sums[2]), int(sums[3]), int(sums[4]), float(rows[:, 5].max()))
 
-    _signalled = 0
     _agreed_minutes = 0.0
 
     def _fill_missing_gradients(self) -> None:
@@ -499,7 +466,7 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------- reporting and checkpoints
 
-    def _report(self, table: _StepTable, loss: float, norm: float, norms: Mapping[str, float], seconds: float) -> None:
+    def _report(self, table: StepCounts, loss: float, norm: float, norms: Mapping[str, float], seconds: float) -> None:
         row: dict[str, Any] = {
             "step": self.step,
             "loss": loss,
@@ -603,100 +570,10 @@ class Trainer:
             tracker.close()
 
 
-@dataclass
-class _StepTable:
-    """Sums over all processes of one optimizer step."""
-
-    supervised: int
-    tokens: int
-    slots: int
-    images: int
-    samples: int
-    data_wait: float
-
-
-class _Signals:
-    """SIGTERM, SIGUSR1 (what Slurm sends before the end) and Ctrl-C ask the loop to save and leave; twice is abrupt."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.names = [n for n in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, n)]
-        self.previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        try:
-            for name in self.names:
-                number = getattr(signal, name)
-                self.previous[number] = signal.signal(number, self._handle)
-        except ValueError:  # not the main thread: whoever runs us there handles signals
-            self.previous.clear()
-        return self
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.trainer._signalled and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.trainer._signalled = number
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-
 def _silent(recipe: Recipe) -> Any:
     from dataclasses import replace
 
     return replace(recipe.logging, progress="none")
-
-
-def _seed_everything(seed: int) -> None:
-    torch.manual_seed(seed & 0x7FFF_FFFF_FFFF_FFFF)
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFF_FFFF)
-
-
-def _supervised(batch: Batch) -> int:
-    return int((batch["labels"][:, 1:] != -100).sum())
-
-
-def _tokens(batch: Batch) -> int:
-    """Tokens that are not padding."""
-    mask = batch.get("attention_mask")
-    return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
-
-
-def _images(batch: Batch) -> int:
-    pixels = batch.get("pixel_values")
-    return 0 if pixels is None else len(pixels)
-
-
-def _samples(batch: Batch) -> int:
-    """Samples of a batch; in packed rows every position 0 begins one."""
-    positions = batch.get("position_ids")
-    return int((positions == 0).sum()) if positions is not None else len(batch["input_ids"])
-
-
-def describe_environment() -> dict[str, Any]:
-    """Versions, device, command and git state of this run."""
-    import platform
-    from importlib import metadata
-
-    versions = {}
-    for name in ("florence-vl", "torch", "transformers", "tokenizers", "peft", "numpy"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": versions,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-        "command": sys.argv,
-        "git": {"commit": commit.stdout.strip() or None, "dirty": bool(dirty.stdout.strip())},
-    }
 
 
 __all__ = [

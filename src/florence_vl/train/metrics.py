@@ -76,9 +76,7 @@ class TensorBoardTracker:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ValueError(
-                f"logging.trackers: tensorboard is not installed ({error}): pip install tensorboard"
-            ) from None
+            raise ValueError(f"logging.trackers: tensorboard is missing ({error}): pip install tensorboard") from None
         self._writer = SummaryWriter(str(run_dir / "tensorboard"))
 
     def log(self, row: Mapping[str, float], step: int) -> None:

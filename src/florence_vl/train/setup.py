@@ -1,0 +1,80 @@
+"""What a run starts from: the recipe's model, and a description of the machine that it ran on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from florence_vl.train.config import Recipe
+
+if TYPE_CHECKING:
+    from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+
+
+def load_model(recipe: Recipe) -> tuple[FlorenceVLForConditionalGeneration, Any]:
+    """The recipe's model and processor, fp32: loaded from `model.path`, or assembled from `model.build`.
+
+    Raises:
+        ValueError: The recipe names none, or a part can't be used.
+        FileNotFoundError: The folder isn't there.
+    """
+    config = recipe.model
+    options: dict[str, Any] = {}
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    if config.path is not None:
+        from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+        from florence_vl.model.processing import FlorenceVLProcessor
+
+        path = Path(config.path).expanduser()
+        if config.path.startswith((".", "/", "~", "runs/")) and not path.is_dir():
+            raise FileNotFoundError(f"model.path {config.path!r}: no such folder")
+        name = str(path) if path.is_dir() else config.path
+        model = FlorenceVLForConditionalGeneration.from_pretrained(name, dtype=torch.float32, **options)
+        processor = FlorenceVLProcessor.from_pretrained(name)
+    elif config.build is not None:
+        from florence_vl.model.assemble import build_model
+
+        parts = {key: value for key, value in vars(config.build).items() if value is not None}
+        torch.manual_seed(recipe.seed)
+        model, processor = build_model(**parts)
+        if options:
+            model.set_attn_implementation(config.attn_implementation)
+    else:
+        raise ValueError("the recipe names no model: set model.path (a saved one) or model.build (its parts)")
+    images = processor.image_processor
+    if config.image_aspect_ratio is not None:
+        images.image_aspect_ratio = config.image_aspect_ratio
+    if config.image_size is not None:
+        images.size = type(images.size)(height=config.image_size, width=config.image_size)
+        model.num_image_tokens(config.image_size, config.image_size)  # refuses sizes that the tower can't take
+    return model, processor
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, device, command and git state of this run."""
+    import platform
+    from importlib import metadata
+
+    versions = {}
+    for name in ("florence-vl", "torch", "transformers", "tokenizers", "peft", "numpy"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "command": sys.argv,
+        "git": {"commit": commit.stdout.strip() or None, "dirty": bool(dirty.stdout.strip())},
+    }

@@ -1,0 +1,79 @@
+"""What an optimizer step knows of itself: counts of a batch, seeds, signals that ask the loop to leave."""
+
+from __future__ import annotations
+
+import random
+import signal
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+Batch = dict[str, Any]
+
+
+@dataclass
+class StepCounts:
+    """Sums over all processes of one optimizer step."""
+
+    supervised: int
+    tokens: int
+    slots: int
+    images: int
+    samples: int
+    data_wait: float
+
+
+def count_supervised(batch: Batch) -> int:
+    return int((batch["labels"][:, 1:] != -100).sum())
+
+
+def count_tokens(batch: Batch) -> int:
+    """Tokens that are not padding."""
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
+
+
+def count_images(batch: Batch) -> int:
+    pixels = batch.get("pixel_values")
+    return 0 if pixels is None else len(pixels)
+
+
+def count_samples(batch: Batch) -> int:
+    """Samples of a batch; in packed rows every position 0 begins one."""
+    positions = batch.get("position_ids")
+    return int((positions == 0).sum()) if positions is not None else len(batch["input_ids"])
+
+
+def seed_everything(seed: int) -> None:
+    torch.manual_seed(seed & 0x7FFF_FFFF_FFFF_FFFF)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFF_FFFF)  # noqa: NPY002  (users' code may draw from it)
+
+
+class StopSignals:
+    """SIGTERM, SIGUSR1 (what Slurm sends before the end) and Ctrl-C ask the loop to save and leave; twice is abrupt."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.names = [n for n in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, n)]
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        try:
+            for name in self.names:
+                number = getattr(signal, name)
+                self.previous[number] = signal.signal(number, self._handle)
+        except ValueError:  # not the main thread: whoever runs us there handles signals
+            self.previous.clear()
+        return self
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
