@@ -1,0 +1,8 @@
+"""Weights of others: released Florence-VL checkpoints, every Florence-2, gguf LLMs; to this package and back."""
+
+from __future__ import annotations
+
+from florence_vl.model.convert.conversion import Source, convert, open_source
+from florence_vl.model.convert.diff import Comparison, diff
+
+__all__ = ["Comparison", "Source", "convert", "diff", "open_source"]

@@ -1,0 +1,93 @@
+"""The README.md of a converted folder: where it comes from, under which terms, which switches are set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+LLM_LICENSES = {
+    "llama": (
+        "llama3.1",
+        "the LLM is Llama 3.1: Llama 3.1 Community License (attribution, acceptable use)",
+    ),
+    "vicuna": ("llama2", "the LLM is Vicuna 1.5, from Llama 2: Llama 2 Community License"),
+    "phi3": ("mit", "the LLM is Phi-3.5-mini: MIT"),
+}
+
+_FRONT = """---
+license: {license}
+library_name: florence-vl
+pipeline_tag: image-text-to-text
+tags: [florence-vl, florence-2]
+---
+"""
+
+_FLORENCE_VL = """
+# Florence-VL, converted
+
+Converted by [florence-vl](https://pypi.org/project/florence-vl/) {version} from `{source}`, {title}.
+Values are bit for bit those of the source; only names, one transposed matrix and left-out tensors differ.
+
+```python
+import florence_vl
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("THIS FOLDER", dtype="auto", device_map="auto")
+processor = AutoProcessor.from_pretrained("THIS FOLDER")
+```
+
+Or `florence-vl chat THIS_FOLDER --image photo.jpg`.
+"""
+
+_FLORENCE2 = """
+# Florence-2, converted
+
+Converted by [florence-vl](https://pypi.org/project/florence-vl/) {version} from `{source}`, {title}, into transformers'
+own classes:
+
+```python
+from transformers import Florence2ForConditionalGeneration
+
+model = Florence2ForConditionalGeneration.from_pretrained("THIS FOLDER", dtype="auto")
+```
+"""
+
+
+def license_of(text_model_type: str, vocab_size: int) -> tuple[str, str]:
+    """Licence tag and sentence of a released Florence-VL's LLM; the authors' own cards state none."""
+    kind = "vicuna" if text_model_type == "llama" and vocab_size < 100_000 else text_model_type
+    return LLM_LICENSES.get(kind, ("other", "the LLM's licence isn't known here; see its source"))
+
+
+def write_card(report: Mapping[str, Any], title: str, license: str, terms: list[str], florence_vl: bool) -> str:
+    """README.md of a converted model.
+
+    Args:
+        report: `Plan.report()`.
+        title: The source's layout, in words.
+        license: Tag for the hub's front matter.
+        terms: Sentences on the terms of the parts.
+        florence_vl: Whether it is a Florence-VL (else a Florence-2).
+    """
+    from florence_vl import __version__
+
+    body = _FLORENCE_VL if florence_vl else _FLORENCE2
+    text = _FRONT.format(license=license) + body.format(version=__version__, source=report["source"], title=title)
+    text += "\n## Terms\n\n" + "".join(f"- {term}\n" for term in terms)
+    if report["settings"]:
+        text += "\n## Switches\n\n| setting | value |\n|---|---|\n"
+        text += "".join(f"| `{name}` | `{value}` |\n" for name, value in report["settings"].items())
+        if florence_vl:
+            text += (
+                "\nThey follow what is known of the released code; `florence-vl convert THIS_FOLDER --probe "
+                "REFERENCES.jsonl` measures the alternatives.\n"
+            )
+    text += f"\n## Tensors\n\n{report['tensors']} converted, {len(report['dropped'])} left out:\n\n"
+    reasons: dict[str, list[str]] = {}
+    for name, reason in report["dropped"].items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        text += f"- {len(names)}: {reason} (`{names[0]}`{' ...' if len(names) > 1 else ''})\n"
+    for note in report["notes"]:
+        text += f"- note: {note}\n"
+    return text
