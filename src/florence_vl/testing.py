@@ -106,9 +106,21 @@ def tiny_model(
 
 
 # Every template's control tokens. The first four have the ids that `tiny_config` says: pad, bos, eos, image.
-TINY_SPECIAL_TOKENS = tuple(
-    "<pad> <s> <|im_end|> <image> <|im_start|> </s> <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> "
-    "<|system|> <|user|> <|assistant|> <|end|>".split()
+TINY_SPECIAL_TOKENS = (
+    "<pad>",
+    "<s>",
+    "<|im_end|>",
+    "<image>",
+    "<|im_start|>",
+    "</s>",
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
 )
 TINY_CORPUS = (
     "A photo of a red car next to a small house, and two people who walk with a dog on the street.",
