@@ -1,0 +1,77 @@
+"""A benchmark question: what is asked about which images, and what is known about the answer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+IMAGE = object()  # marks an image's place in a prompt
+
+
+class Picture(Protocol):
+    """An image that is read only when it is needed."""
+
+    @property
+    def key(self) -> str:
+        """The same for the same picture, so that it is encoded once."""
+        ...
+
+    def read(self) -> bytes:
+        """The encoded bytes."""
+        ...
+
+
+@dataclass(frozen=True)
+class BytesPicture:
+    """A picture that is in memory already."""
+
+    data: bytes
+
+    @property
+    def key(self) -> str:
+        """Content hash."""
+        return hashlib.sha256(self.data).hexdigest()[:20]
+
+    def read(self) -> bytes:
+        """The encoded bytes."""
+        return self.data
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of one benchmark.
+
+    Attributes:
+        id: Unique within its benchmark.
+        benchmark: The benchmark's name.
+        parts: Text and `IMAGE` marks, in reading order.
+        images: One picture for each mark.
+        reference: What the metric needs, JSON values only.
+    """
+
+    id: str
+    benchmark: str
+    parts: tuple[Any, ...]
+    images: Sequence[Picture] = ()
+    reference: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompt(self) -> str:
+        """The prompt as text, images as `<image>` on lines of their own."""
+        return "\n".join("<image>" if part is IMAGE else part for part in self.parts)
+
+    @property
+    def text(self) -> str:
+        """The prompt's text without image marks."""
+        return "\n".join(part for part in self.parts if part is not IMAGE)
+
+    @property
+    def picture_key(self) -> str:
+        """Key of all its pictures together; questions that share it share the encoded images."""
+        return "+".join(picture.key for picture in self.images)
+
+    def content(self) -> list[dict[str, str]]:
+        """Message content as chat templates expect it: `{"type": "image"}` and `{"type": "text", "text": ...}`."""
+        return [{"type": "image"} if part is IMAGE else {"type": "text", "text": part} for part in self.parts]

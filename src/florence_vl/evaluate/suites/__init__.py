@@ -1,0 +1,80 @@
+"""Benchmarks and suites by name, from the YAML files beside this one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+
+from florence_vl.evaluate.benchmark import Benchmark, read_benchmark
+from florence_vl.registry import Registry, did_you_mean
+
+BENCHMARKS: Registry[Benchmark] = Registry("benchmark")
+
+_FOLDER = Path(str(files(__package__)))
+
+
+@lru_cache(maxsize=1)
+def _load() -> dict[str, list[str]]:
+    suites: dict[str, list[str]] = yaml.safe_load((_FOLDER / "suites.yaml").read_text(encoding="utf-8"))
+    for path in sorted(_FOLDER.glob("*.yaml")):
+        if path.name != "suites.yaml":
+            add_benchmark(path)
+    return suites
+
+
+def add_benchmark(path: Path) -> Benchmark:
+    """Register the benchmark of a YAML file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file doesn't describe a benchmark, or its name is taken by another one.
+    """
+    found = read_benchmark(path)
+    if found.name in BENCHMARKS and BENCHMARKS[found.name] != found:
+        raise ValueError(f"{path}: the benchmark {found.name!r} exists already with another protocol; rename this one")
+    if found.name not in BENCHMARKS:
+        BENCHMARKS.register(found.name)(found)
+    return found
+
+
+def suites() -> dict[str, list[str]]:
+    """Names of the benchmarks of each suite."""
+    return {name: list(members) for name, members in _load().items()}
+
+
+def benchmark_names() -> list[str]:
+    """All registered benchmarks."""
+    _load()
+    return BENCHMARKS.names()
+
+
+def choose(names: str | Sequence[str], protocol: str = "current") -> list[Benchmark]:
+    """Benchmarks by name, by suite, or from YAML files of one's own; each once, in the order given.
+
+    Args:
+        names: Names, or one text with commas between them.
+        protocol: `current` or `authors` (see `Benchmark.with_protocol`).
+
+    Raises:
+        FileNotFoundError: A YAML file isn't there.
+        ValueError: Neither a suite nor a benchmark; near names are listed.
+    """
+    known = suites()
+    chosen: dict[str, Benchmark] = {}
+    for name in names.split(",") if isinstance(names, str) else names:
+        name = name.strip()
+        if name.endswith((".yaml", ".yml")):
+            found = [add_benchmark(Path(name))]
+        elif name in known:
+            found = [BENCHMARKS[member] for member in known[name]]
+        elif name in BENCHMARKS:
+            found = [BENCHMARKS[name]]
+        else:
+            near = did_you_mean(name, [*known, *BENCHMARKS.names()])
+            raise ValueError(f"unknown suite or benchmark {name!r}. {near}")
+        chosen |= {benchmark.name: benchmark.with_protocol(protocol) for benchmark in found}
+    return list(chosen.values())
