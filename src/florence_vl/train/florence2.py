@@ -192,7 +192,12 @@ def florence2_processor(tokenizer: Any, image_size: int = 256) -> Any:
 
     side = {"height": image_size, "width": image_size}
     images = CLIPImageProcessorPil(
-        size=side, crop_size=side, do_center_crop=False, resample=3, image_mean=list(IMAGE_MEAN), image_std=list(IMAGE_STD)
+        size=side,
+        crop_size=side,
+        do_center_crop=False,
+        resample=3,
+        image_mean=list(IMAGE_MEAN),
+        image_std=list(IMAGE_STD),
     )
     images.image_seq_length = (image_size // 32) ** 2 + 1
     rules = {
@@ -358,7 +363,7 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
 
 def _worker_init(_: int) -> None:
     torch.set_num_threads(1)
-    os.nice(5)
+    os.nice(10)
 
 
 def train(config: Florence2Training, device: str | None = None) -> Path:
@@ -390,7 +395,16 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
         _parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.98), fused=True
     )
     ema = {name: p.detach().clone() for name, p in model.named_parameters()} if config.ema_decay else {}
-    same = ("seed", "image_size", "images_per_step", "tasks_per_image", "location_bins", "max_target_tokens", "mix", "tasks")
+    same = (
+        "seed",
+        "image_size",
+        "images_per_step",
+        "tasks_per_image",
+        "location_bins",
+        "max_target_tokens",
+        "mix",
+        "tasks",
+    )
     step = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
@@ -422,7 +436,13 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
     def save() -> None:
         _save(
             checkpoint,
-            {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema, "step": step, "config": asdict(config)},
+            {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "ema": ema,
+                "step": step,
+                "config": asdict(config),
+            },
         )
 
     try:

@@ -103,7 +103,10 @@ PHOTOS = {
         "a smiling woman astronaut in an orange space suit, with a flag and a model of a space shuttle behind her",
         "NASA, public domain: Eileen Collins",
     ),
-    "camera.png": ("a man in a dark coat with a camera on a tripod, on a lawn, in black and white", "Lav Varshney, CC0"),
+    "camera.png": (
+        "a man in a dark coat with a camera on a tripod, on a lawn, in black and white",
+        "Lav Varshney, CC0",
+    ),
     "chelsea.png": ("the face of a tabby cat, seen from close by", "Stefan van der Walt, CC0"),
     "coffee.png": ("a cup of espresso on a saucer with a spoon, on a wooden table", "Rachel Michetti, CC0"),
     "rocket.jpg": ("a rocket on the launch pad at dusk, between towers", "SpaceX, public domain"),
@@ -125,7 +128,9 @@ UNSUITABLE = set(
     "slut virgin orgasm sperm semen anal rectum anus intercourse".split()
 )
 
-UNSUITABLE_KEYWORDS = set("gun pistol weapon bomb nude naked sexy drug cannabis cigarette skull nazi alcohol beer wine blood".split())
+UNSUITABLE_KEYWORDS = set(
+    "gun pistol weapon bomb nude naked sexy drug cannabis cigarette skull nazi alcohol beer wine blood".split()
+)
 
 # Faces that a person would tell apart at a glance.
 FACES = {
@@ -203,7 +208,9 @@ def fetch(source: Source, folder: Path) -> Path:
     if found() is None:
         tool = {"npm": "npm", "deb": "apt-get", "pip": sys.executable}[source.kind]
         if shutil.which(tool) is None:
-            raise ValueError(f"{source.name} {source.version} is needed, and {tool} is not installed: run `{source.how}`")
+            raise ValueError(
+                f"{source.name} {source.version} is needed, and {tool} is not installed: run `{source.how}`"
+            )
         command = source.how.split()
         command = [sys.executable, "-m", *command] if source.kind == "pip" else command
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
@@ -214,7 +221,9 @@ def fetch(source: Source, folder: Path) -> Path:
         raise ValueError(f"`{source.how}` left no {stem}{pattern[1:]} in {folder}")
     have = hashlib.sha256(path.read_bytes()).hexdigest()
     if source.sha256 and have != source.sha256:
-        raise ValueError(f"{path.name} has SHA-256 {have[:12]}…, expected {source.sha256[:12]}…: delete it and run `{source.how}`")
+        raise ValueError(
+            f"{path.name} has SHA-256 {have[:12]}…, expected {source.sha256[:12]}…: delete it and run `{source.how}`"
+        )
     return path
 
 
@@ -348,7 +357,9 @@ def _title(raw: str, wordnet: _WordNet) -> str | None:
     """A clip-art title as a caption, or None where it is no clean English phrase."""
     text = re.sub(r"(?i)clipart by .*? - |various cliparts|\(.*?\)|[|,].*|- iconset", " ", raw)
     text = re.sub(r"([a-z])([A-Z])", r"\1 \2", text).replace("_", " ").replace("-", " ").lower()
-    text = re.sub(r"\b(clip ?art|icon|icons|vector|svg|ver|architetto|outline|simple|cartoon|silhouette)\b|\d+", " ", text)
+    text = re.sub(
+        r"\b(clip ?art|icon|icons|vector|svg|ver|architetto|outline|simple|cartoon|silhouette)\b|\d+", " ", text
+    )
     text = re.sub(r"\s+", " ", text).strip(" .,")
     words = text.split()
     if not 1 <= len(words) <= 5 or not text.isascii() or not re.fullmatch(r"[a-z ]+", text):

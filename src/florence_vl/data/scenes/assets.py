@@ -53,7 +53,9 @@ _OBSCURE = set(
     "beating heart|growing heart|two hearts|heart decoration|heart on fire|sparkling heart|pouring|electric plug|"
     "low battery|mobile phone with arrow|telephone receiver|fax machine|notebook with decorative cover|notebook|"
     "orange book|green book|blue book|closed book|e-mail|postbox|file folder|open file folder|spiral notepad|"
-    "spiral calendar|clipboard|round pushpin|unlocked|carpentry saw|wheel|radio|office building|house with garden|houses|bookmark|locked|backpack|building construction|desert island|national park".split("|")
+    "spiral calendar|clipboard|round pushpin|unlocked|carpentry saw|wheel|radio|office building|house with garden|houses|bookmark|locked|tennis|golf|ping pong|skiis|skis|american football|baseball field|backpack|building construction|desert island|national park".split(
+        "|"
+    )
 )
 _CLIP_ART = set(
     "house|school|guitar|boat|teddy bear|soccer ball|floppy disk|christmas tree|magnifying glass|padlock|table|bus|"
@@ -62,7 +64,9 @@ _CLIP_ART = set(
     "hammer|scissors|pencil|ladder|saw|cup|bottle|fork|spoon|candle|star|balloon|kite|ball|butterfly|bee|spider|snail|"
     "turtle|snake|rabbit|duck|owl|penguin|elephant|lion|tiger|bear|monkey|giraffe|airplane|helicopter|rocket|"
     "sailboat|bicycle|motorcycle|train|tractor|barn|castle|windmill|lighthouse|pizza|cake|ice cream cone|"
-    "hamburger|sandwich|carrot|tomato|onion|corn|pumpkin|pineapple|grapes|watermelon|pumpkin pie|harp|paper clip".split("|")
+    "hamburger|sandwich|carrot|tomato|onion|corn|pumpkin|pineapple|grapes|watermelon|pumpkin pie|harp|paper clip".split(
+        "|"
+    )
 )
 _MASS = set(
     "popcorn bacon bread butter garlic salt money ice fire coral broccoli spaghetti sushi soap dna rice corn "
@@ -102,7 +106,11 @@ class Sprite:
     @property
     def countable(self) -> bool:
         """Whether "two ...s" is good English."""
-        return self.name not in _PLURAL and self.name not in _MASS and not re.search(r" (with|of|in|and|behind|on) ", self.name)
+        return (
+            self.name not in _PLURAL
+            and self.name not in _MASS
+            and not re.search(r" (with|of|in|and|behind|on) ", self.name)
+        )
 
     def conflicts(self, other: Sprite) -> bool:
         """Whether a person might call one of the two by the other's name."""
@@ -111,7 +119,22 @@ class Sprite:
 
 
 def _words(text: str) -> list[str]:
-    generic = {"face", "with", "and", "of", "in", "on", "behind", "red", "green", "blue", "yellow", "black", "white", "the"}
+    generic = {
+        "face",
+        "with",
+        "and",
+        "of",
+        "in",
+        "on",
+        "behind",
+        "red",
+        "green",
+        "blue",
+        "yellow",
+        "black",
+        "white",
+        "the",
+    }
     return [w.removesuffix("s") for w in re.findall(r"[a-z']+", text.lower()) if w not in generic]
 
 
@@ -131,6 +154,8 @@ def plural(name: str) -> str:
     head, _, last = name.rpartition(" ")
     if last in _IRREGULAR:
         last = _IRREGULAR[last]
+    elif last.endswith("fish"):
+        pass
     elif last.endswith("y") and last[-2] not in "aeiou":
         last = last[:-1] + "ies"
     elif last.endswith(("s", "x", "z", "ch", "sh")):
@@ -162,7 +187,9 @@ def _nameable(row: dict[str, Any]) -> bool:
     if name in _OBSCURE or len(name) > 24 or len(name.split()) > 4 or not name.isascii():
         return False
     folder = row["folder"].replace(" & ", "-").replace(" ", "-")
-    return folder in _NAMEABLE or any(folder.startswith(f) for f in ("face", "heart", "emotion", "sky", "light", "arts"))
+    return folder in _NAMEABLE or any(
+        folder.startswith(f) for f in ("face", "heart", "emotion", "sky", "light", "arts")
+    )
 
 
 @lru_cache

@@ -30,13 +30,25 @@ def _compare(rng: Random, labels: list[str], values: list[int], what: str) -> li
     questions = []
     order = sorted(values)
     if order[-1] - order[-2] >= max(2, order[-1] // 12):
-        questions.append(Question("ocr_chart", "chart_extreme", f"Which {what} has the highest value?", labels[values.index(order[-1])]))
+        questions.append(
+            Question(
+                "ocr_chart", "chart_extreme", f"Which {what} has the highest value?", labels[values.index(order[-1])]
+            )
+        )
     if order[1] - order[0] >= max(2, order[-1] // 12):
-        questions.append(Question("ocr_chart", "chart_extreme", f"Which {what} has the lowest value?", labels[values.index(order[0])]))
+        questions.append(
+            Question(
+                "ocr_chart", "chart_extreme", f"Which {what} has the lowest value?", labels[values.index(order[0])]
+            )
+        )
     i, j = rng.sample(range(len(labels)), 2)
     if abs(values[i] - values[j]) >= max(2, order[-1] // 12):
         answer = "yes" if values[i] > values[j] else "no"
-        questions.append(Question("ocr_chart", "chart_compare", f"Is the value of {labels[i]} higher than that of {labels[j]}?", answer))
+        questions.append(
+            Question(
+                "ocr_chart", "chart_compare", f"Is the value of {labels[i]} higher than that of {labels[j]}?", answer
+            )
+        )
     return questions
 
 
@@ -71,7 +83,9 @@ def bar(rng: Random, split: str, size: int, scene_id: str) -> Scene:
         *_compare(rng, labels, values, "bar"),
     ]
     if len(set(colors)) == n:
-        questions.append(Question("vision_centric", "color", f"What is the color of the bar of {labels[i]}?", colors[i]))
+        questions.append(
+            Question("vision_centric", "color", f"What is the color of the bar of {labels[i]}?", colors[i])
+        )
     return Scene(
         scene_id,
         "bar_chart",
@@ -88,7 +102,11 @@ def line(rng: Random, split: str, size: int, scene_id: str) -> Scene:
     """A line chart with marked points and their values."""
     u, n = size / 256, rng.randint(4, 5)
     start = rng.randrange(12)
-    labels = [MONTHS[(start + i) % 12] for i in range(n)] if rng.random() < 0.5 else [str(2000 + start + i) for i in range(n)]
+    labels = (
+        [MONTHS[(start + i) % 12] for i in range(n)]
+        if rng.random() < 0.5
+        else [str(2000 + start + i) for i in range(n)]
+    )
     trend = rng.choice(("rises", "falls", "mixed"))
     values = rng.sample(range(5, 99), n)
     if trend != "mixed":
@@ -125,7 +143,12 @@ def line(rng: Random, split: str, size: int, scene_id: str) -> Scene:
     if trend != "mixed":
         asked = rng.choice(("rises", "falls"))
         questions.append(
-            Question("ocr_chart", "chart_trend", f"Does the line {asked.removesuffix('s')} from left to right?", "yes" if asked == trend else "no")
+            Question(
+                "ocr_chart",
+                "chart_trend",
+                f"Does the line {asked.removesuffix('s')} from left to right?",
+                "yes" if asked == trend else "no",
+            )
         )
     word = {"rises": "rising", "falls": "falling", "mixed": "zigzag"}[trend]
     return Scene(
@@ -204,7 +227,11 @@ def scatter(rng: Random, split: str, size: int, scene_id: str) -> Scene:
             t = rng.random()
             x = left + 12 * u + t * (right - left - 24 * u)
             y0 = (1 - t if slope > 0 else t) * 0.8 + 0.1
-            y = top + 8 * u + (base - top - 20 * u) * min(max(y0 + rng.gauss(0, 0.06) + (0.12 * k if k else 0) * slope, 0.0), 1.0)
+            y = (
+                top
+                + 8 * u
+                + (base - top - 20 * u) * min(max(y0 + rng.gauss(0, 0.06) + (0.12 * k if k else 0) * slope, 0.0), 1.0)
+            )
             if all(math.hypot(x - a, y - b) > 15 * u for a, b in spots):
                 spots.append((x, y))
                 mine.append((x, y))
@@ -219,9 +246,19 @@ def scatter(rng: Random, split: str, size: int, scene_id: str) -> Scene:
     present = rng.random() < 0.5
     questions = [
         Question("ocr_chart", "reading", "What is the title of the chart?", topic),
-        Question("ocr_chart", "chart_trend", f"Do the points {asked} from left to right?", "yes" if (asked == "rise") == (slope > 0) else "no"),
+        Question(
+            "ocr_chart",
+            "chart_trend",
+            f"Do the points {asked} from left to right?",
+            "yes" if (asked == "rise") == (slope > 0) else "no",
+        ),
         Question("vision_centric", "counting", f"How many {colors[0]} points are there?", str(counts[0])),
-        Question("vision_centric", "existence", f"Are there {rng.choice(colors) if present else other} points in the chart?", "yes" if present else "no"),
+        Question(
+            "vision_centric",
+            "existence",
+            f"Are there {rng.choice(colors) if present else other} points in the chart?",
+            "yes" if present else "no",
+        ),
     ]
     return Scene(
         scene_id,

@@ -27,7 +27,17 @@ class Sheet:
     color: str = "black"
     texts: list[Text] = field(default_factory=list)
 
-    def write(self, x: float, y: float, text: str, size: int, *, bold: bool = False, anchor: str = "l", color: str | None = None) -> float:
+    def write(
+        self,
+        x: float,
+        y: float,
+        text: str,
+        size: int,
+        *,
+        bold: bool = False,
+        anchor: str = "l",
+        color: str | None = None,
+    ) -> float:
         """One line with its left ("l"), right ("r") or middle ("m") at x and its top at y; returns its height."""
         font = assets.sans(size, bold)
         left, top, right, bottom = font.getbbox(text)
@@ -61,7 +71,9 @@ def receipt(rng: Random, split: str, size: int, scene_id: str) -> Scene:
         sheet.write(14 * u, y, name, round(22 * u))
         sheet.write(size - 14 * u, y, f"{price / 100:.2f}", round(22 * u), anchor="r")
         y += 34 * u
-    ImageDraw.Draw(sheet.image).line((14 * u, y, size - 14 * u, y), fill=draw.COLORS[sheet.color], width=max(1, round(2 * u)))
+    ImageDraw.Draw(sheet.image).line(
+        (14 * u, y, size - 14 * u, y), fill=draw.COLORS[sheet.color], width=max(1, round(2 * u))
+    )
     y += 10 * u
     total = f"{sum(cents) / 100:.2f}"
     sheet.write(14 * u, y, "TOTAL", round(24 * u), bold=True)
@@ -139,7 +151,11 @@ def form(rng: Random, split: str, size: int, scene_id: str) -> Scene:
 def _is_kind(rng: Random, kind: str, _: str) -> list[Question]:
     others = ["receipt", *(f.lower() for f in FORMS), "bar chart", "pie chart", "table"]
     if rng.random() < 0.5:
-        return [Question("general", "existence", f"Is this a {kind}?" if kind[0] not in "aeiou" else f"Is this an {kind}?", "yes")]
+        return [
+            Question(
+                "general", "existence", f"Is this a {kind}?" if kind[0] not in "aeiou" else f"Is this an {kind}?", "yes"
+            )
+        ]
     other = rng.choice([o for o in others if o != kind])
     return [Question("general", "existence", f"Is this {'an' if other[0] in 'aeiou' else 'a'} {other}?", "no")]
 
@@ -167,12 +183,19 @@ def table(rng: Random, split: str, size: int, scene_id: str) -> Scene:
     r, c = rng.randrange(len(rows)), rng.randrange(2)
     column = [line[c] for line in values]
     questions = [
-        Question("ocr_chart", "table_value", f'What is the value of {rows[r]} in the column "{columns[c]}"?', str(values[r][c])),
+        Question(
+            "ocr_chart",
+            "table_value",
+            f'What is the value of {rows[r]} in the column "{columns[c]}"?',
+            str(values[r][c]),
+        ),
         Question("ocr_chart", "counting", "How many rows does the table have, without the header?", str(len(rows))),
     ]
     if column.count(max(column)) == 1:
         best = rows[column.index(max(column))]
-        questions.append(Question("ocr_chart", "comparison", f'Which row has the highest value in the column "{columns[c]}"?', best))
+        questions.append(
+            Question("ocr_chart", "comparison", f'Which row has the highest value in the column "{columns[c]}"?', best)
+        )
     return Scene(
         scene_id,
         "table",

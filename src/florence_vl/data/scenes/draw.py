@@ -81,7 +81,9 @@ def overlaps(box: Box, others: list[Box], gap: float) -> bool:
     )
 
 
-def place(rng: Random, size: int, w: int, h: int, taken: list[Box], gap: float, tries: int = 40) -> tuple[int, int] | None:
+def place(
+    rng: Random, size: int, w: int, h: int, taken: list[Box], gap: float, tries: int = 40
+) -> tuple[int, int] | None:
     """A free top-left corner for a w x h box inside the picture, or None."""
     margin = max(1, size // 128)
     if w > size - 2 * margin or h > size - 2 * margin:
@@ -97,14 +99,18 @@ def sprite_at(rng: Random, sprite_id: str, side: int, *, rotate: float = 0.3) ->
     """A sprite scaled so that its longer side is `side`, perhaps mirrored and turned a little, trimmed."""
     image = assets.picture(sprite_id)
     scale = side / max(image.size)
-    image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BILINEAR)
+    image = image.resize(
+        (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BILINEAR
+    )
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if rng.random() < rotate:
         image = image.rotate(rng.uniform(-14, 14), Image.Resampling.BILINEAR, expand=True)
         if max(image.size) > side:
             scale = side / max(image.size)
-            image = image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))), Image.Resampling.BILINEAR)
+            image = image.resize(
+                (max(1, int(image.width * scale)), max(1, int(image.height * scale))), Image.Resampling.BILINEAR
+            )
     box = visible_box(image)
     return image.crop(box) if box else image
 
@@ -114,7 +120,9 @@ def visible_box(image: Image.Image) -> tuple[int, int, int, int] | None:
     return image.getchannel("A").point([0] * 25 + [255] * 231).getbbox()
 
 
-def readable_color(rng: Random, canvas: Image.Image, box: Box, contrast: float = 100) -> tuple[str, tuple[int, int, int]] | None:
+def readable_color(
+    rng: Random, canvas: Image.Image, box: Box, contrast: float = 100
+) -> tuple[str, tuple[int, int, int]] | None:
     """A named text colour that stands out from what lies under `box`, or None on too mixed a ground."""
     patch = canvas.crop(tuple(int(v) for v in box)).convert("L").resize((8, 8), Image.Resampling.BOX)  # type: ignore[arg-type]
     values = patch.tobytes()
@@ -126,7 +134,9 @@ def readable_color(rng: Random, canvas: Image.Image, box: Box, contrast: float =
     return name, COLORS[name]
 
 
-def text_layer(text: str, font: assets.ImageFont.FreeTypeFont, color: tuple[int, int, int], angle: float = 0.0) -> tuple[Image.Image, tuple[float, ...]]:
+def text_layer(
+    text: str, font: assets.ImageFont.FreeTypeFont, color: tuple[int, int, int], angle: float = 0.0
+) -> tuple[Image.Image, tuple[float, ...]]:
     """Text as an RGBA layer turned by `angle` degrees (counter-clockwise) and its quad in that layer."""
     left, top, right, bottom = font.getbbox(text)
     w, h = int(right - left) + 2, int(bottom - top) + 2
@@ -140,5 +150,8 @@ def text_layer(text: str, font: assets.ImageFont.FreeTypeFont, color: tuple[int,
     quad = []
     for x, y in corners:
         dx, dy = x - w / 2, y - h / 2
-        quad += [turned.width / 2 + dx * math.cos(a) - dy * math.sin(a), turned.height / 2 + dx * math.sin(a) + dy * math.cos(a)]
+        quad += [
+            turned.width / 2 + dx * math.cos(a) - dy * math.sin(a),
+            turned.height / 2 + dx * math.sin(a) + dy * math.cos(a),
+        ]
     return turned, tuple(quad)

@@ -109,7 +109,13 @@ def arrangement(rng: Random, split: str, size: int, scene_id: str) -> Scene:
 
 
 def add_text(
-    rng: Random, canvas: Image.Image, text: str, taken: list[Box], size: int, share: tuple[float, float] = (0.1, 0.17), tilt: float = 0.15
+    rng: Random,
+    canvas: Image.Image,
+    text: str,
+    taken: list[Box],
+    size: int,
+    share: tuple[float, float] = (0.1, 0.17),
+    tilt: float = 0.15,
 ) -> Text | None:
     """Write `text` where nothing is yet, in a colour that stands out; None where there is no such place.
 
@@ -158,7 +164,9 @@ def lettering(rng: Random, split: str, size: int, scene_id: str) -> Scene:
     for _ in range(n):
         share = (0.14, 0.26) if n <= 2 else (0.1, 0.17)
         word = text_content(rng, split)
-        line = add_text(rng, canvas, word, taken, size, share, tilt=0.25) or add_text(rng, canvas, word, taken, size, (0.09, 0.13))
+        line = add_text(rng, canvas, word, taken, size, share, tilt=0.25) or add_text(
+            rng, canvas, word, taken, size, (0.09, 0.13)
+        )
         if line:
             texts.append(line)
     if not texts:  # a long word beside a large object: start from an empty canvas, where a word always fits
