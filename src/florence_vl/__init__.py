@@ -26,7 +26,15 @@ _EXPORTS = {
     "FlorenceVLImageProcessor": "florence_vl.model.image_processing",
     "build_model": "florence_vl.model.assemble",
 }
-__all__ = [*_EXPORTS, "__version__"]
+__all__ = [
+    "FlorenceVLConfig",
+    "FlorenceVLForConditionalGeneration",
+    "FlorenceVLImageProcessor",
+    "FlorenceVLModel",
+    "FlorenceVLProcessor",
+    "__version__",
+    "build_model",
+]
 
 
 def __getattr__(name: str) -> Any:

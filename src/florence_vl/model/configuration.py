@@ -54,7 +54,7 @@ class FlorenceVLConfig(PreTrainedConfig):
         tower: `"florence2"` or `"backbone"`.
         features: Names of the features that are fused, in the order of their channels. For `florence2`: `davit` and
             names of `prompts`; for `backbone`: names of `feature_layers`.
-        prompts: Prompt text by feature name. Only documentation at run time: `prompt_token_ids` is what the tower reads.
+        prompts: Prompt text by feature name; documentation only, since the tower reads `prompt_token_ids`.
         prompt_token_ids: Ids of each prompt, with begin and end tokens and without padding, so that no Florence-2
             tokenizer is needed at run time.
         prompt_padding: What the encoder does with the padding behind shorter prompts: `masked` (right), or

@@ -241,6 +241,9 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
             image_tokens = torch.cat(list(image.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             mask_BL1 = self.get_placeholder_mask(input_ids, inputs_embeds, image_tokens)
             inputs_embeds = inputs_embeds.masked_scatter(mask_BL1, image_tokens)
+        if past_key_values is None and attention_mask is None and position_ids is not None:
+            # Packed rows: with a cache transformers drops the block mask and samples would see each other.
+            kwargs.setdefault("use_cache", False)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -346,6 +349,8 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
         Returns:
             In training with labels `logits` is `None`: the head runs at the K supervised positions only.
         """
+        if labels is not None:
+            kwargs.setdefault("use_cache", False)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

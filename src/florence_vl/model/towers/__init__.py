@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 from florence_vl.registry import Registry
@@ -54,13 +55,21 @@ def check_pixels(pixel_values: Tensor) -> None:
     """Refuse what is not a batch of RGB images.
 
     Raises:
-        ValueError: `pixel_values` isn't (B, 3, H, W).
+        ValueError: `pixel_values` isn't (B, 3, H, W), or holds NaN or infinity (checked on the CPU only).
     """
     if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
         raise ValueError(
             f"pixel_values has shape {tuple(pixel_values.shape)}; expected (images, 3, height, width): RGB images as "
             "the processor returns them, all images of the batch along the first dimension"
         )
+    # Elsewhere this would wait for the device at every step; there the trainer's loss guard finds it.
+    if pixel_values.device.type == "cpu" and not torch.compiler.is_compiling():
+        finite = torch.isfinite(pixel_values).flatten(1).all(1)
+        if not finite.all():
+            raise ValueError(
+                f"pixel_values of image {int((~finite).nonzero()[0])} are not finite (NaN or infinity): "
+                "the image file or its preprocessing is broken"
+            )
 
 
 from florence_vl.model.towers.backbone import BackboneTower  # noqa: E402

@@ -106,7 +106,9 @@ class Florence2Tower(VisionTower):
         limit = florence2.vision_config.max_position_embeddings
         stride = _product(florence2.vision_config.patch_stride)
         if min(rows, columns) < 1:
-            raise ValueError(f"an image of {height}x{width} pixels is too small: this Florence-2 needs {stride} or more")
+            raise ValueError(
+                f"an image of {height}x{width} pixels is too small: this Florence-2 needs {stride} a side"
+            )
         if max(rows, columns) > limit:
             raise ValueError(
                 f"an image of {height}x{width} pixels gives {rows}x{columns} positions, but this Florence-2 has "
@@ -139,7 +141,7 @@ class Florence2Tower(VisionTower):
         """The encoder's outputs at the image positions, for all prompts: (B, N, D) -> (B, P, N, D)."""
         assert self.encoder is not None
         batch, num_image, _ = image_BND.shape
-        prompts, num_text = self.prompt_ids.shape
+        prompts = self.prompt_ids.shape[0]
         text_PTD = self.encoder.embed_tokens(self.prompt_ids).to(image_BND.dtype)
         inputs_BPSD = torch.cat(
             [
