@@ -316,7 +316,7 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
         self._num_workers = num_workers
         plan_workers = 0 if num_workers == 0 else max(1, num_workers // 4)
         self._plan_workers = plan_workers
-        self._loader = DataLoader(
+        self._loader: DataLoader | None = DataLoader(
             batch_encoder,
             batch_size=None,
             sampler=_Requests(self),
@@ -340,7 +340,8 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
         cursors = {int(lane): (int(m), int(row)) for lane, (m, row) in state["cursors"].items()}
         own = [lane for lanes in self._lanes for lane in lanes]
         known = all(lane in cursors for lane in own)
-        counts = state["report"] if state["world_size"] == self._world_size else None
+        reports = state["reports"] if state["world_size"] == self._world_size else {}
+        counts = reports.get(str(self._rank))
         return ({lane: cursors[lane] for lane in own} if known else None), counts
 
     def _requests(self) -> Iterator[_Request]:
@@ -441,13 +442,13 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
             "world_size": self._world_size,
             "fingerprint": self._fingerprint,
             "cursors": {str(lane): list(cursor) for lane, cursor in (self._cursors or {}).items()},
-            "report": self._report.counts(),
+            "reports": {str(self._rank): self._report.counts()},
         }
 
     def close(self) -> None:
         """Stop the workers."""
         self._iterator = iter(())
-        del self._loader
+        self._loader = None
 
 
 _MAX_EMPTY_WINDOWS = 100
@@ -561,10 +562,11 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if len(steps) > 1:
         raise ValueError(f"the ranks' data states are of different steps: {sorted(steps)}")
     merged = dict(states[0])
-    merged["cursors"] = {}
+    merged["cursors"], merged["reports"] = {}, {}
     for state in states:
         check_fingerprint(state["fingerprint"], merged["fingerprint"])
         merged["cursors"].update(state["cursors"])
+        merged["reports"].update(state["reports"])
     return merged
 
 

@@ -95,7 +95,10 @@ class WebDatasetReader(Reader):
         return np.array(kept, dtype=np.uint32).reshape(-1, 4)
 
     def _passes(self, shard: int, first: int, count: int) -> bool:
-        row = self._json(shard, self._parts(shard, first, count))
+        try:
+            row = self._json(shard, self._parts(shard, first, count))
+        except BadRecord:
+            return True  # kept, so that it is counted as bad when it is read
         return row is not None and all(f(row) for f in self.filters)
 
     def _parts(self, shard: int, first: int, count: int) -> dict[str, np.void]:

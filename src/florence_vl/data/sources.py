@@ -1,0 +1,248 @@
+"""The data sets that Florence-VL was trained on, by name: where they lie, how they are laid out, what may be done.
+
+Nothing is downloaded here: an entry says what to fetch, and `open_dataset(name, path)` reads what was fetched with the
+right reader, columns and filters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from florence_vl.data.readers import READERS, Filter, Reader, guess_reader, open_reader
+from florence_vl.registry import Registry
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set's facts.
+
+    Args:
+        name: Registered name.
+        hub_id: Repository on the Hugging Face Hub.
+        files: What to fetch from it.
+        records: Stated number of records; None when no count is published.
+        columns: Columns or keys of a record.
+        images: How a record's images are found, and what to fetch for them.
+        licence: Licence of the annotations, as stated by the publisher.
+        commercial: Whether the licence allows commercial use; None when it is not stated for all of the data.
+        layouts: Reader name -> its options; the first that fits the path is used.
+        note: What to know before training on it.
+        revision: Commit that the authors of Florence-VL used, where they named one.
+    """
+
+    name: str
+    hub_id: str
+    files: tuple[str, ...]
+    records: int | None
+    columns: tuple[str, ...]
+    images: str
+    licence: str
+    commercial: bool | None
+    layouts: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"llava": {}})
+    note: str = ""
+    revision: str | None = None
+
+    @property
+    def url(self) -> str:
+        """Its page on the Hub."""
+        return f"https://huggingface.co/datasets/{self.hub_id}"
+
+
+DATASETS: Registry[Dataset] = Registry("data set")
+
+
+def _add(dataset: Dataset) -> None:
+    DATASETS.register(dataset.name)(dataset)
+
+
+_LLAVA_KEYS = ("id", "image", "conversations")
+_SHAREGPT4V_IMAGES = (
+    "relative paths coco/train2017, llava/llava_pretrain/images, sam/images; {more}fetch each collection apart and "
+    "give their common root as image_root"
+)
+
+_PIXELPROSE_TEXT: dict[str, Any] = {
+    "caption": "vlm_caption",
+    "filters": (Filter("status", "==", "success"), Filter("vlm_caption", "filled")),
+    "strip_prefixes": ("This image displays",),
+}
+_add(
+    Dataset(
+        name="pixelprose",
+        hub_id="tomg-group-umd/pixelprose",
+        files=("data/vlm_captions_{common-pool,cc12m,redcaps}_*.parquet (9.8 GB)",),
+        records=16_896_423,
+        columns=(
+            *("uid", "url", "key", "status", "original_caption", "vlm_model", "vlm_caption", "toxicity"),
+            *("severe_toxicity", "obscene", "identity_attack", "insult", "threat", "sexual_explicit"),
+            *("watermark_class_id", "watermark_class_score", "aesthetic_score", "error_message", "width", "height"),
+            *("exif", "sha256"),
+        ),
+        images=(
+            "URL only: fetch with img2dataset. As WebDataset tars (save the columns uid, status, vlm_caption) the tars "
+            "are the data; as files, <image_root>/<uid>.jpg (option image_template)"
+        ),
+        licence="CC-BY-4.0 (annotations)",
+        commercial=True,
+        layouts={
+            "parquet": {**_PIXELPROSE_TEXT, "image_template": "{uid}.jpg", "id_column": "uid"},
+            "webdataset": _PIXELPROSE_TEXT,
+        },
+        note=(
+            "rows whose status is not 'success' or whose caption is empty are left out; the opening ' This image "
+            "displays' is cut; original_caption is alt text and not used. Published: CommonPool 6,539,107, CC12M "
+            "9,066,455, RedCaps 1,290,861"
+        ),
+    )
+)
+_add(
+    Dataset(
+        name="sharegpt4v-cap100k",
+        hub_id="Lin-Chen/ShareGPT4V",
+        files=("sharegpt4v_instruct_gpt4-vision_cap100k.json (134 MB)",),
+        records=102_025,
+        columns=_LLAVA_KEYS,
+        images=_SHAREGPT4V_IMAGES.format(more="also gqa, ocr_vqa, textvqa, vg, wikiart, web-*; "),
+        licence="CC-BY-NC-4.0 and OpenAI's terms",
+        commercial=False,
+    )
+)
+_add(
+    Dataset(
+        name="sharegpt4v-share-captioner",
+        hub_id="Lin-Chen/ShareGPT4V",
+        files=("share-captioner_coco_lcs_sam_1246k_1107.json (1.49 GB)",),
+        records=1_246_901,
+        columns=_LLAVA_KEYS,
+        images=_SHAREGPT4V_IMAGES.format(more=""),
+        licence="CC-BY-NC-4.0 and OpenAI's terms",
+        commercial=False,
+    )
+)
+_add(
+    Dataset(
+        name="sharegpt4v-mix665k",
+        hub_id="Lin-Chen/ShareGPT4V",
+        files=("sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k.json (1.23 GB)",),
+        records=None,
+        columns=_LLAVA_KEYS,
+        images=_SHAREGPT4V_IMAGES.format(more="also gqa, ocr_vqa, textvqa, vg, wikiart, web-*; "),
+        licence="CC-BY-NC-4.0 and OpenAI's terms",
+        commercial=False,
+        note="LLaVA's 665K with 23K of its captions replaced; holds text-only rows",
+    )
+)
+_add(
+    Dataset(
+        name="llava-pretrain-558k",
+        hub_id="liuhaotian/LLaVA-Pretrain",
+        files=("blip_laion_cc_sbu_558k.json (181 MB)", "images.zip (27.4 GB)"),
+        records=558_128,
+        columns=_LLAVA_KEYS,
+        images="names like 00453/004539375.jpg inside images.zip, which need not be unpacked: image_root=images.zip",
+        licence="other (terms of CC-3M, LAION, SBU and BLIP)",
+        commercial=None,
+    )
+)
+_add(
+    Dataset(
+        name="llava-instruct-665k",
+        hub_id="liuhaotian/LLaVA-Instruct-150K",
+        files=("llava_v1_5_mix665k.json (1.03 GB)",),
+        records=665_298,
+        columns=_LLAVA_KEYS,
+        images=(
+            "relative paths coco/train2017, gqa/images, ocr_vqa/images, textvqa/train_images, vg/VG_100K(_2); "
+            "fetch each apart and give their common root as image_root"
+        ),
+        licence="CC-BY-4.0 and OpenAI's terms",
+        commercial=None,
+        note="40,688 rows are text only; some files of VG_100K_2 are unreadable (skipped and counted)",
+    )
+)
+_add(
+    Dataset(
+        name="cambrian-7m",
+        hub_id="nyu-visionx/Cambrian-10M",
+        revision="a087b923",
+        files=("jsons/Cambrian7M_withsystemprompt.jsonl", "<collection>.tar[.gz][_partN]"),
+        records=None,
+        columns=(*_LLAVA_KEYS, "source"),
+        images=(
+            "relative to the folder into which the tars are extracted; tars that are not compressed may be given as "
+            "image_root (a list) as they are; join split parts (cat x.tar.gz_part* > x.tar.gz) and decompress them"
+        ),
+        licence="Apache-2.0 by its tag; the collections differ (ALLaVA is non-commercial)",
+        commercial=None,
+        note="about 7.07 million rows; `source` names the collection; text-only rows exist (orca_math, wizardlm)",
+    )
+)
+_add(
+    Dataset(
+        name="vision-flan",
+        hub_id="Vision-Flan/vision-flan",
+        revision="e8c6f097",
+        files=("vision_flan.json (983 MB)", "shard_01 ... shard_09 (run.sh, unzip.sh)"),
+        records=1_664_261,
+        columns=("conversations", "id", "task_name", "image"),
+        images="relative path below the unpacked shards (shard_0N/raw_dataset)",
+        licence="each of the 187 tasks has its own; none for the whole",
+        commercial=None,
+        note="the full version, which the paper's stage 2 uses",
+    )
+)
+_add(
+    Dataset(
+        name="vision-flan-191",
+        hub_id="Vision-Flan/vision-flan_191-task_1k",
+        files=("annotation_191-task_1k.json (110 MB)", "image_191-task_1k.zip (36.3 GB)"),
+        records=None,
+        columns=("conversations", "id", "task_name", "image"),
+        images="file name inside image_191-task_1k.zip, which need not be unpacked: image_root=image_191-task_1k.zip",
+        licence="each task has its own; none for the whole",
+        commercial=None,
+        note="about 186 thousand rows, 1,000 a task",
+    )
+)
+_add(
+    Dataset(
+        name="docmatix",
+        hub_id="HuggingFaceM4/Docmatix",
+        files=("images/*.parquet (1,106 shards, 159 GB)",),
+        records=1_273_215,
+        columns=("images", "texts"),
+        images="bytes in the parquet files; all question-answer pairs of a row share its pages",
+        licence="MIT",
+        commercial=True,
+        layouts={"parquet": {}},
+        note="a record is a document with its pages and all its pairs; the authors used a copy of single pages",
+    )
+)
+
+
+def open_dataset(name: str, path: str | Path, **options: Any) -> Reader:
+    """A reader of a known data set.
+
+    Args:
+        name: Name in `DATASETS`.
+        path: The annotation file, folder or glob that was fetched; local or fsspec URL.
+        options: Arguments of the reader, e.g. `image_root`; they replace the entry's own.
+
+    Raises:
+        FileNotFoundError: Nothing there.
+        ValueError: Unknown data set (near names are listed), or the path has another layout.
+    """
+    dataset = DATASETS[name]
+    guessed = guess_reader(path)
+    if guessed not in dataset.layouts:
+        raise ValueError(
+            f"{path} looks like {guessed!r}; data set {name!r} is read as {' or '.join(map(repr, dataset.layouts))}. "
+            f"Expected from {dataset.url}: {', '.join(dataset.files)}"
+        )
+    return open_reader(path, guessed, **{"name": name, **dataset.layouts[guessed], **options})
+
+
+__all__ = ["DATASETS", "READERS", "Dataset", "open_dataset"]

@@ -1,0 +1,351 @@
+"""Rows: first-fit under two limits, a pure function of (seed, step, lane), exact resume, isolation between samples."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from florence_vl.data.encode import Encoder
+from florence_vl.data.mixture import Mixture, MixtureSource
+from florence_vl.data.packing import (
+    PackingConfig,
+    WindowPlanner,
+    build_batches,
+    estimate_steps,
+    measure,
+    merge_states,
+    pack_first_fit,
+)
+from florence_vl.data.records import Record
+from florence_vl.testing import tiny_model
+
+
+@given(
+    samples=st.lists(st.tuples(st.integers(1, 50), st.integers(0, 4)), max_size=80),
+    budget=st.integers(50, 120),
+    max_images=st.integers(4, 8),
+    decreasing=st.booleans(),
+)
+@settings(max_examples=80, deadline=None)
+def test_first_fit_keeps_the_limits_and_every_sample(samples, budget, max_images, decreasing):
+    lengths, images = [n for n, _ in samples], [k for _, k in samples]
+    rows = pack_first_fit(lengths, images, budget, max_images, decreasing)
+    assert sorted(i for row in rows for i in row) == list(range(len(samples)))
+    for row in rows:
+        assert row == sorted(row)
+        assert sum(lengths[i] for i in row) <= budget
+        assert sum(images[i] for i in row) <= max_images
+    for first, row in enumerate(rows):  # first fit: no later row's longest sample had room in an earlier row
+        for later in rows[first + 1 :]:
+            sample = min(later, key=lambda i: (lengths[i], images[i]))
+            room = budget - sum(lengths[i] for i in row), max_images - sum(images[i] for i in row)
+            assert lengths[sample] > room[0] or images[sample] > room[1]
+
+
+def test_first_fit_on_known_lengths():
+    assert pack_first_fit([5, 7, 5, 2, 4, 2], [0] * 6, 10, 9) == [[1, 3], [0, 2], [4, 5]]
+    assert pack_first_fit([1, 1, 1], [1, 1, 1], 10, 2) == [[0, 1], [2]]
+    with pytest.raises(ValueError, match="sample 1 has 11 tokens and 0 images; a row holds 10 and 2"):
+        pack_first_fit([1, 11], [0, 0], 10, 2)
+
+
+def png(color):
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 5), color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class Made:
+    """Records of varied length with 0, 1 or 2 images; some are bad in the ways given."""
+
+    def __init__(self, size=60, bad=None, offset=0):
+        self.size, self.bad, self.offset = size, bad or {}, offset
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        number = index + self.offset
+        images = [png((number % 256, i, 7)) for i in range(number % 3)]
+        words = "car house dog " * (1 + number * 7 % 11)
+        messages = [
+            {"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": f"Q{number}?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": f"{words}{number}"}]},
+        ]
+        kind = self.bad.get(index)
+        if kind == "image":
+            messages[0]["content"] = [{"type": "image"}, {"type": "text", "text": "broken"}]
+            images = [b"not an image"]
+        elif kind == "unsupervised":
+            messages = messages[:1]
+        elif kind == "too_long":
+            messages[1]["content"][0]["text"] = "street " * 400
+        return Record(str(number), "made", messages, images)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def encoder(parts):
+    return Encoder(parts[1], max_length=200, on_long="drop")
+
+
+def mixture_of(**options):
+    return Mixture([MixtureSource("a", Made(**options)), MixtureSource("b", Made(31, offset=1000), 2.0)], seed=5)
+
+
+PACKED = PackingConfig(tokens_per_row=200, max_images_per_row=3, batch_size=1, global_batch_size=4, window=16)
+PADDED = PackingConfig(mode="padded", batch_size=2, global_batch_size=8, window=16)
+
+
+def take(batches, steps):
+    """[(batch, ids)] of so many steps."""
+    return [(next(batches), list(batches.ids)) for _ in range(steps * batches.batches_per_rank)]
+
+
+def equal(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_packed_rows_hold_the_samples_and_the_limits(encoder):
+    mixture = mixture_of()
+    batches = build_batches(mixture, encoder, PACKED)
+    for batch, ids in take(batches, 5):
+        assert batch["input_ids"].shape[1] <= 200
+        assert len(ids) >= 1
+        images = batch.get("pixel_values")
+        assert images is None or len(images) <= 3
+        starts = (batch["position_ids"][0] == 0).sum()
+        assert len(ids) == starts
+        assert (batch["labels"] != -100).any()
+        found = {(s, int(i)) for s, i in ids}
+        assert len(found) == len(ids)
+    report = batches.report()
+    assert report.num_bad == 0
+    assert 0.8 < report.efficiency <= 1
+    assert report.samples == sum(len(ids) for _, ids in take(build_batches(mixture, encoder, PACKED), 5))
+    assert "rows" in str(report)
+    assert report.summary()["packing_efficiency"] == report.efficiency
+
+
+def test_measuring_is_the_length_of_the_sample(encoder):
+    for index in range(12):
+        record = Made()[index]
+        sample = encoder(record)
+        assert measure(encoder, record) == (len(sample), sample.num_images)
+
+
+@pytest.mark.parametrize("config", [PACKED, PADDED], ids=["packed", "padded"])
+def test_every_record_comes_once_an_epoch(encoder, config):
+    planner = WindowPlanner(mixture := mixture_of(), encoder, config)
+    windows = -(-3 * len(mixture) // config.window)
+    positions = [p for w in range(windows) for group in planner[w].groups for p in group]
+    assert sorted(positions) == list(range(windows * config.window))
+
+
+@pytest.mark.parametrize("config", [PACKED, PADDED], ids=["packed", "padded"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_at_any_step_gives_the_same_bits(encoder, config, workers):
+    whole = build_batches(mixture_of(), encoder, config)
+    expected, states = [], []
+    for _ in range(8):
+        states.append(json.loads(json.dumps(whole.state())))
+        expected.append(take(whole, 1))
+    for start in (0, 3, 7) if workers == 0 else (3,):
+        for state in (None, states[start]):
+            batches = build_batches(mixture_of(), encoder, config, start_step=start, state=state, num_workers=workers)
+            for step in range(start, 8):
+                for (batch, ids), (wanted, wanted_ids) in zip(take(batches, 1), expected[step], strict=True):
+                    assert ids == wanted_ids
+                    assert equal(batch, wanted)
+            if state is not None:
+                assert batches.state() == whole.state()
+            batches.close()
+
+
+@pytest.mark.parametrize("config", [PACKED, PADDED], ids=["packed", "padded"])
+@given(world=st.sampled_from([1, 2, 4]), resumed_world=st.sampled_from([1, 2, 4]), start=st.integers(0, 5))
+@settings(max_examples=6, deadline=None)
+def test_a_step_holds_the_same_samples_for_every_world_size(encoder, config, world, resumed_world, start):
+    def steps(size, first, count, state=None):
+        ranks = [build_batches(mixture_of(), encoder, config, 0, r, size, first, state=state) for r in range(size)]
+        result = [[ids for rank in ranks for _, ids in take(rank, 1)] for _ in range(count)]
+        return [sorted(map(tuple, step)) for step in result], merge_states([rank.state() for rank in ranks])
+
+    expected, _ = steps(1, 0, start + 2)
+    before, state = steps(world, 0, start)
+    assert before == expected[:start]
+    assert steps(resumed_world, start, 2, state)[0] == expected[start:]
+    assert steps(resumed_world, start, 2, None)[0] == expected[start:]
+
+
+def test_bad_records_are_counted_listed_and_skipped(encoder, tmp_path):
+    bad = {3: "image", 4: "unsupervised", 5: "too_long", 9: "image"}
+    path = tmp_path / "run" / "bad.jsonl"
+    config = PackingConfig(
+        tokens_per_row=200, global_batch_size=2, window=16, bad_records_file=str(path), max_bad_share=0.5
+    )
+    mixture = Mixture([MixtureSource("set", Made(48, bad))])
+    batches = build_batches(mixture, encoder, config)
+    seen = Counter()
+    while batches.report().records < 96:
+        seen.update(index for _, ids in take(batches, 1) for _, index in ids)
+    assert not set(seen) & {str(i) for i in bad}
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == batches.report().num_bad
+    assert {(line["kind"], line["source"], line["index"]) for line in lines} == {
+        (kind, "set", index) for index, kind in bad.items()
+    }
+    assert "broken" not in lines[0]["message"]
+    assert all(line["message"] for line in lines)
+    assert set(batches.report().summary()["bad"]) == {"set/image", "set/unsupervised", "set/too_long"}
+    # deterministic: a second run skips the same and gives the same batches
+    other = build_batches(mixture, encoder, config, num_workers=1)
+    first = build_batches(mixture, encoder, config)
+    assert all(equal(a, b) and x == y for (a, x), (b, y) in zip(take(other, 6), take(first, 6), strict=True))
+    other.close()
+
+
+def test_too_much_bad_data_stops_the_run(encoder, tmp_path):
+    bad = dict.fromkeys(range(0, 60, 4), "unsupervised")
+    config = PackingConfig(tokens_per_row=200, window=16, max_bad_share=0.1, min_records=40)
+    batches = build_batches(Mixture([MixtureSource("set", Made(60, bad))]), encoder, config)
+    with pytest.raises(ValueError, match=r"of \d+ records are bad .*allows 10\.0%.*unsupervised in set.*The last"):
+        take(batches, 30)
+    assert batches.report().records >= 40
+
+
+def test_a_batch_whose_images_are_all_broken_teaches_nothing_but_comes(encoder):
+    config = PackingConfig(tokens_per_row=200, global_batch_size=1, window=4, max_bad_share=1.0)
+    for mode in (config, PackingConfig(mode="padded", batch_size=1, global_batch_size=1, window=4, max_bad_share=1.0)):
+        mixture = Mixture([MixtureSource("set", Made(4, dict.fromkeys(range(4), "image")))])
+        batch = next(build_batches(mixture, encoder, mode))
+        assert batch["input_ids"].shape == (1, 1)
+        assert (batch["labels"] == -100).all()
+        assert "pixel_values" not in batch
+
+
+def test_endless_bad_windows_end(encoder):
+    mixture = Mixture([MixtureSource("set", Made(4, dict.fromkeys(range(4), "unsupervised")))])
+    with pytest.raises(ValueError, match="100 records in a row are bad; the last: "):
+        next(build_batches(mixture, encoder, PackingConfig(tokens_per_row=200, window=1, min_records=10**9)))
+
+
+def test_samples_longer_than_a_row(parts, encoder):
+    config = PackingConfig(tokens_per_row=60, global_batch_size=1, window=16, max_bad_share=1.0)
+    strict = Encoder(parts[1])
+    mixture = mixture_of()
+    with pytest.raises(ValueError, match=r"tokens, more than packing\.tokens_per_row=60\. Raise it"):
+        take(build_batches(mixture, strict, config), 20)
+    dropping = build_batches(mixture, Encoder(parts[1], on_long="drop"), config)
+    take(dropping, 5)
+    assert {kind for kind, _ in dropping.report().bad} == {"too_long"}
+    with pytest.raises(ValueError, match=r"max_length 200 exceeds packing\.tokens_per_row 60"):
+        build_batches(mixture, encoder, config)
+    images = PackingConfig(tokens_per_row=200, max_images_per_row=1, global_batch_size=1, max_bad_share=1.0, window=16)
+    limited = build_batches(mixture, encoder, images)
+    assert all("pixel_values" not in b or len(b["pixel_values"]) == 1 for b, _ in take(limited, 5))
+    assert limited.report().num_bad > 0
+
+
+def test_length_grouping_pads_less(encoder):
+    efficiency = {}
+    for group in (True, False):
+        config = PackingConfig(mode="padded", batch_size=4, global_batch_size=4, window=64, group_by_length=group)
+        batches = build_batches(mixture_of(), encoder, config)
+        take(batches, 16)
+        efficiency[group] = batches.report().efficiency
+    assert efficiency[True] > efficiency[False] + 0.1
+
+
+def test_fixed_shapes_for_compilers(encoder):
+    config = PackingConfig(tokens_per_row=256, global_batch_size=2, batch_size=2, window=16, pad_to_max_length=True)
+    assert {tuple(b["input_ids"].shape) for b, _ in take(build_batches(mixture_of(), encoder, config), 4)} == {(2, 256)}
+
+
+def test_other_samples_logits_do_not_move(parts, encoder):
+    model, _ = parts
+    config = PackingConfig(tokens_per_row=400, max_images_per_row=6, global_batch_size=1, window=16)
+    batch = next(build_batches(mixture_of(), encoder, config))
+    starts = [*(batch["position_ids"][0] == 0).nonzero()[:, 0].tolist(), batch["input_ids"].shape[1]]
+    assert len(starts) >= 4
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        before = model(**inputs, use_cache=False).logits
+        changed = dict(inputs)
+        changed["input_ids"] = inputs["input_ids"].clone()
+        span = slice(starts[1], starts[2])
+        text = changed["input_ids"][0, span] > 20
+        changed["input_ids"][0, span][text] = 40
+        assert not torch.equal(changed["input_ids"], inputs["input_ids"])
+        after = model(**changed, use_cache=False).logits
+    assert torch.equal(before[:, : starts[1]], after[:, : starts[1]])
+    assert torch.equal(before[:, starts[2] :], after[:, starts[2] :])
+    assert not torch.allclose(before[:, span], after[:, span])
+
+
+def test_estimated_steps(encoder):
+    mixture = mixture_of()
+    assert estimate_steps(mixture, encoder, PADDED, epochs=2) == -(-2 * len(mixture) // 8)
+    steps = estimate_steps(mixture, encoder, PACKED, epochs=3)
+    batches = build_batches(mixture, encoder, PACKED)
+    take(batches, steps)
+    assert abs(batches.report().samples / len(mixture) - 3) < 0.35
+
+
+def test_the_data_does_not_touch_the_random_state(encoder):
+    torch.manual_seed(3)
+    state = torch.random.get_rng_state()
+    batches = build_batches(mixture_of(), encoder, PACKED, num_workers=1)
+    next(batches)
+    batches.close()
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "paked"}, "'packed'"),
+        ({"window": 0}, "window must be at least 1"),
+        ({"batch_size": 3, "global_batch_size": 8}, "must be a multiple"),
+        ({"max_bad_share": 2.0}, "between 0 and 1"),
+        ({"mode": "padded", "batch_size": 8, "window": 4}, "at least one batch"),
+    ],
+)
+def test_wrong_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        PackingConfig(**options)
+
+
+def test_wrong_worlds_and_states_are_refused(encoder):
+    with pytest.raises(ValueError, match="3 processes cannot share them evenly"):
+        build_batches(mixture_of(), encoder, PACKED, world_size=3)
+    with pytest.raises(ValueError, match="must not be negative"):
+        build_batches(mixture_of(), encoder, PACKED, start_step=-1)
+    batches = build_batches(mixture_of(), encoder, PACKED)
+    take(batches, 1)
+    state = batches.state()
+    with pytest.raises(ValueError, match=r"packing\.tokens_per_row was 200 at the checkpoint and is 220 now"):
+        build_batches(
+            mixture_of(),
+            encoder,
+            PackingConfig(tokens_per_row=220, max_images_per_row=3, global_batch_size=4, window=16),
+            start_step=1,
+            state=state,
+        )
+    with pytest.raises(ValueError, match="of step 1, the run resumes at step 2"):
+        build_batches(mixture_of(), encoder, PACKED, start_step=2, state=state)
+    with pytest.raises(ValueError, match="sources was"):
+        build_batches(mixture_of(size=59), encoder, PACKED, start_step=1, state=state)
+    with pytest.raises(ValueError, match="different steps"):
+        merge_states([state, {**state, "step": 9}])
