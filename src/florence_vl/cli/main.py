@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("florence_vl.cli.evaluate", "Score a model on benchmarks."),
     "analyze": ("florence_vl.cli.analyze", "Alignment loss, PCA pictures, attribution."),
     "ablate": ("florence_vl.cli.ablate", "Run the rows of the paper's ablation tables."),
+    "mini": ("florence_vl.cli.mini", "The small Florence-2 that runs offline: its data, pretraining, evaluation."),
     "convert": ("florence_vl.cli.convert", "Convert released checkpoints to this layout and back."),
     "diff": ("florence_vl.cli.diff", "Compare two checkpoints part by part."),
 }

@@ -12,8 +12,8 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from florence_vl.data.scenes import FLORENCE2_PROMPTS, Scene, SceneGenerator
+from florence_vl.registry import did_you_mean
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # Florence-2's own (ImageNet)
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # ids 0..4; the first four as in BART
@@ -86,6 +87,35 @@ class Florence2Training:
         unknown = set(self.tasks) - set(FLORENCE2_PROMPTS)
         if unknown:
             raise ValueError(f"unknown Florence-2 tasks {sorted(unknown)}; known: {', '.join(FLORENCE2_PROMPTS)}")
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Florence2Training:
+    """Settings from a YAML file and `key=value` or `key.sub=value` overrides.
+
+    Raises:
+        ValueError: Not a mapping, an unknown key, or an override without "=".
+    """
+    import yaml
+
+    values = yaml.safe_load(Path(path).read_text()) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold key: value pairs, found {type(values).__name__}")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ValueError(f"an override is key=value, found {override!r}")
+        *parents, last = key.split(".")
+        node = values
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = yaml.safe_load(text)
+    known = {f.name for f in fields(Florence2Training)}
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{path}: unknown setting {key!r}. {did_you_mean(str(key), known)}")
+    if "out" not in values:
+        raise ValueError(f"{path}: out is missing: the folder of the run")
+    return Florence2Training(**values)
 
 
 def mini_florence2_config(vocab_size: int, image_token_id: int, image_size: int = 256) -> Any:

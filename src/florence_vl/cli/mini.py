@@ -1,0 +1,101 @@
+"""`florence-vl mini`: data, pretraining and evaluation of the small parts that run offline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True, help="Data, pretraining and evaluation of the small Florence-2 that runs offline."
+)
+
+OutOption = Annotated[Path, typer.Option(help="Folder to write to.")]
+SeedOption = Annotated[int, typer.Option(help="Another seed, other pictures.")]
+DeviceOption = Annotated[Optional[str], typer.Option(help="cpu, cuda, ...; the GPU where there is one.")]  # noqa: UP045
+
+
+@app.command("data")
+def data(
+    out: OutOption,
+    format: Annotated[str, typer.Option(help="llava, parquet or webdataset.")] = "llava",
+    samples: Annotated[int, typer.Option(min=1, help="Number of records.")] = 1000,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "train",
+    task: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="vqa (default), caption, detailed_caption, ocr, od, ..., or a group of questions; repeatable."
+        ),
+    ] = None,
+    size: Annotated[int, typer.Option(min=64, help="Side of the pictures in pixels.")] = 256,
+    seed: SeedOption = 0,
+) -> None:
+    """Write pictures composed of real sprites, with questions or captions, as a data set."""
+    from florence_vl.data.scenes import SceneGenerator
+    from florence_vl.data.scenes.writers import write
+
+    path = write(out, SceneGenerator(seed, split, size), samples, format, task or ["vqa"])
+    typer.echo(f"{samples} records in {path}")
+
+
+@app.command("assets")
+def assets(
+    sources: Annotated[Optional[Path], typer.Option(help="Folder for the archives; the cache by default.")] = None,  # noqa: UP045
+    out: Annotated[
+        Optional[Path], typer.Option(help="Data folder to write; the installed package's by default.")
+    ] = None,  # noqa: UP045
+) -> None:
+    """Build florence-vl-mini's pictures, fonts and words again from npm, Debian and PyPI archives."""
+    from florence_vl.cache import cache_dir
+
+    try:
+        import florence_vl_mini
+        from florence_vl_mini.build import build
+    except ImportError:
+        raise ValueError("florence-vl-mini is not installed: pip install ./packages/florence-vl-mini") from None
+    counts = build(sources or cache_dir() / "mini-sources", out or florence_vl_mini.DATA)
+    typer.echo(", ".join(f"{n} {name}" for name, n in counts.items()))
+
+
+@app.command("build")
+def build(out: OutOption, seed: SeedOption = 0, size: Annotated[int, typer.Option(help="Pixels.")] = 256) -> None:
+    """Write an untrained mini Florence-2 with tokenizer and processor."""
+    from florence_vl.train.florence2 import build_mini_florence2
+
+    typer.echo(str(build_mini_florence2(out, seed, size)))
+
+
+@app.command("train")
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML of the run.", exists=True, dir_okay=False)],
+    overrides: Annotated[Optional[list[str]], typer.Argument(help="key=value, over the recipe.")] = None,  # noqa: UP045
+    device: DeviceOption = None,
+) -> None:
+    """Pretrain the mini Florence-2, or continue; Ctrl-C saves."""
+    from florence_vl.train import florence2
+
+    typer.echo(str(florence2.train(florence2.read_recipe(recipe, overrides or []), device)))
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Folder of a Florence-2, e.g. of `florence-vl mini train`.")],
+    out: Annotated[Optional[Path], typer.Option(help="JSON file for all figures.")] = None,  # noqa: UP045
+    scenes: Annotated[int, typer.Option(min=20, help="Held-out pictures a task.")] = 300,
+    probe: Annotated[bool, typer.Option(help="Also probe what each prompt's features tell.")] = True,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+) -> None:
+    """Captions, reading, detection on held-out pictures against chance; what each prompt's features tell."""
+    import json
+
+    from florence_vl.evaluate.florence2 import evaluate_florence2, probe_prompts, to_markdown
+
+    report = evaluate_florence2(model, scenes, seed, device)
+    if probe:
+        report["probe"] = probe_prompts(model, device=device)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=1) + "\n")
+    typer.echo(to_markdown(report))
