@@ -37,7 +37,7 @@ class ReadableImage(Protocol):
         ...
 
 
-ImageInput = Union[str, Path, bytes, bytearray, memoryview, Image.Image, np.ndarray, ReadableImage]  # noqa: UP007
+ImageInput = Union[str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray, ReadableImage]  # noqa: UP007
 
 
 def image_name(source: Any) -> str:
@@ -193,7 +193,7 @@ def pad_and_resize(
     return canvas.resize((width, height), resample)
 
 
-class FlorenceVLImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg,misc]
+class FlorenceVLImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """transformers' image keywords and `image_aspect_ratio` ("pad" or "squash")."""
 
     image_aspect_ratio: Literal["pad", "squash"] | None
@@ -272,7 +272,7 @@ class FlorenceVLImageProcessor(PilBackend):
             )
         return Image.fromarray(np.ascontiguousarray(np.moveaxis(pixels, 0, -1)))
 
-    def _preprocess(  # type: ignore[override]
+    def _preprocess(
         self,
         images: list[Image.Image],
         size: SizeDict,
@@ -290,13 +290,13 @@ class FlorenceVLImageProcessor(PilBackend):
         self._check(image_aspect_ratio, size)
         mean = tuple(np.broadcast_to(image_mean, 3).tolist())
         std = tuple(np.broadcast_to(image_std, 3).tolist())
-        background = tuple(int(channel * 255) for channel in mean)
+        red, green, blue = (int(channel * 255) for channel in mean)
         levels = _levels(rescale_factor if do_rescale else 1.0, mean if do_normalize else None, std)
         filter_ = PILImageResampling.BICUBIC if resample is None else resample
         stack = []
         for image in images:
             if do_resize and image_aspect_ratio == "pad":
-                image = pad_and_resize(image, (size.height, size.width), background, filter_)
+                image = pad_and_resize(image, (size.height, size.width), (red, green, blue), filter_)
             elif do_resize:
                 image = image.resize((size.width, size.height), filter_)
             pixels_HWC = np.asarray(image)

@@ -52,16 +52,16 @@ class ImageTokenRule:
         """
         from florence_vl.model.fusion import build_fusion
 
+        vision: Any = config.vision_config
         if config.tower == "florence2":
-            vision = config.vision_config.vision_config
+            vision = vision.vision_config
             convolutions = tuple(zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True))
             additional = int(config.mean_token == "all")
         else:
-            vision = config.vision_config
             convolutions = ((vision.patch_size, vision.patch_size, 0),)
             prefix = 0 if "siglip" in vision.model_type else 1 + getattr(vision, "num_register_tokens", 0)
             additional = prefix if config.mean_token == "all" else 0
-        fusion = build_fusion(config.fusion, dict.fromkeys(config.features, 1))
+        fusion = build_fusion(config.fusion, dict.fromkeys(config.features or (), 1))
         one, two, many = (fusion.num_tokens(n) for n in (1, 2, 577))
         scale, offset = two - one, 2 * one - two
         if many != scale * 577 + offset:
@@ -270,7 +270,7 @@ class FlorenceVLProcessor(ProcessorMixin):
         keep = _without_breaks(offsets, _break_positions(text))
         return [ids[i] for i in keep], [offsets[i] for i in keep]
 
-    def apply_chat_template(  # type: ignore[override]
+    def apply_chat_template(
         self,
         conversation: Any,
         chat_template: str | None = None,
@@ -318,7 +318,7 @@ class FlorenceVLProcessor(ProcessorMixin):
             )
         return template
 
-    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Tokenize prompts, each placeholder standing for one image, and process the images.
 
         Args:
