@@ -13,6 +13,8 @@ from florence_vl.data.chat_template import (
 )
 from florence_vl.data.encode import Encoder
 from florence_vl.data.records import Record
+from florence_vl.model.image_processing import FlorenceVLImageProcessor
+from florence_vl.model.processing import FlorenceVLProcessor, ImageTokenRule
 from florence_vl.testing import tiny_processor, tiny_tokenizer
 
 CHATS = [name for name in CHAT_TEMPLATES if name != "plain"]
@@ -92,6 +94,57 @@ def test_supervised_text_is_exactly_the_answers(name, case):
     end_id = processor.tokenizer.convert_tokens_to_ids(end)
     assert int((sample.labels == end_id).sum()) == len(answers(messages))
     assert not (sample.labels == processor.image_token_id).any()
+    images = sum(part["type"] == "image" for message in messages for part in message["content"])
+    assert int((sample.input_ids == processor.image_token_id).sum()) == 4 * images
+
+
+def sentencepiece_processor(name):
+    """A Llama-2 or Phi-3 like tokenizer: spaces as "▁", one put before each text, byte fallback, greedy end tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    pieces += [chr(code) for code in range(33, 127)] + ["▁A", "car", "▁car"]
+    merges = [("▁", "A"), ("c", "a"), ("ca", "r"), ("▁", "car")]
+    pieces += [a + b for a, b in merges if a + b not in pieces]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    end = CHAT_TEMPLATES[name].end
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token=end, unk_token="<unk>")
+    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)])
+    if name == "phi3":
+        control = [*CHAT_TEMPLATES["phi3"].control_tokens, end]
+        tokenizer.add_tokens([AddedToken(token, rstrip=True, normalized=False) for token in control])
+    return FlorenceVLProcessor(
+        FlorenceVLImageProcessor(size=64),
+        tokenizer,
+        CHAT_TEMPLATES[name].build(tokenizer),
+        image_token_rule=ImageTokenRule(),
+    )
+
+
+@pytest.mark.parametrize("name", ["vicuna_v1", "phi3"])
+@pytest.mark.parametrize("case", CONVERSATIONS)
+def test_sentencepiece_tokenizers(name, case):
+    messages = CONVERSATIONS[case]
+    processor = sentencepiece_processor(name)
+    sample = Encoder(processor)(record(*messages))
+    end = CHAT_TEMPLATES[name].end
+    end_id = processor.tokenizer.convert_tokens_to_ids(end)
+    got, answer = [], []
+    for label in sample.labels[sample.labels != -100].tolist():
+        answer.append(label)
+        if label == end_id:
+            got.append(processor.tokenizer.decode(answer[:-1]))
+            answer = []
+    assert not answer
+    # Decoding drops one leading space, the tokenizer's or the template's own.
+    assert got == answers(messages)
+    assert not (sample.input_ids == processor.tokenizer.unk_token_id).any()
     images = sum(part["type"] == "image" for message in messages for part in message["content"])
     assert int((sample.input_ids == processor.image_token_id).sum()) == 4 * images
 
