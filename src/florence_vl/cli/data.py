@@ -1,0 +1,281 @@
+"""`florence-vl data`: look at training data before training on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Inspect and count training data.",
+    epilog="""[bold]Examples[/bold]
+
+  florence-vl data inspect mini/pretrain --records 3 --html page.html
+
+  florence-vl data inspect chat.jsonl --image-root photos --model runs/demo/model
+
+  florence-vl data stats blip_laion_cc_sbu_558k.json --dataset llava-pretrain-558k --image-root images.zip
+
+  florence-vl data sources docmatix""",
+)
+
+_DATASET = typer.Option(None, "--dataset", help="Name of a registered data set (florence-vl data sources).")
+_READER = typer.Option(None, "--reader", help="llava, messages, parquet, webdataset or folder; guessed by default.")
+_ROOT = typer.Option(None, "--image-root", help="Folder, URL, .zip or .tar where image names are found; repeatable.")
+_OPTION = typer.Option(None, "--option", help="key=value for the reader, e.g. caption=text; repeatable.")
+_MODEL = typer.Option(None, "--model", help="Folder or hub name whose processor encodes; a recipe names its own.")
+_TEMPLATE = typer.Option(None, "--template", help="Chat template; the processor's own by default.")
+_MAX_LENGTH = typer.Option(None, "--max-length", help="Longest sample in tokens; longer ones are bad records.")
+
+
+@app.command("inspect")
+def inspect_command(
+    data: str = typer.Argument(..., help="A recipe (name or .yaml), or a data file, folder or URL."),
+    overrides: list[str] = typer.Argument(None, help="Of a recipe: key.path=value.", show_default=False),
+    records: int = typer.Option(5, "--records", "-n", min=1, help="How many to show."),
+    start: int = typer.Option(0, "--start", min=0, help="First record, or position in the recipe's stream."),
+    page: Path = typer.Option(None, "--html", help="Also write a page with the pictures."),
+    lengths: int = typer.Option(1000, "--lengths", min=0, help="Records measured for the histogram; 0 for none."),
+    dataset: str = _DATASET,
+    reader: str = _READER,
+    image_root: list[str] = _ROOT,
+    option: list[str] = _OPTION,
+    model: str = _MODEL,
+    template: str = _TEMPLATE,
+    max_length: int = _MAX_LENGTH,
+) -> None:
+    """Records as training sees them: what is learned in green, token and image counts, lengths, pictures."""
+    from rich.console import Console
+
+    from florence_vl.data import inspect
+
+    source, encoder = _open(data, overrides, dataset, reader, image_root, option, model, template, max_length)
+    if start >= len(source):
+        raise ValueError(f"--start {start}: {data} has {len(source)} records")
+    console = Console(highlight=False)
+    shown = list(inspect.inspect_records(source, range(start, min(start + records, len(source))), encoder))
+    for sample in shown:
+        record = sample.record
+        name = f"{record.source} / {record.id}" if record else "unreadable"
+        counts = f", {sample.num_tokens} tokens, {sample.num_supervised} learned" if sample.num_tokens else ""
+        images = f", {len(record.images)} images" if record else ""
+        console.rule(f"{sample.index}: {name}{images}{counts}", align="left")
+        if sample.error is not None:
+            console.print(f"skipped in training ({sample.error.kind}): {sample.error}", style="red", markup=False)
+        if console.is_terminal:
+            console.print(inspect.rich_text(sample))
+        else:
+            print(inspect.plain_text(sample))
+    if encoder is None:
+        console.print("\nNo tokens are counted without a processor: give --model.", style="yellow")
+    if lengths:
+        stats = inspect.collect_stats(source, lengths, encoder)
+        name = "tokens" if encoder else "characters"
+        console.rule(f"{name} a record, {stats.examined} of {stats.records} records", align="left")
+        for line in inspect.histogram(stats.tokens or stats.characters):
+            print(line)
+        _print_bad(console, stats)
+    if page is not None:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(inspect.html_page(shown, f"{data}: {len(source)} records"), encoding="utf-8")
+        console.print(f"\npage: {page}")
+    if all(sample.error is not None for sample in shown):
+        raise typer.Exit(1)
+
+
+@app.command("stats")
+def stats_command(
+    data: str = typer.Argument(..., help="A recipe (name or .yaml), or a data file, folder or URL."),
+    overrides: list[str] = typer.Argument(None, help="Of a recipe: key.path=value.", show_default=False),
+    records: int = typer.Option(10_000, "--records", min=0, help="Most records to look at (a uniform sample); 0: all."),
+    check_images: bool = typer.Option(False, "--check-images", help="Decode every image."),
+    as_json: bool = typer.Option(False, "--json", help="Figures as one JSON object."),
+    dataset: str = _DATASET,
+    reader: str = _READER,
+    image_root: list[str] = _ROOT,
+    option: list[str] = _OPTION,
+    model: str = _MODEL,
+    template: str = _TEMPLATE,
+    max_length: int = _MAX_LENGTH,
+) -> None:
+    """Counts and lengths of a data set, and how many of its records are bad, by kind."""
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from florence_vl.data import inspect
+
+    source, encoder = _open(data, overrides, dataset, reader, image_root, option, model, template, max_length)
+    stats = inspect.collect_stats(source, records or None, encoder, check_images)
+    summary = stats.summary()
+    if dataset is not None:
+        from florence_vl.data.sources import DATASETS
+
+        summary["stated_records"] = DATASETS[dataset].records
+    if as_json:
+        print(json.dumps(summary, ensure_ascii=False))
+        return
+    console = Console(highlight=False)
+    stated = summary.get("stated_records")
+    note = f" (published: {stated})" if stated is not None and stated != summary["records"] else ""
+    console.print(f"{summary['records']} records{note}, {summary['examined']} examined")
+    console.print(f"text only: {summary['text_only_share']:.1%}")
+    if len(stats.sources) > 1:
+        for name, count in stats.sources.most_common():
+            console.print(f"  {name}: {count / stats.examined:.1%}", markup=False)
+    table = Table(box=None, pad_edge=False)
+    for column in ("a record", "mean", "median", "95 %", "max"):
+        table.add_column(column, justify="left" if column == "a record" else "right")
+    for name in ("images", "turns", "characters", "tokens", "supervised"):
+        if name in summary:
+            row = summary[name]
+            table.add_row(name, f"{row['mean']:.1f}", f"{row['median']:.0f}", f"{row['p95']:.0f}", str(row["max"]))
+    console.print(table)
+    _print_bad(console, stats)
+
+
+@app.command("sources")
+def sources_command(
+    name: str = typer.Argument(None, help="One data set, with all that is known of it.", show_default=False),
+) -> None:
+    """The data sets of the paper: where they come from, their licence, how their images are found."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from florence_vl.data.sources import DATASETS
+
+    console = Console(highlight=False)
+    commercial = {True: "yes", False: "no", None: "see licence"}
+    if name is not None:
+        found = DATASETS[name]
+        rows = {
+            "page": found.url + (f" at {found.revision}" if found.revision else ""),
+            "files": "; ".join(found.files),
+            "records": f"{found.records:,}" if found.records else "not published",
+            "columns": ", ".join(found.columns),
+            "images": found.images,
+            "licence": found.licence,
+            "commercial": commercial[found.commercial],
+            "reader": ", ".join(found.layouts),
+            "filters": "; ".join(
+                f"{f.column} {f.test} {f.value}"
+                for f in next((o["filters"] for o in found.layouts.values() if "filters" in o), ())
+            ),
+            "note": found.note,
+        }
+        for key, value in rows.items():
+            if value:
+                print(f"{key + ':':<12}{value}")
+        return
+    if not console.is_terminal:
+        for key in DATASETS:
+            found = DATASETS[key]
+            print(f"{key}\t{found.records or '?'}\t{found.hub_id}\t{found.licence}")
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("data set", "records", "commercial", "from", "licence"):
+        table.add_column(column, justify="right" if column == "records" else "left", no_wrap=column == "data set")
+    for key in DATASETS:
+        found = DATASETS[key]
+        size = f"{found.records:,}" if found.records else "?"
+        table.add_row(key, size, commercial[found.commercial], found.hub_id, found.licence)
+    console.print(table)
+
+
+def _print_bad(console: Any, stats: Any) -> None:
+    for kind, count in stats.bad.most_common():
+        console.print(
+            f"bad: {count} x {kind} ({count / stats.examined:.1%}), e.g. {stats.examples[kind]}",
+            style="red",
+            markup=False,
+        )
+
+
+def _open(
+    data: str,
+    overrides: list[str] | None,
+    dataset: str | None,
+    reader: str | None,
+    image_root: list[str] | None,
+    option: list[str] | None,
+    model: str | None,
+    template: str | None,
+    max_length: int | None,
+) -> tuple[Any, Any]:
+    """(reader or mixture, encoder or None) of a file or a recipe.
+
+    Raises:
+        FileNotFoundError: Neither a file nor a recipe.
+        ValueError: Options that do not go together, or as the reader and the recipe.
+    """
+    from florence_vl.data.readers import files, open_reader
+
+    if data.endswith((".yaml", ".yml")) or not (
+        files.is_url(data) or files.exists(data) or any(c in data for c in "*?[")
+    ):
+        return _open_recipe(data, overrides or [], model, dataset, reader, image_root, option, template, max_length)
+    if overrides:
+        raise ValueError(f"{overrides[0]!r}: overrides belong to a recipe, and {data} is a data file; see --option")
+    options = _options(option)
+    if image_root:
+        options["image_root"] = image_root
+    if dataset is not None:
+        from florence_vl.data.sources import open_dataset
+
+        if reader is not None:
+            raise ValueError("give --dataset or --reader, not both")
+        source: Any = open_dataset(dataset, data, **options)
+    else:
+        source = open_reader(data, reader, **options)
+    encoder = None
+    if model is not None:
+        from florence_vl.data.encode import Encoder
+        from florence_vl.model.processing import FlorenceVLProcessor
+
+        encoder = Encoder(FlorenceVLProcessor.from_pretrained(model), template, max_length, on_long="drop")
+    elif template is not None or max_length is not None:
+        raise ValueError("--template and --max-length need --model: there is no tokenizer without it")
+    return source, encoder
+
+
+def _open_recipe(data: str, overrides: list[str], model: str | None, *file_options: Any) -> tuple[Any, Any]:
+    from florence_vl.train.data import TrainingData
+    from florence_vl.train.recipes import list_recipes, resolve_recipe
+
+    if any(option is not None and option != [] for option in file_options):
+        raise ValueError(
+            "--dataset, --reader, --image-root, --option, --template and --max-length are for data files; a recipe is "
+            "changed by key.path=value"
+        )
+    if not data.endswith((".yaml", ".yml")) and data not in list_recipes():
+        from florence_vl.registry import did_you_mean
+
+        raise FileNotFoundError(f"neither a data file nor a recipe: {data}. {did_you_mean(data, list_recipes())}")
+    recipe = resolve_recipe(data, overrides).recipe
+    name = model or recipe.model.path
+    if name is not None:
+        from florence_vl.model.processing import FlorenceVLProcessor
+
+        processor: Any = FlorenceVLProcessor.from_pretrained(name)
+    else:
+        from florence_vl.train.setup import load_model
+
+        processor = load_model(recipe)[1]
+    training = TrainingData(recipe, processor)
+    return training.mixture, training.encoder
+
+
+def _options(pairs: list[str] | None) -> dict[str, Any]:
+    import yaml
+
+    result = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--option {pair!r} is not of the form key=value")
+        result[key] = yaml.safe_load(value)
+    return result
