@@ -91,6 +91,10 @@ class Metric(ABC):
         """The category within which units are averaged."""
         return ""
 
+    def complete(self, judged: Sequence[Judged]) -> bool:
+        """Whether all questions of a unit are there, as far as the benchmark's rules tell."""
+        return True
+
     def vector(self, judged: Sequence[Judged]) -> tuple[float, ...]:
         """The numbers of one unit; by default the score of its only question."""
         return (judged[0][0].score,)
@@ -138,13 +142,16 @@ class Units:
         return {name: (len(matrix), matrix.mean(axis=0)) for name, matrix in self.vectors.items()}
 
 
-def stratify(chosen: Metric, judged: Sequence[Judged], ids: Sequence[str] | None = None) -> Units:
+def stratify(
+    chosen: Metric, judged: Sequence[Judged], ids: Sequence[str] | None = None, drop_incomplete: bool = False
+) -> Units:
     """Group verdicts into units and strata.
 
     Args:
         chosen: The metric.
         judged: One verdict and reference a question.
         ids: The questions' ids, used as keys of units that are single questions.
+        drop_incomplete: Leave out units of which a question is missing.
 
     Raises:
         ValueError: There is no verdict.
@@ -159,6 +166,8 @@ def stratify(chosen: Metric, judged: Sequence[Judged], ids: Sequence[str] | None
     rows: dict[str, list[tuple[float, ...]]] = {}
     keys: dict[str, list[Hashable]] = {}
     for (stratum, key), group in members.items():
+        if drop_incomplete and not chosen.complete(group):
+            continue
         rows.setdefault(stratum, []).append(chosen.vector(group))
         keys.setdefault(stratum, []).append(key)
     return Units({name: np.asarray(values, dtype=np.float64) for name, values in rows.items()}, keys)

@@ -162,6 +162,9 @@ class MMVP(_Choice):
     def unit(self, reference: Reference) -> Hashable:
         return (int(reference["unit"]) - 1) // 2
 
+    def complete(self, judged: Sequence[Judged]) -> bool:
+        return len(judged) == 2
+
     def vector(self, judged: Sequence[Judged]) -> tuple[float, ...]:
         if len(judged) != 2:
             raise ValueError(f"MMVP has two images a pair, found {len(judged)} at index {judged[0][1]['unit']}")

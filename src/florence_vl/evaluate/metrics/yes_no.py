@@ -100,6 +100,9 @@ class MME(_YesNo):
             raise ValueError(f"MME has no category {category!r}; it has {', '.join((*MME_PERCEPTION, *MME_COGNITION))}")
         return category
 
+    def complete(self, judged: Sequence[Judged]) -> bool:
+        return len(judged) == 2
+
     def vector(self, judged: Sequence[Judged]) -> tuple[float, ...]:
         if len(judged) != 2:
             raise ValueError(f"MME asks two questions of each image, found {len(judged)} for {judged[0][1]['unit']!r}")

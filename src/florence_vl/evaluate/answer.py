@@ -1,0 +1,66 @@
+"""What answers questions: a local model or an endpoint, behind one interface, and how questions are put in batches."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from florence_vl.evaluate.benchmark import Generation
+from florence_vl.evaluate.question import Question
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A raw answer.
+
+    Attributes:
+        text: What was generated, without control tokens.
+        finished: False when it was cut off at the token limit.
+        tokens: Number of generated tokens, where known.
+        error: Why there is no answer; None when there is one.
+    """
+
+    text: str
+    finished: bool = True
+    tokens: int | None = None
+    error: str | None = None
+
+
+class Answerer(ABC):
+    """Answers batches of questions.
+
+    Attributes:
+        identity: What tells one model from another: name, fingerprint of the weights, precision.
+        batch_size: Questions that are answered at a time.
+    """
+
+    identity: dict[str, Any]
+    batch_size: int
+
+    @abstractmethod
+    def answer(self, questions: Sequence[Question], generation: Generation) -> list[Answer]:
+        """One answer for each question, in order."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free what is held between batches."""
+
+
+def batches(questions: Iterable[Question], batch_size: int) -> list[list[Question]]:
+    """Batches in which questions on the same pictures stand together, ordered by length.
+
+    Raises:
+        ValueError: `batch_size` isn't positive.
+    """
+    if batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, found {batch_size}")
+    groups: dict[str, list[Question]] = {}
+    for question in questions:
+        groups.setdefault(question.picture_key, []).append(question)
+    for group in groups.values():
+        group.sort(key=lambda question: len(question.text))
+    ordered = sorted(groups.values(), key=lambda group: (len(group[0].images), len(group[-1].text)))
+    flat = [question for group in ordered for question in group]
+    return [flat[i : i + batch_size] for i in range(0, len(flat), batch_size)]

@@ -1,0 +1,326 @@
+"""Answers from a model on this machine: batched, left padded, each image encoded once for all its questions.
+
+Questions about one image also share the language model's work on it: the common beginning of their prompts goes through
+the LLM once, and its keys and values are handed to every question. Shape letters: B questions, G groups of one picture,
+P length of the longest common beginning, S length of the longest rest, N tokens of an image, H width of the LLM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from florence_vl.evaluate.answer import Answer, Answerer
+from florence_vl.evaluate.benchmark import Generation
+from florence_vl.evaluate.question import Question
+from florence_vl.model.image_processing import open_image
+
+
+class LocalAnswerer(Answerer):
+    """A transformers image-text-to-text model.
+
+    For a Florence-VL images are encoded once and prompts share their beginning; any other model goes through its own
+    processor.
+
+    Args:
+        model: In eval mode, on its device.
+        processor: With a chat template.
+        batch_size: Questions at a time.
+        identity: What tells this model from another; a fingerprint of the weights in memory by default.
+        share_prefix: Whether the common beginning of prompts about one picture goes through the LLM once.
+        cached_images: Encoded images that are kept for later batches.
+        seed: For sampling, when a benchmark asks for a temperature.
+
+    Raises:
+        ValueError: The processor has no chat template.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        batch_size: int = 16,
+        identity: dict[str, Any] | None = None,
+        share_prefix: bool = True,
+        cached_images: int = 64,
+        seed: int = 0,
+    ) -> None:
+        template = getattr(processor, "chat_template", None)
+        if not (template or getattr(getattr(processor, "tokenizer", None), "chat_template", None)):
+            raise ValueError(
+                "the model has no chat template, so its prompts are unknown: save one with its processor "
+                "(chat_template.jinja), for example from `florence-vl build`"
+            )
+        self.model, self.processor, self.batch_size = model, processor, batch_size
+        self.identity = identity or {"model": type(model).__name__, "fingerprint": state_fingerprint(model)}
+        self.share_prefix = share_prefix
+        self.seed = seed
+        self.encoded_images = 0  # how often the vision side ran
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        self._cached_images = cached_images
+        self._own = hasattr(processor, "tokenize") and hasattr(model, "num_image_tokens")
+        self._stop = _stop_ids(model, processor)
+
+    def close(self) -> None:
+        self._cache.clear()
+
+    @torch.inference_mode()
+    def answer(self, questions: Sequence[Question], generation: Generation) -> list[Answer]:
+        """Greedy answers (sampled with a temperature above 0).
+
+        Raises:
+            ValueError: An image is missing or broken; the message names the question.
+        """
+        if generation.temperature > 0:  # the same batch is drawn the same way, also after a resume
+            name = "/".join(f"{q.benchmark}:{q.id}" for q in questions)
+            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{self.seed}/{name}".encode()).digest()[:7], "big"))
+        training = self.model.training
+        self.model.eval()
+        try:
+            return self._answer_own(questions, generation) if self._own else self._answer_any(questions, generation)
+        finally:
+            self.model.train(training)
+
+    # ---------------------------------------------------------------- any model
+
+    def _answer_any(self, questions: Sequence[Question], generation: Generation) -> list[Answer]:
+        chats = [[{"role": "user", "content": question.content()}] for question in questions]
+        texts = [self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
+        images = [[_open(question, i) for i in range(len(question.images))] for question in questions]
+        some = any(images)
+        self.encoded_images += sum(map(len, images))
+        inputs = self.processor(
+            text=texts, images=images if some else None, return_tensors="pt", padding=True, padding_side="left"
+        )
+        inputs = inputs.to(self.model.device)
+        for name, value in inputs.items():
+            if torch.is_tensor(value) and value.is_floating_point():
+                inputs[name] = value.to(self.model.dtype)
+        out = self.model.generate(**inputs, **self._options(generation))
+        return self._read(out[:, inputs["input_ids"].shape[1] :])
+
+    # ---------------------------------------------------------------- Florence-VL
+
+    def encode(self, questions: Sequence[Question]) -> dict[str, Tensor]:
+        """Projected tokens (N, H) of these questions' pictures, by key; those seen before come from the cache."""
+        wanted: dict[str, tuple[Question, int]] = {}
+        for question in questions:
+            for position, image in enumerate(question.images):
+                wanted.setdefault(image.key, (question, position))
+        missing = [key for key in wanted if key not in self._cache]
+        if missing:
+            images = [_open(*wanted[key]) for key in missing]
+            pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+            same_size = torch.is_tensor(pixels)
+            for group, keys in (
+                [(pixels, missing)] if same_size else [(p[None], [k]) for p, k in zip(pixels, missing, strict=True)]
+            ):
+                features = self.model.get_image_features(group.to(self.model.device, self.model.dtype)).pooler_output
+                self.encoded_images += len(keys)
+                self._cache |= dict(zip(keys, features, strict=True))
+        found = {}
+        for key in wanted:
+            self._cache.move_to_end(key)
+            found[key] = self._cache[key]
+        while len(self._cache) > max(self._cached_images, len(wanted)):
+            self._cache.popitem(last=False)
+        return found
+
+    def token_ids(self, question: Question, features: dict[str, Tensor]) -> list[int]:
+        """Token ids of a question's prompt, each image's placeholder repeated for its tokens."""
+        chat = [{"role": "user", "content": question.content()}]
+        text = self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        ids, _ = self.processor.tokenize(text)
+        counts = iter([features[image.key].shape[0] for image in question.images])
+        image_id = self.processor.image_token_id
+        expanded: list[int] = []
+        for token in ids:
+            expanded += [token] * (next(counts) if token == image_id else 1)
+        return expanded
+
+    def _answer_own(self, questions: Sequence[Question], generation: Generation) -> list[Answer]:
+        features = self.encode(questions)
+        rows = [self.token_ids(question, features) for question in questions]
+        groups: dict[str, list[int]] = {}
+        for index, question in enumerate(questions):
+            groups.setdefault(question.picture_key, []).append(index)
+        prefixes = [self._common(questions[m[0]], [rows[i] for i in m]) for m in groups.values()]
+        share = self.share_prefix and len(questions) > len(groups) and all(prefixes) and not self._slides()
+        if not share:
+            images = [features[image.key] for question in questions for image in question.images]
+            ids, mask = self._pad(rows)
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            out = self.model.generate(**inputs, **_encoded(images), **self._options(generation))
+            return self._read(out[:, ids.shape[1] :])
+        firsts = [questions[members[0]] for members in groups.values()]
+        heads_GP, mask_GP = self._pad([rows[m[0]][:n] for m, n in zip(groups.values(), prefixes, strict=True)])
+        images = [features[image.key] for question in firsts for image in question.images]
+        cache = self.model(
+            input_ids=heads_GP,
+            attention_mask=mask_GP,
+            position_ids=(mask_GP.cumsum(-1) - 1).clamp(min=0),
+            use_cache=True,
+            logits_to_keep=1,
+            **_encoded(images),
+        ).past_key_values
+        group_of = {i: g for g, members in enumerate(groups.values()) for i in members}
+        index_B = torch.tensor([group_of[i] for i in range(len(questions))], device=heads_GP.device)
+        cache.batch_select_indices(index_B)
+        tails_BS, tail_mask_BS = self._pad([row[prefixes[group_of[i]] :] for i, row in enumerate(rows)])
+        ids = torch.cat([heads_GP[index_B], tails_BS], dim=1)
+        mask = torch.cat([mask_GP[index_B], tail_mask_BS], dim=1)
+        out = self.model.generate(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, **self._options(generation)
+        )
+        return self._read(out[:, ids.shape[1] :])
+
+    def _common(self, question: Question, rows: list[list[int]]) -> int:
+        """Length of the rows' common beginning, 0 unless it holds all images; at least one token stays outside."""
+        shortest = min(len(row) for row in rows) - 1
+        length = next((i for i in range(shortest) if len({row[i] for row in rows}) > 1), shortest)
+        last = max((i for i, token in enumerate(rows[0]) if token == self.processor.image_token_id), default=-1)
+        return length if question.images and length > last else 0
+
+    def _slides(self) -> bool:
+        """Padding between beginning and rest would count in a sliding window, so such LLMs don't share."""
+        text = self.model.config.get_text_config()
+        kinds = getattr(text, "layer_types", None) or ()
+        return "sliding_attention" in kinds or bool(getattr(text, "sliding_window", None))
+
+    # ---------------------------------------------------------------- both
+
+    def _pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        longest = max(map(len, rows))
+        pad = self.processor.tokenizer.pad_token_id
+        ids = [[pad] * (longest - len(row)) + row for row in rows]
+        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+        return torch.tensor(ids, device=self.model.device), torch.tensor(mask, device=self.model.device)
+
+    def _options(self, generation: Generation) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "max_new_tokens": generation.max_new_tokens,
+            "pad_token_id": self.processor.tokenizer.pad_token_id,
+            "eos_token_id": self._stop,
+            "use_cache": True,
+            "num_beams": 1,
+        }
+        if generation.temperature > 0:
+            return options | {"do_sample": True, "temperature": generation.temperature, "top_p": 1.0, "top_k": 0}
+        return options | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+    def _read(self, generated: Tensor) -> list[Answer]:
+        stop = set(self._stop)
+        answers = []
+        for row in generated.tolist():
+            end = next((i for i, token in enumerate(row) if token in stop), None)
+            kept = row if end is None else row[:end]
+            text = self.processor.tokenizer.decode(kept, skip_special_tokens=True)
+            answers.append(Answer(text, finished=end is not None, tokens=len(kept)))
+        return answers
+
+
+def _encoded(images: list[Tensor]) -> dict[str, Any]:
+    if not images:
+        return {}
+    from florence_vl.model.modeling import FlorenceVLImageFeatures
+
+    return {"mm_encoder_outputs": {"image": FlorenceVLImageFeatures(pooler_output=images)}}
+
+
+def _open(question: Question, position: int) -> Any:
+    image = question.images[position]
+    return open_image(image.read(), name=f"image {position} of {question.benchmark} question {question.id}")
+
+
+def _stop_ids(model: Any, processor: Any) -> list[int]:
+    stop = model.generation_config.eos_token_id
+    found = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
+    own = processor.tokenizer.eos_token_id
+    found += [own] if own is not None and own not in found else []
+    if not found:
+        raise ValueError("the model has no end-of-text token, so its answers would never end: set eos_token_id")
+    return found
+
+
+def state_fingerprint(model: torch.nn.Module) -> str:
+    """Hash of a model's weights in memory, from sums over every tensor."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        flat = value.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)].to("cpu", torch.float64)
+        digest.update(f"{name}{tuple(value.shape)}{value.detach().double().sum().item():.12e}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Hash of a saved model: names and sizes of its files, text files whole, of weights the first and last mebibyte."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or path.suffix in {".md", ".log", ".html"}:
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+            if size > 2 << 20:
+                file.seek(-(1 << 20), 2)
+                digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def load_answerer(
+    model: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int = 16,
+    share_prefix: bool = True,
+    seed: int = 0,
+) -> LocalAnswerer:
+    """A saved Florence-VL, or any image-text-to-text model that transformers loads without remote code.
+
+    Args:
+        model: Folder, name on the Hub, or `mini` for the demo's model.
+        device: See `florence_vl.serve.loading.choose_device`.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        batch_size: Questions at a time.
+        share_prefix: See `LocalAnswerer`.
+        seed: For sampling.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+        ValueError: The folder holds no such model, or it has no chat template.
+    """
+    from florence_vl.serve.loading import check_folder, choose_device, load_model
+
+    folder = Path(model).expanduser()
+    config = folder / "config.json"
+    kind = json.loads(config.read_text()).get("model_type") if config.is_file() else None
+    if kind in (None, "florence_vl"):
+        where = check_folder(model)
+        loaded, processor = load_model(model, device, dtype)
+        folder = Path(where)
+    else:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        place = choose_device(device)
+        wanted: Any = dtype if dtype != "auto" else ("float32" if place == "cpu" else "auto")
+        wanted = wanted if wanted == "auto" else getattr(torch, wanted)
+        try:
+            loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype=wanted).to(place).eval()
+        except ValueError as error:
+            raise ValueError(f"{folder} holds a {kind!r}, which is no image-text-to-text model: {error}") from None
+        processor = AutoProcessor.from_pretrained(folder)
+    if folder.is_dir():
+        fingerprint = folder_fingerprint(folder)
+    else:
+        fingerprint = str(getattr(loaded.config, "_commit_hash", None) or state_fingerprint(loaded))
+    identity = {"model": str(model), "fingerprint": fingerprint, "dtype": str(loaded.dtype).removeprefix("torch.")}
+    return LocalAnswerer(loaded, processor, batch_size, identity, share_prefix, seed=seed)

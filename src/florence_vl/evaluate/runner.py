@@ -1,0 +1,243 @@
+"""Runs benchmarks: asks what isn't answered yet, writes every answer at once, and survives being killed."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from florence_vl.evaluate.answer import Answerer, batches
+from florence_vl.evaluate.benchmark import Benchmark, select
+from florence_vl.evaluate.judge import Judge
+from florence_vl.evaluate.metrics import METRICS, Verdict
+from florence_vl.evaluate.metrics.judged import JudgedMetric
+from florence_vl.evaluate.question import Question
+from florence_vl.evaluate.store import ResultsFolder, append_lines, read_lines
+
+# Called with the number of questions that were answered just now.
+Progress = Callable[[int], None]
+
+
+@dataclass
+class Plan:
+    """What is to be asked.
+
+    Attributes:
+        questions: The chosen questions of each benchmark, by name.
+        benchmarks: The benchmarks by name.
+        limit: The `--limit` that chose them.
+        seed: The seed of the choice.
+        available: Number of questions each benchmark has without a limit.
+    """
+
+    questions: dict[str, list[Question]]
+    benchmarks: dict[str, Benchmark]
+    limit: int | None = None
+    seed: int = 0
+    available: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Number of questions."""
+        return sum(map(len, self.questions.values()))
+
+
+def plan(
+    chosen: Sequence[Benchmark],
+    load: Callable[[Benchmark], Sequence[Question]],
+    limit: int | None = None,
+    seed: int = 0,
+) -> Plan:
+    """Read and sample the questions of benchmarks.
+
+    Args:
+        chosen: The benchmarks.
+        load: Gives a benchmark's questions.
+        limit: About so many questions of each (units stay whole).
+        seed: Of the sample.
+
+    Raises:
+        FileNotFoundError: A benchmark's file isn't there.
+        ValueError: A file has the wrong schema, or the limit isn't positive.
+    """
+    made = Plan({}, {b.name: b for b in chosen}, limit, seed)
+    for benchmark in chosen:
+        everything = load(benchmark)
+        made.available[benchmark.name] = len(everything)
+        made.questions[benchmark.name] = select(everything, benchmark.scorer, limit, seed)
+    return made
+
+
+def shard(made: Plan, rank: int, processes: int) -> Plan:
+    """The part of a plan that one of several processes does: whole picture groups, by hash."""
+
+    def mine(question: Question) -> bool:
+        digest = hashlib.sha256(f"{question.benchmark}/{question.picture_key}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") % processes == rank
+
+    return Plan(
+        {name: [q for q in questions if mine(q)] for name, questions in made.questions.items()},
+        made.benchmarks,
+        made.limit,
+        made.seed,
+        made.available,
+    )
+
+
+def describe(made: Plan) -> dict[str, dict[str, Any]]:
+    """What `run.json` says about each benchmark of a plan."""
+    found = {}
+    for name, benchmark in made.benchmarks.items():
+        facts = asdict(benchmark)
+        found[name] = {
+            "fingerprint": benchmark.fingerprint,
+            "questions": len(made.questions[name]),
+            "available": made.available.get(name, len(made.questions[name])),
+            "limit": made.limit,
+            "seed": made.seed,
+            **{k: facts[k] for k in ("title", "group", "columns", "metric", "judge", "protocol", "differences")},
+            **{k: facts[k] for k in ("source", "generation", "prompt")},
+        }
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a score depends on."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in ("florence-vl", "torch", "transformers", "tokenizers", "pillow", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def open_results(folder: ResultsFolder, answerer: Answerer, made: Plan, data: Path | None = None) -> dict[str, Any]:
+    """Start or go on with a results folder; see `ResultsFolder.open` for what is refused."""
+    description = folder.open(answerer.identity, describe(made))
+    description["versions"] = versions()
+    if data is not None:
+        description["data"] = str(data)
+    folder.write_description(description)
+    return description
+
+
+def run(
+    answerer: Answerer,
+    made: Plan,
+    folder: ResultsFolder,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, str]]:
+    """Ask every question of a plan that the folder has no answer to.
+
+    Args:
+        answerer: What answers.
+        made: The questions.
+        folder: Where answers are written after each batch; opened before (see `open_results`).
+        progress: Called after each batch; first with the number of answers that are there already.
+
+    Returns:
+        Unanswered questions: for each benchmark, question ids and what went wrong.
+    """
+    known = folder.answers()
+    failed: dict[str, dict[str, str]] = {}
+    for name, questions in made.questions.items():
+        benchmark = made.benchmarks[name]
+        fingerprint = benchmark.fingerprint
+        todo = [q for q in questions if known.get((name, q.id), {}).get("protocol") != fingerprint]
+        if progress and len(todo) < len(questions):
+            progress(len(questions) - len(todo))
+        for batch in batches(todo, answerer.batch_size):
+            started = time.perf_counter()
+            rows = []
+            for question, answer in zip(batch, answerer.answer(batch, benchmark.generation), strict=True):
+                if answer.error is not None:
+                    failed.setdefault(name, {})[question.id] = answer.error
+                    continue
+                row = {
+                    "benchmark": name,
+                    "id": question.id,
+                    "protocol": fingerprint,
+                    "prompt": question.prompt,
+                    "answer": answer.text,
+                    "finished": answer.finished,
+                    "tokens": answer.tokens,
+                    "seconds": round((time.perf_counter() - started) / len(batch), 4),
+                    "reference": dict(question.reference),
+                }
+                rows.append(row | strict_verdict(benchmark.metric, row))
+            folder.append(rows)
+            if progress:
+                progress(len(batch))
+    return failed
+
+
+def strict_verdict(metric: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Parsed answer, score and kind of an answer, as they are written beside it; no score where a judge is needed."""
+    chosen = METRICS[metric]
+    if isinstance(chosen, JudgedMetric):
+        return {"parsed": None, "score": None, "kind": "not scored: needs a judge"}
+    found = chosen.judge(row["answer"], row["reference"], row["finished"])
+    return {"parsed": found.parsed, "score": found.score, "kind": found.kind}
+
+
+def judge_answers(
+    judge: Judge, folder: ResultsFolder, metrics: Mapping[str, str], progress: Progress | None = None, workers: int = 8
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """Let a judge score what rules can't; judgements are kept beside the answers and not asked for twice.
+
+    Args:
+        judge: The judge.
+        folder: Results.
+        metrics: Metric of each benchmark.
+        progress: Called with 1 after each judgement.
+        workers: Requests at a time.
+
+    Returns:
+        Judgements by benchmark and question: `verdict` (None where the judge failed) and `reply`.
+    """
+    file = folder.path / "judgements.jsonl"
+    known = load_judgements(folder, judge.identity)
+    todo = []
+    for key, row in folder.answers().items():
+        name = metrics.get(key[0])
+        if name is None or (key in known and known[key]["answer"] == row["answer"]):
+            continue
+        chosen = METRICS[name]
+        strict = None
+        if not isinstance(chosen, JudgedMetric):
+            strict = chosen.judge(row["answer"], row["reference"], row["finished"])
+        if judge.wants(name, strict):
+            todo.append((key, row, name))
+
+    def one(item: tuple[tuple[str, str], dict[str, Any], str]) -> None:
+        key, row, name = item
+        word = judge.decide(name, row["answer"], row["reference"])
+        line = {"benchmark": key[0], "id": key[1], "judge": judge.identity, "answer": row["answer"]}
+        line |= {"reply": word.reply, "verdict": None if word.verdict is None else asdict(word.verdict)}
+        known[key] = line
+        if word.verdict is not None:  # a failure is asked again next time
+            append_lines(file, [line])
+        if progress:
+            progress(1)
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(one, todo))
+    return known
+
+
+def load_judgements(folder: ResultsFolder, identity: Mapping[str, Any] | None) -> dict[tuple[str, str], dict[str, Any]]:
+    """Judgements in a folder by benchmark and question; of one judge, or of whichever judged last."""
+    rows: Iterable[dict[str, Any]] = read_lines(folder.path / "judgements.jsonl")
+    return {(r["benchmark"], r["id"]): r for r in rows if identity is None or r["judge"] == dict(identity)}
+
+
+def verdict_of(line: Mapping[str, Any]) -> Verdict | None:
+    """The verdict in a line of `judgements.jsonl`."""
+    return None if line["verdict"] is None else Verdict(**line["verdict"])

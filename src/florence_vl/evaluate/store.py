@@ -1,0 +1,140 @@
+"""A results folder: answers as append-only lines, a description of the run, and the refusal to mix two runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+VERSION = 1
+
+
+class ResultsFolder:
+    """Answers of one model under fixed protocols.
+
+    `answers*.jsonl` have one line for each answered question, written as soon as it is known; `run.json` says which
+    model and which protocols they belong to. A line that a kill cut short is dropped when the folder is opened again.
+
+    Args:
+        path: The folder, made when it isn't there.
+        rank: Number of the process that writes here, so that each has a file of its own.
+    """
+
+    def __init__(self, path: Path, rank: int = 0) -> None:
+        self.path = path
+        self.file = path / ("answers.jsonl" if rank == 0 else f"answers-{rank}.jsonl")
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What `run.json` says; empty when there is none.
+
+        Raises:
+            ValueError: The file isn't one of ours.
+        """
+        file = self.path / "run.json"
+        if not file.is_file():
+            return {}
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged: {error}. Give another folder with --out") from None
+        if not isinstance(found, dict) or found.get("version") != VERSION:
+            raise ValueError(f"{file} isn't a description of results that this version writes; give another folder")
+        return found
+
+    def open(self, identity: Mapping[str, Any], benchmarks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Start or go on with a run.
+
+        Args:
+            identity: The model's (see `Answerer.identity`).
+            benchmarks: By name, what is known of each; `fingerprint` identifies its protocol.
+
+        Returns:
+            The description, with this run's benchmarks added.
+
+        Raises:
+            ValueError: The folder has answers of another model, or of a benchmark under another protocol, or other
+            files.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        found = self.description
+        if not found and any(self.path.iterdir()):
+            raise ValueError(f"{self.path} holds files but no results (no run.json); give an empty folder with --out")
+        if found and found["identity"] != dict(identity):
+            old, new = found["identity"], dict(identity)
+            odd = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+            differences = "; ".join(f"{key} is {old.get(key)!r} there, {new.get(key)!r} now" for key in odd)
+            raise ValueError(f"{self.path} has answers of another model: {differences}. Give another folder with --out")
+        known = found.get("benchmarks", {})
+        for name, facts in benchmarks.items():
+            if name in known and known[name]["fingerprint"] != facts["fingerprint"]:
+                raise ValueError(
+                    f"{self.path} has answers to {name!r} under another protocol ({known[name].get('protocol')}, "
+                    f"{known[name]['fingerprint']}; now {facts.get('protocol')}, {facts['fingerprint']}). Give another "
+                    "folder with --out"
+                )
+        merged = {**found, "version": VERSION, "identity": dict(identity), "benchmarks": {**known, **benchmarks}}
+        self.write_description(merged)
+        return merged
+
+    def write_description(self, description: Mapping[str, Any]) -> None:
+        """Write `run.json`, atomically."""
+        write_text(self.path / "run.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+
+    def answers(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """All answers by benchmark and question id."""
+        found = {}
+        for file in sorted(self.path.glob("answers*.jsonl")):
+            for row in read_lines(file):
+                found[row["benchmark"], row["id"]] = row
+        return found
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add answers."""
+        append_lines(self.file, rows)
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file; a last line that was cut short is removed from the file.
+
+    Raises:
+        ValueError: Another line is no JSON object.
+    """
+    if not file.is_file():
+        return []
+    data = file.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with file.open("r+b") as out:
+            out.truncate(len(whole))
+    rows = []
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number} is damaged: {error}") from None
+    return rows
+
+
+def append_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add lines to a JSONL file in one write."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with file.open("ab") as out:
+        out.write(text.encode("utf-8", "surrogatepass"))
+        out.flush()
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file atomically."""
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            out.write(text)
+        Path(name).chmod(0o644)
+        os.replace(name, file)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
