@@ -270,6 +270,21 @@ def test_a_tokenizer_with_other_end_tokens_is_refused():
         choose_template(bare)
 
 
+def test_a_template_of_ones_own():
+    jinja = (
+        "{%- for message in turns -%}"
+        "{%- if message['role'] == 'assistant' -%}A: {% generation %}{{ content_of(message) ~ end }}{% endgeneration %}"
+        "{%- else -%}Q: {{ content_of(message) ~ ' ' }}{%- endif -%}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- 'A: ' -}}{%- endif -%}"
+    )
+    template = ChatTemplate("qa", jinja=jinja, newline_after_image=False)
+    processor = tiny_processor()
+    processor.chat_template = template.build(processor.tokenizer)
+    assert processor.apply_chat_template(TWO_TURNS) == "Q: <image>Q1 A: A1<|im_end|>Q: Q2 A: A2<|im_end|>"
+    labels = Encoder(processor)(record(*TWO_TURNS)).labels
+    assert processor.tokenizer.decode(labels[labels != -100]) == "A1<|im_end|>A2<|im_end|>"
+
+
 def test_unknown_template_lists_near_names():
     with pytest.raises(ValueError, match="llama3"):
         CHAT_TEMPLATES["lama3"]

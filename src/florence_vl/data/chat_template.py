@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -27,7 +27,7 @@ PLAIN_ENDS = ("eos", "newline")
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A named template: Jinja text in `templates/<name>.jinja` and what a tokenizer needs for it.
+    """A named template: its Jinja text and what a tokenizer needs for it.
 
     Args:
         name: Registered name.
@@ -38,6 +38,9 @@ class ChatTemplate:
         newline_after_image: Whether a newline follows each image.
         answer_prefix: What the model writes before its answer (part of what is learned).
         allows: Names of the options that `build` takes.
+        jinja: The text that writes `turns` (messages without the system one), with `bos`, `end`, `system`,
+            `add_generation_prompt` and the macro `content_of(message)` at hand and each answer with its `end` between
+            `{% generation %}` marks; None reads `templates/<name>.jinja` of this package.
     """
 
     name: str
@@ -47,7 +50,8 @@ class ChatTemplate:
     system: str = ""
     newline_after_image: bool = True
     answer_prefix: str = ""
-    allows: tuple[str, ...] = field(default=("system", "newline_after_image", "double_bos"))
+    allows: tuple[str, ...] = ("system", "newline_after_image", "double_bos")
+    jinja: str | None = None
 
     def missing_tokens(self, tokenizer: Any) -> list[str]:
         """Control tokens of the template that are not one token of this tokenizer."""
@@ -134,7 +138,7 @@ class ChatTemplate:
         head = "".join(
             f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}\n" for name, value in variables.items()
         )
-        return head + _read("common") + _read(self.name)
+        return head + _read("common") + (self.jinja if self.jinja is not None else _read(self.name))
 
 
 CHAT_TEMPLATES: Registry[ChatTemplate] = Registry("chat template")
