@@ -136,20 +136,16 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
     def train(self, mode: bool = True) -> FlorenceVLModel:
         """`nn.Module.train`, but a part without trainable parameters stays in eval: no dropout, no DropPath."""
         super().train(mode)
-        if mode:
-            for part in PARTS:
-                modules = self.part_modules(part)
-                parameters = [p for module in modules for p in module.parameters()]
-                if parameters and not any(p.requires_grad for p in parameters):
-                    for module in modules:
-                        module.eval()
-            self._keep_checkpointing_alive()
+        for module in (self.multi_modal_projector, self.language_model):  # the tower does so by itself
+            if mode and not any(parameter.requires_grad for parameter in module.parameters()):
+                module.eval()
+        self._keep_checkpointing_alive(mode)
         return self
 
-    def _keep_checkpointing_alive(self) -> None:
+    def _keep_checkpointing_alive(self, mode: bool) -> None:
         # A frozen LLM still passes gradients to the projector, so its layers must go on checkpointing, which
         # transformers does in training mode only. The layers' children, where dropout lives, stay in eval.
-        if not self.language_model.training:
+        if mode and not self.language_model.training:
             for module in self.language_model.modules():
                 if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
                     module.training = True

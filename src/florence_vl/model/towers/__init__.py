@@ -18,6 +18,10 @@ class VisionTower(nn.Module, ABC):
     #: Class names of the layers that activation checkpointing and FSDP treat as units.
     layer_classes: tuple[str, ...] = ()
 
+    def train(self, mode: bool = True) -> VisionTower:
+        """`nn.Module.train`, but a tower without trainable parameters stays in eval: no dropout, no DropPath."""
+        return super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
+
     @property
     @abstractmethod
     def feature_dims(self) -> dict[str, int]:

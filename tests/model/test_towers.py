@@ -1,0 +1,185 @@
+"""Towers: the features are stock Florence-2's, names and sizes are known before any forward, gradients arrive."""
+
+import pytest
+import torch
+from transformers import AutoModel, Florence2Config, Florence2ForConditionalGeneration
+
+from florence_vl.model.towers import TOWERS, Florence2Tower
+from florence_vl.testing import TINY_BACKBONES, TINY_PROMPT_IDS, tiny_config, tiny_florence2
+
+PROMPTS = ("caption", "ocr", "grounding")
+
+
+@pytest.fixture(scope="module")
+def stock():
+    torch.manual_seed(0)
+    fields = tiny_florence2()
+    fields.pop("model_type")
+    return Florence2ForConditionalGeneration(Florence2Config(**fields)).eval()
+
+
+def tower_like(stock, **fields):
+    tower = Florence2Tower(tiny_config(**fields)).eval()
+    tower.davit.load_state_dict(stock.model.vision_tower.state_dict())
+    tower.image_projector.load_state_dict(stock.model.multi_modal_projector.state_dict())
+    if tower.encoder is not None:
+        tower.encoder.load_state_dict(stock.model.language_model.encoder.state_dict())
+    return tower
+
+
+def stock_features(stock, pixels, name):
+    """V and V' of one prompt, from transformers' own model and nothing of ours."""
+    with torch.no_grad():
+        image = stock.get_image_features(pixels).pooler_output
+        image = torch.stack(list(image)) if isinstance(image, (list, tuple)) else image
+        ids = torch.tensor([TINY_PROMPT_IDS[name]] * len(pixels))
+        text = stock.get_input_embeddings()(ids)
+        states = stock.model.language_model.encoder(inputs_embeds=torch.cat([image, text], 1)).last_hidden_state
+    return image, states[:, : image.shape[1]]
+
+
+def test_features_equal_stock_florence2_one_prompt_at_a_time(stock):
+    pixels = torch.randn(2, 3, 64, 96)
+    for policy, start in (("all", 0), ("grid", 1)):
+        features = tower_like(stock, mean_token=policy)(pixels)
+        assert list(features) == ["davit", *PROMPTS]
+        for name in PROMPTS:
+            image, prompted = stock_features(stock, pixels, name)
+            torch.testing.assert_close(features["davit"], image[:, start:], atol=1e-5, rtol=0)
+            torch.testing.assert_close(features[name], prompted[:, start:], atol=1e-5, rtol=0)
+
+
+def test_padding_policies(stock):
+    pixels = torch.randn(1, 3, 64, 64)
+    masked = tower_like(stock)(pixels)
+    longer = tower_like(stock, prompt_length=9)(pixels)
+    attended = tower_like(stock, prompt_padding="attended", prompt_length=9)(pixels)
+    for name in PROMPTS:
+        torch.testing.assert_close(masked[name], longer[name], atol=1e-6, rtol=0)
+        assert (masked[name] - attended[name]).abs().max() > 1e-4
+    torch.testing.assert_close(masked["davit"], attended["davit"])
+
+
+def test_mean_token_before_the_encoder_shifts_positions(stock):
+    pixels = torch.randn(1, 3, 64, 64)
+    after, before = tower_like(stock)(pixels), tower_like(stock, mean_token="grid_before_encoder")(pixels)
+    torch.testing.assert_close(after["davit"], before["davit"])
+    assert after["ocr"].shape == before["ocr"].shape == (1, 4, 32)
+    assert (after["ocr"] - before["ocr"]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("names", [["ocr"], ["davit"], ["grounding", "davit"], ["ocr", "caption", "davit"]])
+def test_any_subset_and_order(stock, names):
+    pixels = torch.randn(2, 3, 64, 64)
+    whole, part = tower_like(stock)(pixels), tower_like(stock, features=names)
+    features = part(pixels)
+    assert list(features) == names == list(part.feature_names)
+    for name in names:
+        torch.testing.assert_close(features[name], whole[name], atol=1e-5, rtol=0)
+    assert (part.encoder is None) == (names == ["davit"])
+
+
+def test_a_prompt_of_the_users_own(stock):
+    ids = {**TINY_PROMPT_IDS, "colours": [0, 40, 41, 2]}
+    tower = tower_like(stock, features=["davit", "colours"], prompt_token_ids=ids)
+    assert tower(torch.randn(1, 3, 64, 64))["colours"].shape == (1, 4, 32)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (32, 64), (96, 160), (70, 45), (224, 33)])
+@pytest.mark.parametrize("policy", ["grid", "all", "grid_before_encoder"])
+def test_number_of_tokens_is_known_before(size, policy):
+    tower = Florence2Tower(tiny_config(mean_token=policy)).eval()
+    with torch.no_grad():
+        features = tower(torch.randn(1, 3, *size))
+    assert {feature.shape for feature in features.values()} == {(1, tower.num_tokens(*size), 32)}
+    assert tower.feature_dims == dict.fromkeys(["davit", *PROMPTS], 32)
+
+
+def test_released_sizes():
+    from florence_vl import FlorenceVLConfig
+
+    for policy, count in (("grid", 576), ("all", 577)):
+        with torch.device("meta"):
+            tower = Florence2Tower(FlorenceVLConfig(mean_token=policy))
+        assert tower.num_tokens(768, 768) == count
+    with pytest.raises(ValueError, match="at most 1600 pixels a side"):
+        tower.num_tokens(1632, 1632)
+    with pytest.raises(ValueError, match="1024 positions"):
+        tower.num_tokens(1024, 1024)
+
+
+def test_bad_pixels():
+    tower = Florence2Tower(tiny_config()).eval()
+    with pytest.raises(ValueError, match=r"expected \(images, 3, height, width\)"):
+        tower(torch.randn(3, 64, 64))
+    with pytest.raises(ValueError, match="image 1 are not finite"):
+        tower(torch.stack([torch.zeros(3, 64, 64), torch.full((3, 64, 64), float("nan"))]))
+    with pytest.raises(ValueError, match="10 an axis"):
+        tower(torch.zeros(1, 3, 352, 32))
+
+
+def test_davit_runs_once_and_the_decoder_is_not_there(stock):
+    tower = tower_like(stock)
+    calls = []
+    tower.davit.register_forward_hook(lambda *_: calls.append(1))
+    tower(torch.randn(2, 3, 64, 64))
+    assert len(calls) == 1
+    assert not any("decoder" in name for name, _ in tower.named_parameters())
+
+
+def test_gradients_reach_the_first_convolution_with_and_without_checkpointing():
+    from florence_vl import FlorenceVLForConditionalGeneration
+
+    pixels = torch.randn(1, 3, 64, 64)
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(1)
+        config = tiny_config()
+        config.vision_config.vision_config.drop_path_rate = 0.0
+        config.vision_config.text_config.dropout = 0.0
+        model = FlorenceVLForConditionalGeneration(config).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        tower = model.model.vision_tower
+        calls = []
+        tower.davit.blocks[2][0].spatial_block.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        sum(feature.square().mean() for feature in tower(pixels).values()).backward()
+        assert len(calls) == (2 if checkpointing else 1), "a checkpointed block runs again in backward"
+        gradients.append(tower.davit.convs[0].conv.weight.grad.clone())
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_compiles_as_one_graph():
+    tower = Florence2Tower(tiny_config()).eval()
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        compiled = torch.compile(tower, fullgraph=True, backend="aot_eager")(pixels)
+        for name, feature in tower(pixels).items():
+            torch.testing.assert_close(compiled[name], feature, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", list(TINY_BACKBONES))
+def test_backbone_features_are_its_hidden_states(kind):
+    config = tiny_config(tower=kind, feature_layers={"middle": 1, "last": -1}, features=["last", "middle"])
+    tower = TOWERS["backbone"](config).eval()
+    plain = AutoModel.from_config(config.vision_config).eval()
+    plain.load_state_dict(tower.backbone.state_dict())
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        features = tower(pixels)
+        states = plain(pixels, output_hidden_states=True).hidden_states
+    assert list(features) == ["last", "middle"]
+    for name, layer in (("last", -1), ("middle", 1)):
+        assert features[name].shape == (2, tower.num_tokens(64, 64), 32) == (2, 4, 32)
+        torch.testing.assert_close(features[name], states[layer][:, -4:])
+    everything = TOWERS["backbone"](tiny_config(tower=kind, mean_token="all"))
+    assert everything(pixels)["last"].shape[1] == everything.num_tokens(64, 64)
+
+
+def test_backbone_refusals():
+    with pytest.raises(ValueError, match="has 2 layers"):
+        TOWERS["backbone"](tiny_config(tower="dinov2", feature_layers={"last": 7}))
+    with pytest.raises(ValueError, match="takes 64x64 only"):
+        TOWERS["backbone"](tiny_config(tower="backbone")).num_tokens(96, 96)
+    assert TOWERS["backbone"](tiny_config(tower="dinov2")).num_tokens(96, 128) == 12
