@@ -358,17 +358,23 @@ def seq2seq_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor,
     image = image[batch["owner"]]
     embeds = torch.cat([image, model.get_input_embeddings()(batch["prompt_ids"]).to(image.dtype)], dim=1)
     mask = torch.cat([batch["prompt_mask"].new_ones(image.shape[:2]), batch["prompt_mask"]], dim=1)
-    labels = batch["labels"]
     text = model.config.text_config
-    shifted = labels.new_full(labels.shape, text.pad_token_id)
-    shifted[:, 0] = text.decoder_start_token_id
-    shifted[:, 1:] = labels[:, :-1].masked_fill(labels[:, :-1] == -100, text.pad_token_id)
-    hidden = model.model.language_model(
-        inputs_embeds=embeds, attention_mask=mask, decoder_input_ids=shifted, use_cache=False
-    ).last_hidden_state
-    supervised = labels != -100
-    logits = model.lm_head(hidden[supervised]).float()
-    return F.cross_entropy(logits, labels[supervised], reduction="none"), supervised.nonzero()[:, 0]
+    encoded = model.model.language_model.encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+    losses, tasks = [], []
+    lengths = (batch["labels"] != -100).sum(1)
+    for rows in lengths.argsort().chunk(2):  # the short half need not run at the length of the longest
+        labels = batch["labels"][rows, : int(lengths[rows].max())]
+        shifted = labels.new_full(labels.shape, text.pad_token_id)
+        shifted[:, 0] = text.decoder_start_token_id
+        shifted[:, 1:] = labels[:, :-1].masked_fill(labels[:, :-1] == -100, text.pad_token_id)
+        hidden = model.model.language_model.decoder(
+            input_ids=shifted, encoder_hidden_states=encoded[rows], encoder_attention_mask=mask[rows], use_cache=False
+        ).last_hidden_state
+        supervised = labels != -100
+        logits = model.lm_head(hidden[supervised]).float()
+        losses.append(F.cross_entropy(logits, labels[supervised], reduction="none"))
+        tasks.append(rows[supervised.nonzero()[:, 0]])
+    return torch.cat(losses), torch.cat(tasks)
 
 
 def _save(path: Path, state: dict[str, Any]) -> None:
@@ -419,7 +425,10 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
     start_folder, checkpoint = out / "start", out / "checkpoint.pt"
     if not (start_folder / "processor_config.json").exists():
         build_mini_florence2(start_folder, config.seed, config.image_size)
-    model = Florence2ForConditionalGeneration.from_pretrained(start_folder).to(device).train()
+    # on a CPU plain attention is 1.6 times as fast as the fused kernel for DaViT's many small windows
+    attention = "eager" if device == "cpu" else "sdpa"
+    model = Florence2ForConditionalGeneration.from_pretrained(start_folder, attn_implementation=attention)
+    model.to(device).train()
     tokenizer = Florence2Processor.from_pretrained(start_folder).tokenizer
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.98), fused=True

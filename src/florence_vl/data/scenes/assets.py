@@ -115,7 +115,10 @@ class Sprite:
     def conflicts(self, other: Sprite) -> bool:
         """Whether a person might call one of the two by the other's name."""
         mine, theirs = set(_words(self.name)), set(_words(other.name))
-        return bool(mine & (theirs | other.related) or theirs & (mine | self.related))
+        if mine & (theirs | other.related) or theirs & (mine | self.related):
+            return True
+        # cupcake ~ cake, paintbrush ~ paint
+        return any(a in b or b in a for a in mine for b in theirs if min(len(a), len(b)) > 3)
 
 
 def _words(text: str) -> list[str]:
