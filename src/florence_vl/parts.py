@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -161,3 +162,73 @@ def smollm2() -> Path:
         ValueError: The packaged file is damaged.
     """
     return converted(SMOLLM2, convert_gguf_llm)
+
+
+@dataclass(frozen=True)
+class VisionPart:
+    """The embedded Florence-2.
+
+    Attributes:
+        path: A folder in transformers' layout.
+        pretrained: False for random weights of the same configuration.
+        note: One sentence about it, for reports.
+    """
+
+    path: Path
+    pretrained: bool
+    note: str
+
+
+def mini_florence2() -> VisionPart:
+    """The mini Florence-2 that florence-vl-mini ships; where it ships no weights, an untrained one in the cache.
+
+    Raises:
+        FileNotFoundError: florence-vl-mini is not installed; the message names the command.
+    """
+    try:
+        import florence_vl_mini
+    except ImportError:
+        raise FileNotFoundError(
+            "the mini Florence-2 comes from the package florence-vl-mini, which is not installed. "
+            "Run: pip install florence-vl-mini (in a checkout: pip install -e packages/florence-vl-mini)"
+        ) from None
+    try:
+        path = florence_vl_mini.florence2_path()
+    except FileNotFoundError:
+        from florence_vl.train.florence2 import build_mini_florence2
+
+        folder = cache_dir() / "parts" / "mini-florence2-untrained"
+        if not (folder / "config.json").is_file():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+            try:
+                build_mini_florence2(scratch)
+                os.replace(scratch, folder)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+        note = "The tower is an untrained mini Florence-2: this florence-vl-mini carries no weights."
+        return VisionPart(folder, False, note)
+    return VisionPart(path, True, "The tower is the pretrained mini Florence-2 of florence-vl-mini.")
+
+
+def resolve_vision(name: str) -> str:
+    """A folder or hub id of a vision model; `mini` is the embedded Florence-2.
+
+    Raises:
+        FileNotFoundError: `mini` without florence-vl-mini.
+    """
+    if name != "mini":
+        return name
+    part = mini_florence2()
+    if not part.pretrained:
+        print(f"note: {part.note}", file=sys.stderr)
+    return str(part.path)
+
+
+def resolve_llm(name: str) -> str:
+    """A folder, hub id or gguf file of an LLM; `smollm2` is the embedded one.
+
+    Raises:
+        FileNotFoundError: `smollm2` without its package.
+    """
+    return str(smollm2()) if name == "smollm2" else name

@@ -1,0 +1,145 @@
+"""`florence-vl build`: a vision model and an LLM become one saved Florence-VL."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Optional
+
+import typer
+
+epilog = """[bold]Examples[/bold]
+
+  florence-vl build --vision Florence-2-large-converted --llm meta-llama/Llama-3.1-8B-Instruct --out florence-vl-8b
+
+  florence-vl build --vision mini --llm smollm2 --features davit,caption --fusion token --out runs/small
+
+  florence-vl build --vision mini --llm smollm2 --prompt "colors=What colors are there?" --out runs/own
+
+  florence-vl build --vision openai/clip-vit-large-patch14-336 --llm lmsys/vicuna-7b-v1.5 --out runs/llava-1.5
+
+`mini` and `smollm2` are the embedded parts (`florence-vl doctor` shows whether they are here)."""
+
+
+def _pairs(texts: list[str], option: str) -> dict[str, str]:
+    pairs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip() or not value.strip():
+            raise ValueError(f"{option} {text!r} is not of the form NAME=VALUE")
+        if name.strip() in pairs:
+            raise ValueError(f"{option} names {name.strip()!r} twice")
+        pairs[name.strip()] = value.strip()
+    return pairs
+
+
+def _layers(texts: list[str]) -> dict[str, int] | None:
+    layers = {}
+    for name, value in _pairs(texts, "--feature-layer").items():
+        try:
+            layers[name] = int(value)
+        except ValueError:
+            raise ValueError(f"--feature-layer {name}={value}: {value!r} is no layer number") from None
+    return layers or None
+
+
+def _names(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ValueError("--features is empty; name at least one, for example --features davit,caption")
+    return names
+
+
+def command(
+    vision: str = typer.Option(..., "--vision", help="Florence-2 or vision backbone: folder, hub id, or `mini`."),
+    llm: str = typer.Option(..., "--llm", help="Decoder LLM: folder, hub id, .gguf file, or `smollm2`."),
+    out: Path = typer.Option(..., "--out", "-o", help="Folder for the model; must be new or empty."),
+    features: Optional[str] = typer.Option(  # noqa: UP045
+        None, "--features", help="Names of the fused features in order, with commas: davit,caption,ocr,grounding."
+    ),
+    prompt: list[str] = typer.Option([], "--prompt", help="A prompt of your own, NAME=TEXT; may be repeated."),
+    feature_layer: list[str] = typer.Option(
+        [], "--feature-layer", help="For a backbone: feature name and hidden layer, NAME=INDEX; may be repeated."
+    ),
+    fusion: str = typer.Option("channel", "--fusion", help="channel, token or average."),
+    projector_depth: int = typer.Option(3, "--projector-depth", help="Linear layers of the projector, 1 to 4."),
+    mean_token: str = typer.Option("grid", "--mean-token", help="grid (576 tokens at 768 px), all (577) ..."),
+    prompt_padding: str = typer.Option("masked", "--prompt-padding", help="masked or attended."),
+    prompt_length: Optional[int] = typer.Option(None, "--prompt-length", help="Pad prompts to that length."),  # noqa: UP045
+    image_size: Optional[int] = typer.Option(None, "--image-size", help="Pixels a side; by default the tower's."),  # noqa: UP045
+    image_token: Optional[str] = typer.Option(None, "--image-token", help="Token that stands for images."),  # noqa: UP045
+    chat_template: Optional[str] = typer.Option(  # noqa: UP045
+        None, "--chat-template", help="llama3, phi3, chatml, vicuna_v1, plain; by default the one that fits."
+    ),
+    dtype: str = typer.Option("auto", "--dtype", help="auto (the LLM's), float32, bfloat16, float16."),
+    seed: int = typer.Option(0, "--seed", help="Of the projector's first weights."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace a Florence-VL that lies in --out."),
+) -> None:
+    """Assemble a Florence-2 and an LLM into one Florence-VL.
+
+    The projector between them is untrained: `florence-vl train` with model.path=OUT trains it.
+    """
+    options: dict[str, Any] = {
+        "features": _names(features),
+        "prompts": _pairs(prompt, "--prompt") or None,
+        "feature_layers": _layers(feature_layer),
+        "fusion": fusion,
+        "projector_depth": projector_depth,
+        "mean_token": mean_token,
+        "prompt_padding": prompt_padding,
+        "prompt_length": prompt_length,
+        "image_size": image_size,
+        "image_token": image_token,
+        "chat_template": chat_template,
+        "dtype": dtype,
+        "seed": seed,
+    }
+    from florence_vl.serve.loading import DTYPES
+
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: {', '.join(DTYPES)}")
+    _check_out(out, overwrite)
+
+    from florence_vl.model.assemble import build_model
+    from florence_vl.parts import resolve_llm, resolve_vision
+
+    model, processor = build_model(resolve_vision(vision), resolve_llm(llm), **options)
+    save(model, processor, out)
+    size = processor.image_processor.size
+    config = model.config
+    typer.echo(f"features   {', '.join(config.features)} ({config.fusion} fusion)")
+    typer.echo(f"image      {size.height}x{size.width} px, {model.num_image_tokens(size.height, size.width)} tokens")
+    for part in ("tower", "projector", "llm"):
+        count = sum(parameter.numel() for _, parameter in model.part_parameters(part))
+        typer.echo(f"{part:10} {count / 1e6:,.1f} M parameters")
+    typer.echo(f"saved      {out}")
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if out.is_file():
+        raise NotADirectoryError(f"--out {out} is a file: give a folder")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(f"--out {out} is not empty: choose another folder, or --overwrite")
+    if not (out / "config.json").is_file():
+        raise ValueError(f"--out {out} holds something that is no model; --overwrite replaces models only")
+
+
+def save(model: Any, processor: Any, out: Path) -> None:
+    """Write model and processor to a folder that appears whole or not at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        model.save_pretrained(scratch)
+        processor.save_pretrained(scratch)
+        scratch.chmod(0o755)
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(scratch, out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

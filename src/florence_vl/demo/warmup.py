@@ -1,0 +1,130 @@
+"""Warm-up: the projector learns to put an image where its caption lies among the LLM's word vectors, without the LLM.
+
+A projector that starts from random numbers costs most of a short first stage. Contrastive warm-up on cached features
+takes seconds: image tokens, averaged, against the averaged input embeddings of the caption's tokens.
+Shape letters: I images, N tokens an image, D features, H width of the LLM.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from florence_vl.analyze.alignment import Groups, contrastive_loss
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+    from florence_vl.model.processing import FlorenceVLProcessor
+
+TEMPERATURE = 0.07  # CLIP's initial one (arXiv 2103.00020)
+
+
+@torch.inference_mode()
+def cache_features(
+    model: FlorenceVLForConditionalGeneration,
+    processor: FlorenceVLProcessor,
+    images: Sequence[Image.Image],
+    batch_size: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Tensor]:
+    """The tower's features of all images by name, (I, N, D) each, on the model's device."""
+    parts: dict[str, list[Tensor]] = {}
+    for start in range(0, len(images), batch_size):
+        pixels = processor.image_processor(list(images[start : start + batch_size]), return_tensors="pt")
+        features = model.model.vision_tower(pixels["pixel_values"].to(model.device, model.dtype))
+        for name, value in features.items():
+            parts.setdefault(name, []).append(value)
+        if progress is not None:
+            progress(min(start + batch_size, len(images)), len(images))
+    return {name: torch.cat(values).clone() for name, values in parts.items()}
+
+
+@torch.inference_mode()
+def caption_vectors(
+    model: FlorenceVLForConditionalGeneration, processor: FlorenceVLProcessor, captions: Sequence[str]
+) -> Tensor:
+    """Mean input embedding of each caption's tokens, (I, H)."""
+    table = model.get_input_embeddings().weight
+    rows = [processor.tokenizer(" " + text.strip(), add_special_tokens=False)["input_ids"] for text in captions]
+    return torch.stack([table[torch.tensor(ids, device=table.device)].mean(0) for ids in rows]).clone()
+
+
+def warm_up(
+    model: FlorenceVLForConditionalGeneration,
+    features: dict[str, Tensor],
+    targets_IH: Tensor,
+    seconds: float,
+    steps: int | None = None,
+    batch_size: int = 256,
+    lr: float = 1e-3,
+    seed: int = 0,
+) -> list[dict[str, float]]:
+    """Train fusion and projector, the rest untouched, and leave what trains as it was.
+
+    The loss is InfoNCE over the batch in both directions, plus the squared distance to the target measured in the
+    targets' own variance, which gives image tokens the size of word vectors.
+
+    Args:
+        model: Its fusion and projector are changed.
+        features: `cache_features`.
+        targets_IH: `caption_vectors` of the same images.
+        seconds: Time budget; at least one step is done.
+        steps: Stop after that many steps too.
+        batch_size: Images of a step; captions that repeat in it are not each other's negatives.
+        lr: Peak learning rate of AdamW, cosine to zero over the budget.
+        seed: Of the order.
+
+    Returns:
+        A row a step: `step`, `loss`, `seconds`.
+    """
+    projector = nn.ModuleList([model.model.fusion, model.model.multi_modal_projector])
+    wanted = {name: parameter.requires_grad for name, parameter in projector.named_parameters()}
+    for parameter in projector.parameters():
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(projector.parameters(), lr=lr, weight_decay=0.01)
+    centre_H = targets_IH.mean(0)
+    variance = (targets_IH - centre_H).square().mean()
+    unit_IH = nn.functional.normalize(targets_IH - centre_H, dim=-1)
+    captions_I = torch.unique(targets_IH, dim=0, return_inverse=True)[1]
+    groups = Groups(captions_I, torch.arange(len(captions_I), device=captions_I.device))
+    order = _epochs(len(targets_IH), min(batch_size, len(targets_IH)), seed)
+    rows: list[dict[str, float]] = []
+    began = time.monotonic()
+    while True:
+        spent = (time.monotonic() - began) / seconds
+        if steps is not None:
+            spent = max(spent, len(rows) / steps)
+        if rows and spent >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (len(rows) + 1) / 10) * (0.5 + 0.5 * math.cos(math.pi * spent))
+        index = next(order)
+        fused = model.model.fusion({name: value[index] for name, value in features.items()})
+        pooled_BH = model.model.multi_modal_projector(fused).mean(1)
+        vision_BH = nn.functional.normalize(pooled_BH - centre_H, dim=-1)
+        loss = contrastive_loss(vision_BH, unit_IH[index], groups[index].targets(), TEMPERATURE, symmetric=True)
+        distance = (pooled_BH - targets_IH[index]).square().mean() / variance
+        optimizer.zero_grad()
+        (loss + distance).backward()
+        optimizer.step()
+        rows.append({"step": len(rows) + 1, "loss": loss.item(), "seconds": time.monotonic() - began})
+    for name, parameter in projector.named_parameters():
+        parameter.requires_grad_(wanted[name])
+        parameter.grad = None
+    return rows
+
+
+def _epochs(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    generator = random.Random(seed)
+    while True:
+        order = generator.sample(range(count), count)
+        for start in range(0, count - batch_size + 1, batch_size):
+            yield torch.tensor(order[start : start + batch_size])
