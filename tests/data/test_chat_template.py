@@ -1,6 +1,8 @@
 """Every template writes what its family was trained on, and its generation marks are exactly the answers."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from florence_vl.data.chat_template import (
@@ -14,8 +16,8 @@ from florence_vl.data.chat_template import (
 from florence_vl.data.encode import Encoder
 from florence_vl.data.records import Record
 from florence_vl.model.image_processing import FlorenceVLImageProcessor
-from florence_vl.model.processing import FlorenceVLProcessor, ImageTokenRule
-from florence_vl.testing import tiny_processor, tiny_tokenizer
+from florence_vl.model.processing import BREAK, FlorenceVLProcessor, ImageTokenRule
+from florence_vl.testing import TINY_SPECIAL_TOKENS, tiny_processor, tiny_tokenizer
 
 CHATS = [name for name in CHAT_TEMPLATES if name != "plain"]
 
@@ -75,6 +77,9 @@ def has_image(messages):
 CASES = [
     (name, case) for name in CHAT_TEMPLATES for case, m in CONVERSATIONS.items() if name != "plain" or has_image(m)
 ]
+
+
+PROCESSORS = {name: tiny_processor(template=name) for name in CHATS}
 
 
 def answers(messages):
@@ -180,6 +185,30 @@ def test_training_text_starts_with_the_generation_prompt(name, case):
     ]
     prompt = processor.apply_chat_template(shown, add_generation_prompt=True, tokenize=True, return_dict=True)
     assert ids[: len(prompt["input_ids"][0])] == prompt["input_ids"][0]
+
+
+ANY_TEXT = st.lists(
+    st.one_of(
+        st.sampled_from([*TINY_SPECIAL_TOKENS, " ", "\n", "\n\n", BREAK, "<|", "|>", "<", ">", "é", "漢"]),
+        st.text(max_size=6),
+    ),
+    max_size=6,
+).map("".join)
+
+
+@settings(max_examples=60, deadline=None)
+@given(name=st.sampled_from(CHATS), texts=st.lists(ANY_TEXT, min_size=2, max_size=6))
+def test_any_text_survives(name, texts):
+    processor = PROCESSORS[name]
+    messages = [text("assistant" if i % 2 else "user", t) for i, t in enumerate(texts)]
+    sample = Encoder(processor)(record(*messages))
+    end = CHAT_TEMPLATES[name].end_text(processor.tokenizer)
+    prefix = CHAT_TEMPLATES[name].answer_prefix
+    expected = "".join(prefix + answer.replace(BREAK, "") + end for answer in answers(messages))
+    assert processor.tokenizer.decode(sample.labels[sample.labels != -100]) == expected
+    assert not (sample.input_ids == processor.image_token_id).any()
+    end_id = processor.tokenizer.convert_tokens_to_ids(end)
+    assert int((sample.labels == end_id).sum()) == len(answers(messages))
 
 
 TWO_TURNS = [text("user", Image, "Q1"), text("assistant", "A1"), text("user", "Q2"), text("assistant", "A2")]

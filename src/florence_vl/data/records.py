@@ -136,8 +136,7 @@ def normalise_messages(messages: Any, where: str = "conversation") -> list[dict[
         where: Name of the record, for messages.
 
     Returns:
-        New messages in the form described at `Record`; unknown keys of messages and parts are refused, except an
-        image part's own source ("image", "url", "path", ...), which is left to the caller.
+        New messages in the form described at `Record`, with `role` and `content` only.
 
     Raises:
         BadRecord: kind "messages".
