@@ -19,122 +19,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from florence_vl.data.collate import PackedCollator, PaddedCollator
-from florence_vl.data.encode import IGNORE, Encoder, Sample
+from florence_vl.data.encode import Encoder
+from florence_vl.data.layout import MODES, PackingConfig, RowCollator, arrange, check_fits, measure, pack_first_fit
 from florence_vl.data.mixture import Mixture
-from florence_vl.data.records import BadRecord, Record
+from florence_vl.data.records import BadRecord
 from florence_vl.data.report import BadEntry, DataReport
 from florence_vl.data.sampler import check_rank, mix
-from florence_vl.registry import did_you_mean
-
-MODES = ("packed", "padded")
-
-
-@dataclass(frozen=True)
-class PackingConfig:
-    """How records become batches.
-
-    Args:
-        mode: "packed": rows of at most `tokens_per_row` tokens hold several samples each, isolated from each other.
-            "padded": a batch holds `batch_size` samples, padded to the longest.
-        tokens_per_row: Token budget of a packed row (image tokens count).
-        max_images_per_row: Most images in a packed row; bounds the tower's memory.
-        batch_size: Rows (packed) or samples (padded) of one forward of one process.
-        global_batch_size: Rows (packed) or samples (padded) of one optimizer step over all processes and accumulation.
-        window: Records that are looked at together, for packing or for grouping by length.
-        pad_to_max_length: Packed mode: pad every row to `tokens_per_row` (one shape, for `torch.compile`); False pads
-            to the longest row of the batch.
-        group_by_length: Padded mode: batches of samples of similar length; False keeps the mixture's order.
-        max_bad_share: The run stops when more than this share of records is bad ...
-        min_records: ... counted once so many records have been read.
-        bad_records_file: JSON lines, one for every bad record; ranks above 0 append `.rank<r>` to its stem.
-    """
-
-    mode: str = "packed"
-    tokens_per_row: int = 4096
-    max_images_per_row: int = 16
-    batch_size: int = 1
-    global_batch_size: int = 8
-    window: int = 256
-    pad_to_max_length: bool = False
-    group_by_length: bool = True
-    max_bad_share: float = 0.05
-    min_records: int = 1000
-    bad_records_file: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"unknown packing mode {self.mode!r}. {did_you_mean(self.mode, MODES)}")
-        for name in ("tokens_per_row", "max_images_per_row", "batch_size", "global_batch_size", "window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"packing.{name} must be at least 1, got {getattr(self, name)}")
-        if self.global_batch_size % self.batch_size:
-            raise ValueError(
-                f"packing.global_batch_size ({self.global_batch_size}) must be a multiple of packing.batch_size "
-                f"({self.batch_size})"
-            )
-        if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"packing.max_bad_share is a share between 0 and 1, got {self.max_bad_share}")
-        if self.mode == "padded" and self.window < self.batch_size:
-            raise ValueError(f"packing.window ({self.window}) must hold at least one batch of {self.batch_size}")
-
-    @property
-    def batches_per_step(self) -> int:
-        """Micro-batches of one optimizer step, over all processes."""
-        return self.global_batch_size // self.batch_size
-
-    @property
-    def lanes(self) -> int:
-        """Independent streams: one row (packed) or one batch (padded) a step each."""
-        return self.global_batch_size if self.mode == "packed" else self.batches_per_step
-
-    @property
-    def lanes_per_batch(self) -> int:
-        """Lanes that one micro-batch is made of."""
-        return self.batch_size if self.mode == "packed" else 1
-
-
-def pack_first_fit(
-    lengths: Sequence[int], images: Sequence[int], budget: int, max_images: int, decreasing: bool = True
-) -> list[list[int]]:
-    """First-fit bin packing under two limits.
-
-    Args:
-        lengths: Tokens of each sample.
-        images: Images of each sample.
-        budget: Tokens a row.
-        max_images: Images a row.
-        decreasing: Longest first (Johnson 1973: at most 11/9 of the optimal number of rows); False keeps the order.
-
-    Returns:
-        Rows as lists of indices into `lengths`, ascending inside a row.
-
-    Raises:
-        ValueError: A sample alone exceeds a limit.
-    """
-    for index, (length, count) in enumerate(zip(lengths, images, strict=True)):
-        if length > budget or count > max_images:
-            raise ValueError(
-                f"sample {index} has {length} tokens and {count} images; a row holds {budget} and {max_images}"
-            )
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)) if decreasing else range(len(lengths))
-    free_tokens = np.full(len(lengths), budget, dtype=np.int64)
-    free_images = np.full(len(lengths), max_images, dtype=np.int64)
-    rows: list[list[int]] = []
-    for index in order:
-        used = len(rows)
-        fits = (free_tokens[:used] >= lengths[index]) & (free_images[:used] >= images[index])
-        row = int(fits.argmax()) if used and fits.any() else used
-        if row == used:
-            rows.append([])
-        rows[row].append(index)
-        free_tokens[row] -= lengths[index]
-        free_images[row] -= images[index]
-    return [sorted(row) for row in rows]
 
 
 @dataclass
@@ -175,51 +68,15 @@ class WindowPlanner(Dataset):
             try:
                 record = self.mixture[position]
                 tokens, count = measure(self.encoder, record)
-                if config.mode == "packed":
-                    self._check_fits(record, tokens, count)
+                check_fits(self.encoder, config, record, tokens, count)
             except BadRecord as error:
                 bad.append(bad_entry(self.mixture, position, error))
                 continue
             positions.append(position)
             lengths.append(tokens)
             images.append(count)
-        if config.mode == "packed":
-            groups = pack_first_fit(lengths, images, config.tokens_per_row, config.max_images_per_row)
-        else:
-            order = list(range(len(lengths)))
-            if config.group_by_length:
-                order.sort(key=lambda i: (lengths[i], i))
-            size = config.batch_size
-            groups = [order[i : i + size] for i in range(0, len(order), size)]
-        if config.mode == "packed" or config.group_by_length:
-            shuffle = np.random.default_rng(mix(self.seed, window, 3)).permutation(len(groups))
-            groups = [groups[i] for i in shuffle]
+        groups = arrange(lengths, images, config, mix(self.seed, window, 3))
         return WindowPlan(window, [[positions[i] for i in group] for group in groups], config.window, bad)
-
-    def _check_fits(self, record: Record, tokens: int, count: int) -> None:
-        config, text = self.config, ""
-        if tokens > config.tokens_per_row:
-            text = f"{tokens} tokens, more than packing.tokens_per_row={config.tokens_per_row}"
-        elif count > config.max_images_per_row:
-            text = f"{count} images, more than packing.max_images_per_row={config.max_images_per_row}"
-        if text:
-            text = f"record {record.id!r} of {record.source!r} has {text}"
-            if self.encoder.on_long == "error":
-                raise ValueError(f"{text}. Raise it, or set on_long to drop")
-            raise BadRecord("too_long", text)
-
-
-def measure(encoder: Encoder, record: Record) -> tuple[int, int]:
-    """(tokens, images) of a record's sample, after turns that are too many were cut; no image is read.
-
-    Raises:
-        BadRecord: As `Encoder.__call__`, but for unreadable images.
-    """
-    ids, _ = encoder.tokenize(record)
-    if not record.images:
-        return len(ids), 0
-    processor = encoder.processor
-    return len(ids), int((ids == processor.image_token_id).sum()) // processor.num_image_tokens()
 
 
 def bad_entry(mixture: Mixture, position: int, error: BadRecord) -> BadEntry:
@@ -253,10 +110,8 @@ class _BatchEncoder(Dataset):
     """Encodes the records of a request and collates them; runs in workers."""
 
     def __init__(self, mixture: Mixture, encoder: Encoder, config: PackingConfig) -> None:
-        self.mixture, self.encoder, self.config = mixture, encoder, config
-        pad = encoder.processor.tokenizer.pad_token_id
-        self._pad = PaddedCollator(pad)
-        self._pack = PackedCollator(pad, config.tokens_per_row, pad_to_max_length=config.pad_to_max_length)
+        self.mixture, self.encoder = mixture, encoder
+        self.collate = RowCollator(encoder, config)
 
     def __getitem__(self, request: _Request) -> _Answer:
         bad: list[BadEntry] = []
@@ -270,11 +125,8 @@ class _BatchEncoder(Dataset):
                     bad.append(bad_entry(self.mixture, position, error))
             rows.append(row)
         samples = [sample for row in rows for sample in row]
-        if not samples:  # all images of the batch are unreadable: a batch that teaches nothing keeps the ranks in step
-            rows[0] = [Sample(torch.tensor([self._pad.pad_token_id]), torch.tensor([IGNORE]))]
-        batch = self._pack(rows) if self.config.mode == "packed" else self._pad(rows[0])
         tokens = sum(len(sample) for sample in samples)
-        return _Answer(request, batch, bad, [(s.source, s.id) for s in samples], tokens)
+        return _Answer(request, self.collate(rows), bad, [(s.source, s.id) for s in samples], tokens)
 
 
 class Batches(Iterator[dict[str, torch.Tensor]]):
@@ -511,6 +363,25 @@ def build_batches(
     Raises:
         ValueError: The sizes do not divide, the rank is impossible, or `state` is of other data.
     """
+    check_sizes(encoder, packing, rank, world_size, start_step)
+    return Batches(
+        WindowPlanner(mixture, encoder, packing, seed),
+        _BatchEncoder(mixture, encoder, packing),
+        rank,
+        world_size,
+        start_step,
+        num_workers,
+        state,
+        pin_memory,
+    )
+
+
+def check_sizes(encoder: Encoder, packing: PackingConfig, rank: int, world_size: int, start_step: int) -> None:
+    """Refuse processes that cannot share a step evenly, and samples that cannot fit a row.
+
+    Raises:
+        ValueError: Says which.
+    """
     check_rank(rank, world_size)
     if packing.batches_per_step % world_size:
         raise ValueError(
@@ -524,16 +395,6 @@ def build_batches(
         raise ValueError(
             f"max_length {longest} exceeds packing.tokens_per_row {packing.tokens_per_row}: a sample must fit a row"
         )
-    return Batches(
-        WindowPlanner(mixture, encoder, packing, seed),
-        _BatchEncoder(mixture, encoder, packing),
-        rank,
-        world_size,
-        start_step,
-        num_workers,
-        state,
-        pin_memory,
-    )
 
 
 def check_fingerprint(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -617,6 +478,7 @@ __all__ = [
     "PackingConfig",
     "WindowPlan",
     "WindowPlanner",
+    "arrange",
     "build_batches",
     "estimate_steps",
     "measure",

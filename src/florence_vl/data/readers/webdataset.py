@@ -64,7 +64,6 @@ class WebDatasetReader(Reader):
             rest = f" that pass the filters {[f.key() for f in self.filters]}" if self.filters else ""
             raise ValueError(f"{self.path} holds no samples{rest}")
         self._length = len(self._samples)
-        self._store = ImageStore(None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_members": {}, "_samples": None}
@@ -125,36 +124,81 @@ class WebDatasetReader(Reader):
         parts = self._parts(shard, first, count)
         key = _split_key(next(iter(parts)))[0]
         where = f"{path}/{key}"
-        row = self._json(shard, parts) or {}
+        names = sorted(name for name in parts if is_image(name))
         images: list[ImageSource] = [
-            ImageRef(path, int(member["offset"]), int(member["size"]), name=f"{path}/{name}")
-            for name, member in sorted(parts.items())
-            if name.lower().rsplit(".", 1)[-1] in IMAGE_EXTENSIONS
+            ImageRef(path, int(parts[name]["offset"]), int(parts[name]["size"]), name=f"{path}/{name}")
+            for name in names
         ]
-        identifier = str(row.get("id") or row.get("uid") or row.get("key") or key)
-        if "messages" in row:
-            by_name = dict(zip(_image_names(parts), images, strict=True))
-            listed = as_list(row.get("images", row.get("image")))
-            chosen = [by_name.get(PurePosixPath(str(image)).name) for image in listed] if listed else list(images)
-            if any(image is None for image in chosen):
-                raise BadRecord("image", f"{where}: the JSON names images {listed} that the sample does not hold")
-            messages, _ = from_messages(row["messages"], ["placeholder"] * len(chosen), self._store, where)
-            images = [image for image in chosen if image is not None]
-        elif "conversations" in row:
-            messages = from_llava(row["conversations"], len(images), where)
-        elif "texts" in row:
-            messages = from_pairs(row["texts"], len(images), where)
-        else:
-            messages = self.caption.messages(self._caption_text(path, parts, row), index, where)
-        return Record(identifier, self.name, messages, images).check()
+        row = self._json(shard, parts) or {}
+        text = None
+        if self.caption.column == "txt":
+            text = self._caption_text(path, parts)
+        return record_from_members(key, names, images, row, text, self.caption, self.name, index, where)
 
-    def _caption_text(self, path: str, parts: dict[str, np.void], row: dict[str, Any]) -> Any:
-        if self.caption.column != "txt":
-            return row.get(self.caption.column)
+    def _caption_text(self, path: str, parts: dict[str, np.void]) -> str | None:
         for name, member in parts.items():
-            if name.lower().rsplit(".", 1)[-1] in _TEXT_EXTENSIONS:
+            if is_text(name):
                 return files.read_range(path, int(member["offset"]), int(member["size"])).decode("utf-8", "replace")
-        return row.get("caption")
+        return None
+
+
+def is_image(name: str) -> bool:
+    """Whether a member is an image, by its last extension."""
+    return name.lower().rsplit(".", 1)[-1] in IMAGE_EXTENSIONS
+
+
+def is_text(name: str) -> bool:
+    """Whether a member is a caption, by its last extension."""
+    return name.lower().rsplit(".", 1)[-1] in _TEXT_EXTENSIONS
+
+
+def record_from_members(
+    key: str,
+    names: Sequence[str],
+    images: list[ImageSource],
+    row: dict[str, Any],
+    text: str | None,
+    caption: Caption,
+    source: str,
+    index: int,
+    where: str,
+) -> Record:
+    """A record from the members of one WebDataset sample.
+
+    Args:
+        key: The sample's key; its id when the JSON gives none.
+        names: Names of the image members, sorted.
+        images: Their sources, in the same order.
+        row: The JSON member; empty without one.
+        text: The text member, if any.
+        caption: How a caption becomes messages; its column "txt" takes `text`, or the JSON's `caption`.
+        source: Name of the data set.
+        index: Number that chooses the prompt.
+        where: Name of the sample, for messages.
+
+    Raises:
+        BadRecord: The sample is malformed.
+    """
+    identifier = str(row.get("id") or row.get("uid") or row.get("key") or key)
+    if "messages" in row:
+        by_name = {PurePosixPath(name).name: image for name, image in zip(names, images, strict=True)}
+        listed = as_list(row.get("images", row.get("image")))
+        chosen = [by_name.get(PurePosixPath(str(image)).name) for image in listed] if listed else list(images)
+        if any(image is None for image in chosen):
+            raise BadRecord("image", f"{where}: the JSON names images {listed} that the sample does not hold")
+        messages, _ = from_messages(row["messages"], ["member"] * len(chosen), ImageStore(None), where)
+        images = [image for image in chosen if image is not None]
+    elif "conversations" in row:
+        messages = from_llava(row["conversations"], len(images), where)
+    elif "texts" in row:
+        messages = from_pairs(row["texts"], len(images), where)
+    else:
+        if caption.column != "txt":
+            text = row.get(caption.column)
+        elif text is None:
+            text = row.get("caption")
+        messages = caption.messages(text, index, where)
+    return Record(identifier, source, messages, images).check()
 
 
 def _split_key(name: str) -> tuple[str, str]:
@@ -162,10 +206,6 @@ def _split_key(name: str) -> tuple[str, str]:
     folder, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return (f"{folder}/{stem}" if folder else stem), extension
-
-
-def _image_names(parts: dict[str, np.void]) -> list[str]:
-    return [PurePosixPath(name).name for name in sorted(parts) if name.lower().rsplit(".", 1)[-1] in IMAGE_EXTENSIONS]
 
 
 def _scan_shard(path: str) -> np.ndarray:

@@ -1,0 +1,193 @@
+"""How samples are laid out in batches: rows of a token budget, or padded groups of like length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from florence_vl.data.collate import PackedCollator, PaddedCollator
+from florence_vl.data.encode import IGNORE, Encoder, Sample
+from florence_vl.data.records import BadRecord, Record
+from florence_vl.registry import did_you_mean
+
+MODES = ("packed", "padded")
+
+
+@dataclass(frozen=True)
+class PackingConfig:
+    """How records become batches.
+
+    Args:
+        mode: "packed": rows of at most `tokens_per_row` tokens hold several samples each, isolated from each other.
+            "padded": a batch holds `batch_size` samples, padded to the longest.
+        tokens_per_row: Token budget of a packed row (image tokens count).
+        max_images_per_row: Most images in a packed row; bounds the tower's memory.
+        batch_size: Rows (packed) or samples (padded) of one forward of one process.
+        global_batch_size: Rows (packed) or samples (padded) of one optimizer step over all processes and accumulation.
+        window: Records that are looked at together, for packing or for grouping by length.
+        pad_to_max_length: Packed mode: pad every row to `tokens_per_row` (one shape, for `torch.compile`); False pads
+            to the longest row of the batch.
+        group_by_length: Padded mode: batches of samples of similar length; False keeps the mixture's order.
+        max_bad_share: The run stops when more than this share of records is bad ...
+        min_records: ... counted once so many records have been read.
+        bad_records_file: JSON lines, one for every bad record; ranks above 0 append `.rank<r>` to its stem.
+    """
+
+    mode: str = "packed"
+    tokens_per_row: int = 4096
+    max_images_per_row: int = 16
+    batch_size: int = 1
+    global_batch_size: int = 8
+    window: int = 256
+    pad_to_max_length: bool = False
+    group_by_length: bool = True
+    max_bad_share: float = 0.05
+    min_records: int = 1000
+    bad_records_file: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"unknown packing mode {self.mode!r}. {did_you_mean(self.mode, MODES)}")
+        for name in ("tokens_per_row", "max_images_per_row", "batch_size", "global_batch_size", "window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"packing.{name} must be at least 1, got {getattr(self, name)}")
+        if self.global_batch_size % self.batch_size:
+            raise ValueError(
+                f"packing.global_batch_size ({self.global_batch_size}) must be a multiple of packing.batch_size "
+                f"({self.batch_size})"
+            )
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"packing.max_bad_share is a share between 0 and 1, got {self.max_bad_share}")
+        if self.mode == "padded" and self.window < self.batch_size:
+            raise ValueError(f"packing.window ({self.window}) must hold at least one batch of {self.batch_size}")
+
+    @property
+    def batches_per_step(self) -> int:
+        """Micro-batches of one optimizer step, over all processes."""
+        return self.global_batch_size // self.batch_size
+
+    @property
+    def lanes(self) -> int:
+        """Independent streams: one row (packed) or one batch (padded) a step each."""
+        return self.global_batch_size if self.mode == "packed" else self.batches_per_step
+
+    @property
+    def lanes_per_batch(self) -> int:
+        """Lanes that one micro-batch is made of."""
+        return self.batch_size if self.mode == "packed" else 1
+
+
+def pack_first_fit(
+    lengths: Sequence[int], images: Sequence[int], budget: int, max_images: int, decreasing: bool = True
+) -> list[list[int]]:
+    """First-fit bin packing under two limits.
+
+    Args:
+        lengths: Tokens of each sample.
+        images: Images of each sample.
+        budget: Tokens a row.
+        max_images: Images a row.
+        decreasing: Longest first (Johnson 1973: at most 11/9 of the optimal number of rows); False keeps the order.
+
+    Returns:
+        Rows as lists of indices into `lengths`, ascending inside a row.
+
+    Raises:
+        ValueError: A sample alone exceeds a limit.
+    """
+    for index, (length, count) in enumerate(zip(lengths, images, strict=True)):
+        if length > budget or count > max_images:
+            raise ValueError(
+                f"sample {index} has {length} tokens and {count} images; a row holds {budget} and {max_images}"
+            )
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)) if decreasing else range(len(lengths))
+    free_tokens = np.full(len(lengths), budget, dtype=np.int64)
+    free_images = np.full(len(lengths), max_images, dtype=np.int64)
+    rows: list[list[int]] = []
+    for index in order:
+        used = len(rows)
+        fits = (free_tokens[:used] >= lengths[index]) & (free_images[:used] >= images[index])
+        row = int(fits.argmax()) if used and fits.any() else used
+        if row == used:
+            rows.append([])
+        rows[row].append(index)
+        free_tokens[row] -= lengths[index]
+        free_images[row] -= images[index]
+    return [sorted(row) for row in rows]
+
+
+def arrange(lengths: Sequence[int], images: Sequence[int], config: PackingConfig, seed: int) -> list[list[int]]:
+    """Rows (packed) or batches (padded) of the samples of a window, in the order of use.
+
+    Args:
+        lengths: Tokens of each sample.
+        images: Images of each sample.
+        config: The layout.
+        seed: Shuffles the order of the rows, which packing and grouping sort by length.
+    """
+    if config.mode == "packed":
+        groups = pack_first_fit(lengths, images, config.tokens_per_row, config.max_images_per_row)
+    else:
+        order = list(range(len(lengths)))
+        if config.group_by_length:
+            order.sort(key=lambda i: (lengths[i], i))
+        groups = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
+        if not config.group_by_length:
+            return groups
+    return [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
+
+
+def measure(encoder: Encoder, record: Record) -> tuple[int, int]:
+    """(tokens, images) of a record's sample, after turns that are too many were cut; no image is read.
+
+    Raises:
+        BadRecord: As `Encoder.__call__`, but for unreadable images.
+    """
+    ids, _ = encoder.tokenize(record)
+    if not record.images:
+        return len(ids), 0
+    processor = encoder.processor
+    return len(ids), int((ids == processor.image_token_id).sum()) // processor.num_image_tokens()
+
+
+def check_fits(encoder: Encoder, config: PackingConfig, record: Record, tokens: int, images: int) -> None:
+    """Refuse a sample that no packed row can hold.
+
+    Raises:
+        BadRecord: kind "too_long".
+        ValueError: The encoder's policy for long samples is "error".
+    """
+    text = ""
+    if config.mode == "packed" and tokens > config.tokens_per_row:
+        text = f"{tokens} tokens, more than packing.tokens_per_row={config.tokens_per_row}"
+    elif config.mode == "packed" and images > config.max_images_per_row:
+        text = f"{images} images, more than packing.max_images_per_row={config.max_images_per_row}"
+    if text:
+        text = f"record {record.id!r} of {record.source!r} has {text}"
+        if encoder.on_long == "error":
+            raise ValueError(f"{text}. Raise it, or set on_long to drop")
+        raise BadRecord("too_long", text)
+
+
+class RowCollator:
+    """Encoded rows to a batch, in the layout's mode.
+
+    Args:
+        encoder: Gives the pad token.
+        config: The layout.
+    """
+
+    def __init__(self, encoder: Encoder, config: PackingConfig) -> None:
+        self.packed = config.mode == "packed"
+        pad = encoder.processor.tokenizer.pad_token_id
+        self._pad = PaddedCollator(pad)
+        self._pack = PackedCollator(pad, config.tokens_per_row, pad_to_max_length=config.pad_to_max_length)
+
+    def __call__(self, rows: list[list[Sample]]) -> dict[str, torch.Tensor]:
+        """Collate; rows may be empty, all of them too (then the batch teaches nothing but keeps the ranks in step)."""
+        if not any(rows):
+            rows = [[Sample(torch.tensor([self._pad.pad_token_id]), torch.tensor([IGNORE]))], *rows[1:]]
+        return self._pack(rows) if self.packed else self._pad(rows[0])
