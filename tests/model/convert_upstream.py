@@ -1,12 +1,13 @@
 """The released Florence-VL written from its description, apart from this package and from transformers' Florence-2.
 
 `Upstream` computes on a flat dict of tensors under the authors' names: DaViT, projection, BART encoder asked three
-prompts, MLP, and the splice of image tokens into the LLM's embeddings. `make_*` write checkpoint folders in the released
-layouts with random weights. The LLM itself is transformers' Llama or Phi-3.
+prompts, MLP, and the splice of image tokens into the LLM's embeddings. `make_*` write checkpoint folders in the
+released layouts with random weights. The LLM itself is transformers' Llama or Phi-3.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -404,7 +405,7 @@ def make_released(
         rope["original_max_position_embeddings"] = 2048
         config_class, model_class = Phi3Config, Phi3ForCausalLM
     torch.manual_seed(seed + 1)
-    model = model_class(config_class(**size, **rope)).to(dtype).eval()
+    model = model_class(config_class(**size, **copy.deepcopy(rope))).to(dtype).eval()
     with torch.no_grad():  # so that logits differ visibly
         for parameter in model.parameters():
             if parameter.ndim == 2:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from florence_vl.model.convert.conversion import Source, convert, open_source
+from florence_vl.model.convert.conversion import convert, open_source
 from florence_vl.model.convert.diff import Comparison, diff
+from florence_vl.model.convert.layouts import Source
 
 __all__ = ["Comparison", "Source", "convert", "diff", "open_source"]

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 LLM_LICENSES = {
-    "llama": (
+    "llama3": (
         "llama3.1",
         "the LLM is Llama 3.1: Llama 3.1 Community License (attribution, acceptable use)",
     ),
-    "vicuna": ("llama2", "the LLM is Vicuna 1.5, from Llama 2: Llama 2 Community License"),
+    "vicuna_v1": ("llama2", "the LLM is Vicuna 1.5, from Llama 2: Llama 2 Community License"),
     "phi3": ("mit", "the LLM is Phi-3.5-mini: MIT"),
 }
 
@@ -53,10 +53,9 @@ model = Florence2ForConditionalGeneration.from_pretrained("THIS FOLDER", dtype="
 """
 
 
-def license_of(text_model_type: str, vocab_size: int) -> tuple[str, str]:
-    """Licence tag and sentence of a released Florence-VL's LLM; the authors' own cards state none."""
-    kind = "vicuna" if text_model_type == "llama" and vocab_size < 100_000 else text_model_type
-    return LLM_LICENSES.get(kind, ("other", "the LLM's licence isn't known here; see its source"))
+def license_of(template: str) -> tuple[str, str]:
+    """Licence tag and sentence of the LLM that a chat template is for; the authors' own cards state none."""
+    return LLM_LICENSES.get(template, ("other", "the LLM's licence isn't known here; see its source"))
 
 
 def write_card(report: Mapping[str, Any], title: str, license: str, terms: list[str], florence_vl: bool) -> str:

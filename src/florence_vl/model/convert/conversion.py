@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from florence_vl.model.convert import florence2_plans, florence_vl, florence_vl_plans
+from florence_vl.model.convert import florence2, florence2_plans, florence_vl, florence_vl_plans
 from florence_vl.model.convert.card import license_of, write_card
-from florence_vl.model.convert.layouts import LAYOUTS, Layout, detect, read_config
+from florence_vl.model.convert.layouts import LAYOUTS, Source, detect, read_config
 from florence_vl.model.convert.llm import convert_gguf, find_gguf
 from florence_vl.model.convert.plan import Plan
 from florence_vl.model.convert.processors import ReleasedProcessor
@@ -20,16 +19,6 @@ from florence_vl.registry import did_you_mean
 TARGETS = ("native", "original", "vision-tower")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "vision_tower/*"]
-
-
-@dataclass(frozen=True)
-class Source:
-    """An opened checkpoint folder."""
-
-    folder: Path
-    checkpoint: Checkpoint
-    config: dict[str, Any]
-    layout: Layout
 
 
 def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -136,7 +125,7 @@ def convert(
     plan.source = str(source)
     is_florence_vl = plan.kind == "Florence-VL"
     if to != "original":
-        terms, tag = _terms(opened, is_florence_vl)
+        terms, tag = _terms(str(plan.settings.get("template")), is_florence_vl)
         title = opened.layout.title
         plan.files.append(
             lambda folder: _write_text(
@@ -174,9 +163,9 @@ def make_plan(
         _refuse("extracting a tower", tokenizer=tokenizer, template=template)
         infos = florence_vl.tower_infos(checkpoint, florence_vl.ORIGINAL_TOWER)
         fields = (
-            florence2_plans.florence2.native_config(tower_source.config, infos)
+            florence2.native_config(tower_source.config, infos)
             if tower_source is not None and tower_source.config
-            else florence2_plans.florence2.config_from_shapes(infos)
+            else florence2.config_from_shapes(infos)
         )
         return _plan_tower(opened, fields, decoder)
     if name == "florence-vl" and to == "vision-tower":
@@ -186,13 +175,8 @@ def make_plan(
         return _plan_tower(opened, config["vision_config"], decoder)
     if name == "florence-vl" and to == "original":
         _refuse("writing the authors' layout", tower=tower, template=template)
-        other = open_source(decoder) if decoder is not None else None
         return florence_vl_plans.plan_to_original(
-            checkpoint,
-            config,
-            other and other.checkpoint,
-            other and other.layout.name,
-            resolve(tokenizer) if tokenizer else None,
+            opened, open_source(decoder) if decoder is not None else None, resolve(tokenizer) if tokenizer else None
         )
     if name in ("florence2", "florence2-microsoft") and to == "native":
         _refuse("a Florence-2", tower=tower, decoder=decoder, tokenizer=tokenizer, template=template)
@@ -210,15 +194,7 @@ def _plan_tower(opened: Source, fields: dict[str, Any], decoder: str | os.PathLi
     other = open_source(decoder) if decoder is not None else None
     if other is not None and other.layout.name not in ("florence2", "florence2-microsoft"):
         raise ValueError(f"--decoder takes a Florence-2; {other.folder} is {other.layout.title}")
-    return florence2_plans.plan_vision_tower(
-        opened.checkpoint,
-        opened.config,
-        opened.layout.name,
-        fields,
-        other and other.checkpoint,
-        other and other.layout.name,
-        other and other.config,
-    )
+    return florence2_plans.plan_vision_tower(opened, fields, other)
 
 
 def _refuse(what: str, **options: Any) -> None:
@@ -227,11 +203,10 @@ def _refuse(what: str, **options: Any) -> None:
         raise ValueError(f"{', '.join(given)} has no meaning for {what}")
 
 
-def _terms(opened: Source, florence_vl_model: bool) -> tuple[list[str], str]:
+def _terms(template: str, florence_vl_model: bool) -> tuple[list[str], str]:
     if not florence_vl_model:
         return ["Florence-2: MIT (Microsoft)"], "mit"
-    text_type = florence_vl.text_model_type(opened.config, opened.checkpoint.tensors)
-    tag, sentence = license_of(text_type, int(opened.config.get("vocab_size", 0)))
+    tag, sentence = license_of(template)
     return [
         "the authors' repositories of weights state no licence of their own; their code is Apache-2.0",
         sentence,

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from florence_vl.model.convert.conversion import Source
+from florence_vl.model.convert.florence_vl import EMBEDDING
+from florence_vl.model.convert.layouts import Source
 from florence_vl.model.convert.plan import Copy, Op
 from florence_vl.model.convert.shards import bits_equal
 
@@ -41,6 +42,7 @@ class PartDifference:
         only_a: Names that only A has.
         only_b: Names that only B has.
         retyped: Tensors stored in different dtypes, compared by value.
+        cut: Rows of the prompt embedding that only one of two layouts has (for its placeholder); not compared.
     """
 
     part: str
@@ -53,6 +55,7 @@ class PartDifference:
     only_a: list[str] = field(default_factory=list)
     only_b: list[str] = field(default_factory=list)
     retyped: int = 0
+    cut: int = 0
 
     @property
     def same(self) -> bool:
@@ -127,7 +130,12 @@ def diff(a: Source, b: Source, part: str | None = None) -> Comparison:
         elif name not in ours:
             entry.only_b.append(name)
         else:
-            _compare(entry, norms.setdefault(kind, [0.0, 0.0]), name, _read(a, ours[name]), _read(b, theirs[name]))
+            one, other = _read(a, ours[name]), _read(b, theirs[name])
+            if shared_only and name == EMBEDDING and one.shape[1:] == other.shape[1:]:
+                rows = min(len(one), len(other))
+                entry.cut = max(len(one), len(other)) - rows
+                one, other = one[:rows], other[:rows]
+            _compare(entry, norms.setdefault(kind, [0.0, 0.0]), name, one, other)
     if not found:
         raise ValueError(f"{a.folder} ({a.layout.name}) and {b.folder} ({b.layout.name}) have no tensors in common")
     for kind, (change, size) in norms.items():

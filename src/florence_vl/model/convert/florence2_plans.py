@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from florence_vl.model.convert import florence2, florence_vl
-from florence_vl.model.convert.plan import DROPPED_FILE, ORIGINAL_FOLDER, Copy, Move, Plan, Rows, Transpose, Zeros
+from florence_vl.model.convert.layouts import Source
+from florence_vl.model.convert.plan import DROPPED_FILE, ORIGINAL_FOLDER, Copy, Move, Op, Plan, Rows, Transpose, Zeros
 from florence_vl.model.convert.shards import Checkpoint, read_json, write_json
 
 DECODER = ("model.language_model.decoder.",)
 NO_DECODER_NOTE = (
-    "the decoder is left out: transformers fills it with random values when Florence2ForConditionalGeneration loads the "
-    "folder (the tower is whole). Pass --decoder FLORENCE2 to bring one"
+    "the decoder is left out: the tower is whole, but transformers fills the decoder with random values when "
+    "Florence2ForConditionalGeneration loads the folder. Pass --decoder FLORENCE2 to bring one"
 )
 GENERATION_FIELDS = (
     "num_beams",
@@ -103,8 +104,8 @@ def _add_florence2(plan: Plan, checkpoint: Checkpoint, prefix: str, rows: int) -
         source = prefix + name
         native = florence2.microsoft_to_native(name)
         if name == kept:
-            op = Copy() if info.shape[0] == rows else Rows(rows)
-            plan.moves.append(Move(florence2.SHARED, source, checkpoint, op))
+            grown: Op = Copy() if info.shape[0] == rows else Rows(rows)
+            plan.moves.append(Move(florence2.SHARED, source, checkpoint, grown))
         elif source in reasons:
             plan.drop(source, reasons[source], checkpoint, copy_of=prefix + kept if source in exact else None)
         elif name in florence2.MICROSOFT_ONLY:
@@ -149,8 +150,8 @@ def write_florence2_processor(folder: Path, target: Path, image_token_id: int) -
     found = tokenizer.convert_tokens_to_ids("<image>")
     if found != image_token_id:
         raise ValueError(
-            f"{folder}: its tokenizer has {len(tokenizer)} tokens, so <image> would be id {found}, but the embedding has "
-            f"{image_token_id} rows; tokenizer and weights aren't of the same Florence-2"
+            f"{folder}: its tokenizer has {len(tokenizer)} tokens, so <image> would be id {found}, but the "
+            f"embedding has {image_token_id} rows; tokenizer and weights aren't of the same Florence-2"
         )
     tokenizer.image_token = "<image>"
     tokenizer.image_token_id = found
@@ -191,7 +192,7 @@ def plan_microsoft(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Plan:
     image_token_id = config.get("image_token_id", 51289)
     rows = facts.get("vocab_size", min(image_token_id, text["vocab_size"]))
     kept = next((n for n in florence2.EMBEDDING_COPIES if n in checkpoint), florence2.SHARED)
-    embedding = facts.get("embedding", florence2.native_to_microsoft(florence2.SHARED))
+    embedding = facts.get("embedding", "language_model.model.shared.weight")
     for name in checkpoint.tensors:
         if name == kept:
             plan.moves.append(Move(embedding, name, checkpoint, Rows(rows)))
@@ -225,31 +226,20 @@ def restore(plan: Plan, original: Path, facts: Mapping[str, Any], by_target: Map
         plan.moves.append(Move(name, move.source, move.checkpoint, move.op))
 
 
-def plan_vision_tower(
-    checkpoint: Checkpoint,
-    config: Mapping[str, Any],
-    layout: str,
-    tower_fields: Mapping[str, Any],
-    decoder: Checkpoint | None,
-    decoder_layout: str | None,
-    decoder_config: Mapping[str, Any] | None,
-) -> Plan:
+def plan_vision_tower(source: Source, tower_fields: Mapping[str, Any], decoder: Source | None) -> Plan:
     """The tower of a Florence-VL as a plain transformers Florence-2.
 
     Args:
-        checkpoint: A Florence-VL in this package's or the authors' layout.
-        config: Its config.json.
-        layout: Its layout's name.
+        source: A Florence-VL in this package's or the authors' layout.
         tower_fields: `Florence2Config` fields of its tower.
         decoder: A Florence-2 whose decoder is taken; None takes the one that came with the checkpoint, if it has one.
-        decoder_layout: Its layout's name.
-        decoder_config: Its config.json.
 
     Raises:
         ValueError: The decoder's width isn't the tower's.
     """
     from transformers import Florence2Config, Florence2ForConditionalGeneration
 
+    checkpoint, layout = source.checkpoint, source.layout.name
     plan = Plan("transformers Florence-2", str(checkpoint.folder), layout)
     fields = json.loads(json.dumps({k: tower_fields[k] for k in ("vision_config", "text_config")}))
     fields["text_config"].pop("dtype", None)
@@ -270,7 +260,7 @@ def plan_vision_tower(
         image_token_id = tower_fields.get("image_token_id")
         padded = image_token_id is not None and image_token_id < vocab_size
         rows = vocab_size if padded else florence2.padded_vocab_size(vocab_size)
-        vocab_size = image_token_id if padded else vocab_size
+        vocab_size = int(image_token_id or 0) if padded else vocab_size
         for name in infos:
             if name == florence_vl.EMBEDDING:
                 plan.moves.append(Move(florence2.SHARED, name, checkpoint, Rows(rows)))
@@ -280,9 +270,9 @@ def plan_vision_tower(
                     plan.moves.append(Move(native, name, checkpoint))
         side = checkpoint.folder / ORIGINAL_FOLDER / DROPPED_FILE
         if decoder is None and side.is_file():
-            decoder, decoder_layout = Checkpoint(side.parent, DROPPED_FILE), "florence-vl-original"
+            _add_decoder(plan, Checkpoint(side.parent, DROPPED_FILE), "florence-vl-original", fields["text_config"], {})
     if decoder is not None:
-        _add_decoder(plan, decoder, str(decoder_layout), fields["text_config"], decoder_config)
+        _add_decoder(plan, decoder.checkpoint, decoder.layout.name, fields["text_config"], decoder.config)
     if not any(move.target.startswith(DECODER) for move in plan.moves):
         plan.notes.append(NO_DECODER_NOTE)
     fields["text_config"]["vocab_size"] = rows
@@ -301,9 +291,7 @@ def plan_vision_tower(
     return plan
 
 
-def _add_decoder(
-    plan: Plan, decoder: Checkpoint, layout: str, text: dict[str, Any], config: Mapping[str, Any] | None
-) -> None:
+def _add_decoder(plan: Plan, decoder: Checkpoint, layout: str, text: dict[str, Any], config: Mapping[str, Any]) -> None:
     found = 0
     for name in decoder.tensors:
         if layout == "florence2":
@@ -318,7 +306,7 @@ def _add_decoder(
             found += 1
     if not found:
         raise ValueError(f"{decoder.folder} holds no decoder of a Florence-2")
-    theirs = dict((config or {}).get("text_config") or {})
+    theirs = dict(config.get("text_config") or {})
     width = theirs.get("d_model", text["d_model"])
     if width != text["d_model"]:
         raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 
 from florence_vl.model.convert import florence2, florence_vl
 from florence_vl.model.convert.florence2_plans import DECODER, expected_shapes, keep_small_files, restore
+from florence_vl.model.convert.layouts import Source
 from florence_vl.model.convert.plan import DROPPED_FILE, ORIGINAL_FOLDER, Move, Plan, Rows, Zeros
 from florence_vl.model.convert.processors import ReleasedProcessor
 from florence_vl.model.convert.shards import Checkpoint, few, read_json, write_json
@@ -76,8 +77,8 @@ def plan_from_original(
     fields = florence2.native_config(tower_config, infos) if tower_config else florence2.config_from_shapes(infos)
     if not tower_config:
         plan.notes.append(
-            "the tower's sizes were read from its weights (heads: width / 32 in DaViT, width / 64 in BART, window 12, as "
-            "in every released Florence-2)"
+            "the tower's sizes were read from its weights (heads: width / 32 in DaViT, width / 64 in BART, window 12, "
+            "as in every released Florence-2)"
         )
     florence_vl.add_tower(plan, source, prefix)
     if tower is not None and tower.checkpoint is not None and source is not tower.checkpoint:
@@ -122,40 +123,33 @@ def plan_from_original(
 def _outside(checkpoint: Checkpoint, tower: TowerSource | None) -> tuple[Checkpoint, str]:
     if tower is None or tower.checkpoint is None:
         raise ValueError(
-            f"{checkpoint.folder} has no vision tower inside ({florence_vl.ORIGINAL_TOWER}*) and no vision_tower/ folder "
-            "with weights; pass --tower FOLDER (the authors' vision tower)"
+            f"{checkpoint.folder} has no vision tower inside ({florence_vl.ORIGINAL_TOWER}*) and no vision_tower/ "
+            "folder with weights; pass --tower FOLDER (the authors' vision tower)"
         )
     return tower.checkpoint, tower.prefix
 
 
-def plan_to_original(
-    checkpoint: Checkpoint,
-    config: Mapping[str, Any],
-    decoder: Checkpoint | None,
-    decoder_layout: str | None,
-    tokenizer_folder: Path | None = None,
-) -> Plan:
+def plan_to_original(source: Source, decoder: Source | None, tokenizer_folder: Path | None = None) -> Plan:
     """This package's Florence-VL to the authors' layout.
 
     What their layout holds beside our tensors (the decoder, copies of the embedding, config.json and tokenizer) comes
-    from the `original/` folder that the conversion left in `checkpoint.folder`, else from `decoder`.
+    from the `original/` folder that the conversion left in the source, else from `decoder`.
 
     Args:
-        checkpoint: A Florence-VL of this package.
-        config: Its config.json.
+        source: A Florence-VL of this package.
         decoder: A Florence-2, or a converted Florence-VL with `original/`, to take the decoder from.
-        decoder_layout: Its layout's name.
-        tokenizer_folder: Where the tokenizer is, if not in `checkpoint.folder`.
+        tokenizer_folder: Where the tokenizer is, if not in the source.
 
     Raises:
         ValueError: The model isn't one that their layout can hold, or there is no decoder.
     """
     from florence_vl.model.configuration import FlorenceVLConfig
 
-    ours = FlorenceVLConfig.from_dict(dict(config))
+    checkpoint = source.checkpoint
+    ours = FlorenceVLConfig.from_dict(dict(source.config))
     florence_vl.check_expressible(ours)
     plan = Plan("the authors' Florence-VL layout", str(checkpoint.folder), "florence-vl")
-    facts, original = _original_facts(checkpoint, decoder, decoder_layout)
+    facts, original = _original_facts(source, decoder)
     rows = facts.get("vocab_size", ours.text_config.vocab_size)
     for name in checkpoint.tensors:
         found = florence_vl.ours_to_original(name)
@@ -171,14 +165,14 @@ def plan_to_original(
     by_target = {move.target: move for move in plan.moves}
     if original is not None and facts.get("complete"):
         restore(plan, original, facts, by_target)
-    elif decoder is not None and decoder_layout in ("florence2", "florence2-microsoft"):
-        _add_foreign_decoder(plan, decoder, decoder_layout, by_target)
+    elif decoder is not None and decoder.layout.name in ("florence2", "florence2-microsoft"):
+        _add_foreign_decoder(plan, decoder.checkpoint, decoder.layout.name, by_target)
     else:
         layers = ours.vision_config.text_config.decoder_layers
         raise ValueError(
             f"the authors' layout holds Florence-2's whole decoder ({layers} layers, its embeddings and head), which "
-            f"{checkpoint.folder} doesn't have: it was trained here, or converted with --drop-decoder. Pass --decoder with "
-            "a Florence-2 of the same size, or with the folder that florence-vl convert wrote"
+            f"{checkpoint.folder} doesn't have: it was trained here, or converted with --drop-decoder. Pass --decoder "
+            "with a Florence-2 of the same size, or with the folder that florence-vl convert wrote"
         )
     if original is not None:
         plan.files.append(keep_small_files(original, skip=("layout.json",)))
@@ -190,11 +184,9 @@ def plan_to_original(
     return plan
 
 
-def _original_facts(
-    checkpoint: Checkpoint, decoder: Checkpoint | None, decoder_layout: str | None
-) -> tuple[dict[str, Any], Path | None]:
-    folders = [checkpoint.folder]
-    if decoder is not None and decoder_layout == "florence-vl":
+def _original_facts(source: Source, decoder: Source | None) -> tuple[dict[str, Any], Path | None]:
+    folders = [source.folder]
+    if decoder is not None and decoder.layout.name == "florence-vl":
         folders.insert(0, decoder.folder)
     for folder in folders:
         original = folder / ORIGINAL_FOLDER

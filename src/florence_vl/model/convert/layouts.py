@@ -92,6 +92,16 @@ _add(
 )
 
 
+@dataclass(frozen=True)
+class Source:
+    """An opened checkpoint folder."""
+
+    folder: Path
+    checkpoint: Checkpoint
+    config: dict[str, Any]
+    layout: Layout
+
+
 def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
     """The layout of a checkpoint.
 

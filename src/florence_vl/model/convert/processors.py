@@ -8,13 +8,6 @@ from typing import Any
 
 from florence_vl.model.convert.shards import read_json
 
-RESERVED = (  # tokens that the LLMs' vocabularies keep free, in the order of preference
-    "<image>",
-    "<|image|>",
-    "<|reserved_special_token_0|>",
-    "<|placeholder1|>",
-)
-
 
 @dataclass(frozen=True)
 class ImageToken:
@@ -24,13 +17,11 @@ class ImageToken:
         token: Its text.
         id: Its id.
         rows: Rows that the LLM's embedding needs.
-        added: Whether the tokenizer had to get it.
     """
 
     token: str
     id: int
     rows: int
-    added: bool
 
 
 @dataclass
@@ -96,12 +87,15 @@ class ReleasedProcessor:
         Args:
             rows: Rows of the LLM's embedding.
         """
+        from florence_vl.model.assemble import RESERVED_IMAGE_TOKENS, VOCABULARY_MULTIPLE
+
         vocabulary = self.tokenizer.get_vocab()
-        for token in RESERVED:
+        for token in RESERVED_IMAGE_TOKENS:
             if vocabulary.get(token, rows) < rows:
-                return ImageToken(token, vocabulary[token], rows, added=False)
+                return ImageToken(token, vocabulary[token], rows)
         index = len(self.tokenizer)
-        return ImageToken("<image>", index, rows if index < rows else -(-(index + 1) // 64) * 64, added=True)
+        multiple = VOCABULARY_MULTIPLE
+        return ImageToken("<image>", index, rows if index < rows else -(-(index + 1) // multiple) * multiple)
 
     def settings(self) -> dict[str, Any]:
         """Template and image switches, for the report."""
@@ -187,8 +181,8 @@ def parity_options(template: str, tokenizer: Any) -> dict[str, Any]:
     """Template options that repeat the released code's token sequence.
 
     It tokenizes the text before and after each image apart and, when the first piece begins with the begin token, drops
-    the first token of every later piece, taking it for one more begin token. With a tokenizer that adds none, that token
-    is the newline after the image; with one that does, the llama3 template (which writes its own) gives two.
+    the first token of every later piece, taking it for one more begin token. With a tokenizer that adds none, that
+    token is the newline after the image; with one that does, the llama3 template (which writes its own) gives two.
     """
     if template == "llama3":
         own = adds_bos(tokenizer)

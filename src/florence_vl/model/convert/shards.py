@@ -1,4 +1,4 @@
-"""Read checkpoints tensor by tensor and write safetensors shards as a stream, so that memory holds one tensor at a time.
+"""Read checkpoints tensor by tensor and write safetensors shards as a stream, so memory holds one tensor at a time.
 
 `safetensors.torch.save_file` needs every tensor of a file in memory at once; the writer here knows all shapes
 beforehand, writes the header first and each tensor at its offset, so a 9 B model converts on a laptop.
@@ -163,7 +163,7 @@ class Checkpoint:
         infos: dict[str, TensorInfo] = {}
         if file.endswith(".safetensors"):
             handle = self._open(file)
-            for name in handle.keys():
+            for name in handle.keys():  # noqa: SIM118  (no dict: it can't be iterated)
                 view = handle.get_slice(name)
                 dtype = DTYPES.get(view.get_dtype())
                 if dtype is None:
@@ -337,7 +337,7 @@ def write_safetensors(path: Path, outputs: Sequence[Output], metadata: Mapping[s
                 )
             file.seek(start + offsets[output.name])
             if tensor.numel():
-                file.write(memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
+                file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             del tensor
         file.flush()
         os.fsync(file.fileno())

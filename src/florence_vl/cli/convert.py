@@ -1,0 +1,133 @@
+"""`florence-vl convert`: released Florence-VL, Florence-2 and gguf checkpoints to this package's layout and back."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+epilog = """[bold]Examples[/bold]
+
+  florence-vl convert jiuhai/florence-vl-3b-sft models/florence-vl-3b
+
+  florence-vl convert Florence-2-large-ft models/florence-2-large-ft
+
+  florence-vl convert models/florence-vl-3b theirs --to original
+
+  florence-vl convert runs/stage1/model tuned-florence-2 --to vision-tower --decoder models/florence-2-large-ft
+
+  florence-vl convert models/florence-vl-3b --probe references.jsonl --apply"""
+
+
+def command(
+    source: str = typer.Argument(help="Checkpoint folder, .gguf file or hub id; what it is follows from its content."),
+    destination: Path = typer.Argument(None, help="Folder to write; not needed with --probe."),
+    to: str = typer.Option("native", help="native, original (the authors' or Microsoft's layout) or vision-tower."),
+    tower: str = typer.Option(None, help="Separate vision tower folder of a released Florence-VL."),
+    decoder: str = typer.Option(None, help="Florence-2 whose decoder `original` and `vision-tower` take."),
+    tokenizer: str = typer.Option(None, help="Folder of the LLM's tokenizer, when the source has none."),
+    template: str = typer.Option(None, help="Chat template by name; by default the one that fits the tokenizer."),
+    keep_decoder: bool = typer.Option(
+        True, "--keep-decoder/--drop-decoder", help="Keep what Florence-VL never runs, so that `original` is exact."
+    ),
+    max_shard_size: str = typer.Option("5GB", help="Largest file to write."),
+    license: str = typer.Option(None, help="Licence tag for the model card."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace DESTINATION."),
+    revision: str = typer.Option(None, help="Revision of a hub id."),
+    probe: Path = typer.Option(
+        None, help='Score the open switches on JSON lines {"image", "question", "answer"} of the released model.'
+    ),
+    apply: bool = typer.Option(False, "--apply", help="With --probe: write the best reading into the folder."),
+    device: str = typer.Option("auto", help="With --probe: auto, cpu, cuda or mps."),
+    as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
+) -> None:
+    """Convert checkpoints between layouts; the destination is written whole or not at all."""
+    if destination is None and probe is None:
+        raise typer.BadParameter("missing; name the folder to write", param_hint="DESTINATION")
+    if probe is None and (apply or device != "auto"):
+        raise typer.BadParameter("only with --probe", param_hint="--apply" if apply else "--device")
+    if probe is not None and to != "native":
+        raise typer.BadParameter("only with --to native", param_hint="--probe")
+    folder = Path(source).expanduser()
+    report: dict[str, Any] = {}
+    if destination is not None:
+        from florence_vl.model.convert.conversion import convert
+
+        report = convert(
+            source,
+            destination,
+            to=to,
+            tower=tower,
+            decoder=decoder,
+            tokenizer=tokenizer,
+            template=template,
+            keep_decoder=keep_decoder,
+            max_shard_size=max_shard_size,
+            license=license,
+            overwrite=overwrite,
+            revision=revision,
+        )
+        folder = destination.expanduser()
+        if not as_json:
+            _print_report(report, folder)
+    if probe is not None:
+        report = {**report, "probe": _probe(folder, probe, apply, device, as_json)}
+    if as_json:
+        json.dump(report, sys.stdout, indent=2)
+        print()
+
+
+def _print_report(report: dict[str, Any], folder: Path) -> None:
+    print(f"{folder}: {report['written']}, from {report['source']} ({report['source_layout']})")
+    if "tensors" in report:
+        print(f"  {report['tensors']} tensors converted, {len(report['dropped'])} left out:")
+    reasons: dict[str, int] = {}
+    for reason in report["dropped"].values():
+        reasons[reason] = reasons.get(reason, 0) + 1
+    for reason, count in reasons.items():
+        print(f"    {count:5d}  {reason}")
+    for name, value in report.get("settings", {}).items():
+        print(f"  {name}: {value}")
+    for note in report.get("notes", []):
+        print(f"  note: {note}")
+
+
+def _probe(folder: Path, references: Path, apply: bool, device: str, as_json: bool) -> dict[str, Any]:
+    from florence_vl.model.convert.layouts import LAYOUTS, read_config
+    from florence_vl.model.convert.probe import apply_reading, probe, read_references, template_of
+
+    found = read_references(references.expanduser())
+    if not folder.is_dir() or not LAYOUTS["florence-vl"].matches(read_config(folder), ()):
+        raise ValueError(
+            f"{folder} is no converted Florence-VL. Convert and probe in one go: florence-vl convert SOURCE DESTINATION"
+            " --probe REFERENCES"
+        )
+    from florence_vl.serve.loading import load_model
+
+    model, processor = load_model(str(folder), device, "auto")
+    result = probe(model, processor, found, template_of(folder, processor))
+    if apply:
+        apply_reading(folder, model, processor, result.best.reading)
+    if not as_json:
+        _print_probe(result, len(found), apply)
+    return result.to_dict()
+
+
+def _print_probe(result: Any, count: int, applied: bool) -> None:
+    names = list(result.best.reading.settings())
+    print(f"{'perplexity':>12} {'greedy':>7}  " + "  ".join(names))
+    for score in result.scores:
+        values = "  ".join(str(v).ljust(len(n)) for n, v in score.reading.settings().items())
+        print(f"{score.perplexity:12.4f} {score.agreement:7.1%}  {values}")
+    if result.ties:
+        print(
+            f"Undecided: {len(result.ties)} other readings are within two standard errors of the best over {count} "
+            "references; give more of them."
+        )
+    else:
+        print(f"Settled on {count} references: no other reading is within two standard errors of the best.")
+    if applied:
+        print("The best reading was written into the folder.")

@@ -1,0 +1,259 @@
+"""`convert --probe`: which reading of the released code do the real weights fit best?
+
+Each reading sets the switches that no tensor's shape can settle (mean token, prompt padding, newline and begin tokens
+of the template); reference answers are scored under each by teacher forcing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from florence_vl.model.convert.plan import REPORT_FILE
+from florence_vl.model.convert.shards import read_json, write_json
+
+MEAN_TOKENS = ("grid", "all", "grid_before_encoder")
+PROMPT_PADDINGS = ("attended", "masked")
+FIELDS = ("image", "question", "answer")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An answer that the released model gave, or a caption that it should find likely.
+
+    Attributes:
+        image: File.
+        answer: Text.
+        question: What was asked; "" for a caption under the `plain` template.
+    """
+
+    image: Path
+    answer: str
+    question: str = ""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One setting of the open switches."""
+
+    mean_token: str
+    prompt_padding: str
+    template: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def settings(self) -> dict[str, Any]:
+        """As `conversion.json` has them."""
+        switches = {"mean_token": self.mean_token, "prompt_padding": self.prompt_padding}
+        return {**switches, "template": self.template, **dict(self.options)}
+
+
+@dataclass
+class Score:
+    """How well a reading fits.
+
+    Attributes:
+        reading: The switches.
+        nll: Mean negative log-likelihood of an answer token, nats.
+        agreement: Share of answer tokens that are the most likely one: 1 for answers that greedy decoding gave.
+        by_reference: `nll` of each reference.
+    """
+
+    reading: Reading
+    nll: float
+    agreement: float
+    by_reference: list[float] = field(repr=False)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll)."""
+        return math.exp(min(self.nll, 700))
+
+
+@dataclass
+class Probe:
+    """Scores of all readings, best first, and how sure the choice is.
+
+    Attributes:
+        scores: Sorted by `nll`.
+        ties: Other readings whose mean difference from the best is within two standard errors over the references.
+    """
+
+    scores: list[Score]
+    ties: list[Score]
+
+    @property
+    def best(self) -> Score:
+        """The reading that fits best."""
+        return self.scores[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        rows = [
+            {**s.reading.settings(), "nll": s.nll, "perplexity": s.perplexity, "agreement": s.agreement}
+            for s in self.scores
+        ]
+        return {"readings": rows, "ties_with_best": [s.reading.settings() for s in self.ties]}
+
+
+def read_references(path: Path) -> list[Reference]:
+    """References from JSON lines of `{"image": file, "question": text, "answer": text}`; files relative to `path`.
+
+    Raises:
+        FileNotFoundError: The file or an image isn't there.
+        ValueError: A line isn't such an object; its number is named.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of references")
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON ({error})") from error
+        if not isinstance(row, dict) or not {"image", "answer"} <= set(row) <= set(FIELDS):
+            keys = sorted(row) if isinstance(row, dict) else type(row).__name__
+            raise ValueError(f"{path}:{number}: expected the fields image, answer and perhaps question; found {keys}")
+        image = path.parent / str(row["image"])
+        if not image.is_file():
+            raise FileNotFoundError(f"{path}:{number}: no such image {image}")
+        if not str(row["answer"]).strip():
+            raise ValueError(f"{path}:{number}: the answer is empty")
+        found.append(Reference(image, str(row["answer"]), str(row.get("question", ""))))
+    if not found:
+        raise ValueError(f"{path} has no references")
+    return found
+
+
+def readings(template: str) -> Iterator[Reading]:
+    """All readings for a chat template."""
+    from florence_vl.data.chat_template import CHAT_TEMPLATES
+
+    allowed = CHAT_TEMPLATES[template].allows
+    axes = [[(n, value) for value in (False, True)] for n in ("newline_after_image", "double_bos") if n in allowed]
+    for mean_token, padding, *options in itertools.product(MEAN_TOKENS, PROMPT_PADDINGS, *axes):
+        yield Reading(mean_token, padding, template, tuple(options))
+
+
+def set_reading(model: Any, processor: Any, reading: Reading) -> Any:
+    """Set a model's switches in place; returns a processor that fits them."""
+    from florence_vl.data.chat_template import CHAT_TEMPLATES
+    from florence_vl.model.processing import FlorenceVLProcessor, ImageTokenRule
+
+    config = model.config
+    config.mean_token, config.prompt_padding = reading.mean_token, reading.prompt_padding
+    model.model.vision_tower.reset_buffers()
+    options = dict(reading.options)
+    if reading.template == "plain":
+        options["end"] = "newline"
+    template = CHAT_TEMPLATES[reading.template]
+    return FlorenceVLProcessor(
+        processor.image_processor,
+        processor.tokenizer,
+        chat_template=template.build(processor.tokenizer, image_token=processor.image_token, **options),
+        image_token=processor.image_token,
+        image_token_rule=ImageTokenRule.from_config(config),
+    )
+
+
+def template_of(folder: Path, processor: Any) -> str:
+    """Name of the chat template that a folder was converted with."""
+    from florence_vl.data.chat_template import choose_template
+
+    path = folder / REPORT_FILE
+    named = read_json(path).get("settings", {}).get("template") if path.is_file() else None
+    return named or choose_template(processor.tokenizer)
+
+
+@torch.inference_mode()
+def probe(model: Any, processor: Any, references: Sequence[Reference], template: str) -> Probe:
+    """Score every reading.
+
+    The model's switches are left at the best reading.
+
+    Args:
+        model: A converted Florence-VL, in eval mode.
+        processor: Its processor.
+        references: Answers of the released model (best: greedy), or captions.
+        template: Name of the chat template.
+
+    Raises:
+        ValueError: The tower isn't Florence-2, double begin tokens can't be written, or an image can't be read.
+    """
+    if model.config.tower != "florence2":
+        raise ValueError(f"the switches are those of a Florence-2 tower; this model's is {model.config.tower!r}")
+    scores = []
+    features: dict[tuple[str, str], list[Any]] = {}
+    for reading in readings(template):
+        if dict(reading.options).get("double_bos") and processor.tokenizer.bos_token is None:
+            continue
+        fitted = set_reading(model, processor, reading)
+        key = (reading.mean_token, reading.prompt_padding)
+        batches = [_encode(fitted, reference) for reference in references]
+        if key not in features:
+            features = {key: [model.get_image_features(b["pixel_values"].to(model.device)) for b in batches]}
+        results = [_score(model, b, f) for b, f in zip(batches, features[key], strict=True)]
+        tokens = sum(count for _, _, count in results)
+        scores.append(
+            Score(
+                reading,
+                sum(nll for nll, _, _ in results) / tokens,
+                sum(hits for _, hits, _ in results) / tokens,
+                [nll / count for nll, _, count in results],
+            )
+        )
+    scores.sort(key=lambda score: score.nll)
+    set_reading(model, processor, scores[0].reading)
+    return Probe(scores, [score for score in scores[1:] if _tied(scores[0], score)])
+
+
+def _encode(processor: Any, reference: Reference) -> dict[str, torch.Tensor]:
+    user: list[dict[str, Any]] = [{"type": "image", "image": str(reference.image)}]
+    if reference.question:
+        user.append({"type": "text", "text": reference.question})
+    messages = [
+        {"role": "user", "content": user},
+        {"role": "assistant", "content": [{"type": "text", "text": reference.answer}]},
+    ]
+    return processor.apply_chat_template(
+        messages,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        processor_kwargs={"return_tensors": "pt"},
+    )
+
+
+def _score(model: Any, batch: dict[str, torch.Tensor], features: Any) -> tuple[float, float, int]:
+    ids = batch["input_ids"].to(model.device)
+    answer = torch.as_tensor(batch["assistant_masks"]).to(model.device).bool().view_as(ids)
+    logits = model(input_ids=ids, mm_encoder_outputs={"image": features}).logits[:, :-1][answer[:, 1:]].float()
+    targets = ids[:, 1:][answer[:, 1:]]
+    nll = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    return float(nll), float((logits.argmax(-1) == targets).sum()), int(targets.numel())
+
+
+def _tied(best: Score, other: Score) -> bool:
+    gaps = torch.tensor(other.by_reference, dtype=torch.float64) - torch.tensor(best.by_reference, dtype=torch.float64)
+    if len(gaps) < 2:
+        return bool(gaps.abs().max() < 1e-6)
+    return bool(gaps.mean() <= 2 * gaps.std() / len(gaps) ** 0.5 + 1e-9)
+
+
+def apply_reading(folder: Path, model: Any, processor: Any, reading: Reading) -> None:
+    """Write a reading's switches into a converted folder: config, processor, chat template and report."""
+    fitted = set_reading(model, processor, reading)
+    model.config.save_pretrained(folder)
+    fitted.save_pretrained(folder)
+    path = folder / REPORT_FILE
+    report = read_json(path) if path.is_file() else {}
+    report["settings"] = {**report.get("settings", {}), **reading.settings(), "settled_by": "probe"}
+    write_json(path, report)

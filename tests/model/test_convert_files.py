@@ -1,0 +1,435 @@
+"""Converting files: every tensor accounted for, values bit by bit, round trips, bad input refused before writing."""
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import florence_vl
+from florence_vl.model.convert import convert, shards
+from florence_vl.model.convert.shards import Checkpoint, Output, bits_equal, parse_size, write_safetensors
+
+sys.path.insert(0, str(Path(__file__).parent))
+import convert_upstream as upstream
+
+SHARED = upstream.TOWER + "language_model.model.shared.weight"
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A released checkpoint (safetensors, 3 shards, 4 copies of the embedding) and its tensors."""
+    folder = tmp_path_factory.mktemp("released") / "llama"
+    state, _ = upstream.make_released(folder, "llama", shards=3)
+    return folder, state
+
+
+@pytest.fixture
+def copy(released, tmp_path):
+    """A copy that a test may damage."""
+    shutil.copytree(released[0], tmp_path / "src")
+    return tmp_path / "src"
+
+
+def tensors(folder):
+    checkpoint = Checkpoint(folder)
+    return {name: checkpoint.read(name) for name in checkpoint.tensors}
+
+
+def assert_same(found, wanted):
+    assert set(found) == set(wanted)
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype, name
+        assert found[name].shape == value.shape, name
+        assert bits_equal(found[name], value), name
+
+
+def assert_refused(source, destination, error, match, **options):
+    with pytest.raises(error, match=match):
+        convert(source, destination, **options)
+    assert not destination.exists()
+    assert not list(destination.parent.glob(f".{destination.name}*"))
+
+
+# ------------------------------------------------------------ what is written
+
+
+def test_every_tensor_is_accounted_for(released, tmp_path):
+    folder, state = released
+    report = convert(folder, tmp_path / "dst", max_shard_size="4MB")
+    dst = tensors(tmp_path / "dst")
+    assert report["tensors"] == len(dst)
+    assert len(dst) + len(report["dropped"]) == len(state)
+    reasons = set(report["dropped"].values())
+    assert len(reasons) == 3  # decoder, copies of the embedding, logits bias
+    assert json.loads((tmp_path / "dst" / "conversion.json").read_text())["dropped"] == report["dropped"]
+    assert bits_equal(dst["model.vision_tower.encoder.embed_tokens.weight"], state[SHARED])
+    projection = state[upstream.TOWER + "image_projection"]
+    assert bits_equal(dst["model.vision_tower.image_projector.image_projection.weight"], projection.t().contiguous())
+    index = json.loads((tmp_path / "dst" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(dst)
+    assert len(set(index["weight_map"].values())) > 2
+    model = florence_vl.FlorenceVLForConditionalGeneration.from_pretrained(tmp_path / "dst")
+    assert set(model.state_dict()) == set(dst)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("llama", {"shards": 3}),
+        ("phi3", {"shards": 1, "copies": 1}),
+        ("llama", {"pickled": True, "shards": 2, "copies": 2}),
+        ("llama", {"dtype": torch.bfloat16, "copies": 3}),
+    ],
+)
+def test_round_trip_is_bit_identical(tmp_path, kind, options):
+    state, _ = upstream.make_released(tmp_path / "src", kind, **options)
+    convert(tmp_path / "src", tmp_path / "ours")
+    report = convert(tmp_path / "ours", tmp_path / "back", to="original", max_shard_size="8MB")
+    assert_same(tensors(tmp_path / "back"), state)
+    assert not report["dropped"]
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "src" / name).read_bytes()
+    convert(tmp_path / "back", tmp_path / "again")
+    assert_same(tensors(tmp_path / "again"), tensors(tmp_path / "ours"))
+
+
+def test_copies_that_differ_are_reported_and_restored(copy, released, tmp_path):
+    state = dict(released[1])
+    name = upstream.TOWER + "language_model.model.encoder.embed_tokens.weight"
+    state[name] = state[name].clone()
+    state[name][[3, 47066]] += 0.25
+    for path in copy.glob("*.safetensors*"):
+        path.unlink()
+    upstream.write_weights(copy, state, 2, pickled=False)
+    report = convert(copy, tmp_path / "dst")
+    assert [n for n in report["notes"] if "differs" in n] == [
+        f"{name} differs from {SHARED} in 3, 47066 rows by up to 0.25"
+    ]
+    assert bits_equal(tensors(tmp_path / "dst")["model.vision_tower.encoder.embed_tokens.weight"], state[SHARED])
+    convert(tmp_path / "dst", tmp_path / "back", to="original")
+    assert_same(tensors(tmp_path / "back"), state)
+
+
+def test_a_separate_tower_folder(released, tmp_path):
+    """Weights outside the main checkpoint, with a config and image settings of their own."""
+    state, theirs = upstream.make_released(tmp_path / "src", "llama", with_tower=False)
+    upstream.make_microsoft(tmp_path / "tower", copies=2)
+    (tmp_path / "tower" / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 64, "width": 64}}))
+    assert_refused(tmp_path / "src", tmp_path / "dst", ValueError, "no vision tower inside.*--tower")
+    convert(tmp_path / "src", tmp_path / "dst", tower=tmp_path / "tower")
+    model = florence_vl.FlorenceVLForConditionalGeneration.from_pretrained(tmp_path / "dst").eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        found = model.get_image_features(images).pooler_output[0]
+        torch.testing.assert_close(found, theirs.projected(images, "grid", True)[0], atol=1e-5, rtol=0)
+    processor = florence_vl.FlorenceVLProcessor.from_pretrained(tmp_path / "dst")
+    assert processor.image_processor.size["height"] == 64
+    shutil.move(tmp_path / "tower", tmp_path / "src" / "vision_tower")
+    convert(tmp_path / "src", tmp_path / "inside")
+    assert_same(tensors(tmp_path / "inside"), tensors(tmp_path / "dst"))
+    convert(tmp_path / "dst", tmp_path / "back", to="original")
+    assert set(tensors(tmp_path / "back")) == {
+        n for n in state if "lm_head" not in n.removeprefix(upstream.TOWER) or not n.startswith(upstream.TOWER)
+    } - {upstream.TOWER + "language_model.model.decoder.embed_tokens.weight"}
+
+
+def test_vicuna_grows_by_the_image_token_and_shrinks_back(tmp_path):
+    state, _ = upstream.make_released(tmp_path / "src", "llama", tokenizer_kind="vicuna", adds_bos=True)
+    report = convert(tmp_path / "src", tmp_path / "ours")
+    assert report["settings"]["template"] == "vicuna_v1"
+    model = florence_vl.FlorenceVLForConditionalGeneration.from_pretrained(tmp_path / "ours").eval()
+    rows = state["lm_head.weight"].shape[0]
+    assert model.config.image_token_id == rows
+    assert model.config.text_config.vocab_size % 64 == 0
+    head = model.lm_head.weight
+    torch.testing.assert_close(head[rows:], head[:rows].mean(0).expand(len(head) - rows, -1))
+    assert bits_equal(head[:rows], state["lm_head.weight"])
+    convert(tmp_path / "ours", tmp_path / "back", to="original")
+    assert_same(tensors(tmp_path / "back"), state)
+
+
+def test_a_tuned_model_goes_back_with_a_florence2_decoder(released, tmp_path):
+    """Trained here (no `original/`): the decoder comes from a Florence-2, the config from the model's own."""
+    convert(released[0], tmp_path / "ours", keep_decoder=False)
+    assert not (tmp_path / "ours" / "original" / "dropped_tensors.safetensors").exists()
+    assert_refused(tmp_path / "ours", tmp_path / "back", ValueError, "whole decoder.*--decoder", to="original")
+    decoder = upstream.make_microsoft(tmp_path / "florence2", seed=5)
+    report = convert(tmp_path / "ours", tmp_path / "back", to="original", decoder=tmp_path / "florence2")
+    back = tensors(tmp_path / "back")
+    assert set(back) == set(released[1])
+    name = "language_model.model.decoder.layers.0.fc1.weight"
+    assert bits_equal(back[upstream.TOWER + name], decoder[name])
+    for name, value in released[1].items():
+        if (
+            ".decoder.layers." not in name
+            and ".decoder.embed_positions" not in name
+            and "decoder.layernorm" not in name
+        ):
+            assert bits_equal(back[name], value), name
+    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "back", released[0]))
+    assert {
+        k: ours.get(k) for k in theirs if k not in ("transformers_version", "tune_entire_model", "mm_hidden_size")
+    } == {k: v for k, v in theirs.items() if k not in ("transformers_version", "tune_entire_model", "mm_hidden_size")}
+    assert any("config.json was written" in note for note in report["notes"])
+    convert(tmp_path / "back", tmp_path / "again")  # what was written is a released checkpoint
+    assert_same(tensors(tmp_path / "again"), tensors(tmp_path / "ours"))
+
+
+def test_models_that_the_original_layout_cannot_hold(tmp_path):
+    from florence_vl.testing import tiny_model
+
+    model, _ = tiny_model("qwen3", fusion="average")
+    model.save_pretrained(tmp_path / "ours")
+    assert_refused(tmp_path / "ours", tmp_path / "back", ValueError, "fusion 'average'.*LLM 'qwen3'", to="original")
+
+
+# ------------------------------------------------------------ bad input
+
+
+def first_shard(folder):
+    return sorted(folder.glob("model-*.safetensors"))[0]
+
+
+def test_truncated_shard(copy, tmp_path):
+    path = first_shard(copy)
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert_refused(copy, tmp_path / "dst", ValueError, f"{path.name}.*truncated or damaged")
+
+
+def test_missing_shard(copy, tmp_path):
+    first_shard(copy).unlink()
+    assert_refused(copy, tmp_path / "dst", FileNotFoundError, "1 of 3 shards missing: model-00001")
+
+
+def edit_index(folder, change):
+    path = folder / "model.safetensors.index.json"
+    path.write_text(change(path.read_text()))
+
+
+def test_index_names_a_tensor_twice(copy, tmp_path):
+    edit_index(copy, lambda text: text.replace('{"model.embed', '{"lm_head.weight": "x.safetensors", "model.embed'))
+    assert_refused(copy, tmp_path / "dst", ValueError, "lm_head.weight named twice")
+
+
+def test_index_names_a_tensor_that_no_shard_has(copy, tmp_path):
+    edit_index(copy, lambda text: text.replace('"lm_head.weight"', '"lm_head.wait"'))
+    assert_refused(copy, tmp_path / "dst", ValueError, "'lm_head.wait' should be in .* no shard has it")
+
+
+def test_a_tensor_in_two_shards(copy, tmp_path):
+    paths = sorted(copy.glob("model-*.safetensors"))
+    extra = load_file(paths[1])
+    extra["model.norm.weight"] = torch.zeros(48)
+    extra["model.embed_tokens.weight"] = load_file(paths[0])["model.embed_tokens.weight"]
+    save_file(extra, paths[1])
+    assert_refused(copy, tmp_path / "dst", ValueError, "in two shards")
+
+
+def test_index_points_outside(copy, tmp_path):
+    edit_index(copy, lambda text: text.replace("model-00001", "../model-00001"))
+    assert_refused(copy, tmp_path / "dst", ValueError, "outside its folder")
+
+
+class Evil:
+    def __reduce__(self):
+        return (exec, ("import pathlib; pathlib.Path('evil').touch()",))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_pickle_with_code_is_refused_and_not_run(copy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in copy.glob("*.safetensors*"):
+        path.unlink()
+    torch.save({"model.norm.weight": torch.zeros(2), "x": Evil()}, copy / "pytorch_model.bin")
+    assert_refused(copy, tmp_path / "dst", ValueError, "refused, the pickle holds more than tensors")
+    (copy / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Evil()}))
+    assert_refused(copy, tmp_path / "dst", ValueError, "refused, the pickle holds more than tensors")
+    assert not (tmp_path / "evil").exists()
+
+
+def test_truncated_pickle(tmp_path):
+    upstream.make_microsoft(tmp_path / "src")
+    path = tmp_path / "src" / "pytorch_model.bin"
+    path.write_bytes(path.read_bytes()[:-5000])
+    assert_refused(tmp_path / "src", tmp_path / "dst", ValueError, "truncated or damaged")
+
+
+def test_another_architecture(copy, tmp_path):
+    (tmp_path / "llm").mkdir()
+    save_file({"model.layers.0.mlp.up_proj.weight": torch.zeros(2, 2)}, tmp_path / "llm" / "model.safetensors")
+    assert_refused(tmp_path / "llm", tmp_path / "dst", ValueError, "none of the known layouts.*bare language model")
+    (tmp_path / "llava").mkdir()
+    save_file({"model.mm_projector.0.weight": torch.zeros(2, 2)}, tmp_path / "llava" / "model.safetensors")
+    assert_refused(tmp_path / "llava", tmp_path / "dst", ValueError, "LLaVA whose tower isn't Florence-2")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "model_type": "llava_phi"}))
+    assert_refused(copy, tmp_path / "dst", ValueError, "says 'llava_phi', but the LLM's tensors are those of llama")
+    (copy / "config.json").write_text(json.dumps({**config, "mm_projector_type": "mlp2x_gelu"}))
+    assert_refused(copy, tmp_path / "dst", ValueError, "mm_projector_type is 'mlp2x_gelu', but the weights have 3")
+
+
+def rewrite(folder, change):
+    state = tensors(folder)
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    change(state)
+    upstream.write_weights(folder, {k: v.contiguous() for k, v in state.items()}, 1, pickled=False)
+
+
+def test_unknown_missing_and_misshapen_tensors(copy, tmp_path):
+    good = tmp_path / "good"
+    shutil.copytree(copy, good)
+    rewrite(copy, lambda state: state.update({"model.surprise.weight": torch.zeros(3)}))
+    assert_refused(copy, tmp_path / "dst", ValueError, "1 tensors have no place .* model.surprise.weight")
+    name = upstream.TOWER + "language_model.model.encoder.layers.1.fc1.weight"
+    rewrite(copy, lambda state: [state.pop("model.surprise.weight"), state.pop(name)])
+    assert_refused(copy, tmp_path / "dst", ValueError, "1 missing: model.vision_tower.encoder.layers.1.fc1.weight")
+    rewrite(copy, lambda state: state.update({name: torch.zeros(96, 63)}))
+    assert_refused(copy, tmp_path / "dst", ValueError, r"wrong shape: .*fc1.weight \(96, 63\) instead of \(96, 64\)")
+
+
+def test_no_tokenizer(copy, tmp_path):
+    for path in copy.glob("tokenizer*"):
+        path.unlink()
+    assert_refused(copy, tmp_path / "dst", ValueError, "no tokenizer .*--tokenizer")
+
+
+def test_too_little_disk(released, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: usage._replace(free=10 * 1024**2))
+    assert_refused(released[0], tmp_path / "dst", ValueError, "too little disk: .* GiB are needed, 0.01 GiB are free")
+
+
+def test_destination_is_written_whole_or_not_at_all(released, tmp_path, monkeypatch):
+    dst = tmp_path / "dst"
+    dst.mkdir()
+    (dst / "mine.txt").write_text("keep")
+    with pytest.raises(ValueError, match="isn't empty; pass --overwrite"):
+        convert(released[0], dst)
+
+    real, calls = shards.write_safetensors, []
+
+    def fails(path, outputs, metadata=None):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        real(path, outputs, metadata)
+
+    monkeypatch.setattr(shards, "write_safetensors", fails)
+    with pytest.raises(OSError, match="No space left"):
+        convert(released[0], dst, overwrite=True, max_shard_size="4MB")
+    assert [p.name for p in dst.iterdir()] == ["mine.txt"]
+    assert [p.name for p in tmp_path.iterdir()] == ["dst"]
+    monkeypatch.setattr(shards, "write_safetensors", real)
+    convert(released[0], dst, overwrite=True)
+    assert not (dst / "mine.txt").exists()
+    assert (dst / "model.safetensors").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["dst"]
+
+
+def test_options_without_meaning_are_errors(released, tmp_path):
+    assert_refused(
+        released[0], tmp_path / "dst", ValueError, "unknown target 'orignal'. Did you mean 'original'", to="orignal"
+    )
+    assert_refused(released[0], tmp_path / "dst", ValueError, "already; nothing to convert", to="original")
+    assert_refused(released[0], tmp_path / "dst", ValueError, "--decoder has no meaning", decoder=released[0])
+    assert_refused(tmp_path / "nowhere", tmp_path / "dst", FileNotFoundError, "no such file or folder")
+
+
+# ------------------------------------------------------------ shard machinery
+
+
+def test_written_files_are_what_safetensors_reads(tmp_path):
+    """Mixed types and empty, scalar and unaligned tensors, in an order that would break alignment if kept."""
+    values = {
+        "flag": torch.tensor([True, False, True]),
+        "half": torch.randn(3, 5).bfloat16(),
+        "empty": torch.zeros(0, 4),
+        "scalar": torch.tensor(3, dtype=torch.int64),
+        "double": torch.randn(7).double(),
+        "view": torch.randn(4, 6).t(),
+    }
+    outputs = [Output(n, tuple(v.shape), v.dtype, lambda v=v: v) for n, v in values.items()]
+    write_safetensors(tmp_path / "x.safetensors", outputs, {"note": "yes"})
+    assert_same(load_file(tmp_path / "x.safetensors"), values)
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "note": "yes"}
+
+
+def test_bits_not_values_decide_equality():
+    zero, minus = torch.tensor([0.0]), torch.tensor([-0.0])
+    assert torch.equal(zero, minus)
+    assert not bits_equal(zero, minus)
+    nan = torch.tensor([float("nan")])
+    assert bits_equal(nan, nan.clone())
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("2GiB", 2 * 2**30), ("512 mb", 512 * 10**6), ("7", 7)])
+def test_parse_size(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "five", "5XB", "0GB", -1])
+def test_parse_size_refuses(text):
+    with pytest.raises(ValueError, match=r"size"):
+        parse_size(text)
+
+
+def test_memory_stays_below_a_shard(tmp_path):
+    """Eight 16 MB shards, 128 MB in all: a fresh process grows by less than 1.2 shards and 24 MB while it converts."""
+    script = textwrap.dedent(
+        f"""
+        import sys, types
+        from pathlib import Path
+        import torch
+        # the package without its registration in transformers, whose import takes longer than the test
+        root = Path({str(Path(florence_vl.__file__).parent)!r})
+        for name in ("florence_vl", "florence_vl.model", "florence_vl.model.convert"):
+            module = sys.modules[name] = types.ModuleType(name)
+            module.__path__ = [str(root.joinpath(*name.split(".")[1:]))]
+        from safetensors.torch import save_file
+        from florence_vl.model.convert.plan import Move, Plan, Transpose
+        from florence_vl.model.convert.shards import Checkpoint
+        folder = Path({str(tmp_path)!r})
+        src = folder / "src"
+        src.mkdir()
+        weight_map = {{}}
+        for i in range(8):
+            part = {{f"t{{i}}.{{j}}": torch.full((512, 1024), float(i * 8 + j)) for j in range(8)}}
+            save_file(part, src / f"model-{{i}}.safetensors")
+            weight_map.update(dict.fromkeys(part, f"model-{{i}}.safetensors"))
+            del part
+        import json
+        (src / "model.safetensors.index.json").write_text(json.dumps({{"weight_map": weight_map}}))
+
+        def peak():
+            return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
+
+        import gc; gc.collect()
+        open("/proc/self/clear_refs", "w").write("5")
+        before = peak()
+        checkpoint = Checkpoint(src)
+        plan = Plan("test", "src", "test")
+        plan.moves = [Move(name, name, checkpoint, Transpose()) for name in checkpoint.tensors]
+        plan.account(checkpoint)
+        plan.write(folder / "dst", 16 * 2**20, keep_dropped=True)
+        print("PEAK", peak() - before)
+        """
+    )
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("peak memory is read from /proc")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    grown = int(done.stdout.split("PEAK ")[1])
+    assert grown < (1.2 * 16 + 24) * 2**20
+    back = Checkpoint(tmp_path / "dst")
+    assert len({info.file for info in back.tensors.values()}) == 8
+    assert back.read("t7.7").shape == (1024, 512)
+    assert (back.read("t7.7") == 63).all()
