@@ -14,7 +14,7 @@ Shape letters: N pairs, V vision channels, T text channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +24,7 @@ from torch.nn.functional import normalize
 from florence_vl.registry import did_you_mean
 
 FULL_BATCH_LIMIT = 20_000
+CHUNK = 65_536  # rows of a table that are worked on at once
 PROJECTIONS = ("linear", "mlp")
 DUPLICATES = ("share", "first")
 WIDTH_CONTROLS = ("pca", "random")
@@ -56,7 +57,7 @@ class AlignmentConfig:
     """
 
     projection: str = "linear"
-    steps: int = 1000
+    steps: int = 500
     batch_size: int | None = None
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
@@ -160,6 +161,24 @@ class Groups:
         same = self.caption_N[rows, None] == self.caption_N[None]
         return same | (self.image_N[rows, None] == self.image_N[None])
 
+    def targets(self, chunk: int = 2048) -> Tensor | None:
+        """Target matrix (N, N), sparse, rows summing to 1: the pair itself and all that say the same, evenly.
+
+        Returns:
+            None when no two pairs say the same: the target is the identity.
+        """
+        count = len(self)
+        if len(self.caption_N.unique()) == count and len(self.image_N.unique()) == count:
+            return None
+        index, value = [], []
+        for start in range(0, count, chunk):
+            same_MN = self.same(slice(start, min(start + chunk, count)))
+            rows, columns = same_MN.nonzero(as_tuple=True)
+            index.append(torch.stack([rows + start, columns]))
+            value.append((1.0 / same_MN.sum(1))[rows])
+        matrix = torch.sparse_coo_tensor(torch.cat(index, 1), torch.cat(value), (count, count), check_invariants=False)
+        return matrix.coalesce()
+
     def components(self) -> Tensor:
         """(N,) id of the set of pairs that hang together by captions or images; splits never cut one."""
         parent: dict[tuple[str, int], tuple[str, int]] = {}
@@ -203,7 +222,7 @@ class Split:
 
 
 def split_pairs(groups: Groups, config: AlignmentConfig, seed: int) -> Split:
-    """Split so that no caption and no image is on two sides.
+    """Split so that no caption and no image is on two sides; both held-out halves have the same size for every seed.
 
     Raises:
         ValueError: Too few pairs for two held-out halves of at least 2 and as many to train on.
@@ -216,12 +235,15 @@ def split_pairs(groups: Groups, config: AlignmentConfig, seed: int) -> Split:
     rows = rows[position.argsort(stable=True)]
     position = position.sort(stable=True).values
     half = min(config.max_heldout, round(len(rows) * config.heldout / 2))
-    cuts = []
-    for target in (half, 2 * half):  # move each cut to the end of its component
-        while 0 < target < len(rows) and position[target] == position[target - 1]:
-            target += 1
-        cuts.append(target)
-    split = Split(rows[cuts[1] :], rows[: cuts[0]], rows[cuts[0] : cuts[1]])
+
+    def after(row: int) -> int:
+        """The first row of the next component: what is left of a cut component is used by neither side."""
+        while 0 < row < len(rows) and position[row] == position[row - 1]:
+            row += 1
+        return row
+
+    start = after(half)
+    split = Split(rows[after(start + half) :], rows[:half], rows[start : start + half])
     if min(len(split.train), len(split.validation), len(split.heldout)) < 2:
         raise ValueError(
             f"{len(groups)} pairs ({len(rows)} used) are too few: {len(split.train)} to train on, "
@@ -243,20 +265,20 @@ def build_projection(kind: str, in_dim: int, out_dim: int, seed: int) -> nn.Modu
 def contrastive_loss(
     vision_ND: Tensor,
     text_ND: Tensor,
-    groups: Groups | None = None,
+    targets_NN: Tensor | None = None,
     temperature: float = 1.0,
     symmetric: bool = False,
     chunk: int = 2048,
     backward: bool = False,
 ) -> Tensor:
-    """Cross-entropy of the similarity matrix of unit vectors; target: the pair itself, or shared by equals.
+    """Cross-entropy of the similarity matrix of unit vectors against the identity or given targets.
 
     Works row block by row block, so that memory is `chunk` x N.
 
     Args:
         vision_ND: (N, D) unit vectors.
         text_ND: (N, D) unit vectors.
-        groups: Which pairs say the same; None for identity targets.
+        targets_NN: (N, N) sparse targets, rows summing to 1 (`Groups.targets`); None for the identity.
         temperature: Divides the similarities.
         symmetric: Mean of both directions instead of vision to text.
         chunk: Rows of a block.
@@ -268,22 +290,20 @@ def contrastive_loss(
     total = vision_ND.new_zeros(())
     count = len(vision_ND)
     directions = [(vision_ND, text_ND), (text_ND, vision_ND)][: 2 if symmetric else 1]
-    for queries_ND, targets_ND in directions:
+    scale = 1 / (count * len(directions))
+    for queries_ND, keys_ND in directions:
+        # cross-entropy = logsumexp of the row - the target-weighted mean of its similarities; that mean is linear
+        aims_ND = keys_ND if targets_NN is None else torch.sparse.mm(targets_NN, keys_ND)
+        loss = -(queries_ND * aims_ND).sum() * (scale / temperature)
+        if backward:
+            loss.backward()
+        total = total + loss.detach() if backward else total + loss
         for start in range(0, count, chunk):
-            rows = slice(start, min(start + chunk, count))
-            logits_MN = queries_ND[rows] @ targets_ND.T / temperature
-            if groups is None:
-                index_M = torch.arange(rows.start, rows.stop, device=logits_MN.device)
-                loss = nn.functional.cross_entropy(logits_MN, index_M, reduction="sum")
-            else:
-                target_MN = groups.same(rows).to(logits_MN.dtype)
-                target_MN = target_MN / target_MN.sum(1, keepdim=True)
-                loss = nn.functional.cross_entropy(logits_MN, target_MN, reduction="sum")
-            loss = loss / (count * len(directions))
+            logits_MN = queries_ND[start : start + chunk] @ keys_ND.T / temperature
+            loss = logits_MN.logsumexp(dim=1).sum() * scale
             if backward:
                 loss.backward()
-                loss = loss.detach()
-            total = total + loss
+            total = total + loss.detach() if backward else total + loss
     return total
 
 
@@ -338,19 +358,33 @@ def reduce_width(vision_NV: Tensor, train: Tensor, width: int, control: str, see
     limit = min(vision_NV.shape[1], len(train)) if control == "pca" else vision_NV.shape[1]
     if not 1 <= width <= limit:
         raise ValueError(
-            f"equal width {width} is not possible for features of {vision_NV.shape[1]} channels and {len(train)} training "
+            f"equal width {width} is not possible for {vision_NV.shape[1]} channels and {len(train)} training "
             f"pairs: at most {limit} by {control}"
         )
-    rows = vision_NV[train]
-    mean = rows.mean(0)
+    mean, _ = moments(vision_NV, train)
     if control == "random":
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(vision_NV.shape[1], width, generator=generator, dtype=torch.float64)
         basis = torch.linalg.qr(noise).Q.to(vision_NV)
     else:
-        covariance = ((rows - mean).T @ (rows - mean)).double()
+        covariance = torch.zeros(vision_NV.shape[1], vision_NV.shape[1], dtype=torch.float64)
+        for part in train.split(CHUNK):
+            centred = vision_NV[part] - mean
+            covariance += (centred.T @ centred).double()
         basis = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :width].to(vision_NV)
-    return (vision_NV - mean) @ basis
+    return torch.cat([(part - mean) @ basis for part in vision_NV.split(CHUNK)])
+
+
+def moments(table_ND: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel over some rows, without a copy of them."""
+    total = torch.zeros(table_ND.shape[1], dtype=torch.float64)
+    squares = torch.zeros_like(total)
+    for part in rows.split(CHUNK):
+        total += table_ND[part].double().sum(0)
+    mean = total / len(rows)
+    for part in rows.split(CHUNK):
+        squares += (table_ND[part].double() - mean).square().sum(0)
+    return mean.float(), (squares / len(rows)).sqrt().float()
 
 
 def train_alignment(
@@ -386,36 +420,33 @@ def train_alignment(
     if len(vision_NV) != len(text_NT):
         raise ValueError(f"{len(vision_NV)} vision features but {len(text_NT)} text features; they must be pairs")
     for kind, table in (("vision", vision_NV), ("text", text_NT)):
-        if not torch.isfinite(table).all():
-            raise ValueError(f"{int((~torch.isfinite(table)).any(1).sum())} {kind} features hold NaN or infinity")
-    has_duplicates = groups is not None and (groups.components().bincount() > 1).any()
+        bad = sum(int((~torch.isfinite(part)).any(1).sum()) for part in table.split(CHUNK))
+        if bad:
+            raise ValueError(f"{bad} {kind} features hold NaN or infinity")
     ids = groups or Groups(torch.arange(len(vision_NV)), torch.arange(len(vision_NV)))
+    share = groups is not None and config.duplicates == "share"
     split = split_pairs(ids, config, seed)
     if width is not None:
         vision_NV = reduce_width(vision_NV.float(), split.train, width, width_control, seed)
     device = torch.device(device)
-    vision, text = vision_NV.float().to(device), text_NT.float().to(device)
-    if config.standardize:
-        rows = vision[split.train]
-        vision = (vision - rows.mean(0)) / rows.std(0, unbiased=False).clamp_min(1e-6)
-    if config.center:
-        text = text - text[split.train].mean(0)
-    text = normalize(text, dim=1)
-    shared = ids.to(device) if has_duplicates and config.duplicates == "share" else None
+    shift, scale = moments(vision_NV, split.train) if config.standardize else (torch.zeros(1), torch.ones(1))
+    scale = scale.clamp_min(1e-6)
+    centre = moments(text_NT, split.train)[0] if config.center else torch.zeros(1)
 
-    projection = build_projection(config.projection, vision.shape[1], text.shape[1], seed).to(device)
+    def load(rows: Tensor) -> Batch:
+        vision = ((vision_NV[rows].float() - shift) / scale).to(device)
+        text = normalize(text_NT[rows].float() - centre, dim=1).to(device)
+        targets = ids[rows].targets() if share else None
+        return Batch(vision, text, None if targets is None else targets.to(device))
+
     probe_generator = torch.Generator().manual_seed(seed + 1)
     probe = split.train[torch.randperm(len(split.train), generator=probe_generator)[: len(split.heldout)]]
-    parts = {"train": probe, "validation": split.validation, "heldout": split.heldout}
-    parts = {name: rows.to(device) for name, rows in parts.items()}
-    train = split.train.to(device)
+    parts = {"train": load(probe), "validation": load(split.validation), "heldout": load(split.heldout)}
+    projection = build_projection(config.projection, vision_NV.shape[1], text_NT.shape[1], seed).to(device)
 
-    def group_of(rows: Tensor) -> Groups | None:
-        return None if shared is None else shared[rows]
-
-    def loss_of(vectors: Tensor, rows: Tensor, backward: bool = False) -> Tensor:
+    def loss_of(vectors: Tensor, batch: Batch, backward: bool = False) -> Tensor:
         return contrastive_loss(
-            vectors, text[rows], group_of(rows), config.temperature, config.symmetric, backward=backward
+            vectors, batch.text, batch.targets, config.temperature, config.symmetric, backward=backward
         )
 
     run = AlignmentRun(
@@ -423,15 +454,15 @@ def train_alignment(
         heldout_pairs=len(split.heldout),
         train_pairs=len(split.train),
         parameters=sum(p.numel() for p in projection.parameters()),
-        width=vision.shape[1],
-        reference=float(loss_of(text[parts["heldout"]], parts["heldout"])),
+        width=vision_NV.shape[1],
+        reference=float(loss_of(parts["heldout"].text, parts["heldout"])),
     )
     best: tuple[float, dict[str, Tensor]] = (math.inf, {})
 
     @torch.no_grad()
     def evaluate(step: int) -> None:
         nonlocal best
-        losses = {name: float(loss_of(normalize(projection(vision[rows]), dim=1), rows)) for name, rows in parts.items()}
+        losses = {name: float(loss_of(normalize(projection(b.vision), dim=1), b)) for name, b in parts.items()}
         run.steps.append(step)
         run.train_loss.append(losses["train"])
         run.validation_loss.append(losses["validation"])
@@ -442,14 +473,14 @@ def train_alignment(
 
     optimizer = torch.optim.AdamW(projection.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
-    batches = _batches(train, config, seed)
+    batches = _batches(split.train, load, config, seed)
     points = {round(config.steps * i / config.evaluations) for i in range(config.evaluations + 1)}
     evaluate(0)
     for step in range(1, config.steps + 1):
-        rows = next(batches)
-        vectors = normalize(projection(vision[rows]), dim=1)
+        batch = next(batches)
+        vectors = normalize(projection(batch.vision), dim=1)
         leaf = vectors.detach().requires_grad_(True)
-        loss_of(leaf, rows, backward=True)
+        loss_of(leaf, batch, backward=True)
         optimizer.zero_grad(set_to_none=True)
         vectors.backward(leaf.grad)
         optimizer.step()
@@ -459,23 +490,34 @@ def train_alignment(
     run.last_loss = run.heldout_loss[-1]
     projection.load_state_dict(best[1])
     with torch.no_grad():
-        rows = parts["heldout"]
-        vectors = normalize(projection(vision[rows]), dim=1)
-        run.recall = recall_at(vectors, text[rows], group_of(rows))
-        run.recall_text = recall_at(text[rows], vectors, group_of(rows))
+        heldout = parts["heldout"]
+        vectors = normalize(projection(heldout.vision), dim=1)
+        same = ids[split.heldout].to(device) if share else None
+        run.recall = recall_at(vectors, heldout.text, same)
+        run.recall_text = recall_at(heldout.text, vectors, same)
     return run
 
 
-def _batches(train: Tensor, config: AlignmentConfig, seed: int):  # noqa: ANN202
-    """All training rows at each step, or batches without replacement, epoch after epoch."""
+@dataclass(frozen=True)
+class Batch:
+    """What one step reads: (N, V), (N, T) unit vectors, and the targets where they are not the identity."""
+
+    vision: Tensor
+    text: Tensor
+    targets: Tensor | None
+
+
+def _batches(train: Tensor, load: Callable[[Tensor], Batch], config: AlignmentConfig, seed: int) -> Iterator[Batch]:
+    """All training pairs at each step, or batches without replacement, epoch after epoch."""
     size = config.batch_size
     if size is None:
         size = len(train) if len(train) <= FULL_BATCH_LIMIT else 8192
     if size >= len(train):
+        whole = load(train)
         while True:
-            yield train
+            yield whole
     generator = torch.Generator().manual_seed(seed + 2)
     while True:
         order = torch.randperm(len(train), generator=generator)
         for start in range(0, len(train) - size + 1, size):
-            yield train[order[start : start + size].to(train.device)]
+            yield load(train[order[start : start + size]])

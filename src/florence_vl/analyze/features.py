@@ -94,7 +94,9 @@ class PooledStore:
             except ValueError:
                 found = None
             if found != self.identity:
-                raise ValueError(f"{path} does not hold the identity that its folder is named after; delete {self.folder}")
+                raise ValueError(
+                    f"{path} does not hold the identity that its folder is named after; delete {self.folder}"
+                )
             return
         handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
         with os.fdopen(handle, "w") as file:
@@ -114,7 +116,9 @@ class PooledStore:
 
     def has(self, key: bytes, names: Sequence[str]) -> bool:
         """Whether all these features of an input are there."""
-        return all(key in self._where.get(name, ()) for name in names) or set(names) <= self._pending_keys.get(key, set())
+        return all(key in self._where.get(name, ()) for name in names) or set(names) <= self._pending_keys.get(
+            key, set()
+        )
 
     def add(self, keys: Sequence[bytes], vectors: Mapping[str, Tensor]) -> None:
         """Keep pooled vectors; they are on disk after `flush` or every `SHARD_ROWS` rows.
@@ -151,23 +155,32 @@ class PooledStore:
             KeyError: A key is not there.
         """
         self.flush()
-        return torch.cat([self._table(keys, name) for name in names], dim=1)
-
-    def _table(self, keys: Sequence[bytes], name: str) -> Tensor:
-        where = self._where.get(name, {})
-        rows: dict[Path, list[tuple[int, int]]] = {}
-        for target, key in enumerate(keys):
-            path, row = where[key]
-            rows.setdefault(path, []).append((target, row))
+        shards: dict[Path, dict[str, list[tuple[int, int]]]] = {}
+        for name in names:
+            where = self._where.get(name, {})
+            for target, key in enumerate(keys):
+                path, row = where[key]
+                shards.setdefault(path, {}).setdefault(name, []).append((target, row))
         result: Tensor | None = None
-        for path, pairs in rows.items():
+        columns: dict[str, slice] = {}
+        for path, wanted in shards.items():
             with safe_open(str(path), "pt") as shard:
-                table = shard.get_tensor(f"feature.{name}")
-            if result is None:
-                result = torch.empty(len(keys), table.shape[1])
-            targets, sources = zip(*pairs, strict=True)
-            result[list(targets)] = table[list(sources)]
+                if result is None:
+                    start = 0
+                    for name in names:
+                        width = self._width(name)
+                        columns[name] = slice(start, start + width)
+                        start += width
+                    result = torch.empty(len(keys), start)
+                for name, pairs in wanted.items():
+                    targets, rows = zip(*pairs, strict=True)
+                    result[list(targets), columns[name]] = shard.get_tensor(f"feature.{name}")[list(rows)]
         return result if result is not None else torch.empty(0, 0)
+
+    def _width(self, name: str) -> int:
+        path, _ = next(iter(self._where[name].values()))
+        with safe_open(str(path), "pt") as shard:
+            return shard.get_slice(f"feature.{name}").get_shape()[1]
 
 
 @dataclass
@@ -280,7 +293,7 @@ def image_keys(images: Sequence[ImageSource], problems: Counter[str]) -> list[by
 def ahead(
     pool: ThreadPoolExecutor, work: Callable[[int], Tensor], items: Any, window: int
 ) -> Iterator[tuple[bytes, Future[Tensor]]]:
-    """Submit at most `window` items before their results are taken, in order: bounded memory for any number of images."""
+    """Submit at most `window` items before their results are taken, in order: memory is bounded for any number."""
     waiting: list[tuple[bytes, Future[Tensor]]] = []
     for key, index in items:
         waiting.append((key, pool.submit(work, index)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -226,7 +227,9 @@ def encoder_maps(
     return {name: pca_maps(parts, [grids[name]] * len(images), config) for name, parts in tokens.items()}
 
 
-def sheet(image: Image.Image, columns: Mapping[str, tuple[PCAMap, Preprocess]], title: str = "", height: float = 2.4):  # noqa: ANN201
+def sheet(
+    image: Image.Image, columns: Mapping[str, tuple[PCAMap, Preprocess]], title: str = "", height: float = 2.4
+) -> Any:
     """One figure for one image: the picture, then each feature's map with the overlay under it.
 
     Args:

@@ -72,5 +72,7 @@ def paired(values: Sequence[float], reference: Sequence[float]) -> Interval:
         ValueError: Different numbers of runs.
     """
     if len(values) != len(reference):
-        raise ValueError(f"a paired difference needs as many runs on both sides, got {len(values)} and {len(reference)}")
+        raise ValueError(
+            f"a paired difference needs as many runs on both sides, got {len(values)} and {len(reference)}"
+        )
     return interval([v - r for v, r in zip(values, reference, strict=True)])

@@ -29,7 +29,7 @@ class TextEncoder:
         max_length: Captions are cut to so many tokens.
     """
 
-    def __init__(self, model: torch.nn.Module, tokenizer: Any, max_length: int = 256) -> None:
+    def __init__(self, model: Any, tokenizer: Any, max_length: int = 256) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.max_length = max_length

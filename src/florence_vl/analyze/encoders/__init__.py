@@ -8,6 +8,7 @@ from florence_vl.analyze.encoders import (  # noqa: F401  (each registers its en
     dinov2,
     dinov2_small_focus,
     efficientnet_lite0,
+    florence2,
     siglip,
     stable_diffusion,
 )

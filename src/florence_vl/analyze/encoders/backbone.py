@@ -6,7 +6,6 @@ Features: `last` (the model's `last_hidden_state`, with its final norm where it 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ class BackboneEncoder(Encoder):
 
     def __init__(self, name: str, tower: BackboneTower, preprocess: Preprocess, features: Sequence[str]) -> None:
         self.tower = tower
+        self.vision: Any = tower.config.vision_config
         self.layers = {feature: layer_index(name, feature, tower) for feature in features}
         super().__init__(name, tower.backbone, preprocess, features)
         self.grid()  # refuses a size that the backbone can't take
@@ -79,12 +79,12 @@ class BackboneEncoder(Encoder):
         with torch.device("meta"):
             tower = BackboneTower(vl_config)
         tower.backbone = backbone
-        preprocess = published_preprocess(weights, size or getattr(vision, "image_size", 224), size, fit)
+        preprocess = published_preprocess(weights, int(getattr(vision, "image_size", 224)), size, fit)
         return cls(name, tower, preprocess, tuple(features) or ("last",))
 
     @property
     def feature_dims(self) -> dict[str, int]:
-        return dict.fromkeys(self.features, self.tower.config.vision_config.hidden_size)
+        return dict.fromkeys(self.features, self.vision.hidden_size)
 
     def grid(self) -> tuple[int, int]:
         height, width = self.preprocess.height, self.preprocess.width
@@ -92,7 +92,7 @@ class BackboneEncoder(Encoder):
             self.tower.num_tokens(height, width)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
-        patch = self.tower.config.vision_config.patch_size
+        patch = self.vision.patch_size
         if height % patch or width % patch:
             raise ValueError(f"{self.name}: input of {height}x{width} px; both sides must be multiples of {patch} px")
         return height // patch, width // patch
@@ -113,28 +113,35 @@ def layer_index(name: str, feature: str, tower: BackboneTower) -> int | None:
     Raises:
         ValueError: No such feature, or no such layer.
     """
-    depth = tower.config.vision_config.num_hidden_layers
+    vision: Any = tower.config.vision_config
+    depth = vision.num_hidden_layers
     known = ["last", *(f"layer{i}" for i in range(depth + 1))]
     if feature not in known:
-        near = did_you_mean(feature, known) if re.fullmatch(r"\D+", feature) else f"Known: last, layer0 ... layer{depth}."
+        near = (
+            did_you_mean(feature, known) if re.fullmatch(r"\D+", feature) else f"Known: last, layer0 ... layer{depth}."
+        )
         raise ValueError(f"{name} has no feature {feature!r}. {near}")
     return None if feature == "last" else int(feature.removeprefix("layer"))
 
 
-class local_weights:  # noqa: N801  (used as a statement)
+class local_weights:
     """Turns transformers' errors about absent files into one line with the command that gets them."""
 
     def __init__(self, name: str, weights: str | Path, install: str | None = None) -> None:
         self.name, self.weights, self.install = name, str(weights), install
 
     def __enter__(self) -> None:
-        if not Path(self.weights).is_dir() and (self.weights.count("/") != 1 or self.weights.startswith((".", "/", "~"))):
+        if not Path(self.weights).is_dir() and (
+            self.weights.count("/") != 1 or self.weights.startswith((".", "/", "~"))
+        ):
             raise missing(self.name, f"there is no folder {self.weights!r}", self.install or "hf download OWNER/NAME")
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, OSError):
             if Path(self.weights).is_dir():
-                raise ValueError(f"{self.name}: {self.weights} can't be loaded: {str(error).splitlines()[0]}") from error
+                raise ValueError(
+                    f"{self.name}: {self.weights} can't be loaded: {str(error).splitlines()[0]}"
+                ) from error
             command = self.install or f"hf download {self.weights}"
             raise missing(self.name, f"{self.weights} is not on this machine", command) from None
 
@@ -147,14 +154,13 @@ def published_preprocess(
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
 ) -> Preprocess:
-    """Size, mean and standard deviation from the weights' `preprocessor_config.json`, where there is one."""
-    from transformers.utils import cached_file
+    """Size, mean and standard deviation from the weights' own preprocessing file, where there is one."""
+    from transformers.image_processing_base import ImageProcessingMixin
 
     try:
-        path = cached_file(str(weights), "preprocessor_config.json", local_files_only=True)
+        own, _ = ImageProcessingMixin.get_image_processor_dict(str(weights), local_files_only=True)
     except OSError:
-        path = None
-    own = json.loads(Path(path).read_text()) if path else {}
+        own = {}
     own_size = own.get("crop_size") if own.get("do_center_crop") else own.get("size")
     if isinstance(own_size, dict):
         own_size = own_size.get("height") or own_size.get("shortest_edge")

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from florence_vl.analyze.encoders.base import Encoder, Preprocess, missing
 from florence_vl.analyze.encoders.registry import ENCODERS
@@ -37,7 +38,7 @@ class EfficientNetLiteEncoder(Encoder):
 
     install = INSTALL
 
-    def __init__(self, network: nn.Module, preprocess: Preprocess, features: Sequence[str]) -> None:
+    def __init__(self, network: Any, preprocess: Preprocess, features: Sequence[str]) -> None:
         blocks = len(network._blocks)
         known = ["last", *(f"block{i}" for i in range(blocks))]
         for feature in features:

@@ -1,4 +1,4 @@
-"""SigLIP and SigLIP 2: image-text pretraining with a pairwise sigmoid loss. The paper's Figure 4 has so400m at 384 px."""
+"""SigLIP and SigLIP 2: pretraining with a pairwise sigmoid loss. The paper's Figure 4 has so400m at 384 px."""
 
 from __future__ import annotations
 

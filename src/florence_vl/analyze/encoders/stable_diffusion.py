@@ -8,9 +8,10 @@ Shape letters: B images, N tokens, D channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +47,9 @@ class StableDiffusionEncoder(Encoder):
     def __init__(
         self,
         name: str,
-        unet: nn.Module,
-        vae: nn.Module,
-        noise_scheduler: object,
+        unet: Any,
+        vae: Any,
+        noise_scheduler: Any,
         prompt_embeds: Tensor,
         preprocess: Preprocess,
         features: Sequence[str],
@@ -97,10 +98,10 @@ class StableDiffusionEncoder(Encoder):
         generator = torch.Generator().manual_seed(self.seed)
         noise = torch.randn((1, *latents.shape[1:]), generator=generator).to(latents)
         steps = torch.tensor([self.timestep], device=latents.device)
-        noisy = self.noise_scheduler.add_noise(latents, noise.expand_as(latents), steps)  # type: ignore[attr-defined]
+        noisy = self.noise_scheduler.add_noise(latents, noise.expand_as(latents), steps)
         kept: dict[str, Tensor] = {}
 
-        def keep(name: str):  # noqa: ANN202
+        def keep(name: str) -> Callable[..., None]:
             def hook(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
                 kept[name] = output[0] if isinstance(output, tuple) else output
 
@@ -108,7 +109,7 @@ class StableDiffusionEncoder(Encoder):
 
         hooks = [self._block(name).register_forward_hook(keep(name)) for name in self.features]
         try:
-            prompt = self.module.prompt_embeds.to(latents.dtype).expand(len(latents), -1, -1)
+            prompt = self.module.get_buffer("prompt_embeds").to(latents.dtype).expand(len(latents), -1, -1)
             self.unet(noisy, self.timestep, encoder_hidden_states=prompt)
         finally:
             for hook in hooks:

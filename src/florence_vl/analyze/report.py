@@ -1,0 +1,216 @@
+"""One HTML page, complete in itself, with every result that a folder holds."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from florence_vl.analyze.plots import write_atomically
+from florence_vl.analyze.statistics import Interval
+
+
+@dataclass
+class TableRow:
+    """Cells of a table's row; `paper` marks figures that a paper reports."""
+
+    cells: list[str]
+    paper: bool = False
+
+
+@dataclass
+class ReportTable:
+    """A table with its title."""
+
+    title: str
+    header: list[str]
+    rows: list[TableRow]
+
+
+@dataclass
+class Figure:
+    """An image inside the page."""
+
+    alt: str
+    data: str
+
+
+@dataclass
+class Section:
+    """One result."""
+
+    title: str
+    text: str = ""
+    command: str = ""
+    notes: list[str] = field(default_factory=list)
+    tables: list[ReportTable] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+
+
+def picture(path: Path, alt: str) -> Figure:
+    """A PNG or SVG as a data address.
+
+    Raises:
+        FileNotFoundError: The result names a figure that is not there.
+    """
+    kind = {"png": "image/png", "svg": "image/svg+xml"}[path.suffix[1:]]
+    return Figure(alt, f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}")
+
+
+def _interval(record: dict[str, Any] | None, digits: int = 3, scale: float = 1.0) -> str:
+    return "" if record is None else Interval(**record).text(digits, scale)
+
+
+def alignment_section(record: dict[str, Any], folder: Path) -> Section:
+    """Curves and table of `analyze alignment`."""
+    encoders = record["type"] == "alignment"
+    about = record["about"]
+    section = Section(
+        title="Alignment loss by encoder" if encoders else "Alignment loss by features",
+        text=(
+            "Held-out cross-entropy after training only a projection from pooled vision to pooled text features "
+            "(paper section 4, Figure " + ("4" if encoders else "5") + "). Lower is better; guessing has loss "
+            f"{record['chance']:.3f}. Intervals are 95 % over {len(about['seeds'])} seeds."
+        ),
+        command=record.get("command", ""),
+    )
+    section.notes = [f"left out: {count} records ({reason})" for reason, count in about["skipped"].items()]
+    section.notes += [f"{count} {reason}" for reason, count in about["duplicates"].items() if count]
+    header = ["name", "channels", "held-out loss", f"difference to {record['reference']}", "training loss"]
+    header += [f"R@{k} %" for k in record["rows"][0]["recall"]]
+    for key, title in (("rows", "Each with its own width"), ("equal_width", "All at the same width")):
+        rows = [
+            TableRow(
+                [
+                    row["name"],
+                    str(row["width"]),
+                    _interval(row["heldout_loss"]),
+                    _interval(row["difference"]),
+                    _interval(row["train_loss"]),
+                    *(_interval(value, 1, 100) for value in row["recall"].values()),
+                ]
+            )
+            for row in record[key]
+        ]
+        if rows:
+            section.tables.append(ReportTable(f"{title}: {about['pairs']} pairs", header, rows))
+    section.figures = [
+        picture(path, title)
+        for path, title in (
+            (folder / f"{record['type']}.png", "Curves, own width"),
+            (folder / f"{record['type']}_equal_width.png", "Curves, equal width"),
+        )
+        if path.is_file()
+    ]
+    return section
+
+
+def pca_section(record: dict[str, Any], folder: Path) -> Section:
+    """Sheets of `analyze pca`."""
+    fit = "all images" if record["settings"]["joint"] else "each image"
+    return Section(
+        title="PCA of the features",
+        text=(
+            f"First three principal components as colours, fitted on {fit}; the background is cut by a threshold on "
+            "the first component (paper Figure 3). Below each map it lies over the image."
+        ),
+        command=record.get("command", ""),
+        figures=[picture(folder / sheet["file"], sheet["image"]) for sheet in record["sheets"]],
+    )
+
+
+def attribution_section(record: dict[str, Any], folder: Path) -> Section:
+    """Figures and tables of `analyze attribution`."""
+    section = Section(
+        title="Attribution to features",
+        text=(
+            "Share: norm of the feature's part in the projector's first layer. Lost without it: how much "
+            "log-likelihood (nats) the answer loses when the feature is replaced."
+        ),
+        command=record.get("command", ""),
+    )
+    header = ["feature", "norm", "share", "lost without it", "lost with it alone"]
+    for result in record["results"]:
+        rows = [
+            TableRow(
+                [f["name"], f"{f['norm']:.3f}", f"{f['share']:.1%}", f"{f['drop']:+.3f}", f"{f['drop_alone']:+.3f}"]
+            )
+            for f in result["features"]
+        ]
+        rows.append(TableRow(["(no image)", "", "", "", f"{result['without_image']:+.3f}"]))
+        section.tables.append(
+            ReportTable(f"{result['image']}: {result['question']} → {result['answer']}", header, rows)
+        )
+        section.figures.append(picture(folder / result["file"], result["image"]))
+    return section
+
+
+def ablation_section(record: dict[str, Any], folder: Path) -> Section:
+    """Table of `florence-vl ablate`."""
+    table = record["table"]
+    return Section(
+        title=f"Table {table['number']}: {table['title']}",
+        text=table["text"],
+        command=record.get("command", ""),
+        notes=table["notes"],
+        tables=[
+            ReportTable(part["title"], part["header"], [TableRow(row["cells"], row["paper"]) for row in part["rows"]])
+            for part in table["parts"]
+        ],
+    )
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any], Path], Section]] = {
+    "alignment": alignment_section,
+    "feature_ablation": alignment_section,
+    "pca": pca_section,
+    "attribution": attribution_section,
+    "ablation": ablation_section,
+}
+
+
+def write_report(folder: Path, out: Path, title: str) -> tuple[Path, dict[str, int]]:
+    """Write the page.
+
+    Args:
+        folder: Searched, at any depth, for the JSON files that the other commands write.
+        out: The HTML file.
+        title: Its heading.
+
+    Returns:
+        The file, and how many results of each kind it shows.
+
+    Raises:
+        FileNotFoundError: No such folder.
+        ValueError: It holds no result.
+    """
+    from jinja2 import Environment
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such folder: {folder}")
+    found: list[tuple[str, Section]] = []
+    for path in sorted(folder.rglob("*.json")):
+        try:
+            record = json.loads(path.read_text())
+        except ValueError:
+            continue
+        kind = record.get("type") if isinstance(record, dict) else None
+        if kind in SECTIONS and isinstance(kind, str):
+            found.append((kind, SECTIONS[kind](record, path.parent)))
+    if not found:
+        raise ValueError(
+            f"{folder} holds no result of `florence-vl analyze` or `florence-vl ablate` "
+            "(alignment.json, pca.json, attribution.json, ...)"
+        )
+    order = list(SECTIONS)
+    found.sort(key=lambda item: order.index(item[0]))
+    template = Environment(autoescape=True).from_string(
+        files("florence_vl.analyze").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    )
+    write_atomically(out, template.render(title=title, sections=[section for _, section in found]))
+    return out, dict(Counter(kind for kind, _ in found))

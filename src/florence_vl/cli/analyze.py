@@ -1,0 +1,314 @@
+"""`florence-vl analyze`: alignment loss, PCA pictures, attribution, and one report of all of it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from florence_vl.analyze.encoders import Encoder
+
+app = typer.Typer(
+    help="Alignment loss, PCA pictures, attribution: choose encoder, features and fusion by measurement.",
+    no_args_is_help=True,
+)
+
+
+class SeveralValues(TyperCommand):
+    """A command whose list options take several values at once: `--encoders a b c` means each of them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        several = {o for p in self.params if getattr(p, "multiple", False) for o in p.opts}
+        expanded: list[str] = []
+        flag, fresh = None, False
+        for word in args:
+            if word.startswith("-") and len(word) > 1:
+                flag, fresh = (word if word in several else None), True
+            elif flag is not None and not fresh:
+                expanded.append(flag)
+            else:
+                fresh = False
+            expanded.append(word)
+        return super().parse_args(ctx, expanded)
+
+
+ENCODERS_HELP = "name[=weights][:feature+feature][@size]; `florence-vl analyze encoders` lists the names."
+FIT_HELP = "How a picture is brought to the encoder's square: squash, pad or crop."
+
+
+@app.command("encoders")
+def encoders_command() -> None:
+    """List the encoders, and what each needs."""
+    from florence_vl.analyze.encoders import ENCODERS
+
+    width = max(map(len, ENCODERS.names()))
+    for name in ENCODERS.names():
+        typer.echo(f"{name:<{width}}  {(ENCODERS[name].__doc__ or '').splitlines()[0]}")
+
+
+@app.command("alignment", cls=SeveralValues)
+def alignment_command(
+    encoders: list[str] = typer.Option(..., "--encoders", "-e", help=f"One or several: {ENCODERS_HELP}"),
+    data: Path = typer.Option(..., "--data", help="Image-caption pairs: LLaVA JSON, parquet, WebDataset, a folder ..."),
+    out: Path = typer.Option(..., "--out", help="Folder for curves (PNG, SVG), numbers (CSV, JSON) and tables."),
+    llm: str = typer.Option("smollm2", "--llm", help="Folder or hub name of the LLM, or smollm2 (from its package)."),
+    image_root: Path | None = typer.Option(None, "--image-root", help="Folder that image paths in DATA start from."),
+    pairs: int | None = typer.Option(None, "--pairs", help="Use so many pairs, chosen at random. All by default."),
+    ablate: bool = typer.Option(False, "--ablate", help="Leave each feature of the one encoder out, and each alone."),
+    subsets: str = typer.Option("leave-one-out", "--subsets", help="With --ablate: leave-one-out, or all subsets."),
+    projection: str = typer.Option("linear", "--projection", help="linear, or mlp (pools first, then projects)."),
+    steps: int = typer.Option(500, "--steps", help="Optimiser steps."),
+    batch_size: int | None = typer.Option(
+        None, "--batch-size", help="Pairs in a batch. All up to 20,000, else 8,192, by default."
+    ),
+    learning_rate: float = typer.Option(1e-3, "--learning-rate", help="Of Adam; cosine decay to 0."),
+    temperature: float = typer.Option(1.0, "--temperature", help="Divides similarities; 1 is the paper's loss."),
+    symmetric: bool = typer.Option(False, "--symmetric", help="Add the text-to-image direction."),
+    center: bool = typer.Option(False, "--center", help="Subtract the mean text feature before normalising."),
+    heldout: float = typer.Option(0.2, "--heldout", help="Share held out; half of it chooses the step."),
+    duplicates: str = typer.Option("share", "--duplicates", help="Same captions: share the target, or keep the first."),
+    seeds: int = typer.Option(3, "--seeds", help="Number of seeds; intervals are over them."),
+    width_control: str = typer.Option("pca", "--width-control", help="Equal width by pca, random, or none."),
+    width: int | None = typer.Option(None, "--width", help="That width. The narrowest encoder's by default."),
+    fit: str = typer.Option("squash", "--fit", help=FIT_HELP),
+    encode_batch: int = typer.Option(16, "--encode-batch", help="Images in one forward of an encoder."),
+    device: str = typer.Option("auto", "--device", help="cpu, cuda, cuda:1, mps or auto."),
+) -> None:
+    """Alignment loss of encoders, or of one encoder's features (paper section 4, Figures 4 and 5).
+
+    Features are pooled once and cached; only the projection trains. Losses are of held-out pairs.
+    """
+    from florence_vl.analyze.alignment import AlignmentConfig
+    from florence_vl.analyze.compare import collect, compare, feature_subsets
+    from florence_vl.analyze.encoders import EncoderSpec, load_encoder
+    from florence_vl.analyze.pairs import read_pairs
+    from florence_vl.analyze.plots import table_rows, write_comparison
+    from florence_vl.serve.loading import choose_device
+
+    if seeds < 1:
+        raise ValueError(f"--seeds is {seeds}; give 1 or more")
+    config = AlignmentConfig(
+        projection=projection,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        temperature=temperature,
+        symmetric=symmetric,
+        center=center,
+        heldout=heldout,
+        duplicates=duplicates,
+    )
+    specs = [EncoderSpec.parse(text) for text in encoders]
+    if len(set(map(str, specs))) != len(specs):
+        raise ValueError(f"an encoder is named twice: {' '.join(encoders)}")
+    if ablate and len(specs) != 1:
+        raise ValueError(f"--ablate is for one encoder with several features, got {len(specs)} encoders")
+    if not ablate and subsets != "leave-one-out":
+        raise ValueError("--subsets needs --ablate")
+    where = choose_device(device)
+    options: dict[str, Any] = {"image_root": image_root} if image_root else {}
+    found = read_pairs(data, pairs, **options)
+    say(f"{len(found)} pairs from {data}")
+
+    def loader(spec: EncoderSpec) -> Callable[[], Encoder]:
+        return lambda: load_encoder(spec, fit)
+
+    features = collect(
+        [(str(spec), loader(spec)) for spec in specs],
+        load_llm(llm, where),
+        found,
+        batch_size=encode_batch,
+        device=where,
+        log=say,
+    )
+    chosen = feature_subsets(list(features.dims[str(specs[0])]), subsets) if ablate else None
+    comparison = compare(
+        features,
+        config,
+        subsets=chosen,
+        seeds=range(seeds),
+        width=width,
+        width_control=width_control,
+        device=where,
+        log=say,
+    )
+    files = write_comparison(comparison, out, command=called())
+    print_notes(comparison.about, comparison.chance)
+    for title, rows in (("own width", comparison.rows), ("equal width", comparison.equal_width)):
+        if rows:
+            print_table(
+                f"{rows[0].runs[0].heldout_pairs} held-out pairs, {title}", *table_rows(rows, comparison.reference)
+            )
+    say("wrote " + ", ".join(str(path) for path in files))
+
+
+@app.command("pca", cls=SeveralValues)
+def pca_command(
+    images: list[Path] = typer.Argument(..., help="Image files.", metavar="IMAGES..."),
+    encoder: list[str] = typer.Option(..., "--encoder", "-e", help=f"One or several: {ENCODERS_HELP}"),
+    out: Path = typer.Option(Path("pca"), "--out", help="Folder for one sheet an image (PNG) and the arrays (NPZ)."),
+    joint: bool = typer.Option(False, "--joint", help="One fit over all images: the same colour means the same."),
+    threshold: float | None = typer.Option(
+        None, "--threshold", help="Foreground above this value of the first component in [0, 1]; Otsu's by default."
+    ),
+    flip: bool = typer.Option(False, "--flip", help="Take the other side of the first component as foreground."),
+    background: bool = typer.Option(True, "--cut-background/--keep-background", help="Cut the background."),
+    refit: bool = typer.Option(True, "--refit/--no-refit", help="Fit the colours on the foreground alone."),
+    fit: str = typer.Option("squash", "--fit", help=FIT_HELP),
+    svg: bool = typer.Option(False, "--svg", help="Write each sheet as SVG too."),
+    device: str = typer.Option("auto", "--device", help="cpu, cuda, cuda:1, mps or auto."),
+) -> None:
+    """First three principal components of the features as colours, one sheet an image (paper Figure 3)."""
+    import numpy as np
+
+    from florence_vl.analyze.encoders import load_encoder
+    from florence_vl.analyze.pca import PCAConfig, encoder_maps, sheet
+    from florence_vl.analyze.plots import save_figure, write_atomically
+    from florence_vl.model.image_processing import open_image
+    from florence_vl.serve.loading import choose_device
+
+    config = PCAConfig(joint=joint, background=background, threshold=threshold, flip=flip, refit=refit)
+    if len({path.stem for path in images}) != len(images):
+        raise ValueError("two images have the same name, so their sheets would overwrite each other; rename one")
+    pictures = [open_image(path) for path in images]
+    where = choose_device(device)
+    columns: list[dict[str, Any]] = [{} for _ in images]
+    for spec in encoder:
+        loaded = load_encoder(spec, fit).to(where)
+        for feature, maps in encoder_maps(loaded, pictures, config).items():
+            for column, pca in zip(columns, maps, strict=True):
+                column[f"{spec.split(':')[0]}:{feature}"] = (pca, loaded.preprocess)
+        say(f"{spec}: done")
+    out.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {"type": "pca", "command": called(), "settings": vars(config), "sheets": []}
+    for path, picture, column in zip(images, pictures, columns, strict=True):
+        save_figure(sheet(picture, column), out / f"{path.stem}_pca", ("png", "svg") if svg else ("png",))
+        arrays = {
+            f"{name}/{part}": getattr(pca, part)
+            for name, (pca, _) in column.items()
+            for part in ("rgb", "foreground", "first")
+        }
+        with (out / f"{path.stem}_pca.npz").open("wb") as file:
+            np.savez_compressed(file, **arrays)
+        record["sheets"].append(
+            {
+                "image": path.name,
+                "file": f"{path.stem}_pca.png",
+                "maps": {
+                    name: {
+                        "explained": pca.explained,
+                        "threshold": pca.threshold,
+                        "foreground": float(pca.foreground.mean()),
+                    }
+                    for name, (pca, _) in column.items()
+                },
+            }
+        )
+    write_atomically(out / "pca.json", json.dumps(record, indent=1) + "\n")
+    say(f"wrote {len(images)} sheets to {out}")
+
+
+@app.command("attribution")
+def attribution_command(
+    model: str = typer.Option(..., "--model", help="Folder of a trained Florence-VL with two features or more."),
+    image: list[Path] = typer.Option(..., "--image", help="Image; repeat for several."),
+    question: str = typer.Option(..., "--question", help="What is asked."),
+    answer: str | None = typer.Option(None, "--answer", help="The answer to score. The model's own by default."),
+    out: Path = typer.Option(Path("attribution"), "--out", help="Folder for figures (PNG), maps (NPZ) and JSON."),
+    replacement: str = typer.Option("mean", "--replacement", help="For a feature that is left out: its mean, or zero."),
+    device: str = typer.Option("auto", "--device", help="cpu, cuda, cuda:1, mps or auto."),
+) -> None:
+    """How much each feature contributes to an answer: norms through the projector, and leaving each out."""
+    import numpy as np
+
+    from florence_vl.analyze.attribution import attribute, attribution_figure
+    from florence_vl.analyze.plots import save_figure, write_atomically
+    from florence_vl.model.image_processing import open_image
+    from florence_vl.serve.loading import load_model
+
+    if len({path.stem for path in image}) != len(image):
+        raise ValueError("two images have the same name, so their figures would overwrite each other; rename one")
+    loaded, processor = load_model(model, device, "float32")
+    record: dict[str, Any] = {"type": "attribution", "command": called(), "results": []}
+    for path in image:
+        picture = open_image(path)
+        result = attribute(loaded, processor, picture, question, answer, replacement=replacement)
+        save_figure(attribution_figure(picture, result), out / f"{path.stem}_attribution", ("png",))
+        with (out / f"{path.stem}_attribution.npz").open("wb") as file:
+            maps: dict[str, Any] = {feature.name: feature.map_HW for feature in result.features}
+            np.savez_compressed(file, **maps)
+        record["results"].append({"image": path.name, "file": f"{path.stem}_attribution.png", **result.to_dict()})
+        title = f"{path.name}: {question} -> {result.answer} ({result.log_likelihood:.2f} nats, {result.tokens} tokens)"
+        header = ["feature", "norm", "share", "lost without it (nats)", "lost with it alone (nats)"]
+        cells = [
+            [f.name, f"{f.norm:.3f}", f"{f.share:.1%}", f"{f.drop:+.3f}", f"{f.drop_alone:+.3f}"]
+            for f in result.features
+        ]
+        print_table(title, header, [*cells, ["(no image)", "", "", "", f"{result.without_image:+.3f}"]])
+    write_atomically(out / "attribution.json", json.dumps(record, indent=1) + "\n")
+    say(f"wrote {out}")
+
+
+@app.command("report")
+def report_command(
+    folder: Path = typer.Argument(..., help="Folder with results of the other commands, at any depth."),
+    out: Path | None = typer.Option(None, "--out", help="The HTML file. FOLDER/report.html by default."),
+    title: str = typer.Option("Florence-VL analysis", "--title", help="Heading of the page."),
+) -> None:
+    """One HTML page with all figures and tables found in a folder."""
+    from florence_vl.analyze.report import write_report
+
+    path, found = write_report(folder, out or folder / "report.html", title)
+    say(f"wrote {path} ({', '.join(f'{count} {kind}' for kind, count in found.items())})")
+
+
+def load_llm(name: str, device: str) -> Any:
+    """The text side of the alignment: `smollm2`, a folder or a hub name."""
+    from florence_vl.analyze.text import TextEncoder
+    from florence_vl.parts import smollm2
+
+    encoder = TextEncoder.load(smollm2() if name == "smollm2" else name)
+    _ = encoder.identity  # hashed before it moves
+    encoder.model.to(device)
+    return encoder
+
+
+def say(text: str) -> None:
+    """Progress goes to stderr, results to stdout."""
+    typer.echo(text, err=True)
+
+
+def called() -> str:
+    """The command as it was typed, for the record beside its results."""
+    return shlex.join(["florence-vl", *sys.argv[1:]])
+
+
+def print_notes(about: dict[str, Any], chance: float) -> None:
+    """What the reader of the table must know: pairs left out, duplicates, the loss of guessing."""
+    for reason, count in about["skipped"].items():
+        typer.echo(f"left out: {count} records ({reason})")
+    for reason, count in about["duplicates"].items():
+        if count:
+            typer.echo(f"{count} {reason}")
+    typer.echo(f"guessing has loss {chance:.3f}")
+
+
+def print_table(title: str, header: list[str], cells: list[list[str]]) -> None:
+    """A table on stdout."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, title=title, title_justify="left", box=box.SIMPLE)
+    for row in cells:
+        table.add_row(*row)
+    console = Console()
+    Console(width=max(console.width, 130)).print(table)
