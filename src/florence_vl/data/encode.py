@@ -100,14 +100,13 @@ class Encoder:
         elif template_options:
             raise ValueError("template_options need a template name; the processor's own template is fixed")
         else:
-            self.template = processor._template_text(None)
+            self.template = processor.template_text()
         if not has_generation_marks(self.template):
             raise ValueError(
                 "the processor's chat template has no {% generation %} marks, so nothing says what to learn. Name one "
                 f"of ours: template={' | '.join(CHAT_TEMPLATES.names())}"
             )
         self._variables = {"add_generation_prompt": False, **processor.tokenizer.special_tokens_map}
-        self._image_tokens = processor.num_image_tokens()
 
     def __call__(self, record: Record) -> Sample:
         """Encode a record.
@@ -175,7 +174,7 @@ class Encoder:
             first = np.searchsorted(bounds[:, 1], start, side="right")
             last = np.searchsorted(bounds[:, 0], end, side="left")
             mask[first:last] = True
-        repeats = np.where(ids == self.processor.image_token_id, self._image_tokens, 1)
+        repeats = np.where(ids == self.processor.image_token_id, self.processor.num_image_tokens(), 1)
         return np.repeat(ids, repeats), np.repeat(mask, repeats)
 
     def _pixels(self, record: Record, count: int) -> Tensor:

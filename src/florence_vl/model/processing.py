@@ -146,7 +146,7 @@ class FlorenceVLProcessor(ProcessorMixin):
     def num_image_tokens(self, height: int | None = None, width: int | None = None) -> int:
         """Tokens of an image after processing to `height` x `width` pixels; by default the processor's own size."""
         size = self.image_processor.size
-        return self._rule.num_tokens(height or size.height, width or size.width)
+        return self._rule.num_tokens(height or size["height"], width or size["width"])
 
     def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any) -> str:
         """The placeholder of one processed image, repeated once for each of its tokens."""
@@ -289,7 +289,7 @@ class FlorenceVLProcessor(ProcessorMixin):
         Raises:
             ValueError: A malformed conversation, or one that the template refuses.
         """
-        template = self._template_text(chat_template)
+        template = self.template_text(chat_template)
         batched = isinstance(conversation, (list, tuple)) and bool(conversation)
         batched = batched and isinstance(conversation[0], (list, tuple))
         if sanitize_control_tokens:
@@ -305,7 +305,12 @@ class FlorenceVLProcessor(ProcessorMixin):
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
 
-    def _template_text(self, chat_template: str | None) -> str:
+    def template_text(self, chat_template: str | None = None) -> str:
+        """The Jinja text of a named template of this processor, of a text itself, or of the default template.
+
+        Raises:
+            ValueError: There is none.
+        """
         own = self.chat_template
         if chat_template is None:
             template = own.get("default") if isinstance(own, dict) else own
