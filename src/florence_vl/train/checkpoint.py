@@ -26,7 +26,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -217,9 +216,8 @@ class CheckpointManager:
     def _state(self) -> dict[str, Any]:
         state: dict[str, Any] = {"model": get_model_state_dict(self.model)}
         if self.optimizer is not None:
-            state["optimizer"] = get_optimizer_state_dict(
-                self.model, self.optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True)
-            )
+            # The groups' settings are not stored: the recipe and the step decide them.
+            state["optimizer"] = get_optimizer_state_dict(self.model, self.optimizer)["state"]
         return state
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
@@ -244,12 +242,8 @@ class CheckpointManager:
             ) from error
         set_model_state_dict(self.model, state["model"])
         if self.optimizer is not None:
-            set_optimizer_state_dict(
-                self.model,
-                self.optimizer,
-                state["optimizer"],
-                options=StateDictOptions(flatten_optimizer_state_dict=True),
-            )
+            groups = get_optimizer_state_dict(self.model, self.optimizer)["param_groups"]
+            set_optimizer_state_dict(self.model, self.optimizer, {"state": state["optimizer"], "param_groups": groups})
         self._barrier()
         return read_trainer_state(checkpoint)
 

@@ -55,6 +55,7 @@ from florence_vl.train.steps import (
     count_supervised,
     count_tokens,
     seed_everything,
+    to_device,
 )
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ class TrainResult:
         finished: False when a signal or an error ended it before its time.
         metrics: The last step's row.
         exported: The `save_pretrained` folder, when one was written.
+        is_main: Whether this is the process that speaks.
     """
 
     run_dir: Path
@@ -97,6 +99,7 @@ class TrainResult:
     finished: bool
     metrics: dict[str, Any]
     exported: Path | None = None
+    is_main: bool = True
 
 
 def train(
@@ -190,15 +193,15 @@ class Trainer:
                 finished = self._is_done()
                 if self.checkpoints.last_saved_step != self.step:
                     self._save(blocking=True)
-                self.checkpoints.finish()
             finally:
+                self.checkpoints.finish(strict=False)  # what is being written is worth keeping, whatever happened
                 self._close()
         exported = None
         if finished and self.recipe.checkpoint.export and self.processor is not None:
             exported = self.export(self.run_dir / "model")
         if self.world.is_main:
             self._write_json("summary.json", {"steps": self.step, "finished": finished, "metrics": self._row})
-        return TrainResult(self.run_dir, self.step, finished, self._row, exported)
+        return TrainResult(self.run_dir, self.step, finished, self._row, exported, self.world.is_main)
 
     # ---------------------------------------------------------------------------------------------------- setting up
 
@@ -351,15 +354,15 @@ class Trainer:
 
         loss_sum = torch.zeros((), device=world.device)
         divisor = torch.tensor(float(num_items), device=world.device)
-        for index, batch in enumerate(micro_batches):
-            on_device = {
-                key: value.to(world.device, non_blocking=True) if isinstance(value, Tensor) else value
-                for key, value in batch.items()
-            }
-            with self.parallel.accumulate(last=index == len(micro_batches) - 1):
-                loss = self.parallel.module(on_device, divisor)
-                (loss * self.parallel.grad_scale).backward()
-            loss_sum += loss.detach().float()
+        try:
+            for index, batch in enumerate(micro_batches):
+                with self.parallel.accumulate(last=index == len(micro_batches) - 1):
+                    loss = self.parallel.module(to_device(batch, world.device), divisor)
+                    (loss * self.parallel.grad_scale).backward()
+                loss_sum += loss.detach().float()
+        except (ValueError, RuntimeError) as error:
+            path = dump_batch(self.run_dir, self.step + 1, world.rank, micro_batches, {"problem": str(error)})
+            raise TrainingError(f"step {self.step + 1}: {error}. The batch is in {path}") from error
         self._fill_missing_gradients()
         loss_value, norms = self._loss_and_norms(loss_sum)
         total_norm = float(np.sqrt(sum(norm**2 for norm in norms.values())))

@@ -25,6 +25,14 @@ class StepCounts:
     data_wait: float
 
 
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on a device."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }
+
+
 def count_supervised(batch: Batch) -> int:
     return int((batch["labels"][:, 1:] != -100).sum())
 

@@ -1,0 +1,56 @@
+"""`florence-vl train`: a recipe in, a run's folder out; one process, or as many as torchrun starts."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from florence_vl.registry import did_you_mean
+
+STOPPED = 75  # sysexits' EX_TEMPFAIL: stopped by a signal with everything saved; start again with --resume auto
+
+epilog = """[bold]Examples[/bold]
+
+  florence-vl train mini/pretrain
+
+  florence-vl train mini/finetune steps=200 parts.llm.lr=1e-5 output=runs/try
+
+  florence-vl train llava15/vicuna-7b-finetune --resume auto
+
+  torchrun --nproc-per-node 8 -m florence_vl train paper/8b-finetune --resume auto"""
+
+
+def command(
+    recipe: str = typer.Argument(..., help="Name (florence-vl recipes list) or path of a recipe."),
+    overrides: list[str] = typer.Argument(None, help="key.path=value, as many as wanted.", show_default=False),
+    resume: str = typer.Option(
+        "never", "--resume", help="'auto' goes on from the newest checkpoint, if any; or a checkpoint's path."
+    ),
+) -> None:
+    """Train from a recipe. SIGTERM, SIGUSR1 and Ctrl-C save and leave with exit code 75."""
+    _check_overrides(overrides or [])
+    from florence_vl.train.checkpoint import CheckpointError
+    from florence_vl.train.guards import TrainingError
+    from florence_vl.train.loop import train
+
+    try:
+        result = train(recipe, resume=resume, overrides=overrides or [])
+    except (TrainingError, CheckpointError) as error:
+        print(f"florence-vl: stopped: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    if not result.is_main:
+        raise typer.Exit(0 if result.finished else STOPPED)
+    if not result.finished:
+        typer.echo(f"saved step {result.steps} in {result.run_dir}; go on with: --resume auto")
+        raise typer.Exit(STOPPED)
+    typer.echo(f"{result.steps} steps done, loss {result.metrics['loss']:.4f}: {result.run_dir}")
+    if result.exported is not None:
+        typer.echo(f"model: {result.exported}")
+
+
+def _check_overrides(overrides: list[str]) -> None:
+    for override in overrides:
+        if "=" not in override:
+            near = did_you_mean(override.lstrip("-"), ["--resume"]) if override.startswith("-") else ""
+            raise ValueError(f"{override!r} is not of the form key.path=value. {near}".strip())

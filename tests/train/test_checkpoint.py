@@ -1,0 +1,123 @@
+"""Killed at any moment, resumed to the very same losses; failed writes leave the last good checkpoint."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import signal
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch.distributed.checkpoint as dcp
+
+from florence_vl.train.checkpoint import latest_checkpoint, list_checkpoints
+
+STEPS = 12
+
+
+def _context() -> Any:
+    """Children are forked from a server that has everything imported, so that a run costs its steps only."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["florence_vl.train.loop", "florence_vl.train.export", "florence_vl.testing"])
+    return context
+
+
+def kill_at_random(tiny_run: ModuleType, folder: Path, kills: int, seed: int) -> None:
+    """Kill runs at random moments until so many deaths are counted; every finished run has the undisturbed losses."""
+    arguments = {"steps": STEPS, "checkpoint": {"every_steps": 3, "keep_last": 2, "export": False}}
+    whole = tiny_run.run(folder / "whole", **arguments)
+    assert len(whole) == STEPS
+    context, chance = _context(), random.Random(seed)
+    died = runs = sessions = 0
+    longest = 1.5
+    while died < kills:
+        runs += 1
+        output = folder / f"run{runs}"
+        while True:
+            sessions += 1
+            assert sessions < 20 * kills, "the runs do not get on"
+            case = {"output": str(output), "resume": "auto", **arguments}
+            script = (str(tiny_run.__file__), {"CASES": json.dumps([case])}, "__main__")
+            process = context.Process(target=runpy.run_path, args=script)
+            began = time.monotonic()
+            process.start()
+            process.join(timeout=chance.uniform(0.1, longest) if died < kills else None)
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)
+                process.join()
+                died += 1
+                longest += 0.1  # a slow machine must get on, too
+                for _, checkpoint in list_checkpoints(output):
+                    assert dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+                continue
+            assert process.exitcode == 0
+            longest = min(longest, max(0.5, 1.2 * (time.monotonic() - began)))
+            break
+        assert tiny_run.losses(output) == whole
+
+
+def test_sigkill_at_random_moments_resumes_bit_identically(tiny_run: ModuleType, tmp_path: Path) -> None:
+    kill_at_random(tiny_run, tmp_path, kills=3, seed=1)
+
+
+@pytest.mark.slow
+def test_sigkill_at_twenty_random_moments(tiny_run: ModuleType, tmp_path: Path) -> None:
+    kill_at_random(tiny_run, tmp_path, kills=20, seed=2)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on(
+    tiny_run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"every_steps": 2, "asynchronous": True, "export": False}
+    whole = tiny_run.run(tmp_path / "whole", steps=6, checkpoint=settings)
+    write = dcp.FileSystemWriter.write_data
+    calls = []
+
+    def full(self: Any, plan: Any, planner: Any) -> Any:
+        calls.append(str(self.path))
+        if "step-00000004" in str(self.path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, plan, planner)
+
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", full)
+    losses = tiny_run.run(tmp_path / "full", steps=6, checkpoint=settings)
+    assert len(calls) == 3
+    assert losses == whole
+    assert [step for step, _ in list_checkpoints(tmp_path / "full")] == [2, 6]
+    assert "the checkpoint of step 4 could not be written" in caplog.text
+    assert "the last good one is step-00000002" in caplog.text
+    assert not list((tmp_path / "full" / "checkpoints").glob(".saving*"))
+
+
+def test_a_checkpoint_that_is_not_whole_is_passed_over(tiny_run: ModuleType, tmp_path: Path) -> None:
+    tiny_run.run(tmp_path, steps=4, checkpoint={"every_steps": 2, "export": False})
+    (tmp_path / "checkpoints" / "step-00000004" / ".metadata").unlink()
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.name == "step-00000002"
+
+
+def test_another_model_or_another_seed_is_refused(tiny_run: ModuleType, tmp_path: Path) -> None:
+    tiny_run.run(tmp_path, steps=2)
+    with pytest.raises(ValueError, match="seed 42"):
+        tiny_run.run(tmp_path, steps=4, resume="auto", seed=1)
+    with pytest.raises(ValueError, match="does not fit this model"):
+        tiny_run.run(tmp_path, steps=4, resume="auto", model=tiny_run.tiny(projector_depth=2, features=["davit"]))
+
+
+def test_asynchronous_and_synchronous_saves_hold_the_same(tiny_run: ModuleType, tmp_path: Path) -> None:
+    losses = []
+    for asynchronous in (True, False):
+        out = tmp_path / str(asynchronous)
+        settings = {"every_steps": 1, "asynchronous": asynchronous, "export": False}
+        tiny_run.run(out, steps=3, checkpoint=settings)
+        tiny_run.run(out, steps=4, resume=str(out / "checkpoints" / "step-00000002"), checkpoint=settings)
+        losses.append(tiny_run.losses(out))
+    assert losses[0] == losses[1]

@@ -1,0 +1,154 @@
+"""A tiny model and synthetic batches for the tests of training: imported by them, and run by torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from florence_vl.data.sampler import mix
+from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+from florence_vl.testing import TINY_IMAGE_TOKEN_ID, tiny_config
+from florence_vl.train import train
+
+IMAGE_TOKENS = 4
+
+
+def tiny(seed: int = 0, **config: Any) -> FlorenceVLForConditionalGeneration:
+    """The tests' model, the same for the same seed."""
+    torch.manual_seed(seed)
+    return FlorenceVLForConditionalGeneration(tiny_config(**config))
+
+
+def make_sample(number: int, text_only_every: int = 0) -> tuple[list[int], list[int], torch.Tensor | None]:
+    """Ids, labels and image of sample `number`: lengths differ, some have no image."""
+    generator = torch.Generator().manual_seed(mix(7, number) & 0xFFFFFFFF)
+    length = 6 + int(torch.randint(0, 9, (), generator=generator))
+    text = torch.randint(10, 500, (length,), generator=generator).tolist()
+    supervised = 2 + int(torch.randint(0, length - 4, (), generator=generator))
+    has_image = not (text_only_every and number % text_only_every == 0)
+    pixels = torch.randn(1, 3, 64, 64, generator=generator) if has_image else None
+    ids = [1, *([TINY_IMAGE_TOKEN_ID] * IMAGE_TOKENS if has_image else []), *text]
+    labels = [-100] * (len(ids) - supervised) + ids[len(ids) - supervised :]
+    return ids, labels, pixels
+
+
+def collate(samples: list[tuple[list[int], list[int], torch.Tensor | None]], packed: bool) -> dict[str, torch.Tensor]:
+    """One padded batch of all samples, or one packed row."""
+    batch: dict[str, torch.Tensor] = {}
+    pixels = [p for _, _, p in samples if p is not None]
+    if pixels:
+        batch["pixel_values"] = torch.cat(pixels)
+    if packed:
+        batch["input_ids"] = torch.tensor([[i for ids, _, _ in samples for i in ids]])
+        batch["labels"] = torch.tensor([[v for _, labels, _ in samples for v in labels]])
+        batch["position_ids"] = torch.tensor([[p for ids, _, _ in samples for p in range(len(ids))]])
+        return batch
+    longest = max(len(ids) for ids, _, _ in samples)
+    batch["input_ids"] = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _, _ in samples])
+    batch["labels"] = torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels, _ in samples])
+    batch["attention_mask"] = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _, _ in samples])
+    return batch
+
+
+class SyntheticBatches:
+    """`per_step` samples a step, whatever the number of processes and micro-batches; a pure function of the step."""
+
+    def __init__(
+        self,
+        step: int,
+        rank: int,
+        size: int,
+        per_step: int = 4,
+        micro: int = 2,
+        packed: bool = False,
+        text_only: int = 0,
+    ) -> None:
+        self.step, self.rank, self.size = step, rank, size
+        self.per_step, self.micro, self.packed, self.text_only = per_step, micro, packed, text_only
+        self.batches_per_rank = per_step // micro // size
+        self._queue: list[dict[str, torch.Tensor]] = []
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        if not self._queue:
+            numbers = range(self.step * self.per_step, (self.step + 1) * self.per_step)
+            micros = [numbers[i : i + self.micro] for i in range(0, self.per_step, self.micro)]
+            own = micros[self.rank :: self.size]
+            self._queue = [collate([make_sample(n, self.text_only) for n in ns], self.packed) for ns in own]
+            self.step += 1
+        return self._queue.pop(0)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        self._queue.clear()
+
+
+def recipe(output: str | Path, **changes: Any) -> dict[str, Any]:
+    """A quiet recipe for a CPU."""
+    base = {
+        "name": "tiny",
+        "output": str(output),
+        "steps": 6,
+        "precision": "fp32",
+        "device": "cpu",
+        "threads": 1,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "optimizer": {"lr": 1e-3, "weight_decay": 0.1},
+        "checkpoint": {"every_steps": 2},
+        "logging": {"progress": "none"},
+    }
+    return base | changes
+
+
+def run(
+    output: str | Path,
+    *,
+    resume: str = "never",
+    kill_at: int | None = None,
+    per_step: int = 4,
+    micro: int = 2,
+    packed: bool = False,
+    text_only: int = 0,
+    model: FlorenceVLForConditionalGeneration | None = None,
+    kill_with: int = signal.SIGKILL,
+    processor: Any = None,
+    **changes: Any,
+) -> list[float]:
+    """Train, perhaps die at a step; the losses of all steps that the folder knows."""
+
+    def maybe_die(_trainer: Any, row: Mapping[str, Any]) -> None:
+        if kill_at is not None and row["step"] == kill_at:
+            os.kill(os.getpid(), kill_with)
+
+    def batches(step: int, rank: int, size: int, _state: Any) -> SyntheticBatches:
+        return SyntheticBatches(step, rank, size, per_step, micro, packed, text_only)
+
+    train(
+        recipe(output, **changes),
+        model=model if model is not None else tiny(),
+        processor=processor,
+        batches=batches,
+        resume=resume,
+        callbacks=[maybe_die],
+    )
+    return losses(output)
+
+
+def losses(output: str | Path) -> list[float]:
+    """Losses of a run's metrics file."""
+    return [json.loads(line)["loss"] for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+
+
+if __name__ == "__main__":  # for torchrun and forked children: a JSON list of `run`'s arguments
+    torch.set_num_threads(1)
+    for case in json.loads(globals().get("CASES") or sys.argv[1]):
+        run(**case)
