@@ -187,7 +187,7 @@ def train_tokenizer(seed: int = 0, merges: int = 1024, scenes: int = 2000) -> An
         merges: Upper limit of learned merges.
         scenes: Number of scenes.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE(unk_token=None))
@@ -201,6 +201,9 @@ def train_tokenizer(seed: int = 0, merges: int = 1024, scenes: int = 2000) -> An
         show_progress=False,
     )
     backend.train_from_iterator(_corpus(seed, scenes), trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token="<s>",
