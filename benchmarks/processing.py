@@ -9,7 +9,7 @@ import io
 import statistics
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ def picture(width: int, height: int) -> Image.Image:
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def medians(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def medians(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Median seconds of each, run in turn."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
