@@ -1,4 +1,4 @@
-"""Released checkpoints, converted, compute what the released code computes (an independent upstream, random weights)."""
+"""Converted checkpoints compute what the released code computes (an independent upstream, random weights)."""
 
 import json
 import sys

@@ -122,12 +122,12 @@ def _print_probe(result: Any, count: int, applied: bool) -> None:
     for score in result.scores:
         values = "  ".join(str(v).ljust(len(n)) for n, v in score.reading.settings().items())
         print(f"{score.perplexity:12.4f} {score.agreement:7.1%}  {values}")
+    exact = result.best.agreement == 1
+    how = "reproduce all answers greedily" if exact else "are within two standard errors of the best"
     if result.ties:
-        print(
-            f"Undecided: {len(result.ties)} other readings are within two standard errors of the best over {count} "
-            "references; give more of them."
-        )
+        print(f"Undecided: {len(result.ties)} other readings {how} over {count} references; give more of them.")
     else:
-        print(f"Settled on {count} references: no other reading is within two standard errors of the best.")
+        one = "The first reading alone reproduces" if exact else "No other reading is near the best over"
+        print(f"{one} {'all answers of ' if exact else ''}{count} references: settled.")
     if applied:
         print("The best reading was written into the folder.")

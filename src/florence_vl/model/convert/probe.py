@@ -21,7 +21,7 @@ from florence_vl.model.convert.shards import read_json, write_json
 
 MEAN_TOKENS = ("grid", "all", "grid_before_encoder")
 PROMPT_PADDINGS = ("attended", "masked")
-FIELDS = ("image", "question", "answer")
+FIELDS = ("image", "question", "answer", "ended")
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,13 @@ class Reference:
         image: File.
         answer: Text.
         question: What was asked; "" for a caption under the `plain` template.
+        ended: Whether the end token belongs to the answer; False when it was cut at a length.
     """
 
     image: Path
     answer: str
     question: str = ""
+    ended: bool = True
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,9 @@ class Probe:
     """Scores of all readings, best first, and how sure the choice is.
 
     Attributes:
-        scores: Sorted by `nll`.
-        ties: Other readings whose mean difference from the best is within two standard errors over the references.
+        scores: Readings that reproduce all answers greedily first (the strongest evidence), then by `nll`.
+        ties: Other readings that do as well as the best: they reproduce all answers too, or, when the best doesn't,
+            their mean difference from it is within two standard errors over the references.
     """
 
     scores: list[Score]
@@ -103,7 +106,7 @@ class Probe:
 
 
 def read_references(path: Path) -> list[Reference]:
-    """References from JSON lines of `{"image": file, "question": text, "answer": text}`; files relative to `path`.
+    """References from JSON lines of `{"image", "question", "answer", "ended"}`; image files relative to `path`.
 
     Raises:
         FileNotFoundError: The file or an image isn't there.
@@ -121,13 +124,17 @@ def read_references(path: Path) -> list[Reference]:
             raise ValueError(f"{path}:{number}: not JSON ({error})") from error
         if not isinstance(row, dict) or not {"image", "answer"} <= set(row) <= set(FIELDS):
             keys = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise ValueError(f"{path}:{number}: expected the fields image, answer and perhaps question; found {keys}")
+            raise ValueError(
+                f"{path}:{number}: expected the fields image, answer and perhaps question and ended; found {keys}"
+            )
         image = path.parent / str(row["image"])
         if not image.is_file():
             raise FileNotFoundError(f"{path}:{number}: no such image {image}")
         if not str(row["answer"]).strip():
             raise ValueError(f"{path}:{number}: the answer is empty")
-        found.append(Reference(image, str(row["answer"]), str(row.get("question", ""))))
+        if not isinstance(row.get("ended", True), bool):
+            raise ValueError(f"{path}:{number}: ended is {row['ended']!r}; expected true or false")
+        found.append(Reference(image, str(row["answer"]), str(row.get("question", "")), row.get("ended", True)))
     if not found:
         raise ValueError(f"{path} has no references")
     return found
@@ -200,7 +207,8 @@ def probe(model: Any, processor: Any, references: Sequence[Reference], template:
         batches = [_encode(fitted, reference) for reference in references]
         if key not in features:
             features = {key: [model.get_image_features(b["pixel_values"].to(model.device)) for b in batches]}
-        results = [_score(model, b, f) for b, f in zip(batches, features[key], strict=True)]
+        ended = [reference.ended for reference in references]
+        results = [_score(model, *item) for item in zip(batches, features[key], ended, strict=True)]
         tokens = sum(count for _, _, count in results)
         scores.append(
             Score(
@@ -210,9 +218,11 @@ def probe(model: Any, processor: Any, references: Sequence[Reference], template:
                 [nll / count for nll, _, count in results],
             )
         )
-    scores.sort(key=lambda score: score.nll)
-    set_reading(model, processor, scores[0].reading)
-    return Probe(scores, [score for score in scores[1:] if _tied(scores[0], score)])
+    scores.sort(key=lambda score: (score.agreement < 1, score.nll))
+    best, others = scores[0], scores[1:]
+    set_reading(model, processor, best.reading)
+    exact = best.agreement == 1
+    return Probe(scores, [s for s in others if (s.agreement == 1 if exact else _tied(best, s))])
 
 
 def _encode(processor: Any, reference: Reference) -> dict[str, torch.Tensor]:
@@ -232,9 +242,11 @@ def _encode(processor: Any, reference: Reference) -> dict[str, torch.Tensor]:
     )
 
 
-def _score(model: Any, batch: dict[str, torch.Tensor], features: Any) -> tuple[float, float, int]:
+def _score(model: Any, batch: dict[str, torch.Tensor], features: Any, ended: bool) -> tuple[float, float, int]:
     ids = batch["input_ids"].to(model.device)
     answer = torch.as_tensor(batch["assistant_masks"]).to(model.device).bool().view_as(ids)
+    if not ended:
+        answer[0, answer[0].nonzero()[-1]] = False
     logits = model(input_ids=ids, mm_encoder_outputs={"image": features}).logits[:, :-1][answer[:, 1:]].float()
     targets = ids[:, 1:][answer[:, 1:]]
     nll = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
