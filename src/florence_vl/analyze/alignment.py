@@ -231,10 +231,13 @@ def split_pairs(groups: Groups, config: AlignmentConfig, seed: int) -> Split:
     components = groups.components()[rows]
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(int(components.max()) + 1 if len(rows) else 0, generator=generator)
+    half = min(config.max_heldout, round(len(rows) * config.heldout / 2))
     position = order.argsort()[components] if len(rows) else components
+    if len(rows):  # a component that would fill a held-out half by itself stays in training
+        sizes = components.bincount(minlength=len(order))
+        position = position + len(order) * (sizes[components] > max(1, half // 4))
     rows = rows[position.argsort(stable=True)]
     position = position.sort(stable=True).values
-    half = min(config.max_heldout, round(len(rows) * config.heldout / 2))
 
     def after(row: int) -> int:
         """The first row of the next component: what is left of a cut component is used by neither side."""
