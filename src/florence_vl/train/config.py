@@ -20,7 +20,7 @@ CheckpointingMode = Literal["none", "selective", "full"]
 class BuildConfig:
     """Parts to assemble into a new model; the arguments of `florence_vl.build_model`.
 
-    `None` leaves the choice to `build_model`.
+    `vision: mini` and `llm: smollm2` are the embedded parts. `None` leaves the choice to `build_model`.
     """
 
     __pydantic_config__ = STRICT
@@ -32,8 +32,10 @@ class BuildConfig:
     projector_depth: int | None = None
     mean_token: Literal["grid", "all", "grid_before_encoder"] | None = None
     prompt_padding: Literal["masked", "attended"] | None = None
+    prompt_length: int | None = None
     prompts: dict[str, str] | None = None
     feature_layers: dict[str, int] | None = None
+    image_token: str | None = None
 
 
 @dataclass
@@ -94,6 +96,7 @@ class PackingConfig:
         tokens_per_row: Token budget of a packed row, image tokens included.
         max_images_per_row: Images in a packed row at most, which bounds the tower's memory.
         window: Records that are looked at together, for packing or for grouping by length.
+        pad_to_max_length: Packed: every row is `tokens_per_row` long (one shape for compilation).
         group_by_length: Padded: batches of samples of like length.
     """
 
@@ -103,6 +106,7 @@ class PackingConfig:
     tokens_per_row: int = 4096
     max_images_per_row: int = 16
     window: int = 256
+    pad_to_max_length: bool = False
     group_by_length: bool = False
 
 
@@ -455,6 +459,8 @@ class Recipe:
         if not any(part.train for part in (self.parts.tower, self.parts.projector, llm)):
             problems.append("every part is frozen: set `parts.<part>.train` to true for one of tower, projector, llm")
         packing = self.data.packing
+        if packing.mode == "padded" and packing.pad_to_max_length:
+            problems.append("`data.packing.pad_to_max_length` is for packed rows")
         if packing.mode == "packed" and packing.group_by_length:
             problems.append("`data.packing.group_by_length` is for padded rows; packed rows have no padding to save")
         if packing.mode == "packed" and (self.data.max_length or 0) > packing.tokens_per_row:

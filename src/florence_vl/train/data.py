@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from florence_vl.data.layout import PackingConfig as BatchPlan
 from florence_vl.data.mixture import Mixture, MixtureSource
 from florence_vl.data.packing import Batches, build_batches, estimate_steps
-from florence_vl.data.packing import PackingConfig as BatchPlan
 from florence_vl.data.readers import Reader, open_reader
 from florence_vl.data.records import Record
 from florence_vl.train.config import DataConfig, Recipe, SourceConfig
@@ -117,6 +117,7 @@ class TrainingData:
             batch_size=recipe.micro_batch_size,
             global_batch_size=recipe.batch_size,
             window=packing.window,
+            pad_to_max_length=packing.pad_to_max_length,
             group_by_length=packing.group_by_length,
             max_bad_share=config.max_bad_share,
             bad_records_file=str(recipe.run_dir / "bad_records.jsonl"),

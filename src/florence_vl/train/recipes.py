@@ -339,9 +339,9 @@ def _display(path: Path) -> str:
 
 
 def _is_training_recipe(path: Path) -> bool:
-    """Recipes of other commands live beside these; they say so by a `kind` key."""
+    """Files of other commands lie beside these; a recipe of this one names a parent, a model, data or parts."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, OSError, UnicodeDecodeError):
-        return True  # let loading tell what is wrong
-    return not (isinstance(content, dict) and "kind" in content)
+        return True  # loading it tells what is wrong
+    return isinstance(content, dict) and bool(content.keys() & {"extends", "model", "data", "parts"})

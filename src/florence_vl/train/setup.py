@@ -39,10 +39,11 @@ def load_model(recipe: Recipe) -> tuple[FlorenceVLForConditionalGeneration, Any]
         processor = FlorenceVLProcessor.from_pretrained(name)
     elif config.build is not None:
         from florence_vl.model.assemble import build_model
+        from florence_vl.parts import resolve_llm, resolve_vision
 
         parts = {key: value for key, value in vars(config.build).items() if value is not None}
-        torch.manual_seed(recipe.seed)
-        model, processor = build_model(**parts)
+        vision, llm = resolve_vision(parts.pop("vision")), resolve_llm(parts.pop("llm"))
+        model, processor = build_model(vision, llm, dtype="float32", seed=recipe.seed, **parts)
         if options:
             model.set_attn_implementation(config.attn_implementation)
     else:

@@ -40,7 +40,20 @@ def count_supervised(batch: Batch) -> int:
 def count_tokens(batch: Batch) -> int:
     """Tokens that are not padding."""
     mask = batch.get("attention_mask")
-    return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
+    if mask is not None:
+        return int(mask.sum())
+    return batch["input_ids"].numel() - int(count_row_padding(batch).sum())
+
+
+def count_row_padding(batch: Batch) -> torch.Tensor:
+    """Tokens that fill up packed rows, (rows,): a run of one unsupervised token at the row's end.
+
+    The collator pads a row with a "sample" of pad tokens, so positions alone don't tell padding.
+    """
+    ids, labels = batch["input_ids"], batch["labels"]
+    same = (ids == ids[:, -1:]) & (labels == -100)
+    run = same.flip(-1).long().cumprod(-1).sum(-1)
+    return torch.where(run > 1, run, 0)
 
 
 def count_images(batch: Batch) -> int:
@@ -51,7 +64,9 @@ def count_images(batch: Batch) -> int:
 def count_samples(batch: Batch) -> int:
     """Samples of a batch; in packed rows every position 0 begins one."""
     positions = batch.get("position_ids")
-    return int((positions == 0).sum()) if positions is not None else len(batch["input_ids"])
+    if positions is None:
+        return len(batch["input_ids"])
+    return int((positions == 0).sum()) - int((count_row_padding(batch) > 0).sum())
 
 
 def seed_everything(seed: int) -> None:
