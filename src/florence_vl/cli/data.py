@@ -186,6 +186,19 @@ def sources_command(
     console.print(table)
 
 
+@app.command("prepare")
+def prepare_command(
+    folder: str = typer.Argument(..., help="Folder of WebDataset shards (.tar)."),
+    workers: int = typer.Option(4, "--workers", min=1, help="Processes that index the shards."),
+) -> None:
+    """Index shards for streaming by megatron-energon (the extra [stream]); indexed reading needs no preparation."""
+    try:
+        from florence_vl.data.stream import prepare_shards
+    except ImportError as error:
+        raise ValueError(f'streaming needs the extra: pip install "florence-vl[stream]" ({error})') from None
+    typer.echo(f"{prepare_shards(folder, workers)} samples: {folder}")
+
+
 def _print_bad(console: Any, stats: Any) -> None:
     for kind, count in stats.bad.most_common():
         console.print(

@@ -16,7 +16,6 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from florence_vl.data.encode import Encoder
 from florence_vl.data.layout import MODES, PackingConfig, RowCollator, arrange, check_fits, measure, pack_first_fit
 from florence_vl.data.mixture import Mixture
 from florence_vl.data.records import BadRecord
-from florence_vl.data.report import BadEntry, DataReport
+from florence_vl.data.report import BadEntry, DataReport, rank_file
 from florence_vl.data.sampler import check_rank, mix
 
 
@@ -158,9 +157,7 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
         self._start_step = start_step
         self._fingerprint = _fingerprint(planner)
         cursors, counts = self._read_state(state, start_step)
-        path = config.bad_records_file
-        if path and rank:
-            path = str(Path(path).with_name(f"{Path(path).stem}.rank{rank}{Path(path).suffix}"))
+        path = rank_file(config.bad_records_file, rank)
         self._report = DataReport(config.max_bad_share, config.min_records, path, counts)
         self._step = start_step
         self._cursors = cursors

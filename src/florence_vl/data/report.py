@@ -159,4 +159,11 @@ class DataReport:
         return "\n".join(lines)
 
 
+def rank_file(path: str | None, rank: int) -> str | None:
+    """The file of a rank: rank 0's is `path`, others have `.rank<r>` before the suffix."""
+    if not path or not rank:
+        return path
+    return str(Path(path).with_name(f"{Path(path).stem}.rank{rank}{Path(path).suffix}"))
+
+
 _NUMBERS = ("records", "samples", "batches", "rows", "tokens", "slots", "supervised_tokens", "images")
