@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 IMAGE = object()  # marks an image's place in a prompt
@@ -29,8 +30,8 @@ class BytesPicture:
 
     data: bytes
 
-    @property
-    def key(self) -> str:
+    @cached_property
+    def key(self) -> str:  # type: ignore[override]
         """Content hash."""
         return hashlib.sha256(self.data).hexdigest()[:20]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from florence_vl.evaluate.answer import Answerer, batches
-from florence_vl.evaluate.benchmark import Benchmark, select
+from florence_vl.evaluate.benchmark import Benchmark, Generation, select
 from florence_vl.evaluate.judge import Judge
 from florence_vl.evaluate.metrics import METRICS, Verdict
 from florence_vl.evaluate.metrics.judged import JudgedMetric
@@ -34,6 +34,7 @@ class Plan:
         limit: The `--limit` that chose them.
         seed: The seed of the choice.
         available: Number of questions each benchmark has without a limit.
+        fingerprints: Of each benchmark's protocol and questions together; answers are kept under it.
     """
 
     questions: dict[str, list[Question]]
@@ -41,6 +42,7 @@ class Plan:
     limit: int | None = None
     seed: int = 0
     available: dict[str, int] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -70,8 +72,16 @@ def plan(
     for benchmark in chosen:
         everything = load(benchmark)
         made.available[benchmark.name] = len(everything)
+        made.fingerprints[benchmark.name] = _fingerprint(benchmark, everything)
         made.questions[benchmark.name] = select(everything, benchmark.scorer, limit, seed)
     return made
+
+
+def _fingerprint(benchmark: Benchmark, questions: Sequence[Question]) -> str:
+    digest = hashlib.sha256(benchmark.fingerprint.encode())
+    for question in questions:
+        digest.update(repr((question.id, question.prompt, sorted(question.reference.items()))).encode())
+    return digest.hexdigest()[:16]
 
 
 def shard(made: Plan, rank: int, processes: int) -> Plan:
@@ -87,6 +97,7 @@ def shard(made: Plan, rank: int, processes: int) -> Plan:
         made.limit,
         made.seed,
         made.available,
+        made.fingerprints,
     )
 
 
@@ -96,7 +107,7 @@ def describe(made: Plan) -> dict[str, dict[str, Any]]:
     for name, benchmark in made.benchmarks.items():
         facts = asdict(benchmark)
         found[name] = {
-            "fingerprint": benchmark.fingerprint,
+            "fingerprint": made.fingerprints[name],
             "questions": len(made.questions[name]),
             "available": made.available.get(name, len(made.questions[name])),
             "limit": made.limit,
@@ -147,31 +158,34 @@ def run(
     """
     known = folder.answers()
     failed: dict[str, dict[str, str]] = {}
+    todo: dict[Generation, list[Question]] = {}  # benchmarks with the same settings share batches, so also images
     for name, questions in made.questions.items():
-        benchmark = made.benchmarks[name]
-        fingerprint = benchmark.fingerprint
-        todo = [q for q in questions if known.get((name, q.id), {}).get("protocol") != fingerprint]
-        if progress and len(todo) < len(questions):
-            progress(len(questions) - len(todo))
-        for batch in batches(todo, answerer.batch_size):
+        new = [q for q in questions if known.get((name, q.id), {}).get("protocol") != made.fingerprints[name]]
+        todo.setdefault(made.benchmarks[name].generation, []).extend(new)
+        if progress and len(new) < len(questions):
+            progress(len(questions) - len(new))
+    for generation, questions in todo.items():
+        for batch in batches(questions, answerer.batch_size):
             started = time.perf_counter()
+            answers = answerer.answer(batch, generation)
+            seconds = round((time.perf_counter() - started) / len(batch), 4)
             rows = []
-            for question, answer in zip(batch, answerer.answer(batch, benchmark.generation), strict=True):
+            for question, answer in zip(batch, answers, strict=True):
                 if answer.error is not None:
-                    failed.setdefault(name, {})[question.id] = answer.error
+                    failed.setdefault(question.benchmark, {})[question.id] = answer.error
                     continue
                 row = {
-                    "benchmark": name,
+                    "benchmark": question.benchmark,
                     "id": question.id,
-                    "protocol": fingerprint,
+                    "protocol": made.fingerprints[question.benchmark],
                     "prompt": question.prompt,
                     "answer": answer.text,
                     "finished": answer.finished,
                     "tokens": answer.tokens,
-                    "seconds": round((time.perf_counter() - started) / len(batch), 4),
+                    "seconds": seconds,
                     "reference": dict(question.reference),
                 }
-                rows.append(row | strict_verdict(benchmark.metric, row))
+                rows.append(row | strict_verdict(made.benchmarks[question.benchmark].metric, row))
             folder.append(rows)
             if progress:
                 progress(len(batch))

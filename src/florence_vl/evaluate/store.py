@@ -92,6 +92,26 @@ class ResultsFolder:
                 found[row["benchmark"], row["id"]] = row
         return found
 
+    def count_answers(self) -> int:
+        """Number of answers, without reading them."""
+        return sum(file.read_bytes().count(b"\n") for file in self.path.glob("answers*.jsonl"))
+
+    def write_unanswered(self, failed: Mapping[str, Mapping[str, str]]) -> None:
+        """Keep which questions this process could not get answered, and why; none removes the file."""
+        file = self.path / self.file.name.replace("answers", "unanswered").replace(".jsonl", ".json")
+        if failed:
+            write_text(file, json.dumps(failed, indent=2, ensure_ascii=False) + "\n")
+        else:
+            file.unlink(missing_ok=True)
+
+    def unanswered(self) -> dict[str, dict[str, str]]:
+        """Unanswered questions of all processes: by benchmark, ids and what went wrong."""
+        found: dict[str, dict[str, str]] = {}
+        for file in sorted(self.path.glob("unanswered*.json")):
+            for name, failures in json.loads(file.read_text(encoding="utf-8")).items():
+                found.setdefault(name, {}).update(failures)
+        return found
+
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add answers."""
         append_lines(self.file, rows)

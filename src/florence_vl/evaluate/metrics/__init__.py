@@ -1,6 +1,6 @@
 """Scores of answers, without heavy dependencies: strict parsers and metrics by name."""
 
-from florence_vl.evaluate.metrics import choice, documents, judged, reasoning, vqa, yes_no
+from florence_vl.evaluate.metrics import choice, documents, judged, reasoning, short, vqa, yes_no
 from florence_vl.evaluate.metrics.base import KINDS, METRICS, Metric, Units, Verdict, score_all, stratify
 from florence_vl.evaluate.metrics.choice import parse_choice, substring_match
 from florence_vl.evaluate.metrics.documents import anls, relaxed_match
@@ -22,6 +22,7 @@ __all__ = [
     "reasoning",
     "relaxed_match",
     "score_all",
+    "short",
     "stratify",
     "substring_match",
     "vqa",

@@ -1,0 +1,326 @@
+"""`florence-vl evaluate`: score a model on benchmarks, report and compare runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from florence_vl.evaluate.answer import Answerer
+    from florence_vl.evaluate.runner import Plan
+    from florence_vl.evaluate.store import ResultsFolder
+
+app = typer.Typer(
+    invoke_without_command=True,
+    rich_markup_mode="rich",
+    help="Score a model on benchmarks.",
+    epilog="""[bold]Examples[/bold]
+
+  florence-vl evaluate --model mini --suite mini --out runs/eval-mini
+
+  florence-vl evaluate --model runs/demo/model --suite pope,mme --data benchmarks-data --out runs/eval --limit 200
+
+  florence-vl evaluate --model http://localhost:8000 --suite paper --data benchmarks-data --out runs/eval-served
+
+  florence-vl evaluate compare runs/eval-a runs/eval-b""",
+)
+
+_ROW = typer.Option(
+    "Florence-VL 3B", "--paper-row", help="Row of the paper's tables beside the scores; empty for none."
+)
+_DRAWS = typer.Option(1000, "--draws", min=0, help="Bootstrap samples of the intervals.")
+
+
+@app.callback()
+def run_command(
+    context: typer.Context,
+    model: str | None = typer.Option(
+        None,
+        "--model",
+        "-m",
+        help="Folder of any image-text-to-text model, `mini`, or the URL of an OpenAI-compatible server.",
+    ),
+    suite: str = typer.Option(
+        "mini", "--suite", "-s", help="Suites, benchmarks and YAML files of your own, with commas."
+    ),
+    out: Path | None = typer.Option(None, "--out", "-o", help="Results folder; a killed run goes on there."),
+    data: Path | None = typer.Option(None, "--data", "-d", help="Folder with the benchmarks' parquet files."),
+    limit: int | None = typer.Option(None, "--limit", "-n", min=1, help="About so many questions of each benchmark."),
+    seed: int = typer.Option(0, "--seed", help="Of the sample that --limit draws, and of sampled answers."),
+    protocol: str = typer.Option("current", "--protocol", help="current, or authors: settings of the paper's runs."),
+    batch_size: int = typer.Option(16, "--batch-size", "-b", min=1, help="Questions at a time."),
+    processes: int = typer.Option(1, "--processes", min=1, help="Processes that share the questions (one a GPU)."),
+    judge: str | None = typer.Option(None, "--judge", help="URL of an OpenAI-compatible judge."),
+    judge_model: str | None = typer.Option(None, "--judge-model", help="Its model, when it serves several."),
+    served_model: str | None = typer.Option(
+        None, "--served-model", help="Model to ask, when --model is a URL that serves several."
+    ),
+    retries: int = typer.Option(4, "--retries", min=0, help="Further attempts when an endpoint fails."),
+    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, cuda:1, mps."),
+    dtype: str = typer.Option("auto", "--dtype", help="auto, float32, bfloat16, float16."),
+    paper_row: str = _ROW,
+    draws: int = _DRAWS,
+    shard: str | None = typer.Option(None, "--shard", hidden=True),
+) -> None:
+    """Score a model on benchmarks. Every prompt, raw answer, parsed answer and score is kept in the results folder."""
+    if context.invoked_subcommand is not None:
+        return
+    if model is None or out is None:
+        missing = [name for name, value in (("--model", model), ("--out", out)) if value is None]
+        raise typer.BadParameter(f"missing {' and '.join(missing)}")
+    from florence_vl.evaluate.runner import judge_answers, open_results, plan
+    from florence_vl.evaluate.scoring import reported_row
+    from florence_vl.evaluate.store import ResultsFolder
+    from florence_vl.evaluate.suites import choose
+
+    if paper_row:
+        reported_row(paper_row)
+    chosen = choose(suite, protocol)
+    made = plan(chosen, _loader(data), limit, seed)
+    if shard is not None:
+        _run_shard(shard, model, served_model, retries, device, dtype, batch_size, seed, made, out, data)
+        return
+    folder = ResultsFolder(out)
+    judge_client = None
+    if judge is not None:
+        from florence_vl.evaluate.endpoint import ChatEndpoint
+        from florence_vl.evaluate.judge import Judge
+
+        judge_client = Judge(ChatEndpoint(judge, judge_model, retries=retries))
+    if processes > 1:
+        failed = _run_processes(processes, made, folder)
+    else:
+        answerer = _answerer(model, served_model, retries, device, dtype, batch_size, seed)
+        try:
+            open_results(folder, answerer, made, data)
+            failed = _run_here(answerer, made, folder)
+        finally:
+            answerer.close()
+    if judge_client is not None:
+        description = folder.description
+        folder.write_description(description | {"judge": judge_client.identity})
+        judge_answers(judge_client, folder, {name: b.metric for name, b in made.benchmarks.items()})
+    _report(out, paper_row, draws, made.questions)
+    lost = sum(map(len, failed.values()))
+    if lost:
+        first = next(iter(next(iter(failed.values())).values()))
+        typer.echo(
+            f"{lost} questions are unanswered, so these scores are incomplete. The first failure: {first}", err=True
+        )
+        raise typer.Exit(1)
+
+
+@app.command("list")
+def list_command(suite: str | None = typer.Argument(None, help="A suite; all benchmarks by default.")) -> None:
+    """Benchmarks with their data sets, metrics and what distinguishes the authors' protocol from this one."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from florence_vl.evaluate.suites import benchmark_names, choose, suites
+
+    table = Table(show_lines=True)
+    for name in ("name", "paper's columns", "data", "metric", "judge", "tokens", "differences"):
+        table.add_column(name)
+    for benchmark in choose(suite or benchmark_names()):
+        source = benchmark.source
+        where = "/".join(part for part in (source.dataset, source.config, source.split) if part)
+        cells = [benchmark.name, ", ".join(benchmark.columns), where, benchmark.metric, benchmark.judge]
+        table.add_row(*map(Text, [*cells, str(benchmark.generation.max_new_tokens), benchmark.differences]))
+    console = Console(highlight=False)
+    console.print(table)
+    for name, members in suites().items():
+        console.print(Text(f"suite {name}: {', '.join(members)}"))
+
+
+@app.command("report")
+def report_command(
+    folder: Path = typer.Argument(..., help="Results folder."), paper_row: str = _ROW, draws: int = _DRAWS
+) -> None:
+    """Score the answers in a results folder again and write its reports."""
+    from florence_vl.evaluate.runner import plan
+    from florence_vl.evaluate.store import ResultsFolder
+    from florence_vl.evaluate.suites import BENCHMARKS, benchmark_names, choose
+
+    description = ResultsFolder(folder).description
+    questions: Any = {}
+    benchmark_names()
+    known = [name for name in description.get("benchmarks", {}) if name in BENCHMARKS]
+    data = description.get("data")
+    if known and (data is None or Path(data).is_dir()):
+        try:  # pictures only: a report doesn't need the benchmark's files
+            questions = plan(choose(known), _loader(Path(data) if data else None)).questions
+        except (FileNotFoundError, ValueError) as error:
+            typer.echo(f"no pictures in the report: {error}", err=True)
+    _report(folder, paper_row, draws, questions)
+
+
+@app.command("compare")
+def compare_command(
+    first: Path = typer.Argument(..., help="Results folder."),
+    second: Path = typer.Argument(..., help="Results folder of the run to compare it with."),
+    draws: int = _DRAWS,
+    json_file: Path | None = typer.Option(None, "--json", help="Also write the comparison there."),
+) -> None:
+    """Compare two runs question by question: difference, interval, significance, questions won and lost."""
+    import json
+
+    from rich.console import Console
+
+    from florence_vl.evaluate.report import comparison_table
+    from florence_vl.evaluate.scoring import compare_runs, score_folder
+    from florence_vl.evaluate.store import write_text
+
+    scores = [score_folder(folder, draws=0) for folder in (first, second)]
+    table, values = comparison_table(*scores, compare_runs(*scores, draws=draws or 1000))
+    Console(highlight=False).print(table)
+    if json_file is not None:
+        write_text(json_file, json.dumps(values, indent=2) + "\n")
+
+
+@app.command("lmms-tasks")
+def lmms_tasks_command(folder: Path = typer.Argument(..., help="Folder to write.")) -> None:
+    """Write the mini suite as lmms-eval tasks (YAML over parquet), for its `--include_path`."""
+    from florence_vl.evaluate.lmms_tasks import write_tasks
+
+    names = write_tasks(folder)
+    typer.echo(
+        f"lmms-eval --include_path {folder} --tasks {','.join(names)} --model florence_vl --model_args pretrained=..."
+    )
+
+
+def _loader(data: Path | None) -> Any:
+    from florence_vl.evaluate.mini import is_mini, mini_folder
+
+    if data is not None and not data.is_dir():
+        raise FileNotFoundError(f"--data {data} is no folder")
+    made: list[Path] = []
+
+    def load(benchmark: Any) -> Any:
+        if is_mini(benchmark):
+            made[:] = made or [mini_folder()]
+            return benchmark.questions(made[0])
+        if data is None:
+            raise ValueError(
+                f"{benchmark.name!r} needs --data, a folder with its parquet files in {benchmark.name}/: "
+                f"hf download {benchmark.source.dataset} --repo-type dataset --local-dir DATA/{benchmark.name}"
+            )
+        return benchmark.questions(data)
+
+    return load
+
+
+def _answerer(
+    model: str, served: str | None, retries: int, device: str, dtype: str, batch_size: int, seed: int
+) -> Answerer:
+    if model.startswith(("http://", "https://")):
+        from florence_vl.evaluate.endpoint import ChatEndpoint, EndpointAnswerer
+
+        return EndpointAnswerer(ChatEndpoint(model, served, retries=retries), batch_size)
+    from florence_vl.evaluate.local import load_answerer
+
+    return load_answerer(model, device, dtype, batch_size, seed=seed)
+
+
+def _progress(total: int) -> Any:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+    )
+    return Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+
+
+def _run_here(answerer: Answerer, made: Plan, folder: ResultsFolder) -> dict[str, dict[str, str]]:
+    from florence_vl.evaluate.runner import run
+
+    with _progress(made.total) as progress:
+        task = progress.add_task("questions", total=made.total)
+        failed = run(answerer, made, folder, lambda count: progress.advance(task, count))
+    folder.write_unanswered(failed)
+    return failed
+
+
+def _run_shard(
+    which: str, model: str, served: str | None, retries: int, device: str, dtype: str, batch_size: int, seed: int,
+    made: Plan, out: Path, data: Path | None,
+) -> None:  # fmt: skip
+    from florence_vl.evaluate.runner import open_results, run, shard
+    from florence_vl.evaluate.store import ResultsFolder
+
+    rank, processes = map(int, which.split("/"))
+    folder = ResultsFolder(out, rank)
+    answerer = _answerer(model, served, retries, device, dtype, batch_size, seed)
+    try:
+        open_results(folder, answerer, made, data)
+        folder.write_unanswered(run(answerer, shard(made, rank, processes), folder))
+    finally:
+        answerer.close()
+
+
+def _run_processes(processes: int, made: Plan, folder: ResultsFolder) -> dict[str, dict[str, str]]:
+    """Start this command once for each process with its shard, and show their common progress."""
+    import os
+    import subprocess
+    import sys
+    import time
+
+    import torch
+
+    cuda = torch.cuda.device_count()
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    children: list[subprocess.Popen[bytes]] = []
+    try:
+        with _progress(made.total) as progress:
+            task = progress.add_task("questions", total=made.total)
+            while len(children) < processes or any(child.poll() is None for child in children):
+                opened = not children or (folder.path / "run.json").is_file()
+                if len(children) < processes and opened:  # the first one opens the folder, or refuses it
+                    rank = len(children)
+                    command = [sys.executable, "-m", "florence_vl", *sys.argv[1:], "--shard", f"{rank}/{processes}"]
+                    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+                    if cuda:
+                        environment["CUDA_VISIBLE_DEVICES"] = str(rank % cuda)
+                    children.append(subprocess.Popen(command, env=environment))
+                elif any(child.poll() for child in children):
+                    break
+                time.sleep(0.2)
+                progress.update(task, completed=folder.count_answers())
+        codes = [child.wait() for child in children]
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.terminate()
+                child.wait()
+    if any(codes):
+        raise RuntimeError(
+            f"process {next(i for i, code in enumerate(codes) if code)} of {processes} failed; see above"
+        )
+    return folder.unanswered()
+
+
+def _report(folder: Path, paper_row: str, draws: int, questions: Any) -> None:
+    from rich.console import Console
+
+    from florence_vl.evaluate.report import as_terminal, write_reports
+    from florence_vl.evaluate.scoring import score_folder
+
+    scores = score_folder(folder, draws)
+    files = write_reports(scores, paper_row or None, questions)
+    Console(highlight=False).print(as_terminal(scores, paper_row or None))
+    typer.echo(f"reports: {', '.join(map(str, files))}")

@@ -1,0 +1,118 @@
+"""The mini suite: about 1,000 questions on held-out pictures of the mini data, in the paper's four groups."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from florence_vl.cache import cache_dir
+from florence_vl.evaluate.benchmark import Benchmark
+
+PICTURES = 260  # of the split `test`, whose sprites, fonts and words are in no training picture
+QUESTIONS_PER_GROUP = 300
+SEED = 0
+SIZE = 256  # px
+
+
+def is_mini(benchmark: Benchmark) -> bool:
+    """Whether a benchmark is part of the suite, so that its files are made and not downloaded."""
+    return benchmark.source.dataset == "florence-vl-mini"
+
+
+def mini_rows(pictures: int = PICTURES, per_group: int = QUESTIONS_PER_GROUP) -> dict[str, list[dict[str, Any]]]:
+    """Rows of the suite by benchmark name; the same on every machine.
+
+    Args:
+        pictures: How many pictures are asked about.
+        per_group: At most so many questions of each group.
+
+    Raises:
+        ValueError: The package florence-vl-mini isn't installed.
+    """
+    from florence_vl.data.scenes import GROUPS, SceneGenerator
+
+    try:
+        scenes = SceneGenerator(seed=SEED, split="test", size=SIZE)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the mini suite needs the package florence-vl-mini ({error}): make install") from None
+    rows: dict[str, list[dict[str, Any]]] = {f"mini_{group}": [] for group in GROUPS}
+    for index in range(pictures):
+        scene = scenes[index]
+        image = None
+        for number, question in enumerate(scene.questions):
+            group = rows[f"mini_{question.group}"]
+            if len(group) >= per_group:
+                continue
+            image = image or _png(scene.image)
+            row = {"id": f"{index}-{number}", "picture": str(index), "image": {"bytes": image, "path": None}}
+            row |= {"skill": question.skill, "prompt": question.prompt, "answer": question.answer}
+            group.append(row | {"choices": list(question.choices or ())})
+    return rows
+
+
+def _png(image: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def mini_folder(folder: Path | None = None) -> Path:
+    """A folder with the suite's parquet files, made when it isn't there; in the cache unless named.
+
+    Raises:
+        ValueError: The package florence-vl-mini isn't installed.
+    """
+    rows = mini_rows()
+    if folder is None:
+        digest = hashlib.sha256()
+        for part in _contents(rows):
+            digest.update(part)
+        folder = cache_dir() / "mini-suite" / digest.hexdigest()[:16]
+        if folder.is_dir():
+            return folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+        try:
+            _write(temporary, rows)
+            temporary.chmod(0o755)
+            try:
+                os.replace(temporary, folder)
+            except OSError:  # another process was first
+                if not folder.is_dir():
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder, rows)
+    return folder
+
+
+def _contents(rows: dict[str, list[dict[str, Any]]]) -> Iterator[bytes]:
+    for name, group in rows.items():
+        for row in group:
+            yield repr((name, sorted((k, v) for k, v in row.items() if k != "image"))).encode()
+            yield row["image"]["bytes"]
+
+
+def _write(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    schema = pa.schema([(k, pa.string()) for k in ("id", "picture", "skill", "prompt", "answer")])
+    schema = schema.append(pa.field("choices", pa.list_(pa.string()))).append(pa.field("image", image))
+    # The Hugging Face `datasets` library reads the column as images.
+    features = {name: {"dtype": "string", "_type": "Value"} for name in ("id", "picture", "skill", "prompt", "answer")}
+    choices = {"feature": features["id"], "_type": "List"}
+    known: dict[str, Any] = {**features, "choices": choices, "image": {"_type": "Image"}}
+    schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": known}})})
+    for name, group in rows.items():
+        pq.write_table(pa.Table.from_pylist(group, schema=schema), folder / f"{name}.parquet", row_group_size=128)

@@ -1,0 +1,87 @@
+"""A small evaluation on a fixed sample, for the training loop to call every so many steps."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from florence_vl.evaluate.answer import batches
+from florence_vl.evaluate.benchmark import select
+from florence_vl.evaluate.local import LocalAnswerer
+from florence_vl.evaluate.metrics import stratify
+from florence_vl.evaluate.mini import is_mini, mini_folder
+from florence_vl.evaluate.question import Question
+from florence_vl.evaluate.suites import choose
+
+
+def evaluate_sample(
+    model: Any,
+    processor: Any,
+    suite: str = "mini",
+    limit: int = 32,
+    seed: int = 0,
+    data: Path | None = None,
+    batch_size: int = 16,
+) -> dict[str, float]:
+    """Score a model in memory on a fixed sample of a suite.
+
+    The model's mode (train or eval) and torch's random state are left as they were, so training goes on as without it.
+
+    Args:
+        model: A Florence-VL, on its device.
+        processor: Its processor.
+        suite: Suites or benchmarks; those that need a judge are refused.
+        limit: About so many questions of each benchmark.
+        seed: Of the sample: the same seed, the same questions.
+        data: Folder with the benchmarks' files; not needed for the mini suite.
+        batch_size: Questions at a time.
+
+    Returns:
+        The benchmarks' headline scores as `eval/<benchmark>`, their mean as `eval/mean` when there are several, and
+        `eval/unfinished`, the share of answers that ran into the token limit.
+
+    Raises:
+        FileNotFoundError: A benchmark's file isn't there.
+        ValueError: Unknown names, or a benchmark that needs a judge.
+    """
+    import torch
+
+    chosen = choose(suite)
+    if needing := [b.name for b in chosen if b.judge == "required"]:
+        raise ValueError(f"{', '.join(needing)} can't be scored during training: they need a judge")
+    state = torch.random.get_rng_state()
+    answerer = LocalAnswerer(model, processor, batch_size, identity={"model": "in training"})
+    found: dict[str, float] = {}
+    unfinished = asked = 0
+    try:
+        for benchmark in chosen:
+            questions = _cached(benchmark.name, limit, seed, data)
+            judged = []
+            for batch in batches(questions, batch_size):
+                for question, answer in zip(batch, answerer.answer(batch, benchmark.generation), strict=True):
+                    word = benchmark.scorer.judge(answer.text, question.reference, answer.finished)
+                    judged.append((word, question.reference))
+                    unfinished += not answer.finished
+            asked += len(questions)
+            scores = benchmark.scorer.combine(stratify(benchmark.scorer, judged).means())
+            found[f"eval/{benchmark.name}"] = scores[benchmark.scorer.headline]
+    finally:
+        answerer.close()
+        torch.random.set_rng_state(state)
+    if len(found) > 1:
+        found["eval/mean"] = sum(found.values()) / len(found)
+    found["eval/unfinished"] = unfinished / asked
+    return found
+
+
+@lru_cache(maxsize=64)
+def _cached(name: str, limit: int, seed: int, data: Path | None) -> tuple[Question, ...]:
+    (benchmark,) = choose(name)
+    if is_mini(benchmark):
+        folder = mini_folder()
+    elif data is None:
+        raise ValueError(f"{name!r} needs a folder with its files: pass data=")
+    else:
+        folder = data
+    return tuple(select(benchmark.questions(folder), benchmark.scorer, limit, seed))

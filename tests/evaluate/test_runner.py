@@ -1,0 +1,298 @@
+"""The runner: batches answer as one by one does, images are encoded once, a killed run goes on, nothing is mixed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from florence_vl.evaluate.answer import Answer, Answerer, batches
+from florence_vl.evaluate.benchmark import Generation
+from florence_vl.evaluate.local import LocalAnswerer, folder_fingerprint, state_fingerprint
+from florence_vl.evaluate.question import Question
+from florence_vl.evaluate.runner import Plan, describe, open_results, plan, run, shard
+from florence_vl.evaluate.scoring import score_folder
+from florence_vl.evaluate.store import ResultsFolder, append_lines, read_lines
+from florence_vl.evaluate.suites import choose
+from florence_vl.testing import tiny_model
+
+SMALL = "pope,mme,mmvp,docvqa_val,mmmu_val,cv_bench"
+
+
+@pytest.fixture(scope="module")
+def small_plan(benchmark_folder: Path) -> Plan:
+    return plan(choose(SMALL), lambda benchmark: benchmark.questions(benchmark_folder))
+
+
+class Scripted(Answerer):
+    """Answers from a function, and remembers what it was asked."""
+
+    def __init__(self, say: Any = lambda q: "yes", name: str = "scripted", fail_after: int | None = None) -> None:
+        self.identity = {"model": name}
+        self.batch_size = 3
+        self.say, self.fail_after = say, fail_after
+        self.asked: list[tuple[str, str]] = []
+
+    def answer(self, questions: Sequence[Question], generation: Generation) -> list[Answer]:
+        if self.fail_after is not None and len(self.asked) >= self.fail_after:
+            raise KeyboardInterrupt
+        self.asked += [(q.benchmark, q.id) for q in questions]
+        said = [self.say(q) for q in questions]
+        return [word if isinstance(word, Answer) else Answer(word) for word in said]
+
+    def close(self) -> None:
+        pass
+
+
+def answers(answerer: LocalAnswerer, questions: Sequence[Question], tokens: int = 10) -> dict[tuple[str, str], Answer]:
+    found = {}
+    for batch in batches(questions, answerer.batch_size):
+        for question, answer in zip(batch, answerer.answer(batch, Generation(tokens)), strict=True):
+            found[question.benchmark, question.id] = answer
+    return found
+
+
+@pytest.mark.parametrize("llm", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("share", [True, False])
+def test_batches_answer_as_plain_generate_does(llm: str, share: bool, small_plan: Plan) -> None:
+    model, processor = tiny_model(llm)
+    questions = [q for members in small_plan.questions.values() for q in members]
+    found = answers(LocalAnswerer(model, processor, 8, share_prefix=share), questions)
+    different = 0
+    for question in questions:
+        chat = [{"role": "user", "content": question.content()}]
+        images = iter(question.images)
+        for part in chat[0]["content"]:
+            if part["type"] == "image":
+                part["image"] = next(images).read()
+        inputs = processor.apply_chat_template(
+            [chat], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        inputs.pop("mm_token_type_ids", None)
+        out = model.generate(**inputs, max_new_tokens=10, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        text = processor.tokenizer.decode(out, skip_special_tokens=True)
+        assert found[question.benchmark, question.id].text == text
+        different += text != ""
+    assert different > 5
+
+
+def test_an_image_is_encoded_once(small_plan: Plan) -> None:
+    model, processor = tiny_model()
+    questions = small_plan.questions["docvqa_val"] + small_plan.questions["pope"]
+    calls = []
+    plain = model.model.vision_tower.forward
+    model.model.vision_tower.forward = lambda pixels: calls.append(len(pixels)) or plain(pixels)  # type: ignore[method-assign]
+    answerer = LocalAnswerer(model, processor, batch_size=2)
+    answers(answerer, questions, tokens=2)
+    assert len(questions) == 6
+    assert sum(calls) == answerer.encoded_images == 3
+    answerer.close()
+    answers(answerer, questions[:1], tokens=2)
+    assert sum(calls) == 4
+
+
+def test_the_image_cache_is_bounded(small_plan: Plan) -> None:
+    model, processor = tiny_model()
+    answerer = LocalAnswerer(model, processor, batch_size=1, cached_images=2)
+    answers(answerer, small_plan.questions["cv_bench"], tokens=1)
+    assert answerer.encoded_images == 3
+    assert len(answerer._cache) == 2
+
+
+def test_running_into_the_limit_is_known(small_plan: Plan) -> None:
+    model, processor = tiny_model()
+    question = small_plan.questions["pope"][0]
+    answerer = LocalAnswerer(model, processor)
+    (cut,) = answerer.answer([question], Generation(3))
+    assert (cut.finished, cut.tokens) == (False, 3)
+    ids = processor.tokenizer(cut.text, add_special_tokens=False)["input_ids"]
+    (first,) = answerer.answer([question], Generation(1))
+    stop = processor.tokenizer(first.text, add_special_tokens=False)["input_ids"][0]
+    assert ids[0] == stop
+    answerer._stop = [stop]
+    (ended,) = answerer.answer([question], Generation(3))
+    assert (ended.text, ended.finished, ended.tokens) == ("", True, 0)
+
+
+def test_sampling_is_repeatable_and_differs_by_seed(small_plan: Plan) -> None:
+    model, processor = tiny_model()
+    batch = small_plan.questions["pope"]
+    settings = Generation(8, temperature=1.5)
+    first, again, other = (
+        [a.text for a in LocalAnswerer(model, processor, seed=seed).answer(batch, settings)] for seed in (0, 0, 1)
+    )
+    assert first == again != other
+
+
+def test_a_model_without_chat_template_is_refused() -> None:
+    model, processor = tiny_model()
+    processor.chat_template = None
+    processor.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        LocalAnswerer(model, processor)
+
+
+def test_the_mode_of_the_model_is_left(small_plan: Plan) -> None:
+    model, processor = tiny_model()
+    model.train()
+    LocalAnswerer(model, processor).answer(small_plan.questions["pope"][:1], Generation(1))
+    assert model.training
+
+
+def test_batches_keep_pictures_together() -> None:
+    class P:
+        def __init__(self, key: str) -> None:
+            self.key = key
+
+        def read(self) -> bytes:
+            return b""
+
+    questions = [Question(str(i), "b", ("x" * (i % 7),), (P(str(i % 4)),)) for i in range(20)]
+    found = batches(questions, 5)
+    assert [len(batch) for batch in found] == [5] * 4
+    assert all(len({q.picture_key for q in batch}) == 1 for batch in found)
+    assert {q.id for batch in found for q in batch} == {q.id for q in questions}
+    with pytest.raises(ValueError, match="at least 1"):
+        batches(questions, 0)
+
+
+def test_a_killed_run_goes_on_without_asking_twice(small_plan: Plan, tmp_path: Path) -> None:
+    folder = ResultsFolder(tmp_path / "run")
+    first = Scripted(fail_after=6)
+    open_results(folder, first, small_plan)
+    with pytest.raises(KeyboardInterrupt):
+        run(first, small_plan, folder)
+    assert len(first.asked) == 6
+    with folder.file.open("ab") as out:  # what a kill in the middle of a write leaves
+        out.write(b'{"benchmark": "pope", "id": "3", "ans')
+    second = Scripted()
+    open_results(folder, second, small_plan)
+    counted: list[int] = []
+    assert run(second, small_plan, folder, counted.append) == {}
+    assert not set(first.asked) & set(second.asked)
+    assert len(first.asked) + len(second.asked) == small_plan.total == sum(counted)
+    third = Scripted()
+    run(third, small_plan, folder)
+    assert third.asked == []
+    assert len(read_lines(folder.file)) == small_plan.total
+    row = read_lines(folder.file)[0]
+    assert {"prompt", "answer", "parsed", "score", "kind", "reference", "finished"} <= set(row)
+
+
+def test_other_models_protocols_and_data_are_refused(small_plan: Plan, benchmark_folder: Path, tmp_path: Path) -> None:
+    folder = ResultsFolder(tmp_path / "run")
+    open_results(folder, Scripted(), small_plan)
+    before = folder.description
+    with pytest.raises(ValueError, match="another model: model is 'scripted' there, 'other' now"):
+        open_results(folder, Scripted(name="other"), small_plan)
+    authors = plan(choose("mmmu_val", "authors"), lambda benchmark: benchmark.questions(benchmark_folder))
+    with pytest.raises(ValueError, match=r"'mmmu_val' under another protocol \(current, .*; now authors"):
+        open_results(folder, Scripted(), authors)
+    (pope,) = choose("pope")
+    fewer = plan([pope], lambda benchmark: benchmark.questions(benchmark_folder)[:2])
+    with pytest.raises(ValueError, match="another protocol"):
+        open_results(folder, Scripted(), fewer)
+    assert folder.description == before
+    more = plan(choose("gqa"), lambda benchmark: benchmark.questions(benchmark_folder))
+    open_results(folder, Scripted(), more)  # another benchmark of the same model is welcome
+    assert set(folder.description["benchmarks"]) == {*small_plan.questions, "gqa"}
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").write_text("x")
+    with pytest.raises(ValueError, match="holds files but no results"):
+        open_results(ResultsFolder(tmp_path / "notes"), Scripted(), small_plan)
+
+
+def test_a_limit_is_extended_by_the_next_run(benchmark_folder: Path, tmp_path: Path) -> None:
+    folder = ResultsFolder(tmp_path / "run")
+    chosen = choose("pope")
+    first, second = Scripted(), Scripted()
+    small = plan(chosen, lambda benchmark: benchmark.questions(benchmark_folder), limit=2)
+    open_results(folder, first, small)
+    run(first, small, folder)
+    whole = plan(chosen, lambda benchmark: benchmark.questions(benchmark_folder))
+    open_results(folder, second, whole)
+    run(second, whole, folder)
+    assert (len(first.asked), len(second.asked)) == (2, 2)
+    assert score_folder(folder.path, draws=0).benchmarks["pope"].complete
+
+
+def test_unanswered_questions_make_a_score_incomplete(small_plan: Plan, tmp_path: Path) -> None:
+    folder = ResultsFolder(tmp_path / "run")
+    lost = {("mme", "count/count/0.png"), ("pope", "0")}
+    answerer = Scripted(lambda q: Answer("", error="HTTP 500") if (q.benchmark, q.id) in lost else "yes")
+    open_results(folder, answerer, small_plan)
+    failed = run(answerer, small_plan, folder)
+    assert failed == {"mme": {"count/count/0.png": "HTTP 500"}, "pope": {"0": "HTTP 500"}}
+    scores = score_folder(folder.path, draws=0)
+    pope, mme = scores.benchmarks["pope"], scores.benchmarks["mme"]
+    assert not pope.complete
+    assert pope.note == "incomplete: 1 of 4 questions unanswered"
+    assert mme.scores["perception"] == 0  # the pair that lost a question is left out, not counted as wrong or right
+    assert mme.scores["cognition"] == 50
+    assert scores.benchmarks["mmvp"].complete
+    mended = Scripted()
+    assert run(mended, small_plan, folder) == {}
+    assert set(mended.asked) == lost
+    assert score_folder(folder.path, draws=0).benchmarks["pope"].complete
+
+
+def test_shards_partition_the_pictures(small_plan: Plan) -> None:
+    parts = [shard(small_plan, rank, 3) for rank in range(3)]
+    ids = [{(q.benchmark, q.id) for m in part.questions.values() for q in m} for part in parts]
+    assert sum(map(len, ids)) == len(set.union(*ids)) == small_plan.total
+    keys = [{q.picture_key for m in part.questions.values() for q in m if q.benchmark == "pope"} for part in parts]
+    assert sum(map(len, keys)) == len(set.union(*keys))
+    assert parts[0].fingerprints == small_plan.fingerprints
+
+
+def test_ranks_write_files_of_their_own(small_plan: Plan, tmp_path: Path) -> None:
+    total = 0
+    for rank in range(2):
+        folder = ResultsFolder(tmp_path / "run", rank)
+        open_results(folder, Scripted(), small_plan)
+        answerer = Scripted()
+        run(answerer, shard(small_plan, rank, 2), folder)
+        folder.write_unanswered({"pope": {f"x{rank}": "gone"}})
+        total += len(answerer.asked)
+    assert total == small_plan.total == folder.count_answers()
+    assert (tmp_path / "run" / "answers-1.jsonl").is_file()
+    assert folder.unanswered() == {"pope": {"x0": "gone", "x1": "gone"}}
+    assert all(score.complete for score in score_folder(tmp_path / "run", draws=0).benchmarks.values())
+
+
+def test_damaged_files_are_named(tmp_path: Path, small_plan: Plan) -> None:
+    folder = ResultsFolder(tmp_path / "run")
+    open_results(folder, Scripted(), small_plan)
+    append_lines(folder.file, [{"benchmark": "pope", "id": "0"}])
+    folder.file.write_bytes(b"{not json}\n" + folder.file.read_bytes())
+    with pytest.raises(ValueError, match=r"answers.jsonl, line 1 is damaged"):
+        folder.answers()
+    (tmp_path / "run" / "run.json").write_text('{"version": 99}')
+    with pytest.raises(ValueError, match="isn't a description of results"):
+        open_results(folder, Scripted(), small_plan)
+    with pytest.raises(FileNotFoundError, match="no results"):
+        score_folder(tmp_path)
+
+
+def test_fingerprints(tmp_path: Path) -> None:
+    model, processor = tiny_model()
+    other, _ = tiny_model(seed=1)
+    assert state_fingerprint(model) == state_fingerprint(tiny_model()[0]) != state_fingerprint(other)
+    model.save_pretrained(tmp_path / "a")
+    processor.save_pretrained(tmp_path / "a")
+    before = folder_fingerprint(tmp_path / "a")
+    assert before == folder_fingerprint(tmp_path / "a")
+    template = tmp_path / "a" / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    assert folder_fingerprint(tmp_path / "a") != before
+
+
+def test_the_description_says_what_a_score_depends_on(small_plan: Plan) -> None:
+    facts = describe(small_plan)["mmvp"]
+    assert facts["fingerprint"] == small_plan.fingerprints["mmvp"]
+    assert facts["generation"] == {"max_new_tokens": 16, "temperature": 0.0}
+    assert (facts["questions"], facts["available"], facts["limit"]) == (2, 2, None)
+    json.dumps(facts)
