@@ -249,7 +249,8 @@ def attribution_figure(image: Image.Image, attribution: Attribution) -> Any:
     grey = np.asarray(shown.convert("L").convert("RGB"))
     count = len(attribution.features)
     figure = Figure(figsize=(2.3 * (count + 1), 5.2), layout="constrained")
-    upper, lower = np.ravel(figure.subfigures(2, 1, height_ratios=(1.15, 1)))
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1.15, 1))
+    upper, lower = halves
     axes = upper.subplots(1, count + 1)
     for ax in axes:
         ax.set_axis_off()
