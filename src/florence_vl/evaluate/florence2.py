@@ -229,18 +229,18 @@ def evaluate_florence2(path: str | Path, scenes: int = 300, seed: int = 0, devic
 
     pictures = _held_out("objects", scenes, seed, size, lambda s: all(r.name in known for r in s.regions))
     answers = runner.answer([s.image for s in pictures], "<OD>")
-    found = []
+    found: list[list[tuple[str, Sequence[float]]]] = []
     for answer in answers:
         parsed = runner.processor.post_process_generation(text=answer, task="<OD>", image_size=(size, size))["<OD>"]
         found.append(list(zip(parsed["labels"], parsed["bboxes"], strict=True)))
     wanted = [[(r.name, r.box) for r in s.regions] for s in pictures]
-    other = found[1:] + found[:1]
+    moved = found[1:] + found[:1]
     report["od"] = {
         "box F1 at IoU 0.5": with_interval([_f1(f, w, False) for f, w in zip(found, wanted, strict=True)]),
         "box and name F1 at IoU 0.5": with_interval([_f1(f, w, True) for f, w in zip(found, wanted, strict=True)]),
         "chance": {
-            "box": float(np.mean([_f1(f, w, False) for f, w in zip(other, wanted, strict=True)])),
-            "box and name": float(np.mean([_f1(f, w, True) for f, w in zip(other, wanted, strict=True)])),
+            "box": float(np.mean([_f1(f, w, False) for f, w in zip(moved, wanted, strict=True)])),
+            "box and name": float(np.mean([_f1(f, w, True) for f, w in zip(moved, wanted, strict=True)])),
         },
     }
     return report
@@ -265,7 +265,8 @@ def probe_pictures(n: int, seed: int, size: int) -> tuple[list[Image.Image], dic
     names = Random(7).sample(pool, PROBE_CLASSES)
     by_name = {name: [s for s in assets.sprites("test") if s.name == name] for name in names}
     words = Random(7).sample([w for w in assets.words("test") if 4 <= len(w) <= 6], PROBE_CLASSES)
-    images, labels = [], defaultdict(list)
+    images: list[Image.Image] = []
+    labels: dict[str, list[int]] = defaultdict(list)
     while len(images) < n:
         canvas, _ = draw.background(rng, size)
         name, word = rng.randrange(PROBE_CLASSES), rng.randrange(PROBE_CLASSES)
@@ -329,7 +330,7 @@ def load_tower(path: str | Path, features: Sequence[str] = PROBE_FEATURES) -> An
                      "intermediate_size": 16, "vocab_size": 16},  # unused: the tower alone is built
         features=tuple(features),
         prompts=prompts,
-        prompt_token_ids={n: tokenizer(f"<s>{t}</s>", add_special_tokens=False)["input_ids"] for n, t in prompts.items()},
+        prompt_token_ids={n: tokenizer(t)["input_ids"] for n, t in prompts.items()},
         image_token_id=3,
     )  # fmt: skip
     tower = Florence2Tower(config)
@@ -379,8 +380,8 @@ def probe_prompts(
     table: dict[str, Any] = {"chance": {t: sum(v) / len(v) for t, v in chance.items()}}
     for name, row in scores.items():
         table[name] = {}
-        for target, values in row.items():
-            result = interval(values)
+        for target, runs in row.items():
+            result = interval(runs)
             table[name][target] = {"mean": result.mean, "half": result.half, "runs": result.runs}
     return table
 

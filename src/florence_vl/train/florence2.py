@@ -1,7 +1,7 @@
 """A small Florence-2 from scratch: transformers' own classes, own tokenizer, trained on scenes with the seq2seq loss.
 
-`V` is computed once an image and shared by all of the image's tasks. The position in the data is the step alone, so a run
-that was killed continues with exactly the samples it would have seen.
+`V` is computed once an image and shared by all of the image's tasks. The position in the data is the step alone, so a
+run that was killed continues with exactly the samples it would have seen.
 """
 
 from __future__ import annotations
@@ -311,6 +311,20 @@ class SceneTasks(torch.utils.data.Dataset):
         return ids if len(ids) <= self.config.max_target_tokens else None
 
 
+class Batches(torch.utils.data.Sampler[list[int]]):
+    """The image numbers of steps `first` to `last`: step `s` shows `s * size` to `(s + 1) * size`."""
+
+    def __init__(self, first: int, last: int, size: int) -> None:
+        self.first, self.last, self.size = first, last, size
+
+    def __len__(self) -> int:
+        return max(0, self.last - self.first)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first, self.last):
+            yield list(range(step * self.size, (step + 1) * self.size))
+
+
 def encode_prompt(tokenizer: Any, task: str) -> list[int]:
     """Token ids of a task's prompt as `Florence2Processor` lays it out: `<s> prompt </s>`."""
     return tokenizer(f"<s>{FLORENCE2_PROMPTS[task]}</s>", add_special_tokens=False)["input_ids"]
@@ -348,11 +362,11 @@ def normalize(pixels: Tensor) -> Tensor:
     return (pixels.float() / 255 - mean) / std
 
 
-def seq2seq_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def seq2seq_loss(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Cross-entropy of every target token.
 
-    The same computation as `Florence2ForConditionalGeneration.forward` with labels, but DaViT runs once an image however
-    many tasks it has, and the LM head only where there is a label.
+    The same computation as `Florence2ForConditionalGeneration.forward` with labels, but DaViT runs once an image
+    however many tasks it has, and the LM head only where there is a label.
 
     Returns:
         (loss of each supervised token (S,), index of its task (S,)).
@@ -430,7 +444,7 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
         build_mini_florence2(start_folder, config.seed, config.image_size)
     # on a CPU plain attention is 1.6 times as fast as the fused kernel for DaViT's many small windows
     attention = "eager" if device == "cpu" else "sdpa"
-    model = Florence2ForConditionalGeneration.from_pretrained(start_folder, attn_implementation=attention)
+    model: Any = Florence2ForConditionalGeneration.from_pretrained(start_folder, attn_implementation=attention)
     model.to(device).train()
     tokenizer = Florence2Processor.from_pretrained(start_folder).tokenizer
     optimizer = torch.optim.AdamW(
@@ -460,10 +474,9 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
             ema = {k: v.to(device) for k, v in (state["ema"] or dict(model.named_parameters())).items()}
 
     data = SceneTasks(config, tokenizer)
-    n = config.images_per_step
     loader = torch.utils.data.DataLoader(
         data,
-        batch_sampler=[range(s * n, (s + 1) * n) for s in range(step, config.steps)],
+        batch_sampler=Batches(step, config.steps, config.images_per_step),
         collate_fn=collate,
         num_workers=config.workers,
         prefetch_factor=6 if config.workers else None,

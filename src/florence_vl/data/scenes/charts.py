@@ -70,7 +70,7 @@ def bar(rng: Random, split: str, size: int, scene_id: str) -> Scene:
         x = left + width * i
         box = (x + width * 0.16, tops[i], x + width * 0.84, base)
         ink.rectangle(box, fill=draw.COLORS[color])
-        regions.append(Region("bar", f"{color} bar", tuple(map(float, box)), None))
+        regions.append(Region("bar", f"{color} bar", box))
         sheet.write(x + width / 2, tops[i] - 19 * u, str(value), round(18 * u), anchor="m")
     for i, label in enumerate(labels):
         sheet.write(left + width * (i + 0.5), base + 9 * u, label, label_size, anchor="m")
@@ -198,8 +198,9 @@ def pie(rng: Random, split: str, size: int, scene_id: str) -> Scene:
         "pie_chart",
         sheet.image,
         "a pie chart",
-        f"A pie chart with {assets.NUMBERS[n]} parts in {', '.join(colors[:-1])} and {colors[-1]}, with a legend on the right.",
-        [Region("pie", f"pie of {assets.NUMBERS[n]} parts", tuple(float(v) for v in box))],
+        f"A pie chart with {assets.NUMBERS[n]} parts in {', '.join(colors[:-1])} and {colors[-1]}, "
+        "with a legend on the right.",
+        [Region("pie", f"pie of {assets.NUMBERS[n]} parts", box)],
         sheet.texts,
         [*questions, *_is_kind(rng, "pie chart", topic)],
     )
@@ -265,7 +266,8 @@ def scatter(rng: Random, split: str, size: int, scene_id: str) -> Scene:
         "scatter_chart",
         sheet.image,
         "a scatter chart",
-        f"A scatter chart of {' and '.join(colors)} points that {'rise' if slope > 0 else 'fall'} from left to right, with a title at the top.",
+        f"A scatter chart of {' and '.join(colors)} points that {'rise' if slope > 0 else 'fall'} from left to right, "
+        "with a title at the top.",
         regions,
         sheet.texts,
         [*questions, *_is_kind(rng, "scatter chart", topic)],

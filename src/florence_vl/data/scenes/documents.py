@@ -10,13 +10,9 @@ from PIL import Image, ImageDraw
 from florence_vl.data.scenes import assets, draw
 from florence_vl.data.scenes.annotations import Question, Region, Scene, Text
 
-FIRST = "Anna Ben Carla David Emma Felix Grace Henry Ivan Julia Karim Laura Maya Noah Olga Paul Rosa Sam Tara Victor Yuki Zoe".split()  # fmt: skip
-LAST = "Adams Baker Costa Diaz Evans Fischer Garcia Hughes Ito Jensen Khan Lopez Meyer Novak Olsen Park Rossi Silva Turner Weber".split()  # fmt: skip
-CITIES = "Berlin Lima Oslo Cairo Paris Tokyo Milan Accra Delhi Quito Porto Perth Dublin Boston Hanoi Tunis Riga Bern Seoul Lagos".split()  # fmt: skip
-SHOPS = ("CORNER SHOP", "CITY CAFE", "GREEN MARKET", "BOOK HOUSE", "BAKERY", "TOY STORE", "GARDEN CENTER", "FRESH FOOD")
-GOODS = "bread milk eggs apples cheese coffee tea rice soap paper pens lamp cake juice honey butter pasta salad water candy".split()  # fmt: skip
-FORMS = ("MEMBER CARD", "VISITOR PASS", "ORDER FORM", "LIBRARY CARD", "BOARDING PASS", "PARKING TICKET")
-MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
+FIRST, LAST, CITIES, SHOPS, GOODS, FORMS, MONTHS = map(
+    assets.vocabulary, ("first_names", "last_names", "cities", "shops", "goods", "forms", "months")
+)
 
 
 @dataclass
@@ -138,8 +134,8 @@ def form(rng: Random, split: str, size: int, scene_id: str) -> Scene:
         "form",
         sheet.image,
         caption=f"a {title.lower()}" if title[0] not in "AEIOU" else f"an {title.lower()}",
-        detailed_caption=f"{'An' if title[0] in 'AEIOU' else 'A'} {title.lower()} with the fields {', '.join(k.lower() for k in keys[:-1])} "
-        f"and {keys[-1].lower()}, and a {banner} banner at the top.",
+        detailed_caption=f"{'An' if title[0] in 'AEIOU' else 'A'} {title.lower()} with the fields "
+        f"{', '.join(k.lower() for k in keys[:-1])} and {keys[-1].lower()}, and a {banner} banner at the top.",
         regions=[
             Region("banner", f"{banner} banner", (0.0, 0.0, float(size), 44.0 * u)),
         ],
@@ -201,7 +197,8 @@ def table(rng: Random, split: str, size: int, scene_id: str) -> Scene:
         "table",
         sheet.image,
         caption="a table of numbers",
-        detailed_caption=f"A table of numbers with {assets.NUMBERS[len(rows)]} rows, two columns and a {header} header.",
+        detailed_caption=f"A table of numbers with {assets.NUMBERS[len(rows)]} rows, two columns "
+        f"and a {header} header.",
         regions=[Region("table header", f"{header} table header", (0.0, 0.0, float(size), float(height)))],
         texts=sheet.texts,
         questions=[*questions, *_is_kind(rng, "table", "table")],

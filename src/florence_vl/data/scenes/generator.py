@@ -61,7 +61,7 @@ class SceneGenerator:
         self.seed, self.split, self.size = seed, split, size
         self.mix = dict(DEFAULT_MIX if mix is None else mix)
         for kind in self.mix:
-            KINDS[kind]  # noqa: B018  # raises for an unknown name
+            KINDS[kind]  # raises for an unknown name
         if not self.mix or min(self.mix.values()) < 0 or sum(self.mix.values()) <= 0:
             raise ValueError(f"weights of the kinds of scene must be positive, found {self.mix}")
 

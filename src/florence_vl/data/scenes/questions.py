@@ -1,7 +1,7 @@
-"""Questions about objects and lettering. Only what a person would answer the same way is asked; yes and no are balanced.
+"""Questions about objects and lettering: only what a person would answer the same way; yes and no are balanced.
 
-A yes/no question first draws its answer, then what to ask; existence questions follow POPE (half of the absent objects are
-of the kind of a present one).
+A yes/no question first draws its answer, then what to ask; existence questions follow POPE (half of the absent objects
+are of the kind of a present one).
 """
 
 from __future__ import annotations
@@ -35,55 +35,7 @@ SUPER = {
 }  # fmt: skip
 KINDS_OF_THING = ("animal", "fruit", "vehicle", "building", "musical instrument", "clothing", "plant", "tool")
 
-_THINGS = {
-    "vehicle",
-    "fruit",
-    "vegetable",
-    "food",
-    "sweet food",
-    "tool",
-    "clothing",
-    "musical instrument",
-    "building",
-    "plant",
-}
-# wording -> (names for which it is true, categories for which it is surely false unless named)
-FACTS: dict[str, tuple[set[str], set[str]]] = {
-    "lives in the sea": (
-        set("whale|dolphin|octopus|squid|shark|crab|lobster|jellyfish|tropical fish|blowfish|shrimp|seal".split("|")),
-        _THINGS | {"insect or other small animal"},
-    ),
-    "gives milk that people drink": ({"cow", "cow face", "goat"}, _THINGS | {"bird", "insect or other small animal", "sea animal"}),
-    "makes honey": ({"honeybee", "bee"}, _THINGS | {"bird", "animal", "sea animal"}),
-    "lays eggs and has feathers": (
-        set("chicken|rooster|bird|penguin|dove|eagle|duck|swan|owl|flamingo|peacock|parrot|goose|turkey|black bird".split("|")),
-        _THINGS | {"insect or other small animal", "sea animal"},
-    ),
-    "is used to make music": (
-        set("saxophone|trumpet|trombone|accordion|guitar|violin|banjo|drum|maracas|flute|harp|musical keyboard".split("|")),
-        {"vehicle", "fruit", "vegetable", "food", "sweet food", "clothing", "building", "plant", "animal", "bird", "sea animal"},
-    ),
-    "is worn on the feet": (
-        set("running shoe|hiking boot|high-heeled shoe|man's shoe|woman's boot|woman's sandal|socks|shoe".split("|")),
-        {"vehicle", "fruit", "vegetable", "food", "building", "plant", "animal", "bird", "musical instrument", "tool"},
-    ),
-    "is worn on the head": (
-        set("top hat|billed cap|graduation cap|woman's hat|military helmet|hat".split("|")),
-        {"vehicle", "fruit", "vegetable", "food", "building", "plant", "animal", "bird", "musical instrument", "tool"},
-    ),
-    "can carry people through the air": (
-        {"airplane", "small airplane", "helicopter"},
-        {"fruit", "vegetable", "food", "clothing", "plant", "animal", "bird", "musical instrument", "tool", "building"},
-    ),
-    "carries people on water": (
-        {"sailboat", "canoe", "speedboat", "passenger ship", "ferry", "motor boat", "ship", "boat"},
-        {"fruit", "vegetable", "food", "clothing", "plant", "animal", "bird", "musical instrument", "tool", "building"},
-    ),
-    "grows on a tree": (
-        {"red apple", "green apple", "apple", "pear", "peach", "lemon", "cherries", "tangerine", "mango", "orange", "lime"},
-        {"vehicle", "clothing", "animal", "bird", "sea animal", "musical instrument", "tool", "building"},
-    ),
-}  # fmt: skip
+FACTS = assets.facts()
 
 
 @lru_cache
@@ -377,7 +329,7 @@ _ASKERS: dict[str, tuple[Callable[[Random, Scene, str], Question | None], ...]] 
 
 
 def ask(scene: Scene, rng: Random, split: str) -> list[Question]:
-    """Up to `PER_GROUP` questions of each group about a scene of objects or lettering; documents and charts bring their own."""
+    """Up to `PER_GROUP` questions of each group about objects or lettering; documents and charts bring their own."""
     if scene.kind not in ("single", "objects", "lettering"):
         return []
     out: list[Question] = []
