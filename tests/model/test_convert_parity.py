@@ -1,6 +1,8 @@
 """Converted checkpoints compute what the released code computes (an independent upstream, random weights)."""
 
+import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from PIL import Image
 import florence_vl
 from florence_vl.model.configuration import FLORENCE2_PROMPT_IDS, FLORENCE2_PROMPTS
 from florence_vl.model.convert import convert
+from florence_vl.model.convert.processors import ReleasedProcessor, seams, with_lead
 from florence_vl.model.processing import ImageTokenRule
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -156,6 +159,100 @@ def test_image_placeholder_keeps_the_newline(models):
     newline = processor.tokenizer.convert_tokens_to_ids("<0x0A>")
     assert newline in ids
     assert processor.image_token == "<|placeholder1|>"
+
+
+def make_sentencepiece(folder, specials, adds_bos):
+    """A slow Llama tokenizer's files as transformers 4.43 wrote them: SentencePiece model, no tokenizer.json."""
+    spm = pytest.importorskip("sentencepiece")
+    model = io.BytesIO()
+    text = ["What is in the image ?", "You are a helpful AI assistant .", "A chat between USER and ASSISTANT :"] * 40
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(text),
+        model_writer=model,
+        vocab_size=330,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    pieces = spm.SentencePieceProcessor(model_proto=model.getvalue())
+    size = pieces.get_piece_size()
+    flags = {"lstrip": False, "normalized": False, "single_word": False, "special": True}
+    decoder = {str(i): {"content": t, "rstrip": False, **flags} for i, t in enumerate(["<unk>", "<s>", "</s>"])}
+    for i, token in enumerate(specials):
+        decoder[str(size + i)] = {"content": token, "rstrip": token != "<|endoftext|>", **flags}
+    end = specials[0] if specials else "</s>"
+    names = {"bos_token": "<s>", "eos_token": end, "unk_token": "<unk>", "pad_token": end if specials else "<unk>"}
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": False,
+        "add_bos_token": adds_bos,
+        "add_eos_token": False,
+        "added_tokens_decoder": decoder,
+        **names,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "special_tokens_map.json").write_text(json.dumps(names))
+    if specials:
+        (folder / "added_tokens.json").write_text(json.dumps({t: size + i for i, t in enumerate(specials)}))
+    return (
+        pieces,
+        {**{t: size + i for i, t in enumerate(specials)}, "<s>": 1, "</s>": 2, "<unk>": 0},
+        size + len(specials),
+    )
+
+
+def slow_llama_ids(pieces, specials, text, adds_bos):
+    """transformers 4.43's slow LlamaTokenizer with `legacy=False`, from its description.
+
+    A space before the text; control tokens split it and swallow the white space behind them; what lies between goes
+    through SentencePiece without its own leading space.
+    """
+    ids = [1] if adds_bos else []
+    parts = re.split("(" + "|".join(map(re.escape, specials)) + ")", "▁" + text)
+    marker = pieces.encode("<", out_type=int)  # what SentencePiece puts in front of an anchor
+    for i, part in enumerate(parts):
+        if i % 2:
+            ids.append(specials[part])
+            continue
+        if i and parts[i - 1].startswith("<|") and parts[i - 1] != "<|endoftext|>":
+            part = part.lstrip()
+        if part:
+            ids += pieces.encode("<" + part, out_type=int)[len(marker) :]
+    return ids
+
+
+PHI3_SPECIALS = ["<|endoftext|>", "<|assistant|>", "<|placeholder1|>", "<|system|>", "<|end|>", "<|user|>"]
+
+
+@pytest.mark.parametrize(("kind", "specials"), [("phi3", PHI3_SPECIALS), ("llama", [])])
+def test_slow_sentencepiece_tokens_are_repeated(tmp_path, kind, specials):
+    """Phi-3.5 and Vicuna were tokenized slowly, pieces apart: a space before each piece, also behind the image."""
+    adds_bos = kind == "llama"
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    pieces, table, size = make_sentencepiece(tokenizer, specials, adds_bos)
+    config = {"model_type": "llava_phi" if kind == "phi3" else "llava_llama", "image_aspect_ratio": "pad"}
+    released = ReleasedProcessor.open(tokenizer, config)
+    token = released.choose_image_token(size)
+    assert not released.notes
+    question = "What is  in it?\nSay"
+    if kind == "phi3":
+        prompt = upstream.phi3_prompt(question)
+    else:
+        system = upstream.llama3_prompt("").split("<|end_header_id|>\n\n")[1].split("<|eot_id|>")[0]
+        prompt = f"{system} USER: <image>\n{question} ASSISTANT:"
+    before, after = (slow_llama_ids(pieces, table, text, adds_bos) for text in prompt.split("<image>"))
+    wanted = [*before, token.id, *(after[1:] if before[0] == 1 else after)]
+    assert released.released_ids(question) == wanted
+    assert released.our_ids(question) == wanted
+    assert seams(released._chat_template) == (" ", " ")
+    assert with_lead(released._build(after_image=" "), " ") == released._chat_template
+    space = pieces.piece_to_id("▁")
+    assert wanted[wanted.index(token.id) + 1 :][:2] == [space, pieces.piece_to_id("<0x0A>")]
 
 
 def test_prompt_rows_are_the_released_ones():

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -41,7 +42,8 @@ def converted(tmp_path_factory):
     model.save_pretrained(folder / "answering")
     processor.save_pretrained(folder / "answering")
     for i in range(3):
-        Image.effect_noise((40 + 8 * i, 48), 90).convert("RGB").save(folder / f"{i}.png")
+        noise = np.random.default_rng(i).integers(0, 256, (48, 40 + 8 * i, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{i}.png")
     return folder
 
 

@@ -89,7 +89,8 @@ def plan_from_original(
     rows = checkpoint.tensors["model.embed_tokens.weight"].shape[0]
     if rows != text.get("vocab_size", rows):
         raise ValueError(f"config.json says vocab_size {text['vocab_size']}, but the embedding has {rows} rows")
-    choice = processor.image_token(rows)
+    choice = processor.choose_image_token(rows)
+    plan.notes += processor.notes
     if choice.rows != rows:
         plan.notes.append(
             f"the vocabulary has no free token for images: {choice.token!r} was added and the embedding and head grew "

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from florence_vl.model.convert.plan import REPORT_FILE
+from florence_vl.model.convert.processors import seams, with_lead
 from florence_vl.model.convert.shards import read_json, write_json
 
 MEAN_TOKENS = ("grid", "all", "grid_before_encoder")
@@ -145,9 +146,10 @@ def readings(template: str) -> Iterator[Reading]:
     from florence_vl.data.chat_template import CHAT_TEMPLATES
 
     allowed = CHAT_TEMPLATES[template].allows
-    axes = [[(n, value) for value in (False, True)] for n in ("newline_after_image", "double_bos") if n in allowed]
-    for mean_token, padding, *options in itertools.product(MEAN_TOKENS, PROMPT_PADDINGS, *axes):
-        yield Reading(mean_token, padding, template, tuple(options))
+    names = [name for name in ("newline_after_image", "double_bos") if name in allowed]
+    for mean_token, padding in itertools.product(MEAN_TOKENS, PROMPT_PADDINGS):
+        for values in itertools.product((False, True), repeat=len(names)):
+            yield Reading(mean_token, padding, template, tuple(zip(names, values, strict=True)))
 
 
 def set_reading(model: Any, processor: Any, reading: Reading) -> Any:
@@ -161,11 +163,14 @@ def set_reading(model: Any, processor: Any, reading: Reading) -> Any:
     options = dict(reading.options)
     if reading.template == "plain":
         options["end"] = "newline"
-    template = CHAT_TEMPLATES[reading.template]
+    lead, after_image = seams(str(processor.chat_template))
+    built = CHAT_TEMPLATES[reading.template].build(
+        processor.tokenizer, image_token=processor.image_token + after_image, **options
+    )
     return FlorenceVLProcessor(
         processor.image_processor,
         processor.tokenizer,
-        chat_template=template.build(processor.tokenizer, image_token=processor.image_token, **options),
+        chat_template=with_lead(built, lead),
         image_token=processor.image_token,
         image_token_rule=ImageTokenRule.from_config(config),
     )
