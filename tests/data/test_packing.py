@@ -258,6 +258,17 @@ def test_samples_longer_than_a_row(parts, encoder):
     assert limited.report().num_bad > 0
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_user_errors_in_workers_arrive_as_they_are(parts, workers):
+    config = PackingConfig(tokens_per_row=60, global_batch_size=1, window=16)
+    batches = build_batches(mixture_of(), Encoder(parts[1]), config, num_workers=workers)
+    with pytest.raises(
+        ValueError, match=r"^record .* more than packing\.tokens_per_row=60\. Raise it, or set on_long to drop$"
+    ):
+        take(batches, 20)
+    batches.close()
+
+
 def test_length_grouping_pads_less(encoder):
     efficiency = {}
     for group in (True, False):

@@ -180,9 +180,6 @@ def test_the_index_is_built_once_mapped_and_renewed_when_the_file_changes(tmp_pa
     assert second[4999] == {"n": 4999}
     assert first.offsets.tolist() == second.offsets.tolist()
     path.write_text("\n".join(json.dumps({"n": -i}) for i in range(6000)))
-    from florence_vl.data.readers.files import forget_open_files
-
-    forget_open_files()
     assert IndexedJson(path)[5999] == {"n": -5999}
     assert len(scans) == 2
 

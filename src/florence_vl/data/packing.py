@@ -46,6 +46,26 @@ class WindowPlan:
     bad: list[BadEntry] = field(default_factory=list)
 
 
+@dataclass
+class _Failure:
+    """A user's error from a worker: raised in the main process as it is, without the worker's traceback."""
+
+    error: Exception
+
+
+class _Careful(Dataset):
+    """A data set whose user errors come back as values."""
+
+    def __init__(self, inner: Dataset) -> None:
+        self.inner = inner
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            return self.inner[index]
+        except (ValueError, OSError) as error:
+            return _Failure(error)
+
+
 class WindowPlanner(Dataset):
     """`planner[w]` measures the records of window w and lays them out; a pure function of (mixture, w).
 
@@ -166,7 +186,7 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
         plan_workers = 0 if num_workers == 0 else max(1, num_workers // 4)
         self._plan_workers = plan_workers
         self._loader: DataLoader | None = DataLoader(
-            batch_encoder,
+            _Careful(batch_encoder),
             batch_size=None,
             sampler=_Requests(self),
             collate_fn=_identity,
@@ -204,7 +224,7 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
         windows = (m * total + lane for m in itertools.count(first_round) for lane in own if m >= start[lane][0])
         plans = iter(
             DataLoader(
-                self._planner,
+                _Careful(self._planner),
                 batch_size=None,
                 sampler=_Windows(windows),
                 collate_fn=_identity,
@@ -222,7 +242,7 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
                 plan = current[lane]
                 if plan is None:
                     while not waiting[lane]:
-                        fresh = next(plans)
+                        fresh = _checked(next(plans))
                         waiting[fresh.window % total].append(fresh)
                     plan = current[lane] = waiting[lane].popleft()
                     if request is not None and row == 0:
@@ -258,7 +278,7 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
         Raises:
             ValueError: Too many records are bad, see `PackingConfig.max_bad_share`.
         """
-        answer = next(self._iterator)
+        answer = _checked(next(self._iterator))
         request = answer.request
         self.ids = answer.ids
         self._report.add(
@@ -322,6 +342,12 @@ class _Windows:
 
 
 def _identity(item: Any) -> Any:
+    return item
+
+
+def _checked(item: Any) -> Any:
+    if isinstance(item, _Failure):
+        raise item.error
     return item
 
 

@@ -424,5 +424,7 @@ def build_stream(
         "packing.tokens_per_row": packing.tokens_per_row,
         "packing.max_images_per_row": packing.max_images_per_row,
     }
-    loader = get_savable_loader(dataset, watchdog_timeout_seconds=None)
+    # in this process, collecting garbage is the training loop's business
+    collect = {} if num_workers else {"gc_collect_every_n_steps": 0}
+    loader = get_savable_loader(dataset, watchdog_timeout_seconds=None, **collect)
     return StreamBatches(loader, packing, fingerprint, rank, world_size, state)

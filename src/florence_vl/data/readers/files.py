@@ -59,6 +59,7 @@ def identity(path: str | Path) -> tuple[str, int, str]:
     """
     text = local(path)
     if not is_url(text):
+        _forget(text)  # the file may have been replaced since it was last read
         try:
             stat = os.stat(text)
         except FileNotFoundError:
@@ -132,11 +133,11 @@ def _pread(path: str, offset: int, length: int) -> bytes:
     return b"".join(pieces)
 
 
-def forget_open_files() -> None:
-    """Close the kept descriptors (a file was replaced under the same name)."""
+def _forget(path: str) -> None:
     with _lock:
-        while _descriptors:
-            os.close(_descriptors.popitem()[1])
+        descriptor = _descriptors.pop((os.getpid(), path), None)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def find_files(path: str | Path, suffixes: tuple[str, ...]) -> list[str]:
