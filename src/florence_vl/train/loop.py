@@ -551,12 +551,7 @@ class Trainer:
         self.spikes.load_state_dict(state["spikes"])
         self._row = dict(state["metrics"])
         states = [s for s in state["data"] if s]
-        if not states:
-            return None
-        merged = merge_states(states)
-        if len(states) == self.world.size:
-            merged |= {key: states[self.world.rank][key] for key in ("report", "world_size")}
-        return merged
+        return merge_states(states) if states else None
 
     def export(self, folder: Path) -> Path:
         """Write the model as a `save_pretrained` folder, LoRA merged. Every process calls it."""

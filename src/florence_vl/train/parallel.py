@@ -177,13 +177,21 @@ class LossModule(nn.Module):
         device_type = inputs["input_ids"].device.type
         context = torch.autocast(device_type, self.autocast) if self.autocast else nullcontext()
         with context:
-            states_BLH = self.model.model(**inputs, use_cache=False, return_dict=True).last_hidden_state
-            loss = self.model.supervised_loss(states_BLH, batch["labels"], num_items)
             if self.always_images and "pixel_values" not in inputs:
-                pixels = torch.zeros(1, 3, *self.image_size, device=states_BLH.device)
-                tokens = self.model.get_image_features(pixels, return_dict=True).pooler_output
-                loss = loss + 0.0 * sum(t.float().sum() for t in tokens)
-        return loss
+                inputs["inputs_embeds"] = self._embed_with_dummy_image(inputs.pop("input_ids"))
+            states_BLH = self.model.model(**inputs, use_cache=False, return_dict=True).last_hidden_state
+            return self.model.supervised_loss(states_BLH, batch["labels"], num_items)
+
+    def _embed_with_dummy_image(self, input_ids: Tensor) -> Tensor:
+        """Token embeddings plus zero times a dummy image: embeddings, tower, LLM in the order of a batch with images.
+
+        The order of forward and of backward must be the same on all processes, as each block's weights are gathered by
+        a collective when it is reached.
+        """
+        embeds_BLH = self.model.get_input_embeddings()(input_ids)
+        pixels = torch.zeros(1, 3, *self.image_size, device=embeds_BLH.device)
+        tokens = self.model.get_image_features(pixels, return_dict=True).pooler_output
+        return embeds_BLH + (0.0 * sum(t.float().sum() for t in tokens)).to(embeds_BLH.dtype)
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
@@ -337,6 +345,17 @@ def parallelise(
     return Parallelised(module, model, strategy, float(world.size))
 
 
+def _cast_outputs_of_buffers(tower: nn.Module, dtype: torch.dtype) -> None:
+    """Tables that are buffers (Florence-2's temporal embedding) stay fp32 under FSDP2's policy; cast what they give."""
+
+    def cast(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return output.to(dtype) if isinstance(output, Tensor) and output.is_floating_point() else output
+
+    for module in tower.modules():
+        if any(b is not None and b.is_floating_point() for b in module._buffers.values()):
+            module.register_forward_hook(cast)
+
+
 def _shard(
     module: nn.Module,
     model: FlorenceVLForConditionalGeneration,
@@ -363,6 +382,7 @@ def _shard(
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": parallel.reshard_after_forward}
     if precision != "fp32":
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        _cast_outputs_of_buffers(model.model.vision_tower, torch.bfloat16)
     if parallel.cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device_type == "cuda")
     else:

@@ -1,0 +1,161 @@
+"""Two processes (gloo): DDP and FSDP2 give one process's losses; ranks without images do not hang; resharding."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from florence_vl.train.config import ActivationCheckpointingConfig, CompileConfig, ParallelConfig
+from florence_vl.train.parallel import (
+    World,
+    apply_activation_checkpointing,
+    blocks,
+    part_blocks,
+    pick_device,
+    resolve_strategy,
+)
+
+BASE: dict[str, Any] = {"steps": 3, "micro": 1, "checkpoint": {"every_steps": None, "export": False}}
+# DropPath and dropout draw per process, so parts that have them are frozen: parallelism must be the only difference
+FROZEN_TOWER = {"tower": {"train": False}}
+
+
+def torchrun(script: str, cases: list[dict[str, Any]], processes: int = 2) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", script]
+    done = subprocess.run([*command, json.dumps(cases)], env=environment, capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def two(tiny_run: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All cases of two processes in one start of torchrun, as most of its time is imports."""
+    folder = tmp_path_factory.mktemp("two")
+    cases: list[dict[str, Any]] = []
+
+    def case(name: str, **changes: Any) -> None:
+        cases.append({"output": str(folder / name), "parts": FROZEN_TOWER, **BASE, **changes})
+
+    case("ddp", parallel={"strategy": "ddp"})
+    case("fsdp", parallel={"strategy": "fsdp"})
+    case("fsdp-packed", parallel={"strategy": "fsdp"}, packed=True, micro=2)
+    case("fsdp-text-only", parallel={"strategy": "fsdp"}, text_only=2)
+    case("fsdp-all", parallel={"strategy": "fsdp"}, parts={}, activation_checkpointing={"tower": "full", "llm": "full"})
+    case("fsdp-bf16", parallel={"strategy": "fsdp"}, precision="bf16", parts={})
+    case("fsdp-first", parallel={"strategy": "fsdp"}, steps=2, checkpoint={"every_steps": None, "export": False})
+    case("fsdp-first", parallel={"strategy": "fsdp"}, steps=3, resume="auto")
+    torchrun(str(tiny_run.__file__), cases)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(tiny_run: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    folder = tmp_path_factory.mktemp("one")
+    return {
+        "images": tiny_run.run(folder / "a", parts=FROZEN_TOWER, **BASE),
+        "text-only": tiny_run.run(folder / "b", parts=FROZEN_TOWER, text_only=2, **BASE),
+    }
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp-packed"])
+def test_two_processes_give_the_losses_of_one(
+    tiny_run: ModuleType, one: dict[str, list[float]], two: Path, name: str
+) -> None:
+    assert tiny_run.losses(two / name) == pytest.approx(one["images"], abs=2e-5)
+
+
+def test_a_rank_without_images_does_not_hang(tiny_run: ModuleType, one: dict[str, list[float]], two: Path) -> None:
+    # every second sample has no image, and with one sample a micro-batch rank 0 sees only those
+    assert tiny_run.losses(two / "fsdp-text-only") == pytest.approx(one["text-only"], abs=2e-5)
+
+
+def test_everything_trains_sharded_with_activation_checkpointing_and_in_bf16(tiny_run: ModuleType, two: Path) -> None:
+    full, half = tiny_run.losses(two / "fsdp-all"), tiny_run.losses(two / "fsdp-bf16")
+    assert len(full) == len(half) == 3
+    assert full[0] == pytest.approx(half[0], abs=0.1)
+
+
+def test_a_sharded_run_resumes_on_two_processes_and_on_one(tiny_run: ModuleType, two: Path, tmp_path: Path) -> None:
+    whole = tiny_run.losses(two / "fsdp")
+    assert tiny_run.losses(two / "fsdp-first") == pytest.approx(whole, abs=1e-6)
+    checkpoint = two / "fsdp-first" / "checkpoints" / "step-00000002"
+    arguments = {**BASE, "parts": FROZEN_TOWER, "resume": str(checkpoint)}
+    assert tiny_run.run(tmp_path / "one", **arguments)[-1] == pytest.approx(whole[-1], abs=2e-5)
+
+
+def test_blocks_are_found_in_every_tower_and_llm(tiny_run: ModuleType) -> None:
+    model = tiny_run.tiny()
+    found = part_blocks(model)
+    assert {type(b).__name__ for b in found["tower"]} == {"DaViTBlock", "BartEncoderLayer"}
+    assert {type(b).__name__ for b in found["llm"]} == {"LlamaDecoderLayer"}
+    assert len(found["llm"]) == 2
+    for tower in ("clip_vision_model", "siglip_vision_model", "dinov2"):
+        assert len(blocks(tiny_run.tiny(tower=tower).model.vision_tower)) == 2
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_activation_checkpointing_keeps_gradients_and_saves_less(tiny_run: ModuleType, mode: str) -> None:
+    def step(modes: ActivationCheckpointingConfig) -> tuple[dict[str, torch.Tensor], int]:
+        model = tiny_run.tiny()
+        apply_activation_checkpointing(model, modes)
+        model.train()
+        kept: set[int] = set()
+        size = 0
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal size
+            pointer = tensor.untyped_storage().data_ptr()
+            if pointer not in kept:
+                kept.add(pointer)
+                size += tensor.untyped_storage().nbytes()
+            return tensor
+
+        torch.manual_seed(0)
+        batch = tiny_run.collate([tiny_run.make_sample(1), tiny_run.make_sample(2)], packed=False)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(**batch).loss
+        loss.backward()
+        return {name: p.grad for name, p in model.named_parameters()}, size
+
+    plain, plain_size = step(ActivationCheckpointingConfig())
+    saved, saved_size = step(ActivationCheckpointingConfig(tower=mode, llm=mode))  # type: ignore[arg-type]
+    assert saved_size < 0.8 * plain_size
+    for name, gradient in plain.items():
+        assert torch.allclose(gradient, saved[name], atol=1e-6), name
+
+
+def test_impossible_strategies_are_refused() -> None:
+    alone, several = World(torch.device("cpu")), World(torch.device("cpu"), rank=0, size=4)
+    assert resolve_strategy(ParallelConfig(), alone) == "none"
+    assert resolve_strategy(ParallelConfig(), several) == "fsdp"
+    with pytest.raises(ValueError, match="4 processes run"):
+        resolve_strategy(ParallelConfig(strategy="none"), several)
+    with pytest.raises(ValueError, match="torchrun"):
+        resolve_strategy(ParallelConfig(strategy="ddp"), alone)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="not available"):
+            pick_device("cuda")
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_losses(tiny_run: ModuleType, tmp_path: Path) -> None:
+    eager = tiny_run.run(tmp_path / "eager", parts=FROZEN_TOWER, **BASE)
+    compiled = tiny_run.run(tmp_path / "compiled", parts=FROZEN_TOWER, compile={"tower": True, "llm": True}, **BASE)
+    assert compiled == pytest.approx(eager, abs=1e-4)
+    assert CompileConfig().llm is False
+
+
+@pytest.mark.slow
+def test_four_processes_shard_inside_groups_and_replicate_between(tiny_run: ModuleType, tmp_path: Path) -> None:
+    case = {**BASE, "parts": FROZEN_TOWER, "output": str(tmp_path / "hsdp")}
+    torchrun(str(tiny_run.__file__), [{**case, "parallel": {"strategy": "hsdp", "shard_size": 2}}], processes=4)
+    reference = tiny_run.run(tmp_path / "one", parts=FROZEN_TOWER, **BASE)
+    assert tiny_run.losses(tmp_path / "hsdp") == pytest.approx(reference, abs=2e-5)

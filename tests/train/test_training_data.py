@@ -1,0 +1,121 @@
+"""From files to losses: the recipe's data section, chat template, packing, resume, export, through a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from florence_vl.testing import tiny_model
+from florence_vl.train import load_recipe, train
+from florence_vl.train.config import SourceConfig
+from florence_vl.train.data import TrainingData, open_source
+from florence_vl.train.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve LLaVA records, every third one without an image, and one whose image is missing."""
+    folder = tmp_path_factory.mktemp("data")
+    records = []
+    for index in range(12):
+        answer = " ".join(["red", "green", "blue"][: 1 + index % 3]) + f" number {index}"
+        record: dict[str, Any] = {"id": f"r{index}"}
+        question = f"What is it, {index}?"
+        if index % 3:
+            Image.new("RGB", (40 + index, 30), (20 * index, 99, 10)).save(folder / f"{index}.png")
+            record["image"] = f"{index}.png"
+            question = f"<image>\n{question}"
+        record["conversations"] = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        records.append(record)
+    records.append({**records[1], "id": "lost", "image": "missing.png"})
+    (folder / "data.json").write_text(json.dumps(records))
+    return folder
+
+
+def recipe(data: Path, output: Path, packed: bool, **changes: Any) -> dict[str, Any]:
+    packing = {"mode": "packed", "tokens_per_row": 160, "window": 8} if packed else {"mode": "padded", "window": 8}
+    base = {
+        "name": "files",
+        "output": str(output),
+        "steps": 4,
+        "precision": "fp32",
+        "device": "cpu",
+        "threads": 1,
+        "batch_size": 2,
+        "micro_batch_size": 1,
+        "optimizer": {"lr": 1e-3},
+        "checkpoint": {"every_steps": 2, "export": False},
+        "logging": {"progress": "none"},
+        "data": {
+            "sources": [{"path": str(data / "data.json"), "name": "colours"}],
+            "max_length": 160,
+            "max_bad_share": 0.5,
+            "packing": packing,
+        },
+    }
+    return base | changes
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_run_on_files_resumes_exactly(data: Path, tmp_path: Path, packed: bool) -> None:
+    def losses(output: Path, resume: str = "never", stop_at: int | None = None) -> list[float]:
+        model, processor = tiny_model()
+
+        def stop(trainer: Any, row: dict[str, Any]) -> None:
+            if row["step"] == stop_at:
+                raise KeyboardInterrupt
+
+        try:
+            train(recipe(data, output, packed), model=model, processor=processor, resume=resume, callbacks=[stop])
+        except KeyboardInterrupt:
+            assert stop_at is not None
+        return [row["loss"] for row in read_metrics(output / "metrics.jsonl")]
+
+    whole = losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "cut", stop_at=3)) == 3
+    assert losses(tmp_path / "cut", resume="auto") == whole
+    rows = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    assert rows[-1]["samples"] >= 7
+    if packed:
+        assert rows[-1]["samples"] > 8  # more than one sample in a row
+    bad = [json.loads(line) for line in (tmp_path / "whole" / "bad_records.jsonl").read_text().splitlines()]
+    assert {entry["kind"] for entry in bad} <= {"image"}
+
+
+def test_epochs_become_steps_and_the_template_is_saved(data: Path, tmp_path: Path) -> None:
+    model, processor = tiny_model()
+    values = recipe(data, tmp_path / "run", packed=False)
+    values |= {"steps": None, "epochs": 1, "checkpoint": {"every_steps": None, "export": True}}
+    values["data"]["template"] = "plain"
+    loaded = load_recipe(values)
+    source = TrainingData(loaded, processor)
+    assert source.steps(1) == 7  # 13 records, 2 a step
+    assert source.steps(2) == 13
+    result = train(loaded, model=model, processor=processor)
+    assert result.steps == 7
+    assert result.exported is not None
+    from florence_vl import FlorenceVLProcessor
+
+    assert FlorenceVLProcessor.from_pretrained(result.exported).chat_template == processor.chat_template
+
+
+def test_sources_are_limited_and_named(data: Path) -> None:
+    reader = open_source(SourceConfig(path=str(data / "data.json"), limit=5))
+    assert len(reader) == 5
+    with pytest.raises(IndexError):
+        reader[5]
+    with pytest.raises(ValueError, match="`dataset` or `reader`"):
+        open_source(SourceConfig(path=str(data / "data.json"), dataset="llava-558k", reader="llava"))
+
+
+def test_a_recipe_without_data_or_model_says_what_to_set(tmp_path: Path) -> None:
+    model, processor = tiny_model()
+    bare = {"steps": 1, "output": str(tmp_path / "x"), "precision": "fp32", "device": "cpu"}
+    with pytest.raises(ValueError, match=r"data.sources"):
+        train(bare, model=model, processor=processor)
+    with pytest.raises(ValueError, match=r"model.path .* or model.build"):
+        train(bare)
