@@ -12,9 +12,18 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import (
+    Florence2Config,
+    Florence2ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 import florence_vl
-from florence_vl.model.convert import convert, shards
+from florence_vl.model.convert import convert, florence2, open_source, shards
+from florence_vl.model.convert.conversion import make_plan
 from florence_vl.model.convert.shards import Checkpoint, Output, bits_equal, parse_size, write_safetensors
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -342,6 +351,86 @@ def test_options_without_meaning_are_errors(released, tmp_path):
     assert_refused(released[0], tmp_path / "dst", ValueError, "already; nothing to convert", to="original")
     assert_refused(released[0], tmp_path / "dst", ValueError, "--decoder has no meaning", decoder=released[0])
     assert_refused(tmp_path / "nowhere", tmp_path / "dst", FileNotFoundError, "no such file or folder")
+
+
+def test_a_config_of_wrong_types(copy, tmp_path):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "num_hidden_layers": "two"}))
+    assert_refused(copy, tmp_path / "dst", ValueError, "num_hidden_layers")
+    rewrite(copy, lambda state: state.pop("model.embed_tokens.weight"))
+    assert_refused(copy, tmp_path / "dst", ValueError, "no LLM inside")
+
+
+# ------------------------------------------------------------ the real sizes
+
+
+def florence2_large_shapes(copies):
+    """Microsoft's names and shapes of Florence-2-large, from transformers' class without storage."""
+    widths, heads = [256, 512, 1024, 2048], [8, 16, 32, 64]
+    config = Florence2Config(
+        vision_config={"embed_dim": widths, "num_heads": heads, "num_groups": heads, "projection_dim": 1024},
+        text_config={"model_type": "bart", "vocab_size": 51289, "d_model": 1024, "max_position_embeddings": 1024},
+    )
+    with torch.device("meta"):
+        model = Florence2ForConditionalGeneration(config)
+    shapes = {}
+    for name, value in model.state_dict().items():
+        if name in florence2.EMBEDDING_COPIES[copies:]:
+            continue
+        microsoft = florence2.native_to_microsoft(name)
+        shapes[microsoft] = tuple(value.shape)[:: -1 if microsoft == florence2.TRANSPOSED else 1]
+    shapes["language_model.final_logits_bias"] = (1, 51289)
+    return shapes
+
+
+REAL = {
+    # 8B SFT: four copies of the embedding, 9.01 B parameters on the hub; 3B with one: 4.62 B
+    "llama": (
+        4,
+        9.008e9,
+        {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128257},
+    ),
+    "phi3": (1, 4.62e9, {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "vocab_size": 32064}),
+}
+
+
+@pytest.mark.parametrize("kind", list(REAL))
+def test_the_released_sizes_can_be_planned(tmp_path, kind):
+    """Checkpoints of the released sizes (files without content): every tensor finds its place and its shape."""
+    copies, total, size = REAL[kind]
+    upstream.make_released(tmp_path / "small", kind, copies=1)
+    small = json.loads((tmp_path / "small" / "config.json").read_text())
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8 if kind == "llama" else 32}
+    config = {**small, **size, **heads, "rope_scaling": None, "torch_dtype": "bfloat16"}
+    for path in (tmp_path / "small").glob("*.safetensors*"):
+        path.unlink()
+    (tmp_path / "small" / "config.json").write_text(json.dumps(config))
+    config_class, model_class = {"llama": (LlamaConfig, LlamaForCausalLM), "phi3": (Phi3Config, Phi3ForCausalLM)}[kind]
+    with torch.device("meta"):
+        llm = model_class(config_class(**size, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    shapes = {name: tuple(value.shape) for name, value in llm.state_dict().items()}
+    width = size["hidden_size"]
+    for i, columns in enumerate([4096, width, width]):
+        name = f"model.mm_projector.encoder_mlp.{i}{'.1' if i else ''}"
+        shapes |= {f"{name}.weight": (width, columns), f"{name}.bias": (width,)}
+    shapes |= {upstream.TOWER + name: shape for name, shape in florence2_large_shapes(copies).items()}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size_bytes = shards.num_bytes(shape, torch.bfloat16)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end + size_bytes]}
+        end += size_bytes
+    blob = json.dumps(header).encode()
+    with open(tmp_path / "small" / "model.safetensors", "wb") as file:
+        file.write(len(blob).to_bytes(8, "little") + blob)
+        file.truncate(8 + len(blob) + end)  # a hole: takes no disk
+    assert end / 2 == pytest.approx(total, rel=2e-3)
+    plan = make_plan(open_source(tmp_path / "small"), "native")
+    tower = sum(o.nbytes for m in plan.moves if (o := m.output()).name.startswith("model.vision_tower."))
+    assert tower / 2 == pytest.approx(570.7e6 - 4.2e6, rel=1e-2)
+    assert len(plan.moves) + len(plan.dropped) == len(shapes)
+    assert not [note for note in plan.notes if "differs" in note]
+    settings = plan.settings
+    assert settings["template"] == {"llama": "llama3", "phi3": "phi3"}[kind]
 
 
 # ------------------------------------------------------------ shard machinery

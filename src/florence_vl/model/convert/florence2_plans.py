@@ -38,6 +38,20 @@ def expected_shapes(model_class: Any, config: Any) -> dict[str, tuple[int, ...]]
     return {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
 
 
+def build_config(config_class: Any, **fields: Any) -> Any:
+    """A config of transformers.
+
+    Raises:
+        ValueError: Its own checks refuse a field; says which.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        return config_class(**fields)
+    except (StrictDataclassError, TypeError, KeyError) as error:
+        raise ValueError(f"config.json doesn't make a {config_class.__name__}: {error}") from error
+
+
 def keep_small_files(source: Path, skip: tuple[str, ...] = ()) -> Any:
     """A writer that copies the source's configs and tokenizer, byte by byte."""
 
@@ -83,7 +97,7 @@ def plan_native(checkpoint: Checkpoint, config: Mapping[str, Any], layout: str) 
                 plan.drop(name, reasons[name], checkpoint, copy_of=kept if name in exact else None)
             else:
                 plan.moves.append(Move(florence2.SHARED if name == kept else name, name, checkpoint))
-    native = Florence2Config(**fields)
+    native = build_config(Florence2Config, **fields)
     native.architectures = ["Florence2ForConditionalGeneration"]
     native.dtype = checkpoint.main_dtype
     plan.account(checkpoint)
@@ -276,7 +290,7 @@ def plan_vision_tower(source: Source, tower_fields: Mapping[str, Any], decoder: 
     if not any(move.target.startswith(DECODER) for move in plan.moves):
         plan.notes.append(NO_DECODER_NOTE)
     fields["text_config"]["vocab_size"] = rows
-    native = Florence2Config(**fields, image_token_id=vocab_size)
+    native = build_config(Florence2Config, **fields, image_token_id=vocab_size)
     native.architectures = ["Florence2ForConditionalGeneration"]
     native.dtype = checkpoint.main_dtype
     plan.check(expected_shapes(Florence2ForConditionalGeneration, native), optional=DECODER)

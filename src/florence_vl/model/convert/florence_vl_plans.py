@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from florence_vl.model.convert import florence2, florence_vl
-from florence_vl.model.convert.florence2_plans import DECODER, expected_shapes, keep_small_files, restore
+from florence_vl.model.convert.florence2_plans import DECODER, build_config, expected_shapes, keep_small_files, restore
 from florence_vl.model.convert.layouts import Source
 from florence_vl.model.convert.plan import DROPPED_FILE, ORIGINAL_FOLDER, Move, Plan, Rows, Zeros
 from florence_vl.model.convert.processors import ReleasedProcessor
@@ -86,6 +86,8 @@ def plan_from_original(
 
     dtype = str(checkpoint.main_dtype).removeprefix("torch.")
     text, rest = florence_vl.text_config(config, text_type, dtype)
+    if "model.embed_tokens.weight" not in checkpoint:
+        raise ValueError(f"{checkpoint.folder}: no LLM inside (model.embed_tokens.weight is missing)")
     rows = checkpoint.tensors["model.embed_tokens.weight"].shape[0]
     if rows != text.get("vocab_size", rows):
         raise ValueError(f"config.json says vocab_size {text['vocab_size']}, but the embedding has {rows} rows")
@@ -99,7 +101,8 @@ def plan_from_original(
     text["vocab_size"] = choice.rows
     florence_vl.add_llm_and_projector(plan, checkpoint, config, choice.rows)
     settings = {**florence_vl.PARITY_SETTINGS}
-    ours = FlorenceVLConfig(
+    ours = build_config(
+        FlorenceVLConfig,
         vision_config={"model_type": "florence2", **fields, "image_token_id": fields["text_config"]["vocab_size"]},
         text_config=text,
         features=list(florence_vl.FEATURES),
