@@ -56,7 +56,7 @@ def test_alignment_pca_attribution_and_report(own_cache, llm_folder, data, tiny_
     for name in ("alignment.png", "alignment.svg", "alignment_equal_width.png", "alignment.csv", "alignment.json"):
         assert (out / "a" / name).stat().st_size > 500
     record = json.loads((out / "a/alignment.json").read_text())
-    assert [row["name"] for row in record["rows"]] == specs
+    assert [row["name"] for row in record["rows"]] == ["dinov2_small=weights@32", "clip_base=weights"]
     with (out / "a/alignment.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["width_control"] for row in rows} == {"none", "pca"}
@@ -94,7 +94,7 @@ def test_alignment_pca_attribution_and_report(own_cache, llm_folder, data, tiny_
 
     assert main(["analyze", "report", str(out)]) == 0
     page = (out / "report.html").read_text()
-    for text in ("Alignment loss by encoder", "Alignment loss by features", "PCA of the features", "Attribution"):
+    for text in ("over 2 seeds", "Alignment loss by encoder", "Alignment loss by features", "PCA of the features", "Attribution"):
         assert text in page
     assert page.count("data:image/png;base64,") == 5
     assert 'src="http' not in page

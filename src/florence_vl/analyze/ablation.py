@@ -156,7 +156,7 @@ class Step:
             return False
         if found["identity"] != self.identity:
             raise ValueError(
-                f"{self.folder} holds the result of other settings ({found['command']}); delete it, or take another --out"
+                f"{self.folder} holds the result of other settings ({found['command']}); delete it or change --out"
             )
         return True
 

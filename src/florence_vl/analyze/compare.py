@@ -160,6 +160,11 @@ class Row:
         """Loss on training pairs at the last step."""
         return interval([run.train_loss[-1] for run in self.runs])
 
+    @property
+    def aligned(self) -> Interval:
+        """How far the loss went from guessing (0) to that of the text features against themselves (1)."""
+        return interval([run.aligned for run in self.runs])
+
     def recall(self, k: int, text_to_vision: bool = False) -> Interval:
         """R@K over seeds."""
         return interval([(run.recall_text if text_to_vision else run.recall)[k] for run in self.runs])
@@ -194,12 +199,18 @@ class Comparison:
         """Loss of guessing: log of the number of held-out pairs, mean over seeds."""
         return math.fsum(run.chance for run in self.rows[0].runs) / len(self.rows[0].runs)
 
+    @property
+    def text_itself(self) -> float:
+        """Loss of the held-out text features against themselves, mean over seeds."""
+        return math.fsum(run.reference for run in self.rows[0].runs) / len(self.rows[0].runs)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON types."""
         return {
             "kind": self.kind,
             "reference": self.reference,
             "chance": self.chance,
+            "text_itself": self.text_itself,
             "settings": asdict(self.settings),
             "about": self.about,
             "rows": [_row_dict(row, self) for row in self.rows],
@@ -218,6 +229,7 @@ def _row_dict(row: Row, comparison: Comparison) -> dict[str, Any]:
         "parameters": row.runs[0].parameters,
         "heldout_loss": asdict(row.loss),
         "difference": None if row is reference else asdict(row.difference(reference)),
+        "aligned": asdict(row.aligned),
         "train_loss": asdict(row.train_loss),
         "recall": {str(k): asdict(row.recall(k)) for k in row.runs[0].recall},
         "recall_text_to_vision": {str(k): asdict(row.recall(k, True)) for k in row.runs[0].recall_text},

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 SHARD_ROWS = 4096
+SHARD_SECONDS = 60.0  # slow encoders write sooner, so that little is lost with an interrupted run
 
 
 def default_root() -> Path:
@@ -81,6 +82,7 @@ class PooledStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._keep_identity()
         self._where: dict[str, dict[bytes, tuple[Path, int]]] = {}
+        self._flushed = time.monotonic()
         self._pending: list[tuple[bytes, dict[str, Tensor]]] = []
         self._pending_keys: dict[bytes, set[str]] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
@@ -121,7 +123,7 @@ class PooledStore:
         )
 
     def add(self, keys: Sequence[bytes], vectors: Mapping[str, Tensor]) -> None:
-        """Keep pooled vectors; they are on disk after `flush` or every `SHARD_ROWS` rows.
+        """Keep pooled vectors; they are on disk after `flush`, every `SHARD_ROWS` rows and every `SHARD_SECONDS`.
 
         Args:
             keys: n keys.
@@ -131,11 +133,12 @@ class PooledStore:
         for index, key in enumerate(keys):
             self._pending.append((key, {name: table[index] for name, table in rows.items()}))
             self._pending_keys[key] = set(rows)
-        if len(self._pending) >= SHARD_ROWS:
+        if len(self._pending) >= SHARD_ROWS or time.monotonic() - self._flushed > SHARD_SECONDS:
             self.flush()
 
     def flush(self) -> None:
         """Write what was added as one shard, atomically."""
+        self._flushed = time.monotonic()
         if not self._pending:
             return
         names = list(self._pending[0][1])

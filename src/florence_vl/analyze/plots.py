@@ -91,7 +91,17 @@ def curves_csv(rows: Sequence[Row]) -> str:
 
 def table_rows(rows: Sequence[Row], reference: str) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the table that is printed and reported."""
-    header = ["name", "channels", "held-out loss", f"difference to {reference}", "training loss", "R@1", "R@5", "R@10"]
+    header = [
+        "name",
+        "channels",
+        "held-out loss",
+        f"difference to {reference}",
+        "aligned %",
+        "training loss",
+        "R@1 %",
+        "R@5 %",
+        "R@10 %",
+    ]
     base = next(row for row in rows if row.name == reference)
     cells = []
     for row in rows:
@@ -104,6 +114,7 @@ def table_rows(rows: Sequence[Row], reference: str) -> tuple[list[str], list[lis
                 str(row.runs[0].width),
                 row.loss.text(),
                 difference,
+                row.aligned.text(1, 100),
                 row.train_loss.text(),
                 *(row.recall(k).text(1, 100) for k in (1, 5, 10)),
             ]

@@ -75,13 +75,14 @@ def alignment_section(record: dict[str, Any], folder: Path) -> Section:
         text=(
             "Held-out cross-entropy after training only a projection from pooled vision to pooled text features "
             "(paper section 4, Figure " + ("4" if encoders else "5") + "). Lower is better; guessing has loss "
-            f"{record['chance']:.3f}. Intervals are 95 % over {len(about['seeds'])} seeds."
+            f"{record['chance']:.3f} (aligned: 0 %), the text features against themselves {record['text_itself']:.3f} "
+            f"(100 %). Intervals are 95 % over {len(about['seeds'])} seeds."
         ),
         command=record.get("command", ""),
     )
     section.notes = [f"left out: {count} records ({reason})" for reason, count in about["skipped"].items()]
     section.notes += [f"{count} {reason}" for reason, count in about["duplicates"].items() if count]
-    header = ["name", "channels", "held-out loss", f"difference to {record['reference']}", "training loss"]
+    header = ["name", "channels", "held-out loss", f"difference to {record['reference']}", "aligned %", "training loss"]
     header += [f"R@{k} %" for k in record["rows"][0]["recall"]]
     for key, title in (("rows", "Each with its own width"), ("equal_width", "All at the same width")):
         rows = [
@@ -91,6 +92,7 @@ def alignment_section(record: dict[str, Any], folder: Path) -> Section:
                     str(row["width"]),
                     _interval(row["heldout_loss"]),
                     _interval(row["difference"]),
+                    _interval(row["aligned"], 1, 100),
                     _interval(row["train_loss"]),
                     *(_interval(value, 1, 100) for value in row["recall"].values()),
                 ]

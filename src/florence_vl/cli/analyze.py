@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from florence_vl.analyze.encoders import Encoder
+    from florence_vl.analyze.encoders import Encoder, EncoderSpec
 
 app = typer.Typer(
     help="Alignment loss, PCA pictures, attribution: choose encoder, features and fusion by measurement.",
@@ -65,11 +65,11 @@ def alignment_command(
     ablate: bool = typer.Option(False, "--ablate", help="Leave each feature of the one encoder out, and each alone."),
     subsets: str = typer.Option("leave-one-out", "--subsets", help="With --ablate: leave-one-out, or all subsets."),
     projection: str = typer.Option("linear", "--projection", help="linear, or mlp (pools first, then projects)."),
-    steps: int = typer.Option(500, "--steps", help="Optimiser steps."),
+    steps: int = typer.Option(300, "--steps", help="Optimiser steps."),
     batch_size: int | None = typer.Option(
         None, "--batch-size", help="Pairs in a batch. All up to 20,000, else 8,192, by default."
     ),
-    learning_rate: float = typer.Option(1e-3, "--learning-rate", help="Of Adam; cosine decay to 0."),
+    learning_rate: float = typer.Option(3e-3, "--learning-rate", help="Of Adam; cosine decay to 0."),
     temperature: float = typer.Option(1.0, "--temperature", help="Divides similarities; 1 is the paper's loss."),
     symmetric: bool = typer.Option(False, "--symmetric", help="Add the text-to-image direction."),
     center: bool = typer.Option(False, "--center", help="Subtract the mean text feature before normalising."),
@@ -107,8 +107,7 @@ def alignment_command(
         duplicates=duplicates,
     )
     specs = [EncoderSpec.parse(text) for text in encoders]
-    if len(set(map(str, specs))) != len(specs):
-        raise ValueError(f"an encoder is named twice: {' '.join(encoders)}")
+    labels = unique_labels(specs)
     if ablate and len(specs) != 1:
         raise ValueError(f"--ablate is for one encoder with several features, got {len(specs)} encoders")
     if not ablate and subsets != "leave-one-out":
@@ -122,14 +121,14 @@ def alignment_command(
         return lambda: load_encoder(spec, fit)
 
     features = collect(
-        [(str(spec), loader(spec)) for spec in specs],
+        [(label, loader(spec)) for label, spec in zip(labels, specs, strict=True)],
         load_llm(llm, where),
         found,
         batch_size=encode_batch,
         device=where,
         log=say,
     )
-    chosen = feature_subsets(list(features.dims[str(specs[0])]), subsets) if ablate else None
+    chosen = feature_subsets(list(features.dims[labels[0]]), subsets) if ablate else None
     comparison = compare(
         features,
         config,
@@ -141,7 +140,7 @@ def alignment_command(
         log=say,
     )
     files = write_comparison(comparison, out, command=called())
-    print_notes(comparison.about, comparison.chance)
+    print_notes(comparison.about, comparison.chance, comparison.text_itself)
     for title, rows in (("own width", comparison.rows), ("equal width", comparison.equal_width)):
         if rows:
             print_table(
@@ -169,7 +168,7 @@ def pca_command(
     """First three principal components of the features as colours, one sheet an image (paper Figure 3)."""
     import numpy as np
 
-    from florence_vl.analyze.encoders import load_encoder
+    from florence_vl.analyze.encoders import EncoderSpec, load_encoder
     from florence_vl.analyze.pca import PCAConfig, encoder_maps, sheet
     from florence_vl.analyze.plots import save_figure, write_atomically
     from florence_vl.model.image_processing import open_image
@@ -181,11 +180,13 @@ def pca_command(
     pictures = [open_image(path) for path in images]
     where = choose_device(device)
     columns: list[dict[str, Any]] = [{} for _ in images]
-    for spec in encoder:
+    specs = [EncoderSpec.parse(text) for text in encoder]
+    for label, spec in zip(unique_labels(specs), specs, strict=True):
         loaded = load_encoder(spec, fit).to(where)
+        prefix = label.replace(":" + "+".join(spec.features), "") if spec.features else label
         for feature, maps in encoder_maps(loaded, pictures, config).items():
             for column, pca in zip(columns, maps, strict=True):
-                column[f"{spec.split(':')[0]}:{feature}"] = (pca, loaded.preprocess)
+                column[f"{prefix}:{feature}"] = (pca, loaded.preprocess)
         say(f"{spec}: done")
     out.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"type": "pca", "command": called(), "settings": vars(config), "sheets": []}
@@ -270,12 +271,24 @@ def report_command(
     say(f"wrote {path} ({', '.join(f'{count} {kind}' for kind, count in found.items())})")
 
 
+def unique_labels(specs: list[EncoderSpec]) -> list[str]:
+    """Short names of encoders; in full where two would have the same.
+
+    Raises:
+        ValueError: An encoder is named twice.
+    """
+    full, short = [str(spec) for spec in specs], [spec.label for spec in specs]
+    if len(set(full)) != len(full):
+        raise ValueError(f"an encoder is named twice: {' '.join(full)}")
+    return [label if short.count(label) == 1 else name for label, name in zip(short, full, strict=True)]
+
+
 def load_llm(name: str, device: str) -> Any:
     """The text side of the alignment: `smollm2`, a folder or a hub name."""
     from florence_vl.analyze.text import TextEncoder
-    from florence_vl.parts import smollm2
+    from florence_vl.parts import resolve_llm
 
-    encoder = TextEncoder.load(smollm2() if name == "smollm2" else name)
+    encoder = TextEncoder.load(resolve_llm(name))
     _ = encoder.identity  # hashed before it moves
     encoder.model.to(device)
     return encoder
@@ -291,14 +304,14 @@ def called() -> str:
     return shlex.join(["florence-vl", *sys.argv[1:]])
 
 
-def print_notes(about: dict[str, Any], chance: float) -> None:
+def print_notes(about: dict[str, Any], chance: float, text_itself: float) -> None:
     """What the reader of the table must know: pairs left out, duplicates, the loss of guessing."""
     for reason, count in about["skipped"].items():
         typer.echo(f"left out: {count} records ({reason})")
     for reason, count in about["duplicates"].items():
         if count:
             typer.echo(f"{count} {reason}")
-    typer.echo(f"guessing has loss {chance:.3f}")
+    typer.echo(f"guessing has loss {chance:.3f}; the text features against themselves have {text_itself:.3f}")
 
 
 def print_table(title: str, header: list[str], cells: list[list[str]]) -> None:

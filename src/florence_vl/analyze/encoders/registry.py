@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from florence_vl.analyze.encoders.base import Encoder
 from florence_vl.registry import Registry
@@ -53,6 +54,12 @@ class EncoderSpec:
         weights = f"={self.weights}" if self.weights else ""
         features = f":{'+'.join(self.features)}" if self.features else ""
         return f"{self.name}{weights}{features}{f'@{self.size}' if self.size else ''}"
+
+    @property
+    def label(self) -> str:
+        """The spec for tables and titles: of a folder's path its last part only."""
+        weights = Path(self.weights).name if self.weights else None
+        return str(EncoderSpec(self.name, weights, self.features, self.size))
 
     def load(self, fit: str | None = None) -> Encoder:
         """Load the encoder.
