@@ -196,7 +196,7 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
             generator=torch.Generator(),  # the loader's own seed must not move the training's random state
         )
         self._pin_memory = pin_memory and torch.cuda.is_available()
-        self._iterator: Iterator[_Answer] = iter(self._loader)
+        self._iterator: Iterator[Any] | None = None  # workers start with the first batch
 
     def _read_state(
         self, state: Mapping[str, Any] | None, start_step: int
@@ -278,7 +278,10 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
         Raises:
             ValueError: Too many records are bad, see `PackingConfig.max_bad_share`.
         """
-        answer = _checked(next(self._iterator))
+        if self._iterator is None:
+            assert self._loader is not None
+            self._iterator = iter(self._loader)
+        answer: _Answer = _checked(next(self._iterator))
         request = answer.request
         self.ids = answer.ids
         self._report.add(
