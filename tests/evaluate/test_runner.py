@@ -55,13 +55,13 @@ def answers(answerer: LocalAnswerer, questions: Sequence[Question], tokens: int 
     return found
 
 
-@pytest.mark.parametrize("llm", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("share", [True, False])
-def test_batches_answer_as_plain_generate_does(llm: str, share: bool, small_plan: Plan) -> None:
-    model, processor = tiny_model(llm)
-    questions = [q for members in small_plan.questions.values() for q in members]
-    found = answers(LocalAnswerer(model, processor, 8, share_prefix=share), questions)
-    different = 0
+@pytest.mark.parametrize(("llm", "seed"), [("llama", 0), pytest.param("gemma3_text", 1, marks=pytest.mark.slow)])
+def test_batches_answer_as_plain_generate_does(llm: str, seed: int, small_plan: Plan) -> None:
+    model, processor = tiny_model(llm, seed=seed)
+    questions = [q for name in ("pope", "docvqa_val", "mmmu_val") for q in small_plan.questions[name]]
+    shared = answers(LocalAnswerer(model, processor, 8), questions, tokens=6)
+    unshared = answers(LocalAnswerer(model, processor, 8, share_prefix=False), questions, tokens=6)
+    texts = []
     for question in questions:
         chat = [{"role": "user", "content": question.content()}]
         images = iter(question.images)
@@ -72,11 +72,11 @@ def test_batches_answer_as_plain_generate_does(llm: str, share: bool, small_plan
             [chat], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
         inputs.pop("mm_token_type_ids", None)
-        out = model.generate(**inputs, max_new_tokens=10, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        text = processor.tokenizer.decode(out, skip_special_tokens=True)
-        assert found[question.benchmark, question.id].text == text
-        different += text != ""
-    assert different > 5
+        out = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        texts.append(processor.tokenizer.decode(out, skip_special_tokens=True))
+        key = (question.benchmark, question.id)
+        assert shared[key].text == unshared[key].text == texts[-1]
+    assert len(set(texts)) > 1
 
 
 def test_an_image_is_encoded_once(small_plan: Plan) -> None:
@@ -119,8 +119,8 @@ def test_running_into_the_limit_is_known(small_plan: Plan) -> None:
 
 def test_sampling_is_repeatable_and_differs_by_seed(small_plan: Plan) -> None:
     model, processor = tiny_model()
-    batch = small_plan.questions["pope"]
-    settings = Generation(8, temperature=1.5)
+    batch = small_plan.questions["pope"][:2]
+    settings = Generation(3, temperature=1.5)
     first, again, other = (
         [a.text for a in LocalAnswerer(model, processor, seed=seed).answer(batch, settings)] for seed in (0, 0, 1)
     )

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import io
+import json
 import os
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -34,7 +38,7 @@ class ChatEndpoint:
         sleep: For tests.
 
     Raises:
-        ValueError: No model is named and the server can't be asked, or serves several.
+        ValueError: The address is none, or no model is named and the server can't be asked, or serves several.
     """
 
     def __init__(
@@ -47,18 +51,15 @@ class ChatEndpoint:
         timeout: float = 120.0,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        import httpx
-
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"an endpoint's address begins with http:// or https://, found {url!r}")
         base = url.rstrip("/").removesuffix("/chat/completions")
         self.url = base if base.endswith("/v1") else f"{base}/v1"
         key = key or os.environ.get(KEY_VARIABLE)
-        self._client = httpx.Client(timeout=timeout, headers={"Authorization": f"Bearer {key}"} if key else {})
+        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self._timeout = timeout
         self.retries, self.wait, self._sleep = retries, wait, sleep
         self.model = model or self._only_model()
-
-    def close(self) -> None:
-        """Close its connections."""
-        self._client.close()
 
     def _only_model(self) -> str:
         try:
@@ -84,26 +85,28 @@ class ChatEndpoint:
             raise EndpointError(f"{self.url} sent no chat completion: {str(reply)[:200]}") from None
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        import httpx
-
+        data = None if body is None else json.dumps(body).encode()
         problem = ""
         for attempt in range(self.retries + 1):
             if attempt:
                 self._sleep(self.wait * 2 ** (attempt - 1))
+            request = urllib.request.Request(f"{self.url}{path}", data, self._headers, method=method)
             try:
-                reply = self._client.request(method, f"{self.url}{path}", json=body)
-            except httpx.HTTPError as error:
+                with urllib.request.urlopen(request, timeout=self._timeout) as reply:
+                    text = reply.read().decode("utf-8", "replace")
+            except urllib.error.HTTPError as error:
+                text = error.read().decode("utf-8", "replace")[:200]
+                if error.code != 429 and error.code < 500:
+                    raise EndpointError(f"{self.url}{path} refused: HTTP {error.code}: {text}") from None
+                problem = f"HTTP {error.code}: {text}"
+                continue
+            except (OSError, http.client.HTTPException) as error:  # lost connections and timeouts
                 problem = f"{type(error).__name__}: {error}"
                 continue
-            if reply.status_code == 429 or reply.status_code >= 500:
-                problem = f"HTTP {reply.status_code}: {reply.text[:200]}"
-                continue
-            if reply.status_code >= 400:
-                raise EndpointError(f"{self.url}{path} refused: HTTP {reply.status_code}: {reply.text[:200]}")
             try:
-                return reply.json()
+                return json.loads(text)
             except ValueError:
-                problem = f"no JSON: {reply.text[:200]!r}"
+                problem = f"no JSON: {text[:200]!r}"
         raise EndpointError(f"{self.url}{path} failed {self.retries + 1} times, last with {problem}")
 
 
@@ -123,7 +126,6 @@ class EndpointAnswerer(Answerer):
 
     def close(self) -> None:
         self._pool.shutdown()
-        self.endpoint.close()
 
     def answer(self, questions: Sequence[Question], generation: Generation) -> list[Answer]:
         return list(self._pool.map(lambda question: self._one(question, generation), questions))
