@@ -23,7 +23,7 @@ TINY = {"images_per_step": 2, "tasks_per_image": 2, "image_size": 64, "workers":
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return florence2.build_mini_florence2(tmp_path_factory.mktemp("mini"), seed=0, image_size=64)
+    return florence2.build_mini_florence2(tmp_path_factory.mktemp("mini"), seed=0, image_size=64, tokenizer_scenes=100)
 
 
 def test_folder_loads_in_transformers(folder: Path) -> None:
@@ -54,7 +54,7 @@ def test_tokenizer_is_laid_out_as_barts(folder: Path) -> None:
 def test_pixels_equal_the_processors(folder: Path) -> None:
     processor = Florence2Processor.from_pretrained(folder)
     data = SceneTasks(Florence2Training("x", **TINY), processor.tokenizer)
-    pixels, _ = data[1]
+    pixels, _, _ = data[1]
     image = SceneGenerator(0, "train", 64, data.config.mix)[1].image
     expected = processor(text="<OCR>", images=image, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(florence2.normalize(pixels[None]), expected)
@@ -65,7 +65,9 @@ def test_loss_equals_transformers(folder: Path) -> None:
     tokenizer = Florence2Processor.from_pretrained(folder).tokenizer
     data = SceneTasks(Florence2Training("x", **{**TINY, "tasks_per_image": 3}), tokenizer)
     batch = collate([data[i] for i in range(4)])
-    losses, task_of = florence2.seq2seq_loss(model, batch)
+    losses, task_of, image, prompted = florence2.seq2seq_loss(model, batch)
+    assert image.shape == (4, 5, 192)
+    assert prompted.shape == (len(batch["owner"]), 5, 192)
     image_ids = torch.full((len(batch["owner"]), 2 * 2 + 1), model.config.image_token_id)
     expected = model(
         input_ids=torch.cat([image_ids, batch["prompt_ids"]], 1),

@@ -6,6 +6,7 @@ run that was killed continues with exactly the samples it would have seen.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 
 from florence_vl.data.scenes import FLORENCE2_PROMPTS, Scene, SceneGenerator
 from florence_vl.registry import did_you_mean
+from florence_vl.train.florence2_grid import GridHeads, grid_classes, grid_targets
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # Florence-2's own (ImageNet)
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # ids 0..4; the first four as in BART
@@ -52,16 +54,17 @@ class Florence2Training:
         location_bins: Grid of the box corners: targets use the centres of this many bins out of Florence-2's 1000.
         max_target_tokens: Longer targets (full documents) are replaced by another task of the same image.
         precision: "bfloat16" (autocast; weights stay float32) or "float32".
+        grid_weight: Weight of the grid's loss, see `florence2_grid`; 0 for the seq2seq loss alone.
         ema_decay: Decay of the running mean of the weights, which is what is exported; 0 switches it off.
     """
 
     out: str
     steps: int = 6000
     decay_steps: int = 600
-    warmup_steps: int = 200
+    warmup_steps: int = 300
     images_per_step: int = 16
     tasks_per_image: int = 3
-    learning_rate: float = 1e-3
+    learning_rate: float = 6e-4
     weight_decay: float = 0.05
     max_grad_norm: float = 1.0
     seed: int = 0
@@ -70,6 +73,7 @@ class Florence2Training:
     max_target_tokens: int = 96
     precision: str = "float32"
     ema_decay: float = 0.998
+    grid_weight: float = 1.0
     workers: int = 1
     threads: int = 1
     save_every: int = 100
@@ -246,13 +250,16 @@ def florence2_processor(tokenizer: Any, image_size: int = 256) -> Any:
     return Florence2Processor(images, tokenizer, num_additional_image_tokens=1, post_processor_config=rules)
 
 
-def build_mini_florence2(folder: str | Path, seed: int = 0, image_size: int = 256) -> Path:
+def build_mini_florence2(
+    folder: str | Path, seed: int = 0, image_size: int = 256, tokenizer_scenes: int = 2000
+) -> Path:
     """Write an untrained mini Florence-2 (weights, config, tokenizer, processor) that `from_pretrained` loads.
 
     Args:
         folder: Where to; an existing model there is replaced.
         seed: Seed of weights and tokenizer.
         image_size: Side of the square images in pixels, a multiple of 32.
+        tokenizer_scenes: Number of scenes whose captions train the tokenizer.
 
     Raises:
         ValueError: `image_size` is not a multiple of 32.
@@ -262,7 +269,7 @@ def build_mini_florence2(folder: str | Path, seed: int = 0, image_size: int = 25
     if image_size % 32:
         raise ValueError(f"image_size must be a multiple of 32, found {image_size}")
     folder = Path(folder)
-    tokenizer = train_tokenizer(seed)
+    tokenizer = train_tokenizer(seed, scenes=tokenizer_scenes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Florence2ForConditionalGeneration(
@@ -273,6 +280,10 @@ def build_mini_florence2(folder: str | Path, seed: int = 0, image_size: int = 25
     return folder
 
 
+# (pixels (3, H, W) uint8, [(prompt ids, target ids), ...], [(grid cell, class), ...])
+Sample = tuple[Tensor, list[tuple[list[int], list[int]]], list[tuple[int, int]]]
+
+
 class SceneTasks(torch.utils.data.Dataset):
     """Sample `i`: the pixels of training scene `i` and the token ids of some of its tasks, drawn by `i`."""
 
@@ -281,12 +292,14 @@ class SceneTasks(torch.utils.data.Dataset):
         self.scenes = SceneGenerator(config.seed, "train", config.image_size, config.mix)
         self.step = max(1, 1000 // config.location_bins)
         self.prompts = {t: encode_prompt(tokenizer, t) for t in config.tasks}
+        self.spelling = copy.deepcopy(tokenizer.backend_tokenizer)
+        self.spelling.model.dropout = 1.0  # no merge is made: one token a byte
 
     def __len__(self) -> int:
         return self.config.steps * self.config.images_per_step
 
-    def __getitem__(self, index: int) -> tuple[Tensor, list[tuple[list[int], list[int]]]]:
-        """(pixels (3, H, W) uint8, [(prompt ids, target ids), ...])."""
+    def __getitem__(self, index: int) -> Sample:
+        """Pixels, prompts with targets, and what lies in the cells of the image grid."""
         scene = self.scenes[index]
         rng = Random(f"tasks/{self.config.seed}/{index}")
         pixels = torch.from_numpy(np.asarray(scene.image).copy()).permute(2, 0, 1)
@@ -300,14 +313,17 @@ class SceneTasks(torch.utils.data.Dataset):
             ids = self.target_ids(scene, task)
             if ids is not None:
                 samples.append((self.prompts[task], ids))
-        return pixels, samples
+        return pixels, samples, grid_targets(scene, self.config.image_size // 32)
 
     def target_ids(self, scene: Scene, task: str) -> list[int] | None:
         """`<s> ... </s>`, or None where the scene has nothing to say to the task or too much."""
         text = scene.target(task, self.step)
         if not text and "OCR" not in task:
             return None
-        ids = self.tokenizer(f"<s>{text}</s>", add_special_tokens=False)["input_ids"]
+        if "OCR" in task:  # spelled: letters are what is seen, and words of the test split have no tokens of their own
+            ids = [0, *self.spelling.encode(text, add_special_tokens=False).ids, 2]
+        else:
+            ids = self.tokenizer(f"<s>{text}</s>", add_special_tokens=False)["input_ids"]
         return ids if len(ids) <= self.config.max_target_tokens else None
 
 
@@ -330,15 +346,20 @@ def encode_prompt(tokenizer: Any, task: str) -> list[int]:
     return tokenizer(f"<s>{FLORENCE2_PROMPTS[task]}</s>", add_special_tokens=False)["input_ids"]
 
 
-def collate(batch: list[tuple[Tensor, list[tuple[list[int], list[int]]]]]) -> dict[str, Tensor]:
+def collate(batch: list[Sample]) -> dict[str, Tensor]:
     """Pad the tasks of a batch of images.
 
     Returns:
         pixels (B, 3, H, W) uint8; owner (T,) the image of each task; prompt_ids, prompt_mask (T, P); labels (T, L),
-        -100 where padded.
+        -100 where padded; cells (B, N, K) bool, the classes in each grid cell.
     """
-    owner = [i for i, (_, samples) in enumerate(batch) for _ in samples]
-    pairs = [pair for _, samples in batch for pair in samples]
+    owner = [i for i, (_, samples, _) in enumerate(batch) for _ in samples]
+    pairs = [pair for _, samples, _ in batch for pair in samples]
+    side = batch[0][0].shape[-1] // 32
+    cells = torch.zeros(len(batch), side * side, len(grid_classes()), dtype=torch.bool)
+    for i, (_, _, targets) in enumerate(batch):
+        for cell, number in targets:
+            cells[i, cell, number] = True
 
     def pad(rows: list[list[int]], value: int) -> Tensor:
         out = torch.full((len(rows), max(map(len, rows))), value)
@@ -348,7 +369,8 @@ def collate(batch: list[tuple[Tensor, list[tuple[list[int], list[int]]]]]) -> di
 
     prompt_ids = pad([p for p, _ in pairs], 1)
     return {
-        "pixels": torch.stack([pixels for pixels, _ in batch]),
+        "pixels": torch.stack([pixels for pixels, _, _ in batch]),
+        "cells": cells,
         "owner": torch.tensor(owner),
         "prompt_ids": prompt_ids,
         "prompt_mask": (prompt_ids != 1).long(),
@@ -362,19 +384,20 @@ def normalize(pixels: Tensor) -> Tensor:
     return (pixels.float() / 255 - mean) / std
 
 
-def seq2seq_loss(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def seq2seq_loss(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cross-entropy of every target token.
 
     The same computation as `Florence2ForConditionalGeneration.forward` with labels, but DaViT runs once an image
     however many tasks it has, and the LM head only where there is a label.
 
     Returns:
-        (loss of each supervised token (S,), index of its task (S,)).
+        (loss of each supervised token (S,), index of its task (S,), `V` (B, N, D), encoder's output at the image
+        positions (T, N, D)).
     """
     image = model.model.get_image_features(normalize(batch["pixels"])).pooler_output  # (B, N, D)
-    image = image[batch["owner"]]
-    embeds = torch.cat([image, model.get_input_embeddings()(batch["prompt_ids"]).to(image.dtype)], dim=1)
-    mask = torch.cat([batch["prompt_mask"].new_ones(image.shape[:2]), batch["prompt_mask"]], dim=1)
+    owned = image[batch["owner"]]
+    embeds = torch.cat([owned, model.get_input_embeddings()(batch["prompt_ids"]).to(image.dtype)], dim=1)
+    mask = torch.cat([batch["prompt_mask"].new_ones(owned.shape[:2]), batch["prompt_mask"]], dim=1)
     text = model.config.text_config
     encoded = model.model.language_model.encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
     losses, tasks = [], []
@@ -391,7 +414,7 @@ def seq2seq_loss(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tenso
         logits = model.lm_head(hidden[supervised]).float()
         losses.append(F.cross_entropy(logits, labels[supervised], reduction="none"))
         tasks.append(rows[supervised.nonzero()[:, 0]])
-    return torch.cat(losses), torch.cat(tasks)
+    return torch.cat(losses), torch.cat(tasks), image, encoded[:, : image.shape[1]]
 
 
 def _save(path: Path, state: dict[str, Any]) -> None:
@@ -447,8 +470,12 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
     model: Any = Florence2ForConditionalGeneration.from_pretrained(start_folder, attn_implementation=attention)
     model.to(device).train()
     tokenizer = Florence2Processor.from_pretrained(start_folder).tokenizer
+    heads = GridHeads(model.config.vision_config.projection_dim).to(device)
     optimizer = torch.optim.AdamW(
-        _parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.98), fused=True
+        _parameter_groups(nn.ModuleList([model, heads]), config.weight_decay),
+        lr=config.learning_rate,
+        betas=(0.9, 0.98),
+        fused=True,
     )
     ema = {name: p.detach().clone() for name, p in model.named_parameters()} if config.ema_decay else {}
     same = (
@@ -467,7 +494,10 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
         changed = [k for k in same if state["config"][k] != asdict(config)[k]]
         if changed:
             raise ValueError(f"{checkpoint} was made with other {', '.join(changed)}: choose another folder")
+        if state["classes"] != list(grid_classes()):
+            raise ValueError(f"{checkpoint} was made with another version of florence-vl-mini: choose another folder")
         model.load_state_dict(state["model"])
+        heads.load_state_dict(state["heads"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
         if config.ema_decay:
@@ -486,6 +516,11 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
     previous = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
     names = {tuple(ids): task for task, ids in data.prompts.items()}
     sums: dict[str, list[float]] = {}
+    grid_sum = 0.0
+
+    def task_of_row(row: list[int]) -> str:
+        return names[tuple(v for v in row if v != 1)]
+
     began, seen = time.perf_counter(), 0
 
     def save() -> None:
@@ -493,6 +528,8 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
             checkpoint,
             {
                 "model": model.state_dict(),
+                "heads": heads.state_dict(),
+                "classes": list(grid_classes()),
                 "optimizer": optimizer.state_dict(),
                 "ema": ema,
                 "step": step,
@@ -502,25 +539,30 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
 
     try:
         for batch in loader:
+            text_tasks = torch.tensor(
+                ["OCR" in task_of_row(row) for row in batch["prompt_ids"].tolist()], device=device
+            )
             batch = {k: v.to(device) for k, v in batch.items()}
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * _lr_factor(step, config)
             with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                losses, task_of = seq2seq_loss(model, batch)
-            loss = losses.mean()
+                losses, task_of, image, prompted = seq2seq_loss(model, batch)
+                grid = heads(image[:, 1:], prompted[:, 1:], batch["cells"], batch["owner"], text_tasks)
+            loss = losses.mean() + config.grid_weight * grid
             if not torch.isfinite(loss):
                 raise ValueError(f"the loss is {loss.item()} at step {step}; lower learning_rate")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            norm = nn.utils.clip_grad_norm_([*model.parameters(), *heads.parameters()], config.max_grad_norm)
             optimizer.step()
             step += 1
             if ema:
                 decay = min(config.ema_decay, (1 + step) / (10 + step))
                 torch._foreach_lerp_(list(ema.values()), [p.detach() for p in model.parameters()], 1 - decay)
             seen += len(batch["pixels"])
+            grid_sum += grid.item()
             for i, row in enumerate(batch["prompt_ids"].tolist()):
-                entry = sums.setdefault(names[tuple(v for v in row if v != 1)], [0.0, 0.0])
+                entry = sums.setdefault(task_of_row(row), [0.0, 0.0])
                 mine = losses.detach()[task_of == i]
                 entry[0] += mine.sum().item()
                 entry[1] += mine.numel()
@@ -530,13 +572,14 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
                     "step": step,
                     "loss": round(sum(v[0] for v in sums.values()) / sum(v[1] for v in sums.values()), 4),
                     "lr": round(optimizer.param_groups[0]["lr"], 7),
+                    "grid": round(grid_sum / config.log_every, 4),
                     "grad_norm": round(norm.item(), 3),
                     "images_per_second": round(seen / (now - began), 2),
                     **{task: round(v[0] / v[1], 4) for task, v in sorted(sums.items())},
                 }
                 with (out / "metrics.jsonl").open("a") as file:
                     file.write(json.dumps(line) + "\n")
-                sums, began, seen = {}, now, 0
+                sums, grid_sum, began, seen = {}, 0.0, now, 0
             if step % config.save_every == 0:
                 save()
             if stop:

@@ -1,0 +1,119 @@
+"""Measures of the mini Florence-2: boxes, characters, intervals, likelihoods, probes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("florence_vl_mini")
+
+from florence_vl.data.scenes import Region, SceneGenerator, Text
+from florence_vl.evaluate import florence2 as evaluation
+from florence_vl.train import florence2, florence2_grid
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return florence2.build_mini_florence2(tmp_path_factory.mktemp("mini"), seed=0, image_size=64, tokenizer_scenes=100)
+
+
+def test_boxes_are_matched_by_overlap_and_name() -> None:
+    assert evaluation.iou((0, 0, 10, 10), (0, 0, 10, 10)) == 1
+    assert evaluation.iou((0, 0, 10, 10), (5, 0, 15, 10)) == pytest.approx(1 / 3)
+    assert evaluation.iou((0, 0, 10, 10), (10, 0, 20, 10)) == 0
+    wanted = [("dog", (0, 0, 10, 10)), ("cat", (20, 20, 30, 30))]
+    found = [("cat", (0, 0, 10, 9)), ("cat", (20, 20, 30, 29)), ("cat", (20, 20, 30, 30))]
+    assert evaluation.matches(found, wanted, labels=False) == 2
+    assert evaluation.matches(found, wanted, labels=True) == 1  # one cat is there, however often it is found
+    assert evaluation.matches([], wanted, labels=False) == 0
+
+
+def test_character_accuracy() -> None:
+    assert evaluation.character_accuracy("", "") == 1
+    assert evaluation.character_accuracy("ship", "shop") == 0.75
+    assert evaluation.character_accuracy("", "shop") == 0
+
+
+def test_interval_holds_the_mean_and_shrinks() -> None:
+    few, many = evaluation.with_interval([0.0, 1.0] * 10), evaluation.with_interval([0.0, 1.0] * 500)
+    assert few["low"] < few["mean"] == 0.5 < few["high"]
+    assert many["high"] - many["low"] < (few["high"] - few["low"]) / 3
+    assert evaluation.with_interval([])["n"] == 0
+
+
+def test_likelihood_equals_transformers_loss(folder: Path) -> None:
+    runner = evaluation.Florence2Runner(folder, "cpu")
+    image = SceneGenerator(0, "test", 64)[0].image
+    answers = ["a dog", "two cats and a very long answer"]
+    scores = runner.log_likelihood(image, "<CAPTION>", answers)
+    for answer, score in zip(answers, scores, strict=True):
+        labels = runner.processor.tokenizer(answer, return_tensors="pt")["input_ids"]
+        loss = runner.model(**runner.inputs([image], "<CAPTION>"), labels=labels).loss
+        assert score.item() == pytest.approx(-loss.item() * labels.numel(), rel=1e-4)
+
+
+def test_probe_finds_what_is_linearly_there_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(400) % 4
+    features = torch.randn(400, 12)
+    features[:, 5] += 3.0 * labels
+    told = evaluation.linear_probe(features[:300], labels[:300], features[300:], labels[300:])
+    silent = evaluation.linear_probe(torch.randn(300, 12), labels[:300], torch.randn(100, 12), labels[300:])
+    assert told > 0.7
+    assert silent < 0.45
+
+
+def test_probe_pictures_have_independent_labels() -> None:
+    images, labels = evaluation.probe_pictures(60, seed=1, size=128)
+    again, _ = evaluation.probe_pictures(60, seed=1, size=128)
+    assert images[7].tobytes() == again[7].tobytes()
+    assert set(labels) == {"text", "object", "position"}
+    assert all(len(v) == 60 and v.max() < 16 for v in labels.values())
+    assert len(set(zip(labels["text"].tolist(), labels["object"].tolist(), strict=True))) > 40
+
+
+def test_tower_of_a_folder_gives_named_features(folder: Path) -> None:
+    tower = evaluation.load_tower(folder)
+    features = tower(torch.randn(2, 3, 64, 64))
+    assert list(features) == ["davit", "caption", "ocr", "grounding"]
+    assert all(f.shape == (2, 4, 192) for f in features.values())
+    assert (features["ocr"] - features["caption"]).abs().max() > 1e-4
+
+
+@pytest.mark.slow
+def test_whole_evaluation_of_an_untrained_model_is_at_chance(folder: Path) -> None:
+    report = evaluation.evaluate_florence2(folder, 20, device="cpu")
+    report["probe"] = evaluation.probe_prompts(folder, pictures=40, seeds=(0, 1), device="cpu")
+    assert report["ocr"]["exact word"]["mean"] == 0
+    assert report["od"]["box and name F1 at IoU 0.5"]["mean"] == 0
+    table = evaluation.to_markdown(report)
+    assert "| grounding |" in table
+    assert "retrieval of 20, known concept" in table
+
+
+def test_grid_tells_where_names_and_letters_lie() -> None:
+    scene = SceneGenerator(0, "train", 128, {"lettering": 1.0})[0]
+    scene.regions = [Region("dog", "dog", (0.0, 0.0, 64.0, 64.0))]
+    scene.texts = [Text("Hi", (64.0, 96.0, 128.0, 96.0, 128.0, 128.0, 64.0, 128.0))]
+    classes = florence2_grid.grid_classes()
+    told = {(cell, classes[number]) for cell, number in florence2_grid.grid_targets(scene, 4)}
+    assert told == {(0, "dog"), (1, "dog"), (4, "dog"), (5, "dog"), (14, "H"), (15, "i")}
+
+
+def test_grid_asks_letters_of_reading_tasks_and_names_of_the_others() -> None:
+    heads = florence2_grid.GridHeads(8)
+    cells = torch.zeros(1, 4, len(florence2_grid.grid_classes()), dtype=torch.bool)
+    cells[0, 0, florence2_grid.CHARACTERS.index("H")] = True
+    image, owner = torch.randn(1, 4, 8), torch.tensor([0])
+    prompted = torch.randn(1, 4, 8)
+    reading = heads(image, prompted, cells, owner, torch.tensor([True]))
+    silent = heads(image, prompted, torch.zeros_like(cells), owner, torch.tensor([True]))
+    assert (reading - silent).item() == pytest.approx(
+        2 * 5.0 / 4, abs=1e-3
+    )  # missing the letter costs its logit, in both heads
+    heads(image, prompted, cells, owner, torch.tensor([False])).backward()
+    grad = heads.prompted.weight.grad
+    assert grad[: len(florence2_grid.CHARACTERS)].abs().max() == 0
+    assert grad[len(florence2_grid.CHARACTERS) :].abs().max() > 0
