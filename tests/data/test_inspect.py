@@ -175,6 +175,7 @@ def test_sources_command(monkeypatch, capsys):
         (["inspect", "DATA", "--start", "7"], "has 7 records"),
         (["stats", "DATA", "--dataset", "docmatrix"], "'docmatix'"),
         (["sources", "docmatrix"], "'docmatix'"),
+        (["stats", "DATA", "--model", "runs/none/model"], "no such model folder: runs/none/model"),
     ],
 )
 def test_wrong_calls_are_explained_in_one_line(data, monkeypatch, capsys, arguments, message):

@@ -208,6 +208,7 @@ def test_invalid_json_names_the_line(tmp_path):
         ("[]", "holds no records"),
         ('[{"conversations": []}, {"conv', "cut off.*number 1"),
         ('[[{"conversations": []}]]', "not a list of objects"),
+        ('[{"conversations": []}]\n[{"conversations": []}]', "more than one JSON list: the first ends at byte 22"),
         ('{"data": 1}', "the first record has no 'conversations'; its keys are data"),
         ('{"messages": []}', "read by the reader 'messages'"),
     ],
@@ -248,6 +249,34 @@ def test_urls(images):
     assert file_reader[2].num_image_parts == 2
     with pytest.raises(FileNotFoundError, match="memory://set/none"):
         open_reader("memory://set/none.json")
+
+
+def test_tables_shards_and_folders_at_urls(tmp_path):
+    memory = fsspec.filesystem("memory")
+    page = {"bytes": png((5, 0, 0)), "path": None}
+    table = write_parquet(
+        tmp_path / "t.parquet",
+        {"images": [[page]] * 3, "texts": [[{"user": "q", "assistant": str(i)}] for i in range(3)]},
+    )
+    shard = write_tar(tmp_path / "s.tar", [("k.png", png((6, 0, 0))), ("k.txt", b"words")])
+    for name, data in {
+        "tables/t.parquet": table.read_bytes(),
+        "shards/s.tar": shard.read_bytes(),
+        "folder/i.png": png((7, 0, 0)),
+        "folder/i.txt": b"words",
+    }.items():
+        with memory.open(f"/urls/{name}", "wb") as file:
+            file.write(data)
+    for folder, reader, red, answer in (
+        ("tables", "parquet", 5, "2"),
+        ("shards", "webdataset", 6, "words"),
+        ("folder", "folder", 7, "words"),
+    ):
+        found = pickle.loads(pickle.dumps(open_reader(f"memory://urls/{folder}")))
+        assert type(found) is READERS[reader]
+        record = found[len(found) - 1]
+        assert record.text("assistant") == answer
+        assert open_image(record.images[0]).getpixel((0, 0)) == (red, 0, 0)
 
 
 @pytest.mark.parametrize("archive", ["tar", "zip", "deflated"])

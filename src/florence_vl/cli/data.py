@@ -249,7 +249,8 @@ def _open(
         from florence_vl.data.encode import Encoder
         from florence_vl.model.processing import FlorenceVLProcessor
 
-        encoder = Encoder(FlorenceVLProcessor.from_pretrained(model), template, max_length, on_long="drop")
+        processor = FlorenceVLProcessor.from_pretrained(_model_name(model))
+        encoder = Encoder(processor, template, max_length, on_long="drop")
     elif template is not None or max_length is not None:
         raise ValueError("--template and --max-length need --model: there is no tokenizer without it")
     return source, encoder
@@ -273,13 +274,25 @@ def _open_recipe(data: str, overrides: list[str], model: str | None, *file_optio
     if name is not None:
         from florence_vl.model.processing import FlorenceVLProcessor
 
-        processor: Any = FlorenceVLProcessor.from_pretrained(name)
+        processor: Any = FlorenceVLProcessor.from_pretrained(_model_name(name))
     else:
         from florence_vl.train.setup import load_model
 
         processor = load_model(recipe)[1]
     training = TrainingData(recipe, processor)
     return training.mixture, training.encoder
+
+
+def _model_name(name: str) -> str:
+    """A model's folder or hub name.
+
+    Raises:
+        FileNotFoundError: It can only be a folder, and there is none.
+    """
+    path = Path(name).expanduser()
+    if not path.is_dir() and (name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1):
+        raise FileNotFoundError(f"no such model folder: {name} (another one is given by --model)")
+    return str(path) if path.is_dir() else name
 
 
 def _options(pairs: list[str] | None) -> dict[str, Any]:

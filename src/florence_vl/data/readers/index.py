@@ -140,7 +140,10 @@ def scan_json_array(path: str | Path) -> np.ndarray:
     count = sum(map(len, starts))
     if end < 0 or depth != 0 or in_string:
         raise ValueError(f"{path} is cut off: the JSON list does not end; its last record is number {count - 1}")
-    return np.concatenate([*starts, [end]]).astype(np.uint64)
+    offsets = np.concatenate([*starts, [end]])
+    if count and offsets[-2] > end:
+        raise ValueError(f"{path} holds more than one JSON list: the first ends at byte {end}")
+    return offsets.astype(np.uint64)
 
 
 def _escaped(quotes: np.ndarray, slashes: np.ndarray) -> np.ndarray:
