@@ -303,6 +303,8 @@ def test_gguf_to_safetensors(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
     assert model.num_parameters() > 134e6
     assert AutoTokenizer.from_pretrained(tmp_path / "dst")("Hello").input_ids
+    assert (tmp_path / "dst" / "README.md").read_text().startswith("---\nlicense: apache-2.0\n")
+    assert (tmp_path / "dst" / "model.safetensors").stat().st_mode & 0o044 == 0o044
 
 
 # ------------------------------------------------------------ diff

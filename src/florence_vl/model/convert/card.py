@@ -53,6 +53,35 @@ model = Florence2ForConditionalGeneration.from_pretrained("THIS FOLDER", dtype="
 """
 
 
+_LLM = """
+# Language model, converted
+
+Converted by [florence-vl](https://pypi.org/project/florence-vl/) {version} from `{source}` (gguf, de-quantised to
+float32): the values are those that the quantised weights stand for.
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
+```
+
+As the LLM of a Florence-VL: `florence_vl.build_model(vision=..., llm="THIS FOLDER")`.
+"""
+
+
+def write_llm_card(source: str, license: str | None) -> str:
+    """README.md of a converted gguf LLM.
+
+    Args:
+        source: File name.
+        license: What the gguf says, if anything.
+    """
+    from florence_vl import __version__
+
+    front = f"---\nlicense: {(license or 'unknown').lower()}\nlibrary_name: transformers\n---\n"
+    return front + _LLM.format(version=__version__, source=source)
+
+
 def license_of(template: str) -> tuple[str, str]:
     """Licence tag and sentence of the LLM that a chat template is for; the authors' own cards state none."""
     return LLM_LICENSES.get(template, ("other", "the LLM's licence isn't known here; see its source"))

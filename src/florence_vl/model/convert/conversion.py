@@ -116,7 +116,7 @@ def convert(
         if to != "native":
             raise ValueError(f"a gguf can only be converted to 'native', not to {to!r}")
         _refuse("a gguf", tower=tower, decoder=decoder, tokenizer=tokenizer, template=template)
-        convert_gguf(gguf, target, overwrite)
+        convert_gguf(gguf, target, overwrite, license)
         return {"source": str(gguf), "source_layout": "gguf", "written": "transformers LLM, float32", "dropped": {}}
     opened = open_source(path)
     if path.resolve() == target.resolve():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from florence_vl.model.convert.shards import GIB, atomic_folder, check_destination, check_disk_space
+from florence_vl.model.convert.card import write_llm_card
+from florence_vl.model.convert.shards import atomic_folder, check_destination, check_disk_space
 
 MAGIC = b"GGUF"
 
@@ -26,7 +27,7 @@ def find_gguf(path: Path) -> Path | None:
     return found[0]
 
 
-def convert_gguf(source: Path, destination: Path, overwrite: bool = False) -> None:
+def convert_gguf(source: Path, destination: Path, overwrite: bool = False, license: str | None = None) -> None:
     """Write a gguf LLM as fp32 safetensors with its tokenizer and chat template.
 
     transformers de-quantises the whole model in memory: 4 bytes a parameter.
@@ -35,6 +36,7 @@ def convert_gguf(source: Path, destination: Path, overwrite: bool = False) -> No
         source: The gguf file.
         destination: Folder to write.
         overwrite: Replace a folder that is there.
+        license: Tag for the card; by default what the gguf says.
 
     Raises:
         ValueError: The file is truncated, of an architecture that transformers can't read, or the disk too small.
@@ -45,7 +47,10 @@ def convert_gguf(source: Path, destination: Path, overwrite: bool = False) -> No
 
     check_destination(destination, overwrite)
     try:
-        parameters = sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(source).tensors)
+        reader = gguf.GGUFReader(source)
+        parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
+        stated = reader.get_field("general.license")
+        stated_license = license or (str(stated.contents()) if stated is not None else None)
     except Exception as error:  # the reader raises whatever its numpy views raise
         raise ValueError(
             f"{source}: truncated or damaged gguf ({error}); it has {source.stat().st_size} bytes, fetch it again"
@@ -55,6 +60,8 @@ def convert_gguf(source: Path, destination: Path, overwrite: bool = False) -> No
         try:
             convert_gguf_llm(source, folder)
         except (ValueError, KeyError) as error:
-            raise ValueError(
-                f"{source}: transformers can't read this gguf ({4 * parameters / GIB:.1f} GiB): {error}"
-            ) from error
+            raise ValueError(f"{source}: transformers can't read this gguf: {error}") from error
+        card = write_llm_card(source.name, stated_license)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        for path in folder.iterdir():
+            path.chmod(0o644)  # transformers' writer leaves weights unreadable for others
