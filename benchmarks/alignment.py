@@ -52,18 +52,23 @@ def caching(encoder, files: list[Path], root: Path, batch_size: int, rounds: int
     size = encoder.preprocess
     batch = torch.randn(batch_size, 3, size.height, size.width)
     encoder.encode_batch(batch)
-    ratios, speeds = [], []
+    ratios, work, speeds = [], [], []
     per_round = len(files) // rounds
     for index in range(rounds):
         part = files[index * per_round : (index + 1) * per_round]
         times = [forward_seconds(encoder, batch)]
+        cpu = time.process_time()
         _, report = pool_images(
             encoder, part, PooledStore(encoder.identity, root / f"round-{index}"), batch_size=batch_size
         )
+        cpu = time.process_time() - cpu
         times.append(forward_seconds(encoder, batch))
-        own = batch_size / statistics.mean(times)
+        forward, forward_cpu = (statistics.mean(values) for values in zip(*times, strict=True))
+        own = batch_size / forward
+        work.append(forward_cpu * report.computed / batch_size / cpu)
         ratios.append(report.computed / report.seconds / own)
         speeds.append(own)
+    print(f"caching: {statistics.median(work):.0%} of the processor's work is the encoder's forward")
     print(
         f"caching reaches {statistics.median(ratios):.0%} of the encoder's own forward "
         f"({statistics.median(speeds):.1f} images/s, {len(files)} images, {rounds} rounds: "
@@ -71,14 +76,14 @@ def caching(encoder, files: list[Path], root: Path, batch_size: int, rounds: int
     )
 
 
-def forward_seconds(encoder, batch: torch.Tensor, repeats: int = 4) -> float:
-    """Seconds of one forward of a batch."""
-    start = time.perf_counter()
+def forward_seconds(encoder, batch: torch.Tensor, repeats: int = 4) -> tuple[float, float]:
+    """Seconds of one forward of a batch: on the clock, and of the processor."""
+    start, cpu = time.perf_counter(), time.process_time()
     for _ in range(repeats):
         features = encoder.encode_batch(batch)
     if batch.device != encoder.device:
         next(iter(features.values())).sum().item()  # waits for the device
-    return (time.perf_counter() - start) / repeats
+    return (time.perf_counter() - start) / repeats, (time.process_time() - cpu) / repeats
 
 
 def subsets(encoder, files: list[Path], captions: list[str], root: Path, options, device: str) -> None:
@@ -96,12 +101,12 @@ def subsets(encoder, files: list[Path], captions: list[str], root: Path, options
         start = time.perf_counter()
         train_alignment(store.matrix(report.keys, chosen), text, config, groups=groups, device=device)
         seconds[label] = time.perf_counter() - start
-    everything, one = sum(seconds.values()), seconds["all"]
+    everything, one, count = sum(seconds.values()), seconds["all"], len(seconds)
+    once, apart = (encoding + everything) / (encoding + one), (count * encoding + everything) / (encoding + one)
     print(
-        f"{len(seconds)} subsets of {names}: {(encoding + everything) / (encoding + one):.2f} times one subset with the "
-        f"encoder's pass ({encoding:.0f} s once; {len(seconds)} passes would be "
-        f"{(len(seconds) * encoding + everything) / (encoding + one):.1f} times); projections alone {everything / one:.1f} "
-        f"times ({options.steps} steps, {len(files)} pairs, {device})"
+        f"{count} subsets of {names} from one pass of the encoder take {once:.2f} times as long as one; with a pass "
+        f"each it would be {apart:.1f} times; projections alone {everything / one:.1f} times "
+        f"({options.steps} steps, {len(files)} pairs, {device}; pass {encoding:.0f} s)"
     )
 
 

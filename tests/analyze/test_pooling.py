@@ -177,3 +177,22 @@ def test_feature_subsets():
         feature_subsets(["davit"])
     assert default_width([768, 192], 10_000) == 192
     assert default_width([768], 100) == 25
+
+
+def test_features_of_an_input_may_come_from_several_shards(tmp_path):
+    store = PooledStore({"encoder": "x"}, tmp_path)
+    keys = [bytes([i]) * 16 for i in range(4)]
+    tables = {"a": torch.arange(8.0).view(4, 2), "b": 10 + torch.arange(4.0).view(4, 1)}
+    store.add(keys[:2], {"a": tables["a"][:2]})
+    store.add(keys[2:], {name: table[2:] for name, table in tables.items()})
+    assert store.has(keys[3], ["a", "b"])
+    assert not store.has(keys[0], ["a", "b"])
+    store.flush()
+    store.add(keys[:2], {"b": tables["b"][:2]})
+    store.flush()
+    again = PooledStore({"encoder": "x"}, tmp_path)
+    expected = torch.cat([tables["b"], tables["a"]], dim=1)
+    assert torch.equal(again.matrix(keys, ["b", "a"]), expected)
+    assert torch.equal(again.matrix(keys[::-1], ["b", "a"]), expected.flip(0))
+    with pytest.raises(KeyError, match="is not in"):
+        again.matrix([b"?" * 16], ["a"])

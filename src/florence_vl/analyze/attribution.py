@@ -256,18 +256,19 @@ def attribution_figure(image: Image.Image, attribution: Attribution) -> Any:
         ax.set_axis_off()
     axes[0].imshow(shown)
     axes[0].set_title("image", fontsize=8)
+    low = min(float(f.map_HW.min()) for f in attribution.features)
     top = max(float(f.map_HW.max()) for f in attribution.features)
     extent = (0, shown.width, shown.height, 0)
     drawn = None
     for ax, feature in zip(axes[1:], attribution.features, strict=True):
         ax.imshow(grey, extent=extent)
         drawn = ax.imshow(
-            feature.map_HW, extent=extent, cmap="inferno", alpha=0.65, vmin=0, vmax=top, interpolation="bilinear"
+            feature.map_HW, extent=extent, cmap="inferno", alpha=0.65, vmin=low, vmax=top, interpolation="bilinear"
         )
         ax.set_title(f"{feature.name}: {feature.share:.0%}", fontsize=8)
-    upper.colorbar(drawn, ax=list(axes), shrink=0.7, label="share of the first layer's input").ax.tick_params(
-        labelsize=6
-    )
+    bar = upper.colorbar(drawn, ax=list(axes), shrink=0.7)
+    bar.set_label("share of the projector's first layer", fontsize=7)
+    bar.ax.tick_params(labelsize=6)
     left, right = lower.subplots(1, 2)
     names = [f.name for f in attribution.features]
     for ax, values, title in (

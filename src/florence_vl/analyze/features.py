@@ -81,7 +81,9 @@ class PooledStore:
         self.folder = (root or default_root()) / digest(self.identity)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._keep_identity()
-        self._where: dict[str, dict[bytes, tuple[Path, int]]] = {}
+        # names of the features of a shard -> key -> number of the shard and row in it, as one integer
+        self._where: dict[tuple[str, ...], dict[bytes, int]] = {}
+        self._shards: list[Path] = []
         self._flushed = time.monotonic()
         self._pending: list[tuple[bytes, dict[str, Tensor]]] = []
         self._pending_keys: dict[bytes, set[str]] = {}
@@ -112,15 +114,20 @@ class PooledStore:
                 names = [name.removeprefix("feature.") for name in shard.keys() if name.startswith("feature.")]  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); delete it, its features are then computed again") from None
-        for name in names:
-            where = self._where.setdefault(name, {})
-            where.update((key, (path, row)) for row, key in enumerate(keys))
+        first = len(self._shards) << 32
+        self._shards.append(path)
+        self._where.setdefault(tuple(sorted(names)), {}).update((key, first + row) for row, key in enumerate(keys))
+
+    def _find(self, key: bytes, name: str) -> int | None:
+        for names, rows in self._where.items():
+            if name in names and key in rows:
+                return rows[key]
+        return None
 
     def has(self, key: bytes, names: Sequence[str]) -> bool:
         """Whether all these features of an input are there."""
-        return all(key in self._where.get(name, ()) for name in names) or set(names) <= self._pending_keys.get(
-            key, set()
-        )
+        pending = self._pending_keys.get(key, set())
+        return all(name in pending or self._find(key, name) is not None for name in names)
 
     def add(self, keys: Sequence[bytes], vectors: Mapping[str, Tensor]) -> None:
         """Keep pooled vectors; they are on disk after `flush`, every `SHARD_ROWS` rows and every `SHARD_SECONDS`.
@@ -129,6 +136,8 @@ class PooledStore:
             keys: n keys.
             vectors: Feature name -> (n, D).
         """
+        if self._pending and set(self._pending[0][1]) != set(vectors):
+            self.flush()  # a shard's rows have the same features
         rows = {name: table.detach().float().cpu() for name, table in vectors.items()}
         for index, key in enumerate(keys):
             self._pending.append((key, {name: table[index] for name, table in rows.items()}))
@@ -160,10 +169,12 @@ class PooledStore:
         self.flush()
         shards: dict[Path, dict[str, list[tuple[int, int]]]] = {}
         for name in names:
-            where = self._where.get(name, {})
             for target, key in enumerate(keys):
-                path, row = where[key]
-                shards.setdefault(path, {}).setdefault(name, []).append((target, row))
+                found = self._find(key, name)
+                if found is None:
+                    raise KeyError(f"{name} of {key.hex()} is not in {self.folder}")
+                path = self._shards[found >> 32]
+                shards.setdefault(path, {}).setdefault(name, []).append((target, found & 0xFFFFFFFF))
         result: Tensor | None = None
         columns: dict[str, slice] = {}
         for path, wanted in shards.items():
@@ -181,8 +192,8 @@ class PooledStore:
         return result if result is not None else torch.empty(0, 0)
 
     def _width(self, name: str) -> int:
-        path, _ = next(iter(self._where[name].values()))
-        with safe_open(str(path), "pt") as shard:
+        rows = next(rows for names, rows in self._where.items() if name in names)
+        with safe_open(str(self._shards[next(iter(rows.values())) >> 32]), "pt") as shard:
             return shard.get_slice(f"feature.{name}").get_shape()[1]
 
 
