@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
+from florence_vl.data.encode import Encoder
 from florence_vl.testing import tiny_model
 from florence_vl.train import load_recipe, train
 from florence_vl.train.config import SourceConfig
@@ -101,6 +103,34 @@ def test_epochs_become_steps_and_the_template_is_saved(data: Path, tmp_path: Pat
     from florence_vl import FlorenceVLProcessor
 
     assert FlorenceVLProcessor.from_pretrained(result.exported).chat_template == processor.chat_template
+
+
+def test_held_out_loss_is_a_mean_over_supervised_tokens(data: Path, tmp_path: Path) -> None:
+    from florence_vl.train.evaluation import HeldOut
+    from florence_vl.train.parallel import LossModule, World
+
+    model, processor = tiny_model()
+    held_out = {"every_steps": 2, "samples": 5, "sources": [{"path": str(data / "data.json")}]}
+    values = recipe(data, tmp_path, packed=False, evaluate=held_out, steps=3)
+    values["logging"] |= {"profile_steps": [2, 3]}
+    train(values, model=model, processor=processor)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert ["eval_loss" in row for row in rows] == [False, True, True]
+    loaded = load_recipe(values)
+    assert loaded.evaluate is not None
+    world = World(torch.device("cpu"))
+    mean = HeldOut(loaded, loaded.evaluate, processor, world).loss(LossModule(model, (64, 64)))
+    assert mean == pytest.approx(rows[-1]["eval_loss"], rel=1e-5)
+    encoder, reader = Encoder(processor, max_length=160), open_source(loaded.evaluate.sources[0])
+    losses, tokens = 0.0, 0
+    for index in range(5):  # one by one, through the public forward pass
+        sample = encoder(reader[index])
+        count = int((sample.labels[1:] != -100).sum())
+        with torch.no_grad():
+            one = model(sample.input_ids[None], pixel_values=sample.pixel_values, labels=sample.labels[None])
+        losses, tokens = losses + float(one.loss) * count, tokens + count
+    assert mean == pytest.approx(losses / tokens, rel=1e-4)
+    assert (tmp_path / "profile" / "rank-0.json").stat().st_size > 1000
 
 
 def test_sources_are_limited_and_named(data: Path) -> None:

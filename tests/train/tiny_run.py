@@ -103,7 +103,7 @@ def recipe(output: str | Path, **changes: Any) -> dict[str, Any]:
         "batch_size": 4,
         "micro_batch_size": 2,
         "optimizer": {"lr": 1e-3, "weight_decay": 0.1},
-        "checkpoint": {"every_steps": 2},
+        "checkpoint": {"every_steps": 2, "export": False},
         "logging": {"progress": "none"},
     }
     return base | changes

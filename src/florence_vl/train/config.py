@@ -323,7 +323,7 @@ class LoggingConfig:
         project: Name of the project at trackio and wandb.
         progress: `rich` bar, `plain` lines, `none`; `auto` is rich on a terminal.
         peak_tflops: Of one device at the run's precision, for MFU; None takes it from a table of known devices.
-        profile_steps: First and last step that torch.profiler records into the run's folder.
+        profile_steps: First and last step that torch.profiler records into RUN/profile.
     """
 
     __pydantic_config__ = STRICT

@@ -58,8 +58,10 @@ def open_source(source: SourceConfig) -> Reader | LimitedReader:
     return reader if source.limit is None else LimitedReader(reader, source.limit)
 
 
-def build_mixture(sources: Sequence[SourceConfig], config: DataConfig, seed: int) -> Mixture:
-    """The recipe's mixture.
+def build_mixture(
+    sources: Sequence[SourceConfig], config: DataConfig, seed: int, shuffle: bool | None = None
+) -> Mixture:
+    """A mixture of the recipe's kind; `shuffle` replaces the recipe's choice.
 
     Raises:
         ValueError: No sources, or as `open_source`.
@@ -73,7 +75,9 @@ def build_mixture(sources: Sequence[SourceConfig], config: DataConfig, seed: int
         names[name] = names.get(name, 0) + 1
         unique = name if names[name] == 1 else f"{name}-{names[name]}"
         opened.append(MixtureSource(unique, open_source(source), source.weight))
-    return Mixture(opened, weighting=config.weighting, seed=seed, shuffle=config.shuffle)
+    return Mixture(
+        opened, weighting=config.weighting, seed=seed, shuffle=config.shuffle if shuffle is None else shuffle
+    )
 
 
 def apply_template(processor: Any, config: DataConfig) -> None:

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from florence_vl.data.sampler import mix
 from florence_vl.train.checkpoint import CheckpointManager, latest_checkpoint, read_trainer_state
 from florence_vl.train.config import Recipe
+from florence_vl.train.evaluation import HeldOut
+from florence_vl.train.flops import Multipliers, count_flops, peak_tflops
 from florence_vl.train.guards import (
     SpikeDetector,
     TrainingError,
@@ -49,8 +51,10 @@ from florence_vl.train.setup import describe_environment, load_model
 from florence_vl.train.steps import (
     Batch,
     StepCounts,
+    StepProfiler,
     StopSignals,
     count_images,
+    count_pairs,
     count_samples,
     count_supervised,
     count_tokens,
@@ -197,7 +201,7 @@ class Trainer:
                 self.checkpoints.finish(strict=False)  # what is being written is worth keeping, whatever happened
                 self._close()
         exported = None
-        if finished and self.recipe.checkpoint.export and self.processor is not None:
+        if finished and self.recipe.checkpoint.export:
             exported = self.export(self.run_dir / "model")
         if self.world.is_main:
             self._write_json("summary.json", {"steps": self.step, "finished": finished, "metrics": self._row})
@@ -249,6 +253,11 @@ class Trainer:
         if checkpoint is not None:
             data_state = self._restore(self.checkpoints.load(checkpoint))
             self.checkpoints.last_saved_step = self.step
+        self.held_out: HeldOut | None = None
+        if recipe.evaluate is not None:
+            if self.processor is None:
+                raise ValueError("`evaluate` needs the model's processor")
+            self.held_out = HeldOut(recipe, recipe.evaluate, self.processor, world)
         self.stream = self._batches(self.step, world.rank, world.size, data_state)
         self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", self.step) if world.is_main else None
         self.trackers: list[Tracker] = (
@@ -256,7 +265,25 @@ class Trainer:
         )
         shown = recipe.logging if world.is_main else _silent(recipe)
         self.progress = Progress(self.total_steps, self.step, shown)
+        self._profiler = StepProfiler(
+            recipe.logging.profile_steps, self.run_dir / "profile" / f"rank-{world.rank}.json"
+        )
+        self._prepare_flops()
         self._print_table()
+
+    def _prepare_flops(self) -> None:
+        """Count the model once, for MFU, where the device's peak is known."""
+        self._peak: float | None = self.recipe.logging.peak_tflops or peak_tflops(self.world.device)
+        if self._peak is not None:
+            self._flops = count_flops(self.model.config, *self._image_size(self.model))
+            self._multipliers = Multipliers.of(self.recipe.parts, self._flops.num_layers)
+
+    def _mfu(self, table: StepCounts, seconds: float) -> float | None:
+        """Share of the devices' peak that the model's own arithmetic used; padding and recomputation don't count."""
+        if self._peak is None:
+            return None
+        flops = self._flops.step(self._multipliers, table.images, table.tokens, table.pairs, table.supervised)
+        return sum(flops.values()) / (seconds * self.world.size * self._peak * 1e12)
 
     def _prepare_data(self, model: nn.Module) -> None:
         """Decide where batches come from and how many steps the run has."""
@@ -340,6 +367,7 @@ class Trainer:
 
     def _train_step(self) -> None:
         world, recipe = self.world, self.recipe
+        self._profiler.before(self.step + 1)
         began = time.perf_counter()
         micro_batches = [next(self.stream) for _ in range(self.stream.batches_per_rank)]
         data_wait = time.perf_counter() - began
@@ -377,7 +405,8 @@ class Trainer:
         self.supervised_tokens += table.supervised
         self.images += table.images
         seconds = time.perf_counter() - began
-        self._report(table, loss_value, total_norm, norms, seconds)
+        self._profiler.after(self.step)
+        self._report(table, loss_value, total_norm, norms, seconds, self._maybe_evaluate())
         self._maybe_save()
 
     def _exchange(self, micro_batches: list[Batch], data_wait: float) -> StepCounts:
@@ -388,20 +417,20 @@ class Trainer:
             float(sum(batch["input_ids"].numel() for batch in micro_batches)),
             float(sum(count_images(batch) for batch in micro_batches)),
             float(sum(count_samples(batch) for batch in micro_batches)),
+            float(sum(count_pairs(batch) for batch in micro_batches)),
             data_wait,
             float(self._signals.received),
             self._elapsed_minutes() / self.recipe.max_minutes if self.recipe.max_minutes else 0.0,
             self._elapsed_minutes(),
         ]
         rows = self.world.gather(own)
-        sums = rows.sum(0).tolist()
-        if rows[:, 6].any():
-            self.stop_requested = f"signal {signal.Signals(int(rows[:, 6].max())).name}"
-        self._time_fraction = float(rows[0, 7])
-        self._agreed_minutes = float(rows[0, 8])
-        if sums[0] == 0:
+        supervised, tokens, slots, images, samples, pairs = (int(value) for value in rows[:, :6].sum(0).tolist())
+        if rows[:, 7].any():
+            self.stop_requested = f"signal {signal.Signals(int(rows[:, 7].max())).name}"
+        self._time_fraction, self._agreed_minutes = rows[0, 8].item(), rows[0, 9].item()
+        if supervised == 0:
             log.warning("step %d has no supervised token at all", self.step + 1)
-        return StepCounts(int(sums[0]), int(sums[1]), int(sums[2]), int(sums[3]), int(sums[4]), float(rows[:, 5].max()))
+        return StepCounts(supervised, tokens, slots, images, samples, pairs, float(rows[:, 6].max()))
 
     _agreed_minutes = 0.0
 
@@ -469,7 +498,15 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------- reporting and checkpoints
 
-    def _report(self, table: StepCounts, loss: float, norm: float, norms: Mapping[str, float], seconds: float) -> None:
+    def _report(
+        self,
+        table: StepCounts,
+        loss: float,
+        norm: float,
+        norms: Mapping[str, float],
+        seconds: float,
+        extra: Mapping[str, float],
+    ) -> None:
         row: dict[str, Any] = {
             "step": self.step,
             "loss": loss,
@@ -487,8 +524,10 @@ class Trainer:
             "images_per_s": table.images / seconds,
             "padding_share": 1 - table.tokens / max(table.slots, 1),
             "data_wait_share": min(1.0, table.data_wait / seconds),
+            "mfu": self._mfu(table, seconds),
             "memory_gib": memory_gib(self.world.device.type),
             "minutes": self._elapsed_minutes(),
+            **extra,
         }
         self._row = row
         if not self.world.is_main:
@@ -502,6 +541,17 @@ class Trainer:
         self.progress.update(row, max(self.step / self.total_steps, self._time_fraction))
         for callback in self.callbacks:
             callback(self, row)
+
+    def _maybe_evaluate(self) -> dict[str, float]:
+        config = self.recipe.evaluate
+        if self.held_out is None or config is None:
+            return {}
+        if self.step % config.every_steps and self.step != self.total_steps:
+            return {}
+        loss = self.held_out.loss(self.parallel.module)
+        set_training_mode(self.model)
+        self.progress.message(f"step {self.step}: held-out loss {loss:.4f}")
+        return {"eval_loss": loss}
 
     def _maybe_save(self) -> None:
         self.checkpoints.poll()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ class StepCounts:
     slots: int
     images: int
     samples: int
+    pairs: int
     data_wait: float
 
 
@@ -34,6 +36,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def count_supervised(batch: Batch) -> int:
+    """Positions whose next token is learned."""
     return int((batch["labels"][:, 1:] != -100).sum())
 
 
@@ -57,6 +60,7 @@ def count_row_padding(batch: Batch) -> torch.Tensor:
 
 
 def count_images(batch: Batch) -> int:
+    """Images of a batch."""
     pixels = batch.get("pixel_values")
     return 0 if pixels is None else len(pixels)
 
@@ -69,10 +73,54 @@ def count_samples(batch: Batch) -> int:
     return int((positions == 0).sum()) - int((count_row_padding(batch) > 0).sum())
 
 
+def count_pairs(batch: Batch) -> int:
+    """Sum of the samples' squared lengths: what attention costs, padding left out."""
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    if mask is not None:
+        return int(mask.sum(-1).square().sum())
+    if positions is None:
+        return len(batch["input_ids"]) * batch["input_ids"].shape[1] ** 2
+    total = 0
+    for row, padding in zip(positions, count_row_padding(batch).tolist(), strict=True):
+        used = row[: len(row) - padding]
+        starts = torch.cat([(used == 0).nonzero().flatten(), torch.tensor([len(used)], device=used.device)])
+        total += int(starts.diff().square().sum())
+    return total
+
+
 def seed_everything(seed: int) -> None:
+    """Seed torch, Python and NumPy."""
     torch.manual_seed(seed & 0x7FFF_FFFF_FFFF_FFFF)
     random.seed(seed)
     np.random.seed(seed & 0xFFFF_FFFF)  # noqa: NPY002  (users' code may draw from it)
+
+
+class StepProfiler:
+    """Records steps `first` to `last` with torch.profiler and writes a trace for chrome://tracing or Perfetto.
+
+    Args:
+        steps: First and last step, counted from 1; None records nothing.
+        path: The trace, .json.
+    """
+
+    def __init__(self, steps: tuple[int, int] | None, path: Path) -> None:
+        self.first, self.last = steps or (0, 0)
+        self.path = path
+        self._profiler: Any = None
+
+    def before(self, step: int) -> None:
+        """Tell that a step begins."""
+        if step == self.first:
+            self._profiler = torch.profiler.profile(record_shapes=True, profile_memory=True)
+            self._profiler.start()
+
+    def after(self, step: int) -> None:
+        """Tell that a step is done."""
+        if self._profiler is not None and step == self.last:
+            self._profiler.stop()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._profiler.export_chrome_trace(str(self.path))
+            self._profiler = None
 
 
 class StopSignals:

@@ -1,0 +1,336 @@
+"""FLOPs and saved activations of a training step, counted on a model without weights.
+
+The tower is run on the meta device and counted operation by operation, so any tower is counted exactly. The LLM is
+linear in its tokens but for attention, which grows with the sum of the samples' squared lengths: rows of packed samples
+pay for each sample's own square, never for the row's. A multiply-add is 2 FLOPs; attention is counted in full, not
+halved for causality, as usual for MFU (Chowdhery et al., PaLM, appendix B); recomputation is not counted.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from florence_vl.train.config import LLMPartConfig, PartsConfig
+from florence_vl.train.parallel import blocks
+
+if TYPE_CHECKING:
+    from florence_vl.model.configuration import FlorenceVLConfig
+    from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+
+# Peak dense bf16 TFLOP/s and memory in GiB, by the vendors' data sheets (no sparsity).
+DEVICES: dict[str, tuple[float, float]] = {
+    "h100-80gb": (989.0, 79.6),
+    "h100-pcie": (756.0, 79.6),
+    "h200-141gb": (989.0, 140.4),
+    "b200-180gb": (2250.0, 178.4),
+    "a100-80gb": (312.0, 79.2),
+    "a100-40gb": (312.0, 39.4),
+    "l40s-48gb": (362.0, 44.5),
+    "rtx-4090-24gb": (165.0, 23.6),
+    "mi300x-192gb": (1307.0, 191.5),
+}
+_CUDA_NAMES = (
+    ("H100 PCIe", "h100-pcie"),
+    ("H100", "h100-80gb"),
+    ("H200", "h200-141gb"),
+    ("B200", "b200-180gb"),
+    ("A100-SXM4-40GB", "a100-40gb"),
+    ("A100", "a100-80gb"),
+    ("L40S", "l40s-48gb"),
+    ("4090", "rtx-4090-24gb"),
+    ("MI300X", "mi300x-192gb"),
+)
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """Peak bf16 TFLOP/s of a device that is in the table; None for any other."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((DEVICES[key][0] for text, key in _CUDA_NAMES if text in name), None)
+
+
+def build_shell(config: FlorenceVLConfig) -> FlorenceVLForConditionalGeneration:
+    """The model on the meta device: all shapes, no weights."""
+    from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+
+    with torch.device("meta"):
+        model = FlorenceVLForConditionalGeneration(copy.deepcopy(config))
+    tower: Any = model.model.vision_tower
+    if hasattr(tower, "masks_padding"):
+        tower.masks_padding = False  # a mask's values decide about kernels; meta tensors have none
+    return model
+
+
+@dataclass(frozen=True)
+class Multipliers:
+    """How often the forward pass's FLOPs are spent in a training step: 1 forward, +1 for each of two gradients.
+
+    Attributes:
+        tower: Of the tower: 3 when it trains, 1 when frozen.
+        projector: Of fusion and projector.
+        llm: Of the LLM's linear layers: 3 trained, 2 frozen but passed by gradients, 1 otherwise.
+        attention: Of the LLM's attention, whose products have no weights: 3 when gradients pass.
+        head: Of the language modelling head.
+    """
+
+    tower: float
+    projector: float
+    llm: float
+    attention: float
+    head: float
+
+    @classmethod
+    def of(cls, parts: PartsConfig, num_layers: int) -> Multipliers:
+        """Of a recipe's parts; for the last n layers or LoRA the LLM's is a mean over layers."""
+        below = parts.tower.train or parts.projector.train
+        llm: LLMPartConfig = parts.llm
+        passed = 2.0 if below else 1.0
+        if llm.last_layers is not None:
+            share = llm.last_layers / num_layers
+            linear = 3.0 * share + passed * (1 - share)
+            attention = 3.0 if below else 3.0 * share + (1 - share)
+            head = 3.0
+        elif llm.lora is not None:
+            linear, attention, head = 2.0, 3.0, 2.0
+        elif llm.train:
+            linear = attention = head = 3.0
+        else:
+            linear, attention, head = (2.0, 3.0, 2.0) if below else (1.0, 1.0, 1.0)
+        projector = 3.0 if parts.projector.train else (2.0 if parts.tower.train else 1.0)
+        return cls(3.0 if parts.tower.train else 1.0, projector, linear, attention, head)
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """FLOPs of one forward pass.
+
+    Attributes:
+        tower_per_image: DaViT, its projection and the encoder with all prompts (or the backbone), one image.
+        projector_per_image: Fusion and projector, one image.
+        llm_per_token: Linear layers of the LLM.
+        attention_per_pair: Scores and mix of all layers for one pair of tokens of a sample.
+        head_per_token: Head at one supervised position.
+        image_tokens: Tokens of an image in the LLM.
+        num_layers: Blocks of the LLM.
+    """
+
+    tower_per_image: float
+    projector_per_image: float
+    llm_per_token: float
+    attention_per_pair: float
+    head_per_token: float
+    image_tokens: int
+    num_layers: int
+
+    def step(
+        self, multipliers: Multipliers, images: float, tokens: float, pairs: float, supervised: float
+    ) -> dict[str, float]:
+        """FLOPs of a training step by part.
+
+        Args:
+            multipliers: What trains.
+            images: Number of images.
+            tokens: Tokens in the LLM, image tokens included.
+            pairs: Sum of the samples' squared lengths.
+            supervised: Supervised tokens.
+        """
+        return {
+            "tower": multipliers.tower * self.tower_per_image * images,
+            "projector": multipliers.projector * self.projector_per_image * images,
+            "llm": multipliers.llm * self.llm_per_token * tokens,
+            "attention": multipliers.attention * self.attention_per_pair * pairs,
+            "head": multipliers.head * self.head_per_token * supervised,
+        }
+
+
+def count_flops(config: FlorenceVLConfig, height: int, width: int) -> ModelFlops:
+    """Count a model from its config alone.
+
+    Args:
+        config: Of the model.
+        height: Pixels of the images.
+        width: ...
+
+    Raises:
+        ValueError: The tower can't take such images.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = build_shell(config)
+    image_tokens = model.num_image_tokens(height, width)
+    _set_attention(model, "eager")
+    pixels = torch.empty(1, 3, height, width, device="meta")
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        features = model.model.vision_tower(pixels)
+    tower = counter.get_total_flops()
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model.model.multi_modal_projector(model.model.fusion(features))
+    text = config.get_text_config()
+    llm = model.model.language_model
+    linear = sum(2 * m.in_features * m.out_features for m in llm.modules() if isinstance(m, nn.Linear))
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return ModelFlops(
+        tower_per_image=float(tower),
+        projector_per_image=float(counter.get_total_flops()),
+        llm_per_token=float(linear),
+        attention_per_pair=4.0 * text.num_hidden_layers * text.num_attention_heads * head_dim,
+        head_per_token=2.0 * text.hidden_size * text.vocab_size,
+        image_tokens=image_tokens,
+        num_layers=text.num_hidden_layers,
+    )
+
+
+def _set_attention(model: nn.Module, name: str) -> None:
+    """Use one attention function in every part, without asking whether each supports it."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation_internal"):
+            config._attn_implementation_internal = name
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Stands for any fused attention kernel: keeps query, key, value, output and one number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = torch.empty_like(query)
+        statistics = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+        ctx.save_for_backward(query, key, value, output, statistics)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = ctx.saved_tensors[:3]
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _planned_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **_: Any
+) -> tuple[Tensor, None]:
+    output = _FusedAttention.apply(query, key, value)
+    return output.transpose(1, 2).contiguous(), None
+
+
+_PLANNED = "florence_vl_plan"
+
+
+@dataclass
+class SavedActivations:
+    """Bytes that a part's forward pass keeps for its backward pass.
+
+    Attributes:
+        total: Without recomputation.
+        block_inputs: What enters the blocks: all that is kept of them under full recomputation.
+        largest_block: Of one block, which recomputation brings back for a while.
+        outside: What is kept outside the blocks in any case.
+    """
+
+    total: int = 0
+    block_inputs: int = 0
+    largest_block: int = 0
+    outside: int = 0
+
+    def kept(self, mode: str) -> int:
+        """Peak bytes under `none`, `full` or `selective` recomputation.
+
+        Selective keeps matrix products and drops what is cheap; it is taken as half of what blocks keep otherwise,
+        plus one block brought back.
+        """
+        if mode == "none":
+            return self.total
+        inside = self.total - self.outside
+        kept = self.block_inputs if mode == "full" else max(self.block_inputs, inside // 2)
+        return self.outside + kept + self.largest_block
+
+
+@contextmanager
+def _watch_saved(parts_blocks: list[nn.Module], model: nn.Module, result: SavedActivations) -> Iterator[None]:
+    """Sum up what autograd saves, each storage once, weights left out, by block."""
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    weights |= {b.untyped_storage()._cdata for b in model.buffers()}
+    seen: dict[int, Any] = {}
+    inside: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights and storage._cdata not in seen:
+            seen[storage._cdata] = storage  # kept alive: a freed storage's address would be used again
+            size = storage.nbytes()
+            result.total += size
+            if inside:
+                inside[-1] += size
+            else:
+                result.outside += size
+        return tensor
+
+    def enter(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point()]
+        result.block_inputs += tensors[0].untyped_storage().nbytes() if tensors else 0
+        inside.append(0)
+
+    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+        result.largest_block = max(result.largest_block, inside.pop())
+
+    handles = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in parts_blocks]
+    handles += [block.register_forward_hook(leave) for block in parts_blocks]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def measure_activations(
+    config: FlorenceVLConfig, parts: PartsConfig, dtype: torch.dtype, images: int, height: int, width: int, tokens: int
+) -> dict[str, SavedActivations]:
+    """What tower, projector and LLM keep for the backward pass of one micro-batch, counted without weights.
+
+    Args:
+        config: Of the model.
+        parts: What trains: frozen parts that no gradient passes keep nothing.
+        dtype: Of the computation.
+        images: Images in the micro-batch.
+        height: Their pixels.
+        width: ...
+        tokens: Tokens of the micro-batch in the LLM, all rows together.
+    """
+    from transformers import AttentionInterface
+
+    from florence_vl.train.optimizer import apply_parts
+
+    AttentionInterface.register(_PLANNED, _planned_attention)
+    model = build_shell(config).to(dtype)
+    plain = copy.deepcopy(parts)
+    if plain.llm.lora is not None:  # adapters keep next to nothing beyond what their base layers' inputs are
+        plain.llm.lora = None
+        plain.llm.train = False
+    apply_parts(model, plain)
+    _set_attention(model, _PLANNED)
+    found = {part: SavedActivations() for part in ("tower", "projector", "llm")}
+    features: dict[str, Tensor] = {}
+    embeds = torch.empty(1, tokens, config.get_text_config().hidden_size, dtype=dtype, device="meta")
+    if images:
+        pixels = torch.empty(images, 3, height, width, dtype=dtype, device="meta")
+        tower = model.model.vision_tower
+        with torch.set_grad_enabled(parts.tower.train), _watch_saved(blocks(tower), model, found["tower"]):
+            features = tower(pixels)
+        with _watch_saved([], model, found["projector"]):
+            model.model.multi_modal_projector(model.model.fusion(features))
+    needs_graph = parts.tower.train or parts.projector.train or parts.llm.train
+    embeds.requires_grad_(parts.tower.train or parts.projector.train or parts.llm.last_layers is None)
+    llm = model.model.language_model
+    positions = torch.arange(tokens, device="meta").unsqueeze(0)
+    with torch.set_grad_enabled(needs_graph), _watch_saved(blocks(llm), model, found["llm"]):
+        llm(inputs_embeds=embeds, position_ids=positions, attention_mask=None, use_cache=False)
+    return found
