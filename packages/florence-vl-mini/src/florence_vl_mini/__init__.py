@@ -64,7 +64,7 @@ def florence2_path() -> Path:
     if not (path / "model.safetensors").is_file():
         raise FileNotFoundError(
             f"florence-vl-mini carries no Florence-2 weights (looked for {path}/model.safetensors): "
-            "train them with `florence-vl mini train-florence2`, or build an untrained one with "
+            "train them with `florence-vl mini train recipes/mini/florence2.yaml`, or build an untrained one with "
             "florence_vl.train.florence2.build_mini_florence2"
         )
     return path
