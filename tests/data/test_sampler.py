@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -82,6 +83,13 @@ def test_ranks_are_disjoint_complete_and_resume_anywhere(world, start, steps):
         assert whole[start * global_batch // world :] == list(sampler)
         assert len(list(sampler)) == len(sampler)
     assert sorted(seen) == list(range(start * global_batch, (start + steps) * global_batch))
+
+
+def test_a_plain_loader_draws_by_it():
+    loader = torch.utils.data.DataLoader(range(1000), batch_size=3, sampler=StatelessSampler(3, 4, 1, 2, start_step=2))
+    assert [batch.tolist() for batch in loader] == [[13, 15, 17], [19, 21, 23]]
+    with pytest.raises(TypeError, match="never ends"):
+        len(StatelessSampler(3, None))
 
 
 def test_rank_outside_the_world_is_refused():

@@ -83,15 +83,17 @@ class WebDatasetReader(Reader):
         return self._members[number]
 
     def _scan_samples(self) -> np.ndarray:
-        kept = []
+        tables = []
         for number in range(len(self.shards)):
             members = self._shard(number)
             firsts = np.flatnonzero(np.diff(members["sample"], prepend=np.uint32(0xFFFFFFFF)))
             counts = np.diff(firsts, append=len(members))
-            for sample, (first, count) in enumerate(zip(firsts, counts, strict=True)):
-                if not self.filters or self._passes(number, int(first), int(count)):
-                    kept.append((number, sample, first, count))
-        return np.array(kept, dtype=np.uint32).reshape(-1, 4)
+            table = np.stack([np.full(len(firsts), number), np.arange(len(firsts)), firsts, counts], axis=1)
+            if self.filters:
+                keep = [self._passes(number, int(f), int(c)) for f, c in zip(firsts, counts, strict=True)]
+                table = table[np.array(keep, dtype=bool)]
+            tables.append(table.astype(np.uint32))
+        return np.concatenate(tables)
 
     def _passes(self, shard: int, first: int, count: int) -> bool:
         try:
