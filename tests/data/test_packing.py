@@ -284,8 +284,10 @@ def test_fixed_shapes_for_compilers(encoder):
     assert {tuple(b["input_ids"].shape) for b, _ in take(build_batches(mixture_of(), encoder, config), 4)} == {(2, 256)}
 
 
-def test_other_samples_logits_do_not_move(parts, encoder):
-    model, _ = parts
+@pytest.mark.parametrize("attention", ["sdpa", "eager", pytest.param("flex_attention", marks=pytest.mark.slow)])
+def test_other_samples_logits_do_not_move(encoder, attention):
+    model, _ = tiny_model()
+    model.set_attn_implementation({"text_config": attention})
     config = PackingConfig(tokens_per_row=400, max_images_per_row=6, global_batch_size=1, window=16)
     batch = next(build_batches(mixture_of(), encoder, config))
     starts = [*(batch["position_ids"][0] == 0).nonzero()[:, 0].tolist(), batch["input_ids"].shape[1]]
