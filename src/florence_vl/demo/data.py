@@ -42,14 +42,14 @@ class DemoData:
         captions: LLaVA JSON of stage 1.
         questions: LLaVA JSON of stage 2.
         images: Folder that their relative paths start at.
-        names: Pictures that show one thing, and its name: the warm-up's pairs.
+        pairs: The pictures of `captions` with their captions, for the warm-up.
         held_out: Questions that nothing trains on.
     """
 
     captions: Path
     questions: Path
     images: Path
-    names: list[tuple[Path, str]]
+    pairs: list[tuple[Path, str]]
     held_out: list[Question]
 
 
@@ -79,9 +79,9 @@ KINDS_OF_THING = {
 def questions_of(scene: Scene) -> list[tuple[str, str, str]]:
     """Questions about a scene that a look answers: kind (a key of `ASK`), question, answer."""
     answers = {}
-    if ground := re.search(r" on an? ([a-z ]+) background", scene.detailed_caption):
-        if ground[1] != "patterned":
-            answers[COLOR] = ground[1]
+    ground = re.search(r" on an? ([a-z ]+) background", scene.detailed_caption)
+    if ground is not None and ground[1] != "patterned":
+        answers[COLOR] = ground[1]
     if scene.kind == "single":
         region = scene.regions[0]
         answers[NAME] = region.name
@@ -107,22 +107,22 @@ def make_data(folder: Path, plan: DataPlan, progress: Callable[[int, int], None]
     images.mkdir(parents=True, exist_ok=True)
     captions: list[dict[str, Any]] = []
     questions: list[dict[str, Any]] = []
-    names: list[tuple[Path, str]] = []
+    pairs: list[tuple[Path, str]] = []
     for index, scene in enumerate(SceneGenerator(plan.seed, "train", plan.size, TRAIN_MIX).scenes(plan.scenes)):
         file = images / f"{scene.id}.png"
         scene.image.save(file, compress_level=1)
-        captions.append(_llava(scene.id, file.name, [("", scene.caption)]))
+        caption = scene.detailed_caption if scene.kind == "single" else scene.caption
+        captions.append(_llava(scene.id, file.name, [("", caption)]))
+        pairs.append((file, caption))
         if turns := [(question, answer) for _, question, answer in questions_of(scene)]:
             first = index % len(turns)  # each kind opens as many conversations as the others
             questions.append(_llava(scene.id, file.name, turns[first:] + turns[:first]))
-        if scene.kind == "single":
-            names.append((file, scene.regions[0].name))
         if progress is not None:
             progress(index + 1, plan.scenes)
     paths = folder / "captions.json", folder / "questions.json"
     for path, rows in zip(paths, (captions, questions), strict=True):
         path.write_text(json.dumps(rows, indent=0), encoding="utf-8")
-    return DemoData(*paths, images, names, held_out_questions(plan))
+    return DemoData(*paths, images, pairs, held_out_questions(plan))
 
 
 def _llava(name: str, image: str, turns: list[tuple[str, str]]) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def _llava(name: str, image: str, turns: list[tuple[str, str]]) -> dict[str, Any
 
 
 def held_out_questions(plan: DataPlan) -> list[Question]:
-    """Questions about pictures whose sprites belong to the test split; of things that have a name in training.
+    """Questions about pictures whose sprites belong to the test split; names are asked of things that training names.
 
     Kinds take turns, so that each has as many questions as it can, and no picture is asked about twice.
     """
@@ -150,9 +150,9 @@ def held_out_questions(plan: DataPlan) -> list[Question]:
         if len(chosen) == plan.held_out or fruitless > 400:
             break
         fruitless += 1
-        if not {region.name for region in scene.regions} <= known:
-            continue
         options = questions_of(scene)
+        if not {region.name for region in scene.regions} <= known:
+            options = [option for option in options if option[0] != NAME]
         if not options:
             continue
         # The kind that has been asked least; naming only where it is all that can be asked would starve it.

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 OWNED = "demo-settings.json"  # a folder that holds it is the demo's own and may be written anew
-WARM_UP_SHARE, STAGE_1_SHARE = 0.12, 0.40  # of the training time; stage 2 has the rest
+WARM_UP_SHARE, STAGE_1_SHARE, STAGE_2_SHARE = 0.15, 0.40, 0.45  # of the training time
+WARM_UP_PICTURES = 2000  # features of that many take a third of its time
 
 
 @dataclass(frozen=True)
@@ -163,33 +164,41 @@ def build_parts(
 
 
 def train_stage(
-    recipe_name: str, title: str, trains: str, data: Path, images: Path, folder: Path, minutes: float,
-    model: FlorenceVLForConditionalGeneration, processor: FlorenceVLProcessor, settings: DemoSettings,
-    export: bool,
-) -> Phase:  # fmt: skip
-    """Train by a recipe of `recipes/demo`, with the data, folder and time that the demo gives it."""
-    from florence_vl.train.recipes import load_recipe
-    from florence_vl.train.loop import train
+    name: str,
+    source: Path,
+    data: DemoData,
+    folder: Path,
+    minutes: float,
+    model: FlorenceVLForConditionalGeneration,
+    processor: FlorenceVLProcessor,
+    settings: DemoSettings,
+) -> tuple[float, list[dict[str, Any]], str]:
+    """Train by `recipes/demo/<name>` with the records, folder and time that the demo gives it.
 
-    recipe = load_recipe(recipe_name)
+    Returns:
+        Wall time in seconds, the rows of metrics.jsonl, and what the recipe says it trains on.
+
+    Raises:
+        KeyboardInterrupt: A signal ended the training.
+    """
+    from florence_vl.train.loop import train
+    from florence_vl.train.recipes import load_recipe
+
+    recipe = load_recipe(f"demo/{name}")
+    run = folder / name
     values = recipe.to_dict()
-    values["data"]["sources"] = [{"path": str(data), "reader": "llava", "image_root": str(images)}]
-    values |= {"output": str(folder), "seed": settings.seed, "max_minutes": minutes, "threads": settings.threads}
+    values["data"]["sources"] = [{"path": str(source), "reader": "llava", "image_root": str(data.images)}]
+    values["parts"]["llm"]["last_layers"] = max(1, model.config.text_config.num_hidden_layers // 3)
+    values["checkpoint"]["export"] = name == "finetune"
+    values |= {"output": str(run), "seed": settings.seed, "max_minutes": minutes, "threads": settings.threads}
     if settings.steps is not None:
         values["steps"] = settings.steps
-    values["checkpoint"]["export"] = export
-    values["parts"]["llm"]["last_layers"] = max(1, model.config.text_config.num_hidden_layers // 3)
     began = time.monotonic()
     result = train(load_recipe(values, settings.overrides), model, processor)
-    rows = read_jsonl(folder / "metrics.jsonl")
-    curve = [{"seconds": row["minutes"] * 60, "loss": row["loss"]} for row in rows]
     if not result.finished:
         raise KeyboardInterrupt
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    seconds = time.monotonic() - began
-    return Phase(
-        title, trains, recipe.description.split(";")[0], int(rows[-1]["samples"]), result.steps, seconds, curve
-    )
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)  # 1 GB that nobody goes on from
+    return time.monotonic() - began, read_jsonl(run / "metrics.jsonl"), source.stem
 
 
 def run_demo(folder: Path, settings: DemoSettings | None = None, say: Say = print) -> Path:
@@ -243,8 +252,8 @@ def run_demo(folder: Path, settings: DemoSettings | None = None, say: Say = prin
         "tower_note": tower_note,
         "score_note": (
             "Share of exact answers after the VQA script's normalisation, with its 95 % Wilson interval. No sprite of "
-            "these pictures was in training, though each thing was, drawn otherwise. The grey columns say how far one "
-            "gets by guessing: the same model is shown another picture, or none."
+            "these pictures was in training; things that are to be named were, drawn otherwise. The grey columns say "
+            "how far guessing goes: the same model is shown another picture, or none."
         ),
         "scores": {condition: scores(questions, condition) for condition in conditions},
         "seconds": time.monotonic() - began,
@@ -279,47 +288,30 @@ def _train(
     total = settings.minutes
     with clock("warm-up: the projector finds the captions' place among the word vectors"):
         began = time.monotonic()
-        features = cache_features(model, processor, [open_image(path) for path, _ in data.names])
-        targets = caption_vectors(model, processor, [name for _, name in data.names])
+        pairs = data.pairs[:WARM_UP_PICTURES]
+        features = cache_features(model, processor, [open_image(path) for path, _ in pairs])
+        targets = caption_vectors(model, processor, [caption for _, caption in pairs])
         left = max(1.0, 60 * total * WARM_UP_SHARE - (time.monotonic() - began))
         rows = warm_up(model, features, targets, left, settings.steps, seed=settings.seed)
         (folder / "warmup.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         size = min(256, len(targets))
-        phase = Phase(
-            "Warm-up", "projector", "names of things", size * len(rows), len(rows), time.monotonic() - began, rows
-        )
+        phase = Phase("Warm-up", "projector", "captions", size * len(rows), len(rows), time.monotonic() - began, rows)
         del features, targets
         gc.collect()
     phases = [phase]
     stages = (
         ("pretrain", "Stage 1", "tower, projector, last third of the LLM", data.captions, STAGE_1_SHARE),
-        (
-            "finetune",
-            "Stage 2",
-            "projector, last third of the LLM",
-            data.questions,
-            1 - WARM_UP_SHARE - STAGE_1_SHARE,
-            template,
-        ),
+        ("finetune", "Stage 2", "projector, last third of the LLM", data.questions, STAGE_2_SHARE),
     )
     for name, title, trains, source, share in stages:
         processor.chat_template = template  # stage 1 replaces it with `plain`
         with clock(f"{title.lower()}: {trains} learn"):
-            phases.append(
-                train_stage(
-                    f"demo/{name}",
-                    title,
-                    trains,
-                    source,
-                    data.images,
-                    folder / name,
-                    total * share,
-                    model,
-                    processor,
-                    settings,
-                    export=name == "finetune",
-                )
+            seconds, rows, description = train_stage(
+                name, source, data, folder, total * share, model, processor, settings
             )
+        curve = [{"seconds": 60 * row["minutes"], "loss": row["loss"]} for row in rows]
+        samples, steps = int(rows[-1]["samples"]), int(rows[-1]["step"])
+        phases.append(Phase(title, trains, description, samples, steps, seconds, curve))
     return phases
 
 

@@ -57,6 +57,21 @@ def caption_vectors(
     return torch.stack([table[torch.tensor(ids, device=table.device)].mean(0) for ids in rows]).clone()
 
 
+@torch.no_grad()
+def standardise_input(model: FlorenceVLForConditionalGeneration, features: dict[str, Tensor]) -> None:
+    """Make the projector's first layer see each fused channel with mean 0 and variance 1 over these images.
+
+    Scale and shift are folded into its weights (data-dependent initialisation, arXiv 1511.06422), so what differs from
+    image to image is not drowned by what is the same in all.
+    """
+    first = model.model.multi_modal_projector.layers[0]
+    fused_INC = model.model.fusion(features)
+    mean_C, deviation_C = fused_INC.mean((0, 1)), fused_INC.std((0, 1))
+    scale_C = 1 / (deviation_C + 1e-3 * deviation_C.max().clamp(min=1e-6))
+    first.bias.sub_(first.weight @ (mean_C * scale_C))
+    first.weight.mul_(scale_C)
+
+
 def warm_up(
     model: FlorenceVLForConditionalGeneration,
     features: dict[str, Tensor],
@@ -69,8 +84,9 @@ def warm_up(
 ) -> list[dict[str, float]]:
     """Train fusion and projector, the rest untouched, and leave what trains as it was.
 
-    The loss is InfoNCE over the batch in both directions, plus the squared distance to the target measured in the
-    targets' own variance, which gives image tokens the size of word vectors.
+    The projector's first layer is standardised first. The loss is InfoNCE over the batch in both directions, plus the
+    squared distance to the target measured in the targets' own variance, which gives image tokens the size of word
+    vectors.
 
     Args:
         model: Its fusion and projector are changed.
@@ -86,6 +102,7 @@ def warm_up(
         A row a step: `step`, `loss`, `seconds`.
     """
     projector = nn.ModuleList([model.model.fusion, model.model.multi_modal_projector])
+    standardise_input(model, features)
     wanted = {name: parameter.requires_grad for name, parameter in projector.named_parameters()}
     for parameter in projector.parameters():
         parameter.requires_grad_(True)
