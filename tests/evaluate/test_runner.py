@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from florence_vl.evaluate.answer import Answer, Answerer, batches
 from florence_vl.evaluate.benchmark import Generation
-from florence_vl.evaluate.local import LocalAnswerer, folder_fingerprint, state_fingerprint
+from florence_vl.evaluate.local import LocalAnswerer, folder_fingerprint, load_answerer, state_fingerprint
 from florence_vl.evaluate.question import Question
 from florence_vl.evaluate.runner import Plan, describe, open_results, plan, run, shard
 from florence_vl.evaluate.scoring import score_folder
@@ -296,3 +297,84 @@ def test_the_description_says_what_a_score_depends_on(small_plan: Plan) -> None:
     assert facts["generation"] == {"max_new_tokens": 16, "temperature": 0.0}
     assert (facts["questions"], facts["available"], facts["limit"]) == (2, 2, None)
     json.dumps(facts)
+
+
+@pytest.fixture(scope="module")
+def llava_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaVA, saved: any image-text-to-text model of transformers will do."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from florence_vl.testing import TINY_IMAGE_TOKEN_ID, TINY_VOCAB_SIZE, tiny_tokenizer
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    torch.manual_seed(0)
+    text = LlamaConfig(vocab_size=TINY_VOCAB_SIZE, bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes)
+    vision = CLIPVisionConfig(image_size=32, patch_size=16, **sizes)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=TINY_IMAGE_TOKEN_ID)
+    size = {"height": 32, "width": 32}
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size=size, crop_size=size),
+        tokenizer=tiny_tokenizer(),
+        patch_size=16,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+        chat_template="{% for m in messages %}{% for p in m['content'] %}{% if p['type'] == 'image' %}<image>{% else %}"
+        "{{ p['text'] }}{% endif %}{% endfor %}{% endfor %} Answer:",
+    )
+    folder = tmp_path_factory.mktemp("llava")
+    LlavaForConditionalGeneration(config).eval().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_any_image_text_to_text_model_answers(llava_folder: Path, small_plan: Plan) -> None:
+    questions = small_plan.questions["pope"] + small_plan.questions["mmmu_val"]
+    one, many = (load_answerer(str(llava_folder), batch_size=size) for size in (1, 4))
+    alone, together = (answers(answerer, questions, tokens=5) for answerer in (one, many))
+    assert alone == together
+    assert len({answer.text for answer in alone.values()}) > 1
+    assert many.identity["fingerprint"] == one.identity["fingerprint"] == folder_fingerprint(llava_folder)
+
+
+def test_a_model_that_sees_nothing_is_refused(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=16).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a 'llama', which is no image-text-to-text model"):
+        load_answerer(str(tmp_path))
+
+
+def test_the_callback_scores_every_so_many_steps(benchmark_folder: Path, tmp_path: Path) -> None:
+    from florence_vl.evaluate.sample import SampleEvaluation
+
+    class Tracker:
+        logged: list[tuple[dict[str, float], int]] = []
+
+        def log(self, numbers: dict[str, float], step: int) -> None:
+            self.logged.append((numbers, step))
+
+    class World:
+        size = 1
+
+    class Trainer:
+        model, processor = tiny_model()
+        run_dir, world, trackers, step = tmp_path, World(), [Tracker()], 0
+
+    Trainer.model.set_trainable(tower=False, projector=True, llm=True)
+    Trainer.model.train()
+    modes = [module.training for module in Trainer.model.modules()]
+    callback = SampleEvaluation(2, suite="pope", limit=2, data=benchmark_folder)
+    for step in (1, 2, 3, 4):
+        Trainer.step = step
+        callback(Trainer, {})
+    assert [row["step"] for row in callback.history] == [2, 4]
+    assert callback.history[0]["eval/pope"] == callback.history[1]["eval/pope"]
+    assert read_lines(tmp_path / "evaluation.jsonl") == callback.history
+    assert [step for _, step in Tracker.logged] == [2, 4]
+    assert [module.training for module in Trainer.model.modules()] == modes
+    World.size = 2
+    with pytest.raises(ValueError, match="works in one process"):
+        callback(Trainer, {})
+    with pytest.raises(ValueError, match="at least 1"):
+        SampleEvaluation(0)

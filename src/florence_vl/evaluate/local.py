@@ -81,12 +81,13 @@ class LocalAnswerer(Answerer):
         if generation.temperature > 0:  # the same batch is drawn the same way, also after a resume
             name = "/".join(f"{q.benchmark}:{q.id}" for q in questions)
             torch.manual_seed(int.from_bytes(hashlib.sha256(f"{self.seed}/{name}".encode()).digest()[:7], "big"))
-        training = self.model.training
+        modes = [(module, module.training) for module in self.model.modules()] if self.model.training else []
         self.model.eval()
         try:
             return self._answer_own(questions, generation) if self._own else self._answer_any(questions, generation)
         finally:
-            self.model.train(training)
+            for module, training in modes:  # one by one: frozen parts stay as they were
+                module.training = training
 
     # ---------------------------------------------------------------- any model
 
@@ -207,7 +208,7 @@ class LocalAnswerer(Answerer):
         options: dict[str, Any] = {
             "max_new_tokens": generation.max_new_tokens,
             "pad_token_id": self.processor.tokenizer.pad_token_id,
-            "eos_token_id": self._stop,
+            "eos_token_id": self._stop or None,
             "use_cache": True,
             "num_beams": 1,
         }

@@ -1,0 +1,135 @@
+"""Questions per second of the evaluation runner against a plain batch-1 `generate` loop, and the cost of an image.
+
+    python benchmarks/evaluate.py [--model FOLDER] [--pictures 12] [--batch-size 16] [--new-tokens 4] [--rounds 3]
+
+The plain loop is what evaluation harnesses do: per question, process prompt and image and call `generate`. Both sides
+answer the same questions of the mini suite with the same model and alternate, so a busy machine slows both. Without
+`--model` the mini model's parts are put together untrained (Florence-2 mini, SmolLM2-135M): speed doesn't depend on
+weights as long as answers have the same length, hence the fixed number of new tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from florence_vl.evaluate.answer import batches
+from florence_vl.evaluate.benchmark import Generation
+from florence_vl.evaluate.local import LocalAnswerer
+from florence_vl.evaluate.mini import mini_folder
+from florence_vl.evaluate.question import Question
+from florence_vl.evaluate.suites import choose
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a saved Florence-VL")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--pictures", type=int, default=12)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    model, processor = load(options.model, options.device)
+    model.generation_config.eos_token_id = None  # every answer has exactly --new-tokens tokens
+    questions = [q for benchmark in choose("mini") for q in benchmark.questions(mini_folder())]
+    pictures = sorted({q.picture_key for q in questions})[: options.pictures]
+    questions = [q for q in questions if q.picture_key in pictures]
+    print(
+        f"{len(questions)} questions on {len(pictures)} pictures, {options.new_tokens} new tokens each, {model.device}"
+    )
+
+    ways = {
+        "plain generate, batch 1": lambda: plain(model, processor, questions, options.new_tokens),
+        "runner, no shared beginnings": lambda: runner(model, processor, questions, options, share=False),
+        "runner": lambda: runner(model, processor, questions, options, share=True),
+    }
+    plain(model, processor, questions[:2], options.new_tokens)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    cpu: dict[str, list[float]] = {name: [] for name in ways}
+    texts: dict[str, list[str]] = {}
+    for _ in range(options.rounds):
+        for name, way in ways.items():
+            start, work = time.perf_counter(), time.process_time()
+            texts[name] = way()
+            seconds[name].append(time.perf_counter() - start)
+            cpu[name].append(time.process_time() - work)
+    base = statistics.median(seconds["plain generate, batch 1"])
+    base_cpu = statistics.median(cpu["plain generate, batch 1"])
+    reference = texts["plain generate, batch 1"]
+    print(f"{'':32}{'questions/s':>12}{'ratio':>8}{'ratio of CPU time':>20}{'same answers':>14}")
+    for name in ways:
+        middle, work = statistics.median(seconds[name]), statistics.median(cpu[name])
+        same = sum(a == b for a, b in zip(texts[name], reference, strict=True)) / len(reference)
+        print(f"{name:32}{len(questions) / middle:12.2f}{base / middle:8.2f}{base_cpu / work:20.2f}{same:14.1%}")
+    vision(model, processor, questions)
+
+
+def load(folder: str | None, device: str) -> tuple[Any, Any]:
+    from florence_vl.serve.loading import choose_device, load_model
+
+    if folder is not None:
+        return load_model(folder, device)
+    from florence_vl import build_model
+    from florence_vl.parts import smollm2
+    from florence_vl.train.florence2 import build_mini_florence2
+
+    with tempfile.TemporaryDirectory() as name:
+        build_mini_florence2(Path(name))
+        model, processor = build_model(name, smollm2(), dtype="float32")
+    return model.to(choose_device(device)).eval(), processor
+
+
+@torch.inference_mode()
+def plain(model: Any, processor: Any, questions: Sequence[Question], new_tokens: int) -> list[str]:
+    """Per question: open and process the image, fill the template, generate."""
+    from florence_vl.model.image_processing import open_image
+
+    texts = []
+    for question in questions:
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": question.content()}], add_generation_prompt=True, tokenize=False
+        )
+        images = [open_image(image.read()) for image in question.images]
+        inputs = processor(text=[text], images=[images], return_tensors="pt").to(model.device)
+        inputs = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask", "pixel_values")}
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        pad = processor.tokenizer.pad_token_id
+        out = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad)
+        texts.append(processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return texts
+
+
+def runner(
+    model: Any, processor: Any, questions: Sequence[Question], options: argparse.Namespace, share: bool
+) -> list[str]:
+    """What `florence-vl evaluate` does, without writing."""
+    answerer = LocalAnswerer(model, processor, options.batch_size, {"model": "benchmark"}, share_prefix=share)
+    answerer._stop = []
+    found = {}
+    for batch in batches(questions, options.batch_size):
+        for question, answer in zip(batch, answerer.answer(batch, Generation(options.new_tokens)), strict=True):
+            found[question.benchmark, question.id] = answer.text
+    return [found[question.benchmark, question.id] for question in questions]
+
+
+def vision(model: Any, processor: Any, questions: Sequence[Question]) -> None:
+    """Several questions on one image: how often the vision side runs."""
+    by_picture: dict[str, list[Question]] = {}
+    for question in questions:
+        by_picture.setdefault(question.picture_key, []).append(question)
+    group = max(by_picture.values(), key=len)
+    answerer = LocalAnswerer(model, processor, len(group), {"model": "benchmark"})
+    answerer.answer(group, Generation(1))
+    print(f"{len(group)} questions on one image: the vision side ran {answerer.encoded_images} time")
+
+
+if __name__ == "__main__":
+    main()
