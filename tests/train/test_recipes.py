@@ -113,4 +113,4 @@ def test_every_recipe_loads(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
     assert recipe.description
-    assert recipe.data.sources
+    assert recipe.data.sources or name.startswith("demo/")  # the demo makes its own data

@@ -250,7 +250,7 @@ class SavedActivations:
             return self.total
         inside = self.total - self.outside
         kept = self.block_inputs if mode == "full" else max(self.block_inputs, inside // 2)
-        return self.outside + kept + self.largest_block
+        return min(self.total, self.outside + kept + self.largest_block)
 
 
 @contextmanager

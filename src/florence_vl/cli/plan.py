@@ -1,0 +1,66 @@
+"""`florence-vl plan`: what a recipe costs, before a GPU is burnt on it."""
+
+from __future__ import annotations
+
+import typer
+
+epilog = """[bold]Examples[/bold]
+
+  florence-vl plan paper/8b-pretrain --devices 64 --device h100-80gb
+
+  florence-vl plan llava15/vicuna-7b-finetune --devices 8 --device a100-80gb --mfu 0.35 micro_batch_size=4
+
+  florence-vl plan mini/pretrain --json"""
+
+
+def command(
+    recipe: str = typer.Argument(..., help="Name or path of a recipe."),
+    overrides: list[str] = typer.Argument(None, help="key.path=value, as many as wanted.", show_default=False),
+    devices: int = typer.Option(1, "--devices", min=1, help="Number of devices."),
+    device: str = typer.Option("h100-80gb", "--device", help="Kind of device."),
+    mfu: float = typer.Option(0.4, "--mfu", help="Share of the peak that is assumed to be reached."),
+    images: float = typer.Option(1.0, "--images", min=0, help="Images of an average sample."),
+    text_tokens: float = typer.Option(180.0, "--text-tokens", min=1, help="Its tokens besides image tokens."),
+    supervised: float = typer.Option(120.0, "--supervised", min=1, help="How many of them are learned."),
+    samples: int = typer.Option(None, "--samples", help="Samples of the run, where the recipe can't tell."),
+    as_json: bool = typer.Option(False, "--json", help="As JSON."),
+) -> None:
+    """Parameters, FLOPs, memory by kind, micro-batch, tokens/s and device-hours of a recipe, and their assumptions."""
+    import json
+
+    from florence_vl.train.plan import Workload, plan_recipe
+    from florence_vl.train.recipes import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    plan = plan_recipe(loaded, devices, device, mfu, Workload(images, text_tokens, supervised), samples)
+    if as_json:
+        print(json.dumps(plan.to_dict(), indent=1))
+        return
+    total, trainable = (sum(p[i] for p in plan.parameters.values()) for i in (0, 1))
+    print(f"{plan.recipe} on {plan.devices} x {plan.device}, {plan.strategy}")
+    print("\nparameters")
+    for part, (count, trains) in plan.parameters.items():
+        print(f"  {part:<12}{count:>16,}   trainable {trains:>16,}")
+    print(f"  {'all':<12}{total:>16,}   trainable {trainable:>16,}")
+    flops = sum(plan.flops_per_sample.values())
+    print(f"\nFLOPs of a training sample ({plan.image_tokens} tokens an image, {plan.sample_tokens:.0f} in all)")
+    for part, value in plan.flops_per_sample.items():
+        print(f"  {part:<12}{value / 1e12:>12.4g} TFLOP  {value / flops:>6.1%}")
+    print(f"  {'all':<12}{flops / 1e12:>12.4g} TFLOP")
+    print(f"\nmemory a device at micro_batch_size {loaded.micro_batch_size}")
+    for kind, value in plan.memory.items():
+        print(f"  {kind:<24}{value:>10.2f} GiB")
+    verdict = "fits" if plan.fits else "does NOT fit"
+    print(f"  {'all':<24}{sum(plan.memory.values()):>10.2f} GiB of {plan.memory_available:.1f}: {verdict}")
+    print(f"  largest micro_batch_size that fits: {plan.largest_micro_batch}")
+    if plan.largest_micro_batch == 0:
+        print("  try activation_checkpointing.llm=full activation_checkpointing.tower=full, more devices, or LoRA")
+    print(f"\nat {mfu:.0%} MFU: {plan.samples_per_s:,.1f} samples/s, {plan.tokens_per_s:,.0f} tokens/s")
+    if plan.device_hours is not None and plan.hours is not None and plan.flops_per_run is not None:
+        print(
+            f"the run: {plan.samples:,} samples, {plan.flops_per_run:.3g} FLOP, {plan.device_hours:,.4g} device-hours, "
+            f"{plan.hours:,.4g} h wall time"
+        )
+    print("\nassumptions")
+    for text in plan.assumptions:
+        print(f"  - {text}")

@@ -1,0 +1,389 @@
+"""What a recipe costs before it runs: parameters, FLOPs, memory by kind, micro-batch, throughput, device-hours.
+
+Everything is computed from configs on the meta device: no weights, no data, no network.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from florence_vl.registry import did_you_mean
+from florence_vl.train.config import BuildConfig, Recipe
+from florence_vl.train.flops import DEVICES, ModelFlops, Multipliers, build_shell, count_flops, measure_activations
+from florence_vl.train.known_parts import KNOWN_PARTS
+from florence_vl.train.parallel import part_blocks
+from florence_vl.train.recipes import list_recipes, load_recipe
+
+if TYPE_CHECKING:
+    from florence_vl.model.configuration import FlorenceVLConfig
+
+GIB = 2**30
+RESERVE_GIB = 2.0  # CUDA context, NCCL buffers, allocator fragments
+USABLE = 0.95  # of what is left
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What an average sample is.
+
+    Attributes:
+        images: Images.
+        text_tokens: Tokens besides image tokens.
+        supervised: Tokens that are learned.
+    """
+
+    images: float = 1.0
+    text_tokens: float = 180.0
+    supervised: float = 120.0
+
+
+@dataclass
+class Plan:
+    """The answer of `plan_recipe`; sizes in GiB a device, FLOPs as plain numbers.
+
+    Attributes:
+        recipe: Its name.
+        devices: Number of devices.
+        device: Name in `DEVICES`.
+        strategy: `none`, `ddp`, `fsdp`, `hsdp`.
+        parameters: Part -> (all, trainable).
+        image_tokens: Tokens of an image in the LLM.
+        sample_tokens: Tokens of an average sample.
+        flops_per_sample: Training step, by part.
+        memory: GiB by kind at the recipe's micro-batch.
+        memory_available: GiB that may be used.
+        fits: Whether it does.
+        largest_micro_batch: Rows of the largest one that fits; 0 when none does.
+        samples: Of the whole run.
+        flops_per_run: ...
+        samples_per_s: Over all devices, at the stated MFU.
+        tokens_per_s: ...
+        device_hours: ...
+        hours: Wall time.
+        assumptions: What the figures rest on.
+    """
+
+    recipe: str
+    devices: int
+    device: str
+    strategy: str
+    parameters: dict[str, tuple[int, int]]
+    image_tokens: int
+    sample_tokens: float
+    flops_per_sample: dict[str, float]
+    memory: dict[str, float]
+    memory_available: float
+    fits: bool
+    largest_micro_batch: int
+    samples: int | None
+    flops_per_run: float | None
+    samples_per_s: float
+    tokens_per_s: float
+    device_hours: float | None
+    hours: float | None
+    assumptions: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return asdict(self)
+
+
+def model_config(recipe: Recipe) -> tuple[FlorenceVLConfig, tuple[int, int]]:
+    """The model's config and the pixels of its images, from the recipe alone.
+
+    A `model.path` that another recipe will write is taken from that recipe.
+
+    Raises:
+        ValueError: A part's shapes are not known here.
+        FileNotFoundError: `model.path` is neither a folder nor a recipe's output.
+    """
+    from florence_vl.model.configuration import FlorenceVLConfig
+
+    path = recipe.model.path
+    if path is not None and (Path(path) / "config.json").is_file():
+        config = FlorenceVLConfig.from_pretrained(path)
+        side = recipe.model.image_size or _saved_image_size(Path(path)) or _default_image_size(config)
+        return config, (side, side)
+    if path is not None:
+        for name, file in list_recipes().items():
+            other = load_recipe(file)
+            if name != recipe.name and other.model.build is not None and other.run_dir / "model" == Path(path):
+                config, (height, width) = model_config(other)
+                side = recipe.model.image_size or height
+                return config, (side, recipe.model.image_size or width)
+        raise FileNotFoundError(f"model.path {path!r} is no folder, and no recipe writes it")
+    if recipe.model.build is None:
+        raise ValueError("the recipe names no model: set model.path or model.build")
+    return _built_config(recipe.model.build, recipe.model.image_size)
+
+
+def _built_config(build: BuildConfig, image_size: int | None) -> tuple[FlorenceVLConfig, tuple[int, int]]:
+    from florence_vl.model.configuration import FLORENCE2_PROMPTS, FlorenceVLConfig
+
+    vision, vision_folder = _part_config(build.vision, "vision")
+    text, _ = _part_config(build.llm, "llm")
+    vision = getattr(vision, "vision_config", vision) if vision.model_type == "clip" else vision
+    fields: dict[str, Any] = {
+        key: value
+        for key in ("features", "fusion", "projector_depth", "mean_token", "prompt_padding", "prompt_length")
+        if (value := getattr(build, key)) is not None
+    }
+    if vision.model_type != "florence2":
+        fields |= {"tower": "backbone", "feature_layers": build.feature_layers or {"last": -2}}
+    elif (
+        vision.text_config.vocab_size < 50265 or build.prompts
+    ):  # ids are a tokenizer's matter; only lengths count here
+        names = build.features or ["davit", "caption", "ocr", "grounding"]
+        texts = FLORENCE2_PROMPTS | (build.prompts or {})
+        prompts = {name: texts[name] for name in names if name in texts}
+        ids = {name: [4] * (2 + round(1.3 * len(text.split()))) for name, text in prompts.items()}
+        fields |= {"prompts": prompts, "prompt_token_ids": ids}
+    config = FlorenceVLConfig(vision_config=vision, text_config=text, **fields)
+    side = image_size or (vision_folder and _saved_image_size(vision_folder)) or _default_image_size(config)
+    return config, (side, side)
+
+
+def _part_config(name: str, kind: str) -> tuple[Any, Path | None]:
+    """Config of a part: a folder's, an embedded part's, a known one's, or a cached download's."""
+    from transformers import AutoConfig
+
+    from florence_vl.parts import resolve_llm, resolve_vision
+
+    resolved = resolve_vision(name) if kind == "vision" else resolve_llm(name)
+    folder = Path(resolved).expanduser()
+    if (folder / "config.json").is_file():
+        return AutoConfig.from_pretrained(folder), folder
+    if name in KNOWN_PARTS:
+        values = dict(KNOWN_PARTS[name])
+        return AutoConfig.for_model(values.pop("model_type"), **values), None
+    try:
+        return AutoConfig.from_pretrained(name, local_files_only=True), None
+    except (OSError, ValueError):
+        raise ValueError(
+            f"the shapes of {kind} {name!r} are not known here: it is no folder, not in the hub's cache, and not among "
+            f"the known parts. {did_you_mean(name, KNOWN_PARTS)}"
+        ) from None
+
+
+def _saved_image_size(folder: Path) -> int | None:
+    for file in ("processor_config.json", "preprocessor_config.json"):
+        if not (folder / file).is_file():
+            continue
+        content = json.loads((folder / file).read_text())
+        size = content.get("image_processor", content).get("size")
+        if isinstance(size, dict) and size.get("height"):
+            return int(size["height"])
+    return None
+
+
+def _default_image_size(config: FlorenceVLConfig) -> int:
+    return int(getattr(config.vision_config, "image_size", None) or 768)
+
+
+def plan_recipe(
+    recipe: Recipe,
+    devices: int = 1,
+    device: str = "h100-80gb",
+    mfu: float = 0.4,
+    workload: Workload | None = None,
+    samples: int | None = None,
+) -> Plan:
+    """Compute a recipe's costs.
+
+    Args:
+        recipe: The recipe.
+        devices: Number of devices.
+        device: Name in `florence_vl.train.flops.DEVICES`.
+        mfu: Share of the devices' peak that is assumed to be reached.
+        workload: What an average sample is.
+        samples: Samples of the run; by default from the recipe's steps, or its registered data sets' sizes.
+
+    Raises:
+        ValueError: Unknown device, or a part's shapes are not known here.
+    """
+    if device not in DEVICES:
+        raise ValueError(f"unknown device {device!r}. {did_you_mean(device, DEVICES)}")
+    if not 0 < mfu <= 1:
+        raise ValueError(f"mfu is a share between 0 and 1, found {mfu}")
+    workload = workload or Workload()
+    peak, capacity = DEVICES[device]
+    config, (height, width) = model_config(recipe)
+    flops = count_flops(config, height, width)
+    multipliers = Multipliers.of(recipe.parts, flops.num_layers)
+    sample_tokens = workload.images * flops.image_tokens + workload.text_tokens
+    per_sample = flops.step(multipliers, workload.images, sample_tokens, sample_tokens**2, workload.supervised)
+    strategy = _strategy(recipe, devices)
+    memory, largest = _memory(recipe, config, flops, workload, (height, width), devices, strategy, capacity)
+    total_samples = samples if samples is not None else _samples(recipe, sample_tokens)
+    run = sum(per_sample.values()) * total_samples if total_samples else None
+    rate = devices * peak * 1e12 * mfu / sum(per_sample.values())
+    available = (capacity - RESERVE_GIB) * USABLE
+    return Plan(
+        recipe=recipe.name,
+        devices=devices,
+        device=device,
+        strategy=strategy,
+        parameters=count_parameters(recipe, config),
+        image_tokens=flops.image_tokens,
+        sample_tokens=sample_tokens,
+        flops_per_sample=per_sample,
+        memory=memory,
+        memory_available=available,
+        fits=sum(memory.values()) <= available,
+        largest_micro_batch=largest,
+        samples=total_samples,
+        flops_per_run=run,
+        samples_per_s=rate,
+        tokens_per_s=rate * sample_tokens,
+        device_hours=None if run is None else run / (peak * 1e12 * mfu * 3600),
+        hours=None if run is None else run / (devices * peak * 1e12 * mfu * 3600),
+        assumptions=_assumptions(recipe, workload, height, width, mfu, peak, device, total_samples, strategy),
+    )
+
+
+def count_parameters(recipe: Recipe, config: FlorenceVLConfig) -> dict[str, tuple[int, int]]:
+    """Part -> (all parameters, trainable ones), LoRA's included."""
+    from florence_vl.train.optimizer import PARTS, apply_parts
+
+    shell = build_shell(config)
+    apply_parts(shell, recipe.parts)
+    counts = {}
+    for part in PARTS:
+        parameters = [p for _, p in shell.part_parameters(part)]  # type: ignore[arg-type]
+        counts[part] = (sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad))
+    return counts
+
+
+def _strategy(recipe: Recipe, devices: int) -> str:
+    chosen = recipe.parallel.strategy
+    if chosen == "auto":
+        return "fsdp" if devices > 1 else "none"
+    return "none" if devices == 1 else chosen
+
+
+def _rows(recipe: Recipe, flops: ModelFlops, workload: Workload, micro: int) -> tuple[int, int, int]:
+    """Images, tokens and supervised tokens of a micro-batch, at their largest."""
+    sample = workload.images * flops.image_tokens + workload.text_tokens
+    packing = recipe.data.packing
+    if packing.mode == "packed":
+        per_row = packing.tokens_per_row / sample
+        images = min(packing.max_images_per_row, max(1, round(per_row * workload.images)))
+        return micro * images, micro * packing.tokens_per_row, round(micro * per_row * workload.supervised)
+    length = recipe.data.max_length or round(sample)
+    return round(micro * max(1.0, workload.images)), micro * length, round(micro * workload.supervised)
+
+
+def _memory(
+    recipe: Recipe,
+    config: FlorenceVLConfig,
+    flops: ModelFlops,
+    workload: Workload,
+    size: tuple[int, int],
+    devices: int,
+    strategy: str,
+    capacity: float,
+) -> tuple[dict[str, float], int]:
+    """GiB a device by kind at the recipe's micro-batch, and the largest micro-batch that fits."""
+    static = _static_memory(recipe, config, devices, strategy)
+    dtype = torch.float32 if recipe.precision == "fp32" else torch.bfloat16
+
+    def dynamic(micro: int) -> dict[str, float]:
+        images, tokens, supervised = _rows(recipe, flops, workload, micro)
+        saved = measure_activations(config, recipe.parts, dtype, images, *size, tokens)
+        modes = {"tower": recipe.activation_checkpointing.tower, "llm": recipe.activation_checkpointing.llm}
+        activations = sum(part.kept(modes.get(name, "none")) for name, part in saved.items())
+        # logits in the compute type, their fp32 copy, and the gradient of either
+        width = 2 * (4 + dtype.itemsize) if dtype != torch.float32 else 8
+        logits = supervised * config.get_text_config().vocab_size * width
+        return {"activations": activations / GIB, "logits": logits / GIB}
+
+    now = dynamic(recipe.micro_batch_size)
+    one, two = dynamic(1), dynamic(2)
+    first, step = sum(one.values()), max(sum(two.values()) - sum(one.values()), 1e-9)
+    room = (capacity - RESERVE_GIB) * USABLE - sum(static.values()) - first
+    return static | now, max(0, 1 + int(room // step)) if room >= 0 else 0
+
+
+def _static_memory(recipe: Recipe, config: FlorenceVLConfig, devices: int, strategy: str) -> dict[str, float]:
+    shell = build_shell(config)
+    from florence_vl.train.optimizer import apply_parts
+
+    apply_parts(shell, recipe.parts)
+    parameters = list(shell.parameters())
+    total = sum(p.numel() for p in parameters)
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    shards = {"fsdp": devices, "hsdp": min(devices, recipe.parallel.shard_size or 8)}.get(strategy, 1)
+    master = 2 if recipe.precision == "bf16_pure" else 4
+    compute = 4 if recipe.precision == "fp32" else 2
+    memory = {
+        "weights": master * total / shards / GIB,
+        "gradients": master * trainable / shards / GIB,
+        "optimizer": 2 * master * trainable / shards / GIB,
+    }
+    if shards > 1:
+        sizes = sorted(
+            (sum(p.numel() for p in b.parameters()) for found in part_blocks(shell).values() for b in found),
+            reverse=True,
+        )
+        rest = total - sum(sizes)  # embeddings, head, projector and what stands outside blocks stay gathered
+        # two blocks gathered (one is fetched ahead), one block's gradient before it is reduced in fp32
+        gathered = compute * (rest + 2 * sizes[0]) + (compute + 4) * sizes[0]
+        memory["gathered weights"] = gathered / GIB
+    elif recipe.precision == "bf16":
+        memory["bf16 copies (autocast)"] = 2 * total / GIB
+    return memory
+
+
+def _samples(recipe: Recipe, sample_tokens: float) -> int | None:
+    packing = recipe.data.packing
+    if recipe.steps is not None:
+        per_row = packing.tokens_per_row / sample_tokens if packing.mode == "packed" else 1.0
+        return round(recipe.steps * recipe.batch_size * per_row)
+    from florence_vl.data.sources import DATASETS
+
+    total = 0.0
+    for source in recipe.data.sources:
+        records = source.limit
+        if records is None and source.dataset is not None and source.dataset in DATASETS:
+            records = DATASETS[source.dataset].records
+        if records is None:
+            return None
+        total += records * (source.weight if recipe.data.weighting == "repeats" else 1.0)
+    return round(total * (recipe.epochs or 1.0))
+
+
+def _assumptions(
+    recipe: Recipe,
+    workload: Workload,
+    height: int,
+    width: int,
+    mfu: float,
+    peak: float,
+    device: str,
+    samples: int | None,
+    strategy: str,
+) -> list[str]:
+    packed = recipe.data.packing.mode == "packed"
+    rows = (
+        f"rows are full: {recipe.data.packing.tokens_per_row} tokens"
+        if packed
+        else f"memory is for rows of max_length {recipe.data.max_length}; FLOPs are for average samples, no padding"
+    )
+    found = [
+        f"a sample has {workload.images:g} image(s) of {height}x{width} px, {workload.text_tokens:g} text tokens, "
+        f"{workload.supervised:g} of them supervised",
+        rows,
+        f"{mfu:.0%} of {peak:g} TFLOP/s (bf16, dense) is reached on {device}; recomputation is not counted as useful",
+        "attention keeps no score matrix (flash or memory-efficient kernels) in BART and the LLM",
+        f"AdamW with two moments, {strategy}, {recipe.precision}; {RESERVE_GIB:g} GiB and {1 - USABLE:.0%} set aside",
+    ]
+    if samples is None:
+        found.append("the number of samples is not known here: give --samples")
+    elif recipe.steps is None:
+        found.append(f"{samples:,} samples: the data sets' stated sizes x epochs")
+    return found

