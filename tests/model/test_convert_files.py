@@ -101,7 +101,14 @@ def test_every_tensor_is_accounted_for(released, tmp_path):
 def test_round_trip_is_bit_identical(tmp_path, kind, options):
     state, _ = upstream.make_released(tmp_path / "src", kind, **options)
     convert(tmp_path / "src", tmp_path / "ours")
-    report = convert(tmp_path / "ours", tmp_path / "back", to="original", max_shard_size="8MB")
+    totals, done = [], []
+
+    def start(total):
+        totals.append(total)
+        return done.append
+
+    report = convert(tmp_path / "ours", tmp_path / "back", to="original", max_shard_size="8MB", on_start=start)
+    assert sum(done) == totals[0] == sum(value.nbytes for value in state.values())
     assert_same(tensors(tmp_path / "back"), state)
     assert not report["dropped"]
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -326,11 +333,11 @@ def test_destination_is_written_whole_or_not_at_all(released, tmp_path, monkeypa
 
     real, calls = shards.write_safetensors, []
 
-    def fails(path, outputs, metadata=None):
+    def fails(path, outputs, metadata=None, progress=None):
         calls.append(path)
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
-        real(path, outputs, metadata)
+        real(path, outputs, metadata, progress)
 
     monkeypatch.setattr(shards, "write_safetensors", fails)
     with pytest.raises(OSError, match="No space left"):

@@ -1,6 +1,7 @@
 """`convert --probe` finds the reading under which reference answers were made; `convert` and `diff` as commands."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from florence_vl.model.convert.probe import (
     MEAN_TOKENS,
     Reading,
     Reference,
+    orders,
     probe,
     read_references,
     readings,
@@ -52,7 +54,8 @@ def load(folder):
     return model, florence_vl.FlorenceVLProcessor.from_pretrained(folder)
 
 
-TRUTH = Reading("all", "masked", "llama3", (("newline_after_image", True), ("double_bos", False)))
+OWN = ("davit", "caption", "ocr", "grounding")
+TRUTH = Reading("all", "masked", "llama3", (("newline_after_image", True), ("double_bos", False)), OWN)
 
 
 def _messages(folder, i):
@@ -75,9 +78,9 @@ def _printable_only(model, processor):
         model.lm_head.weight[~printable, 0] -= 1
 
 
-def _answers(model, processor, folder):
-    """What the model answers greedily under the true reading, cut at 48 tokens."""
-    fitted = set_reading(model, processor, TRUTH)
+def _answers(model, processor, folder, truth=TRUTH):
+    """What the model answers greedily under a reading, cut at 48 tokens."""
+    fitted = set_reading(model, processor, truth)
     rows = []
     for i in range(3):
         batch = _prompt(fitted, _messages(folder, i))
@@ -97,10 +100,12 @@ def references(converted):
 
 
 def test_readings_cover_the_grid():
-    found = list(readings("llama3"))
-    assert len(found) == len(set(found)) == 3 * 2 * 2 * 2
+    found = list(readings("llama3", OWN))
+    assert len(found) == len(set(found)) == 3 * 2 * 2 * 2 * 6
     assert {r.mean_token for r in found} == set(MEAN_TOKENS)
     assert TRUTH in found
+    assert next(orders(OWN)) == OWN
+    assert all(order[0] == "davit" for order in orders(OWN))
 
 
 def test_probe_scores_are_the_likelihood(converted, references):
@@ -123,13 +128,13 @@ def test_probe_scores_are_the_likelihood(converted, references):
                 count += 1
     assert truth.nll == pytest.approx(total / count, rel=1e-5)
     assert len(truth.by_reference) == 3
-    assert len(result.scores) == 24
-    ended = probe(model, processor, [replace(r, ended=True) for r in found], "llama3")
-    assert next(s for s in ended.scores if s.reading == TRUTH).nll != pytest.approx(truth.nll)
+    assert len(result.scores) == 144
+    ended = probe(model, processor, [replace(found[0], ended=True)], "llama3")
+    assert next(s for s in ended.scores if s.reading == TRUTH).nll != pytest.approx(truth.by_reference[0])
 
 
 def test_probe_finds_the_reading_that_gave_the_answers(converted, references):
-    """Exactly one of 24 readings reproduces the greedy answers, and it is the one they were made with."""
+    """Exactly one of 144 readings reproduces the greedy answers, and it is the one they were made with."""
     model, processor = load(converted / "answering")
     result = probe(model, processor, read_references(references), "llama3")
     assert result.best.reading == TRUTH
@@ -140,12 +145,24 @@ def test_probe_finds_the_reading_that_gave_the_answers(converted, references):
     assert model.config.prompt_padding == TRUTH.prompt_padding
 
 
+def test_probe_finds_another_order_of_prompts(converted):
+    truth = replace(TRUTH, features=("davit", "grounding", "caption", "ocr"))
+    rows = _answers(*load(converted / "answering"), converted, truth)
+    model, processor = load(converted / "answering")
+    references = [Reference(converted / r["image"], r["answer"], r["question"], False) for r in rows]
+    result = probe(model, processor, references, "llama3")
+    assert result.best.agreement == 1
+    assert result.best.reading == truth
+    assert list(model.model.fusion.feature_dims) == list(truth.features)
+
+
 def test_ties_are_told(converted):
     """One short answer under an image-blind model can't settle the tower's switches."""
     model, processor = load(converted / "answering")
     with torch.no_grad():
         model.model.multi_modal_projector.layers[-1].weight.zero_()
     result = probe(model, processor, [Reference(converted / "0.png", "a", "Q")], "llama3")
+    assert len(result.ties) >= 5  # at least the orders of the prompts
     same = [s for s in result.ties if s.reading.options == result.best.reading.options]
     padding = {(s.reading.mean_token, s.reading.prompt_padding) for s in [result.best, *same]}
     assert {(m, p) for m in ("grid", "grid_before_encoder") for p in ("attended", "masked")} <= padding or {
@@ -154,21 +171,35 @@ def test_ties_are_told(converted):
     } <= padding
 
 
-def test_probe_command_writes_the_best_reading(converted, references, capsys):
-    assert main.main(["convert", str(converted / "src"), str(converted / "applied"), "--probe", str(references)]) == 0
+def test_probe_command_writes_the_best_reading(converted, references, tmp_path, capsys):
+    folder = tmp_path / "applied"
+    shutil.copytree(converted / "answering", folder)
+    assert main.main(["convert", str(folder), "--probe", str(references), "--apply"]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("grid_before_encoder") == 8
-    folder = converted / "applied"
-    assert main.main(["convert", str(folder), "--probe", str(references), "--apply", "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)["probe"]
-    best = report["readings"][0]
+    assert "and 132 more readings" in shown
+    assert "davit,caption,ocr,grounding" in shown
+    assert "The first reading alone reproduces all answers of 3 references: settled." in shown
     config = json.loads((folder / "config.json").read_text())
-    assert (config["mean_token"], config["prompt_padding"]) == (best["mean_token"], best["prompt_padding"])
+    assert (config["mean_token"], config["prompt_padding"]) == (TRUTH.mean_token, TRUTH.prompt_padding)
     settings = json.loads((folder / "conversion.json").read_text())["settings"]
     assert settings["settled_by"] == "probe"
-    assert settings["newline_after_image"] == best["newline_after_image"]
+    assert settings["newline_after_image"] is True
     model, processor = load(folder)
-    assert processor.num_image_tokens() == model.num_image_tokens(64, 64)
+    assert processor.num_image_tokens() == model.num_image_tokens(64, 64) == 5
+    assert f"{processor.image_token}\nQ" in processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}], tokenize=False
+    )
+
+
+def test_convert_and_probe_in_one_go(converted, tmp_path, capsys):
+    path = converted / "one.jsonl"
+    path.write_text(json.dumps({"image": "0.png", "answer": "a"}))
+    arguments = [str(converted / "src"), str(tmp_path / "dst"), "--probe", str(path), "--json"]
+    assert main.main(["convert", *arguments]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["tensors"] == 245
+    assert len(report["probe"]["readings"]) == 144
+    assert {"nll", "perplexity", "agreement", "mean_token", "features"} <= set(report["probe"]["readings"][0])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def command(
     if destination is not None:
         from florence_vl.model.convert.conversion import convert
 
-        report = convert(
+        report = _with_progress(
+            convert,
             source,
             destination,
             to=to,
@@ -78,6 +80,22 @@ def command(
     if as_json:
         json.dump(report, sys.stdout, indent=2)
         print()
+
+
+def _with_progress(convert: Callable[..., dict[str, Any]], *arguments: Any, **options: Any) -> dict[str, Any]:
+    """Call `convert`; show the bytes written on standard error when that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+
+        def start(total: int) -> Callable[[int], None]:
+            task = progress.add_task("", total=total)
+            return lambda done: progress.advance(task, done)
+
+        return convert(*arguments, on_start=start, **options)
 
 
 def _print_report(report: dict[str, Any], folder: Path) -> None:
@@ -119,9 +137,13 @@ def _probe(folder: Path, references: Path, apply: bool, device: str, as_json: bo
 def _print_probe(result: Any, count: int, applied: bool) -> None:
     names = list(result.best.reading.settings())
     print(f"{'perplexity':>12} {'greedy':>7}  " + "  ".join(names))
-    for score in result.scores:
-        values = "  ".join(str(v).ljust(len(n)) for n, v in score.reading.settings().items())
+    shown = 12
+    for score in result.scores[:shown]:
+        settings = {n: ",".join(v) if isinstance(v, list) else v for n, v in score.reading.settings().items()}
+        values = "  ".join(str(v).ljust(len(n)) for n, v in settings.items())
         print(f"{score.perplexity:12.4f} {score.agreement:7.1%}  {values}")
+    if len(result.scores) > shown:
+        print(f"{'':12} and {len(result.scores) - shown} more readings (--json lists all)")
     exact = result.best.agreement == 1
     how = "reproduce all answers greedily" if exact else "are within two standard errors of the best"
     if result.ties:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from florence_vl.model.convert.layouts import LAYOUTS, Source, detect, read_conf
 from florence_vl.model.convert.llm import convert_gguf, find_gguf
 from florence_vl.model.convert.plan import Plan
 from florence_vl.model.convert.processors import ReleasedProcessor
-from florence_vl.model.convert.shards import Checkpoint, check_destination, parse_size
+from florence_vl.model.convert.shards import Checkpoint, Progress, check_destination, parse_size
 from florence_vl.registry import did_you_mean
 
 TARGETS = ("native", "original", "vision-tower")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "vision_tower/*"]
+_HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
+_HUB_SKIP = ["checkpoint-*", "global_step*", "optimizer*", "scheduler*", "rng_state*", "training_args*"]
 
 
 def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -35,7 +37,9 @@ def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Path
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=_HUB_FILES))
+        return Path(
+            snapshot_download(str(source), revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SKIP)
+        )
     except Exception as error:  # the hub's client raises a dozen kinds, all meaning "not reached"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(
@@ -72,6 +76,7 @@ def convert(
     license: str | None = None,
     overwrite: bool = False,
     revision: str | None = None,
+    on_start: Callable[[int], Progress] | None = None,
 ) -> dict[str, Any]:
     """Convert a checkpoint, shard by shard; the destination is there whole or not at all.
 
@@ -97,6 +102,8 @@ def convert(
         license: Tag for the card's front matter.
         overwrite: Replace a folder that is there.
         revision: Of a hub id.
+        on_start: Called with the bytes that will be written, once all checks have passed; what it returns is called
+            with the bytes of each tensor.
 
     Returns:
         The report: what was read and written, settings, left-out tensors with reasons, notes.
@@ -132,7 +139,10 @@ def convert(
                 folder / "README.md", write_card(plan.report(), title, license or tag, terms, is_florence_vl)
             )
         )
-    plan.write(target, max_bytes, keep_decoder, overwrite)
+    if not keep_decoder:
+        plan.side = []
+    progress = on_start(plan.nbytes) if on_start is not None else None
+    plan.write(target, max_bytes, keep_decoder, overwrite, progress)
     return plan.report()
 
 

@@ -16,6 +16,7 @@ import torch
 from florence_vl.model.convert.shards import (
     Checkpoint,
     Output,
+    Progress,
     atomic_folder,
     check_disk_space,
     few,
@@ -202,8 +203,22 @@ class Plan:
             "notes": self.notes,
         }
 
-    def write(self, destination: Path, max_shard_bytes: int, keep_dropped: bool, overwrite: bool = False) -> None:
+    def write(
+        self,
+        destination: Path,
+        max_shard_bytes: int,
+        keep_dropped: bool,
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
         """Write the folder in one step: it is there whole or not at all.
+
+        Args:
+            destination: Folder.
+            max_shard_bytes: Largest file.
+            keep_dropped: Write the dropped tensors into the side file, too.
+            overwrite: Replace a folder that is there.
+            progress: Called with the bytes of each tensor when it is written.
 
         Raises:
             ValueError: The destination is taken or the disk too small.
@@ -215,13 +230,14 @@ class Plan:
         with atomic_folder(destination, overwrite) as folder:
             for write in self.files:
                 write(folder)
-            write_shards(folder, [move.output() for move in self.moves], max_shard_bytes)
+            write_shards(folder, [move.output() for move in self.moves], max_shard_bytes, progress)
             if self.keep_folder is not None:
                 original = folder / ORIGINAL_FOLDER
                 original.mkdir()
                 self.keep_folder(original)
                 if self.side:
-                    write_safetensors(original / DROPPED_FILE, [move.output() for move in self.side])
+                    side = [move.output() for move in self.side]
+                    write_safetensors(original / DROPPED_FILE, side, progress=progress)
                 complete = keep_dropped or not any(n not in self.copies for n in self.dropped)
                 facts = {"layout": self.layout, "copies": self.copies, "complete": complete, **self.layout_facts}
                 write_json(original / LAYOUT_FILE, facts)

@@ -1,7 +1,7 @@
 """`convert --probe`: which reading of the released code do the real weights fit best?
 
-Each reading sets the switches that no tensor's shape can settle (mean token, prompt padding, newline and begin tokens
-of the template); reference answers are scored under each by teacher forcing.
+Each reading sets the switches that no tensor's shape can settle (mean token, prompt padding, order of the prompts,
+newline and begin tokens of the template); reference answers are scored under each by teacher forcing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from florence_vl.model.configuration import DAVIT
 from florence_vl.model.convert.plan import REPORT_FILE
 from florence_vl.model.convert.processors import seams, with_lead
 from florence_vl.model.convert.shards import read_json, write_json
@@ -44,17 +46,18 @@ class Reference:
 
 @dataclass(frozen=True)
 class Reading:
-    """One setting of the open switches."""
+    """One setting of the open switches; `features` in the order of their channels."""
 
     mean_token: str
     prompt_padding: str
     template: str
-    options: tuple[tuple[str, Any], ...] = ()
+    options: tuple[tuple[str, Any], ...]
+    features: tuple[str, ...]
 
     def settings(self) -> dict[str, Any]:
         """As `conversion.json` has them."""
         switches = {"mean_token": self.mean_token, "prompt_padding": self.prompt_padding}
-        return {**switches, "template": self.template, **dict(self.options)}
+        return {**switches, "template": self.template, **dict(self.options), "features": list(self.features)}
 
 
 @dataclass
@@ -141,25 +144,36 @@ def read_references(path: Path) -> list[Reference]:
     return found
 
 
-def readings(template: str) -> Iterator[Reading]:
-    """All readings for a chat template."""
+def readings(template: str, features: Sequence[str]) -> Iterator[Reading]:
+    """All readings for a chat template and features, whose prompted ones come in every order."""
     from florence_vl.data.chat_template import CHAT_TEMPLATES
 
     allowed = CHAT_TEMPLATES[template].allows
     names = [name for name in ("newline_after_image", "double_bos") if name in allowed]
     for mean_token, padding in itertools.product(MEAN_TOKENS, PROMPT_PADDINGS):
         for values in itertools.product((False, True), repeat=len(names)):
-            yield Reading(mean_token, padding, template, tuple(zip(names, values, strict=True)))
+            for order in orders(features):
+                yield Reading(mean_token, padding, template, tuple(zip(names, values, strict=True)), order)
+
+
+def orders(features: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """Every order of the prompted features, DaViT's staying where it is; the given order first."""
+    for order in itertools.permutations(name for name in features if name != DAVIT):
+        names = iter(order)
+        yield tuple(name if name == DAVIT else next(names) for name in features)
 
 
 def set_reading(model: Any, processor: Any, reading: Reading) -> Any:
     """Set a model's switches in place; returns a processor that fits them."""
     from florence_vl.data.chat_template import CHAT_TEMPLATES
+    from florence_vl.model.fusion import build_fusion
     from florence_vl.model.processing import FlorenceVLProcessor, ImageTokenRule
 
     config = model.config
     config.mean_token, config.prompt_padding = reading.mean_token, reading.prompt_padding
+    config.features = list(reading.features)
     model.model.vision_tower.reset_buffers()
+    model.model.fusion = build_fusion(config.fusion, model.model.vision_tower.feature_dims)
     options = dict(reading.options)
     if reading.template == "plain":
         options["end"] = "newline"
@@ -187,7 +201,7 @@ def template_of(folder: Path, processor: Any) -> str:
 
 @torch.inference_mode()
 def probe(model: Any, processor: Any, references: Sequence[Reference], template: str) -> Probe:
-    """Score every reading.
+    """Score every reading. DaViT and encoder run once for each mean token and padding; the LLM for each reading.
 
     The model's switches are left at the best reading.
 
@@ -198,22 +212,30 @@ def probe(model: Any, processor: Any, references: Sequence[Reference], template:
         template: Name of the chat template.
 
     Raises:
-        ValueError: The tower isn't Florence-2, double begin tokens can't be written, or an image can't be read.
+        ValueError: The tower isn't Florence-2, the fusion has weights, or an image can't be read.
     """
     if model.config.tower != "florence2":
         raise ValueError(f"the switches are those of a Florence-2 tower; this model's is {model.config.tower!r}")
+    if any(True for _ in model.model.fusion.parameters()):
+        raise ValueError(f"the released models fuse without weights; this model's fusion is {model.config.fusion!r}")
+    encoded: dict[Any, list[dict[str, torch.Tensor]]] = {}  # by template options and tokens an image
+    features: tuple[Any, list[dict[str, torch.Tensor]]] = (None, [])  # before fusion, of the last tower setting
     scores = []
-    features: dict[tuple[str, str], list[Any]] = {}
-    for reading in readings(template):
+    for reading in readings(template, model.config.features):
         if dict(reading.options).get("double_bos") and processor.tokenizer.bos_token is None:
             continue
         fitted = set_reading(model, processor, reading)
-        key = (reading.mean_token, reading.prompt_padding)
-        batches = [_encode(fitted, reference) for reference in references]
-        if key not in features:
-            features = {key: [model.get_image_features(b["pixel_values"].to(model.device)) for b in batches]}
-        ended = [reference.ended for reference in references]
-        results = [_score(model, *item) for item in zip(batches, features[key], ended, strict=True)]
+        key = (reading.options, fitted.num_image_tokens())
+        if key not in encoded:
+            encoded[key] = [_encode(fitted, reference) for reference in references]
+        setting = (reading.mean_token, reading.prompt_padding)
+        if features[0] != setting:
+            pixels = [batch["pixel_values"].to(model.device) for batch in encoded[key]]
+            features = (setting, [model.get_image_features(p, output_features=True).features for p in pixels])
+        results = [
+            _score(model, batch, found, reference.ended)
+            for batch, found, reference in zip(encoded[key], features[1], references, strict=True)
+        ]
         tokens = sum(count for _, _, count in results)
         scores.append(
             Score(
@@ -247,12 +269,16 @@ def _encode(processor: Any, reference: Reference) -> dict[str, torch.Tensor]:
     )
 
 
-def _score(model: Any, batch: dict[str, torch.Tensor], features: Any, ended: bool) -> tuple[float, float, int]:
+def _score(
+    model: Any, batch: dict[str, torch.Tensor], features: dict[str, torch.Tensor], ended: bool
+) -> tuple[float, float, int]:
     ids = batch["input_ids"].to(model.device)
     answer = torch.as_tensor(batch["assistant_masks"]).to(model.device).bool().view_as(ids)
     if not ended:
         answer[0, answer[0].nonzero()[-1]] = False
-    logits = model(input_ids=ids, mm_encoder_outputs={"image": features}).logits[:, :-1][answer[:, 1:]].float()
+    tokens = model.model.multi_modal_projector(model.model.fusion(features))
+    image = BaseModelOutputWithPooling(pooler_output=list(tokens))
+    logits = model(input_ids=ids, mm_encoder_outputs={"image": image}).logits[:, :-1][answer[:, 1:]].float()
     targets = ids[:, 1:][answer[:, 1:]]
     nll = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
     return float(nll), float((logits.argmax(-1) == targets).sum()), int(targets.numel())

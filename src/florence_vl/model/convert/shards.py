@@ -302,7 +302,15 @@ def split_shards(outputs: Sequence[Output], max_bytes: int) -> list[list[Output]
     return shards
 
 
-def write_safetensors(path: Path, outputs: Sequence[Output], metadata: Mapping[str, str] | None = None) -> None:
+Progress = Callable[[int], None]  # called with the bytes that were written since the last call
+
+
+def write_safetensors(
+    path: Path,
+    outputs: Sequence[Output],
+    metadata: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> None:
     """Write one safetensors file, one tensor in memory at a time.
 
     Larger elements get the lower offsets, so each tensor is aligned to its element size as the format asks; values
@@ -339,20 +347,24 @@ def write_safetensors(path: Path, outputs: Sequence[Output], metadata: Mapping[s
             if tensor.numel():
                 file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             del tensor
+            if progress is not None:
+                progress(output.nbytes)
         file.flush()
         os.fsync(file.fileno())
 
 
-def write_shards(folder: Path, outputs: Sequence[Output], max_bytes: int) -> list[str]:
+def write_shards(
+    folder: Path, outputs: Sequence[Output], max_bytes: int, progress: Progress | None = None
+) -> list[str]:
     """Write the outputs as `model.safetensors`, or as shards with their index; returns the file names."""
     shards = split_shards(outputs, max_bytes)
     if len(shards) == 1:
-        write_safetensors(folder / "model.safetensors", shards[0])
+        write_safetensors(folder / "model.safetensors", shards[0], progress=progress)
         return ["model.safetensors"]
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     weight_map = {}
     for name, shard in zip(names, shards, strict=True):
-        write_safetensors(folder / name, shard)
+        write_safetensors(folder / name, shard, progress=progress)
         weight_map.update({output.name: name for output in shard})
     total = sum(output.nbytes for output in outputs)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
