@@ -82,6 +82,21 @@ def test_a_variant_is_trained_once_and_finetuning_starts_from_its_own_first_stag
     assert "seed-0/pretrain/model" in " ".join(shared[3].command)
 
 
+def test_overrides_reach_their_stage(recipes, tmp_path):
+    table = table_of(4)
+    words = ("batch_size=2", "pretrain:steps=7", "finetune:parts.tower.train=false")
+    config = AblationConfig("mini", tmp_path, seeds=1, overrides=words)
+    first, second, _ = plan(table, table.choose(["[V]"]), config)
+    assert "steps=7" in first.command
+    assert "steps=7" not in second.command
+    assert "parts.tower.train=false" in second.command
+    assert "batch_size=2" in first.command
+    assert "batch_size=2" in second.command
+    for wrong in ("steps", "pretrian:steps=3"):
+        with pytest.raises(ValueError, match="not of the form"):
+            plan(table, table.rows, AblationConfig("mini", tmp_path, overrides=(wrong,)))
+
+
 def test_tables_share_their_runs_and_go_on_where_they_stopped(recipes, tmp_path, commands):
     started, codes = commands
     config = AblationConfig("mini", tmp_path / "out", seeds=1)

@@ -94,7 +94,13 @@ def test_alignment_pca_attribution_and_report(own_cache, llm_folder, data, tiny_
 
     assert main(["analyze", "report", str(out)]) == 0
     page = (out / "report.html").read_text()
-    for text in ("over 2 seeds", "Alignment loss by encoder", "Alignment loss by features", "PCA of the features", "Attribution"):
+    for text in (
+        "over 2 seeds",
+        "Alignment loss by encoder",
+        "Alignment loss by features",
+        "PCA of the features",
+        "Attribution",
+    ):
         assert text in page
     assert page.count("data:image/png;base64,") == 5
     assert 'src="http' not in page

@@ -22,6 +22,7 @@ from florence_vl.analyze.statistics import Interval, interval, paired
 from florence_vl.registry import did_you_mean
 
 SCALES = ("mini", "llava15")
+STAGES = ("pretrain", "finetune")
 STOPPED = 75  # exit code of `florence-vl train` that was stopped by a signal with everything saved
 
 
@@ -171,7 +172,7 @@ class AblationConfig:
         seeds: Number of seeds.
         share_pretraining: All seeds finetune from seed 0's first stage. Saves time, and the interval is then of the
             second stage alone.
-        overrides: `key.path=value` for both stages' recipes.
+        overrides: `key.path=value` for both stages' recipes, `pretrain:key.path=value` for one.
         data: Folder with the benchmarks' files, for `llava15`.
         limit: About so many questions of each benchmark.
         launcher: Words before the sub-command of training, e.g. `torchrun --nproc-per-node 8 -m florence_vl`.
@@ -249,13 +250,27 @@ def suite_of(scale: str) -> str:
     return ",".join(b.name for b in choose("paper") if wanted.intersection(b.columns))
 
 
+def stage_of(override: str) -> str | None:
+    """The stage that an override is for; None for both.
+
+    Raises:
+        ValueError: It is not of the form `[pretrain:|finetune:]key.path=value`.
+    """
+    key, equals, _ = override.partition("=")
+    stage, colon, _ = key.partition(":")
+    if not equals or (colon and stage not in STAGES):
+        raise ValueError(f"{override!r} is not of the form [pretrain:|finetune:]key.path=value")
+    return stage if colon else None
+
+
 def _training(
     stage: str, variant: str, seed: int, folder: Path, config: AblationConfig, overrides: tuple[str, ...]
 ) -> Step:
     from florence_vl.train.recipes import load_recipe
 
     name = f"ablations/{config.scale}/{variant}-{stage}"
-    settings = (*config.overrides, *overrides, f"seed={seed}", f"output={folder}", "checkpoint.keep_last=1")
+    mine = (word.removeprefix(f"{stage}:") for word in config.overrides if stage_of(word) in (None, stage))
+    settings = (*mine, *overrides, f"seed={seed}", f"output={folder}", "checkpoint.keep_last=1")
     recipe = load_recipe(name, settings).to_dict()
     command = ("train", name, *settings, "--resume", "auto")
     return Step(stage, variant, seed, folder, command, digest(json.loads(json.dumps(recipe, default=str))))

@@ -162,7 +162,7 @@ class Row:
 
     @property
     def aligned(self) -> Interval:
-        """How far the loss went from guessing (0) to that of the text features against themselves (1)."""
+        """How far the loss went from guessing (0) to the lowest that any vision features can reach (1)."""
         return interval([run.aligned for run in self.runs])
 
     def recall(self, k: int, text_to_vision: bool = False) -> Interval:
@@ -200,9 +200,9 @@ class Comparison:
         return math.fsum(run.chance for run in self.rows[0].runs) / len(self.rows[0].runs)
 
     @property
-    def text_itself(self) -> float:
-        """Loss of the held-out text features against themselves, mean over seeds."""
-        return math.fsum(run.reference for run in self.rows[0].runs) / len(self.rows[0].runs)
+    def floor(self) -> float:
+        """Lowest loss that any vision features can reach on the held-out texts, mean over seeds."""
+        return math.fsum(run.floor for run in self.rows[0].runs) / len(self.rows[0].runs)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON types."""
@@ -210,7 +210,7 @@ class Comparison:
             "kind": self.kind,
             "reference": self.reference,
             "chance": self.chance,
-            "text_itself": self.text_itself,
+            "floor": self.floor,
             "settings": asdict(self.settings),
             "about": self.about,
             "rows": [_row_dict(row, self) for row in self.rows],

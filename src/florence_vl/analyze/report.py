@@ -75,7 +75,7 @@ def alignment_section(record: dict[str, Any], folder: Path) -> Section:
         text=(
             "Held-out cross-entropy after training only a projection from pooled vision to pooled text features "
             "(paper section 4, Figure " + ("4" if encoders else "5") + "). Lower is better; guessing has loss "
-            f"{record['chance']:.3f} (aligned: 0 %), the text features against themselves {record['text_itself']:.3f} "
+            f"{record['chance']:.3f} (aligned: 0 %), no features can have less than {record['floor']:.3f} "
             f"(100 %). Intervals are 95 % over {len(about['seeds'])} seeds."
         ),
         command=record.get("command", ""),

@@ -30,7 +30,9 @@ def command(
         "--share-pretraining",
         help="All seeds finetune from seed 0's first stage; the interval is then narrower.",
     ),
-    set_: list[str] = typer.Option(None, "--set", help="key.path=value for both stages' recipes; repeat."),
+    set_: list[str] = typer.Option(
+        None, "--set", help="key.path=value for the recipes; pretrain:... or finetune:... for one stage. Repeat."
+    ),
     data: Path | None = typer.Option(None, "--data", help="Folder with the benchmarks' files (llava15)."),
     limit: int | None = typer.Option(None, "--limit", min=1, help="About so many questions of each benchmark."),
     launcher: str = typer.Option("python -m florence_vl", "--launcher", help="What starts training, e.g. torchrun ..."),

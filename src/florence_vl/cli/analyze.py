@@ -140,7 +140,7 @@ def alignment_command(
         log=say,
     )
     files = write_comparison(comparison, out, command=called())
-    print_notes(comparison.about, comparison.chance, comparison.text_itself)
+    print_notes(comparison.about, comparison.chance, comparison.floor)
     for title, rows in (("own width", comparison.rows), ("equal width", comparison.equal_width)):
         if rows:
             print_table(
@@ -304,14 +304,14 @@ def called() -> str:
     return shlex.join(["florence-vl", *sys.argv[1:]])
 
 
-def print_notes(about: dict[str, Any], chance: float, text_itself: float) -> None:
+def print_notes(about: dict[str, Any], chance: float, floor: float) -> None:
     """What the reader of the table must know: pairs left out, duplicates, the loss of guessing."""
     for reason, count in about["skipped"].items():
         typer.echo(f"left out: {count} records ({reason})")
     for reason, count in about["duplicates"].items():
         if count:
             typer.echo(f"{count} {reason}")
-    typer.echo(f"guessing has loss {chance:.3f}; the text features against themselves have {text_itself:.3f}")
+    typer.echo(f"guessing has loss {chance:.3f}; no vision features can have less than {floor:.3f}")
 
 
 def print_table(title: str, header: list[str], cells: list[list[str]]) -> None:
