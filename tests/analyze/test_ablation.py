@@ -84,17 +84,35 @@ def test_a_variant_is_trained_once_and_finetuning_starts_from_its_own_first_stag
 
 def test_overrides_reach_their_stage(recipes, tmp_path):
     table = table_of(4)
-    words = ("batch_size=2", "pretrain:steps=7", "finetune:parts.tower.train=false")
+    words = ("batch_size=16", "pretrain:steps=7", "finetune:parts.tower.train=false")
     config = AblationConfig("mini", tmp_path, seeds=1, overrides=words)
     first, second, _ = plan(table, table.choose(["[V]"]), config)
     assert "steps=7" in first.command
     assert "steps=7" not in second.command
     assert "parts.tower.train=false" in second.command
-    assert "batch_size=2" in first.command
-    assert "batch_size=2" in second.command
+    assert "batch_size=16" in first.command
+    assert "batch_size=16" in second.command
     for wrong in ("steps", "pretrian:steps=3"):
         with pytest.raises(ValueError, match="not of the form"):
             plan(table, table.rows, AblationConfig("mini", tmp_path, overrides=(wrong,)))
+
+
+def test_mini_data_is_written_where_it_is_absent(recipes, tmp_path, commands):
+    started, _ = commands
+    for path in (recipes / "ablations/mini").glob("davit-*.yaml"):
+        recipe = yaml.safe_load(path.read_text())
+        name = "captions" if "pretrain" in path.name else "questions"
+        recipe["data"]["sources"] = [{"path": f"{tmp_path}/data/{name}/data.jsonl", "name": name}]
+        path.write_text(yaml.safe_dump(recipe))
+    (tmp_path / "data/questions").mkdir(parents=True)
+    (tmp_path / "data/questions/data.jsonl").write_text("{}")
+    table = table_of(4)
+    config = AblationConfig("mini", tmp_path / "out", seeds=1)
+    steps = plan(table, table.choose(["[V]"]), config)
+    assert [step.kind for step in steps] == ["data", "pretrain", "finetune", "evaluate"]
+    assert steps[0].command[:6] == ("mini", "data", "--out", f"{tmp_path}/data/captions", "--task", "detailed_caption")
+    execute(steps, config, lambda _: None)
+    assert started[0][1:5] == ["-m", "florence_vl", "mini", "data"]
 
 
 def test_tables_share_their_runs_and_go_on_where_they_stopped(recipes, tmp_path, commands):

@@ -23,6 +23,9 @@ from florence_vl.registry import did_you_mean
 
 SCALES = ("mini", "llava15")
 STAGES = ("pretrain", "finetune")
+# Sources of the mini recipes by name, and the task that `florence-vl mini data` writes where they are not there.
+MINI_DATA = {"captions": "detailed_caption", "questions": "vqa"}
+MINI_SAMPLES = 4000
 STOPPED = 75  # exit code of `florence-vl train` that was stopped by a signal with everything saved
 
 
@@ -124,7 +127,7 @@ class Step:
     """One command of the plan.
 
     Args:
-        kind: `pretrain`, `finetune` or `evaluate`.
+        kind: `data`, `pretrain`, `finetune` or `evaluate`.
         variant: Which variant.
         seed: Which seed.
         folder: What it writes.
@@ -151,6 +154,8 @@ class Step:
         Raises:
             ValueError: It was done with other settings.
         """
+        if self.kind == "data":
+            return (self.folder / "data.jsonl").is_file()
         try:
             found = json.loads(self.marker.read_text())
         except (FileNotFoundError, ValueError):
@@ -213,7 +218,7 @@ def plan(table: AblationTable, rows: Sequence[Row], config: AblationConfig) -> l
     """
     from florence_vl.evaluate.suites import choose
 
-    steps: list[Step] = []
+    steps: list[Step] = list(_data(rows, config)) if config.scale == "mini" else []
     for seed in range(config.seeds):
         for variant in dict.fromkeys(row.variant for row in rows):
             folder = config.root / variant / f"seed-{seed}"
@@ -231,6 +236,18 @@ def plan(table: AblationTable, rows: Sequence[Row], config: AblationConfig) -> l
             identity = digest({"of": steps[-1].identity, "benchmarks": protocol, "limit": config.limit})
             steps.append(Step("evaluate", variant, seed, folder / "evaluate", tuple(command), identity))
     return steps
+
+
+def _data(rows: Sequence[Row], config: AblationConfig) -> Iterator[Step]:
+    """What writes the mini recipes' data where it is absent."""
+    from florence_vl.train.recipes import load_recipe
+
+    for stage in STAGES if rows else ():
+        for source in load_recipe(f"ablations/{config.scale}/{rows[0].variant}-{stage}").data.sources:
+            path = Path(source.path)
+            if source.name in MINI_DATA and path.name == "data.jsonl" and not path.exists():
+                words = ("mini", "data", "--out", str(path.parent), "--task", MINI_DATA[source.name])
+                yield Step("data", source.name, 0, path.parent, (*words, "--samples", str(MINI_SAMPLES)), "")
 
 
 def suite_of(scale: str) -> str:
@@ -287,9 +304,12 @@ def execute(steps: Sequence[Step], config: AblationConfig, log: Callable[[str], 
     if len(todo) < len(steps):
         log(f"{len(steps) - len(todo)} of {len(steps)} steps are done already")
     for number, step in enumerate(todo, 1):
-        log(f"[{number}/{len(todo)}] {step.variant}, seed {step.seed}: {step.kind}")
+        log(
+            f"[{number}/{len(todo)}] {step.kind}: {step.variant}"
+            + (f", seed {step.seed}" if step.kind != "data" else "")
+        )
         step.folder.mkdir(parents=True, exist_ok=True)
-        launcher = config.launcher if step.kind != "evaluate" else AblationConfig.launcher
+        launcher = config.launcher if step.kind in STAGES else AblationConfig.launcher
         words = [_python(word) for word in (*launcher, *step.command)]
         output = step.folder.parent / f"{step.kind}.log"
         with output.open("ab") as file:
@@ -301,6 +321,8 @@ def execute(steps: Sequence[Step], config: AblationConfig, log: Callable[[str], 
             raise RuntimeError(
                 f"{step.kind} of {step.variant} failed with exit code {code}: {' '.join(last)} ({output})"
             )
+        if step.kind == "data":
+            continue
         from florence_vl.analyze.plots import write_atomically
 
         done = {"identity": step.identity, "command": shlex.join(["florence-vl", *step.command])}

@@ -41,6 +41,7 @@ def command(
 ) -> None:
     """Train and score the rows of one of the paper's ablation tables; stopped at any time, it goes on where it was."""
     from florence_vl.analyze.ablation import (
+        STAGES,
         AblationConfig,
         Stopped,
         build_table,
@@ -69,7 +70,7 @@ def command(
         steps = plan(chosen, picked, config)
         if dry_run:
             for step in steps:
-                words = (*config.launcher, *step.command) if step.kind != "evaluate" else ("florence-vl", *step.command)
+                words = (*config.launcher, *step.command) if step.kind in STAGES else ("florence-vl", *step.command)
                 typer.echo(("# done: " if step.done else "") + shlex.join(words))
             return
         try:
