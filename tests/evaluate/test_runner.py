@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from florence_vl.evaluate.answer import Answer, Answerer, batches
 from florence_vl.evaluate.benchmark import Generation
@@ -143,14 +145,27 @@ def test_the_mode_of_the_model_is_left(small_plan: Plan) -> None:
     assert model.training
 
 
+class P:
+    """A picture that is only a key."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def read(self) -> bytes:
+        return b""
+
+
+@given(pictures=st.lists(st.integers(0, 6), min_size=1, max_size=60), size=st.integers(1, 12))
+@settings(max_examples=100, deadline=None)
+def test_batches_hold_every_question_once(pictures: list[int], size: int) -> None:
+    questions = [Question(str(i), "b", ("x" * (i % 5),), (P(str(key)),)) for i, key in enumerate(pictures)]
+    found = batches(questions, size)
+    assert sorted(q.id for batch in found for q in batch) == sorted(q.id for q in questions)
+    assert all(1 <= len(batch) <= size for batch in found)
+    assert len(found) <= 2 * -(-len(questions) // size)
+
+
 def test_batches_keep_pictures_together() -> None:
-    class P:
-        def __init__(self, key: str) -> None:
-            self.key = key
-
-        def read(self) -> bytes:
-            return b""
-
     questions = [Question(str(i), "b", ("x" * (i % 7),), (P(str(i % 4)),)) for i in range(20)]
     found = batches(questions, 5)
     assert [len(batch) for batch in found] == [5] * 4

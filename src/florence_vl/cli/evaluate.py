@@ -173,8 +173,8 @@ def compare_command(
     from florence_vl.evaluate.scoring import compare_runs, score_folder
     from florence_vl.evaluate.store import write_text
 
-    scores = [score_folder(folder, draws=0) for folder in (first, second)]
-    table, values = comparison_table(*scores, compare_runs(*scores, draws=draws or 1000))
+    one, other = (score_folder(folder, draws=0) for folder in (first, second))
+    table, values = comparison_table(one, other, compare_runs(one, other, draws=draws or 1000))
     Console(highlight=False).print(table)
     if json_file is not None:
         write_text(json_file, json.dumps(values, indent=2) + "\n")

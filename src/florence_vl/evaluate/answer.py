@@ -62,5 +62,13 @@ def batches(questions: Iterable[Question], batch_size: int) -> list[list[Questio
     for group in groups.values():
         group.sort(key=lambda question: len(question.text))
     ordered = sorted(groups.values(), key=lambda group: (len(group[0].images), len(group[-1].text)))
-    flat = [question for group in ordered for question in group]
-    return [flat[i : i + batch_size] for i in range(0, len(flat), batch_size)]
+    found: list[list[Question]] = []
+    for group in ordered:
+        # A picture's questions share a batch, so that the work on their common beginning is done once, unless that
+        # would leave the last batch less than half full.
+        space = batch_size - len(found[-1]) if found else 0
+        if len(group) <= space or 2 * space > batch_size:
+            found[-1] += group[:space]
+            group = group[space:]
+        found += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
+    return found

@@ -31,7 +31,7 @@ class BytesPicture:
     data: bytes
 
     @cached_property
-    def key(self) -> str:  # type: ignore[override]
+    def key(self) -> str:
         """Content hash."""
         return hashlib.sha256(self.data).hexdigest()[:20]
 
