@@ -19,6 +19,18 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Alignment loss, PCA pictures, attribution: choose encoder, features and fusion by measurement.",
     no_args_is_help=True,
+    rich_markup_mode="rich",
+    epilog="""[bold]Examples[/bold]
+
+  florence-vl analyze alignment --encoders dinov2_small_focus efficientnet_lite0 --data pairs.jsonl --out runs/alignment
+
+  florence-vl analyze alignment --encoders florence2_mini --ablate --data pairs.jsonl --out runs/features
+
+  florence-vl analyze pca photo.jpg --encoder florence2_mini dinov2_small_focus@448 --out runs/pca
+
+  florence-vl analyze attribution --model runs/demo/model --image photo.jpg --question "What is shown?"
+
+  florence-vl analyze report runs""",
 )
 
 
