@@ -66,11 +66,11 @@ bench: $(VENV)/.dev  ## Run every benchmark; each prints ratios measured side by
 docs: $(VENV)/.dev  ## Check that every link in README.md and docs/ leads somewhere.
 	$(BIN)/python -m pytest tests/test_docs.py
 
-mini-data: setup  ## Make the images, captions and questions of the mini parts.
-	$(BIN)/florence-vl data mini
+mini-data: setup  ## Write pictures with questions to runs/mini-data.
+	$(BIN)/florence-vl mini data --out runs/mini-data
 
-mini-train: setup  ## Pretrain the mini Florence-2 tower.
-	$(BIN)/florence-vl train recipes/mini/florence2.yaml
+mini-train: setup  ## Pretrain the mini Florence-2 (hours; Ctrl-C saves).
+	$(BIN)/florence-vl mini train recipes/mini/florence2.yaml
 
 clean:  ## Remove caches and build outputs (not runs/, not .venv).
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

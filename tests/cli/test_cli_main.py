@@ -62,7 +62,8 @@ def test_every_help_has_an_example(capsys):
     for name in cli.COMMANDS:
         assert cli.main([name, "--help"]) == 0
         out = capsys.readouterr().out
-        assert f"florence-vl {name}" in out.split("Example")[-1], f"`florence-vl {name} --help` shows no example"
+        assert "Examples" in out, f"`florence-vl {name} --help` shows no example"
+        assert f"florence-vl {name}" in out.split("Examples")[-1]
 
 
 def test_no_arguments_show_the_help(capsys):
