@@ -150,6 +150,8 @@ def test_generation_stops_and_card(models, kind, stops):
     assert f"license: {'llama3.1' if kind == 'llama' else 'mit'}" in card
     assert "Florence-2: MIT" in card
     assert "final_logits_bias" in card
+    token = processor.image_token.replace("|", r"\|")
+    assert f"| `image_token` | `{token}` |" in card
 
 
 def test_image_placeholder_keeps_the_newline(models):

@@ -101,7 +101,7 @@ def _with_progress(convert: Callable[..., dict[str, Any]], *arguments: Any, **op
 def _print_report(report: dict[str, Any], folder: Path) -> None:
     print(f"{folder}: {report['written']}, from {report['source']} ({report['source_layout']})")
     if "tensors" in report:
-        print(f"  {report['tensors']} tensors converted, {len(report['dropped'])} left out:")
+        print(f"  {report['tensors']} tensors converted, {len(report['dropped'])} left out")
     reasons: dict[str, int] = {}
     for reason in report["dropped"].values():
         reasons[reason] = reasons.get(reason, 0) + 1

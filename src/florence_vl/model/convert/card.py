@@ -25,7 +25,7 @@ tags: [florence-vl, florence-2]
 _FLORENCE_VL = """
 # Florence-VL, converted
 
-Converted by [florence-vl](https://pypi.org/project/florence-vl/) {version} from `{source}`, {title}.
+Converted by florence-vl {version} from `{source}`, {title}.
 Values are bit for bit those of the source; only names, one transposed matrix and left-out tensors differ.
 
 ```python
@@ -36,13 +36,13 @@ model = AutoModelForImageTextToText.from_pretrained("THIS FOLDER", dtype="auto",
 processor = AutoProcessor.from_pretrained("THIS FOLDER")
 ```
 
-Or `florence-vl chat THIS_FOLDER --image photo.jpg`.
+Or `florence-vl chat --model THIS_FOLDER --image photo.jpg`.
 """
 
 _FLORENCE2 = """
 # Florence-2, converted
 
-Converted by [florence-vl](https://pypi.org/project/florence-vl/) {version} from `{source}`, {title}, into transformers'
+Converted by florence-vl {version} from `{source}`, {title}, into transformers'
 own classes:
 
 ```python
@@ -56,7 +56,7 @@ model = Florence2ForConditionalGeneration.from_pretrained("THIS FOLDER", dtype="
 _LLM = """
 # Language model, converted
 
-Converted by [florence-vl](https://pypi.org/project/florence-vl/) {version} from `{source}` (gguf, de-quantised to
+Converted by florence-vl {version} from `{source}` (gguf, de-quantised to
 float32): the values are those that the quantised weights stand for.
 
 ```python
@@ -104,7 +104,8 @@ def write_card(report: Mapping[str, Any], title: str, license: str, terms: list[
     text += "\n## Terms\n\n" + "".join(f"- {term}\n" for term in terms)
     if report["settings"]:
         text += "\n## Switches\n\n| setting | value |\n|---|---|\n"
-        text += "".join(f"| `{name}` | `{value}` |\n" for name, value in report["settings"].items())
+        values = {name: str(value).replace("|", "\\|") for name, value in report["settings"].items()}
+        text += "".join(f"| `{name}` | `{value}` |\n" for name, value in values.items())
         if florence_vl:
             text += (
                 "\nThey follow what is known of the released code; `florence-vl convert THIS_FOLDER --probe "

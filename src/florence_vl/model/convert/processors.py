@@ -274,7 +274,7 @@ def load_tokenizer(folder: Path, model_type: str = "") -> Any:
     except Exception as error:  # readers of four formats raise what they raise
         raise ValueError(
             f"{folder}: its tokenizer can't be read ({type(error).__name__}: {error}). A tokenizer.model "
-            "needs: pip install sentencepiece protobuf"
+            "needs: pip install 'florence-vl[convert]'"
         ) from error
     if not tokenizer.is_fast:
         raise ValueError(f"{folder}: its tokenizer has no fast version; convert it with tokenizers or pass --tokenizer")
