@@ -60,6 +60,8 @@ class _Careful(Dataset):
         self.inner = inner
 
     def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, _Failure):
+            return index
         try:
             return self.inner[index]
         except (ValueError, OSError) as error:
@@ -197,6 +199,7 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
         )
         self._pin_memory = pin_memory and torch.cuda.is_available()
         self._iterator: Iterator[Any] | None = None  # workers start with the first batch
+        self._plans: Iterator[Any] | None = None
 
     def _read_state(
         self, state: Mapping[str, Any] | None, start_step: int
@@ -222,7 +225,7 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
         first_round = min(m for m, _ in cursors.values())
         start = dict(cursors)
         windows = (m * total + lane for m in itertools.count(first_round) for lane in own if m >= start[lane][0])
-        plans = iter(
+        plans = self._plans = iter(
             DataLoader(
                 _Careful(self._planner),
                 batch_size=None,
@@ -242,7 +245,9 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
                 plan = current[lane]
                 if plan is None:
                     while not waiting[lane]:
-                        fresh = _checked(next(plans))
+                        fresh = next(plans)
+                        if isinstance(fresh, _Failure):
+                            raise fresh.error
                         waiting[fresh.window % total].append(fresh)
                     plan = current[lane] = waiting[lane].popleft()
                     if request is not None and row == 0:
@@ -281,7 +286,10 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
         if self._iterator is None:
             assert self._loader is not None
             self._iterator = iter(self._loader)
-        answer: _Answer = _checked(next(self._iterator))
+        answer = next(self._iterator)
+        if isinstance(answer, _Failure):
+            self.close()
+            raise answer.error
         request = answer.request
         self.ids = answer.ids
         self._report.add(
@@ -318,8 +326,12 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
         }
 
     def close(self) -> None:
-        """Stop the workers."""
-        self._iterator = iter(())
+        """Stop the workers; nothing comes after."""
+        for iterator in (self._iterator, self._plans):
+            shut_down = getattr(iterator, "_shutdown_workers", None)
+            if shut_down is not None:  # now, not when garbage is collected, in whatever thread
+                shut_down()
+        self._iterator = self._plans = iter(())
         self._loader = None
 
 
@@ -332,8 +344,11 @@ class _Requests:
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
 
-    def __iter__(self) -> Iterator[_Request]:
-        return self.batches._requests()
+    def __iter__(self) -> Iterator[_Request | _Failure]:
+        try:
+            yield from self.batches._requests()
+        except (ValueError, OSError) as error:
+            yield _Failure(error)  # raised when its turn comes, after the batches before it
 
 
 class _Windows:
@@ -345,12 +360,6 @@ class _Windows:
 
 
 def _identity(item: Any) -> Any:
-    return item
-
-
-def _checked(item: Any) -> Any:
-    if isinstance(item, _Failure):
-        raise item.error
     return item
 
 
