@@ -150,7 +150,7 @@ def test_llava_habits(images):
     ascii_=st.booleans(),
     chunk=st.integers(1, 40),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_offsets_of_any_json_at_any_chunk_size(tmp_path_factory, rows, indent, ascii_, chunk):
     path = tmp_path_factory.mktemp("json") / "rows.json"
     path.write_text(json.dumps(rows, indent=indent, ensure_ascii=ascii_), encoding="utf-8", errors="surrogatepass")
