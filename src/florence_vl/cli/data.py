@@ -191,7 +191,7 @@ def prepare_command(
     folder: str = typer.Argument(..., help="Folder of WebDataset shards (.tar)."),
     workers: int = typer.Option(4, "--workers", min=1, help="Processes that index the shards."),
 ) -> None:
-    """Index shards for streaming by megatron-energon (the extra [stream]); indexed reading needs no preparation."""
+    """Index shards for streaming by megatron-energon (the extra "stream"); indexed reading needs no preparation."""
     try:
         from florence_vl.data.stream import prepare_shards
     except ImportError as error:
