@@ -11,6 +11,7 @@ pytest.importorskip("florence_vl_mini")
 
 from florence_vl.data.scenes import Region, SceneGenerator, Text
 from florence_vl.evaluate import florence2 as evaluation
+from florence_vl.evaluate import florence2_card
 from florence_vl.train import florence2, florence2_grid
 
 
@@ -117,3 +118,79 @@ def test_grid_asks_letters_of_reading_tasks_and_names_of_the_others() -> None:
     grad = heads.prompted.weight.grad
     assert grad[: len(florence2_grid.CHARACTERS)].abs().max() == 0
     assert grad[len(florence2_grid.CHARACTERS) :].abs().max() > 0
+
+
+def test_cells_say_what_the_task_asks(folder: Path) -> None:
+    tokenizer = evaluation.Florence2Runner(folder, "cpu").processor.tokenizer
+    data = florence2.SceneTasks(florence2.Florence2Training("x", image_size=64), tokenizer)
+    scene = SceneGenerator(0, "train", 128, {"lettering": 1.0})[0]
+    scene.regions = [Region("red apple", "red apple", (0.0, 0.0, 32.0, 32.0))]
+    scene.texts = [Text("Hi", (64.0, 96.0, 128.0, 96.0, 128.0, 128.0, 64.0, 128.0))]
+
+    def said(task: str) -> dict[int, str]:
+        rows = florence2_grid.token_targets(scene, task, 4, 15, tokenizer, data.spelling)
+        return {cell: "".join(sorted(tokenizer.convert_ids_to_tokens(ids))) for cell, ids in rows}
+
+    assert said("<OCR>") == {14: "H", 15: "i"}
+    assert set(said("<CAPTION>")) == {0}
+    assert "loc" not in said("<DETAILED_CAPTION>")[0]
+    assert "<loc_7>" in said("<OD>")[0]
+    assert "<loc_247>" in said("<DENSE_REGION_CAPTION>")[0]
+
+
+def test_token_loss_is_cross_entropy_with_the_bag(folder: Path) -> None:
+    model = evaluation.Florence2Runner(folder, "cpu").model
+    prompted = torch.randn(2, 4, 192)
+    targets = torch.tensor([[1, 3, 7, 9], [0, 2, 5, -1]])
+    logs = model.lm_head(prompted).log_softmax(-1)
+    expected = -((logs[1, 3, 7] + logs[1, 3, 9]) / 2 + logs[0, 2, 5]) / 2
+    torch.testing.assert_close(florence2_grid.token_loss(model, prompted, targets), expected)
+    assert florence2_grid.token_loss(model, prompted, torch.tensor([[0, 0]])) == 0
+
+
+def test_decoder_starts_as_a_copy_of_what_it_attends_to(folder: Path) -> None:
+    model = evaluation.Florence2Runner(folder, "cpu").model
+    attention = model.model.language_model.decoder.layers[-1].encoder_attn
+    same = torch.randn(1, 1, 192).expand(1, 5, 192)
+    out = attention(torch.randn(1, 2, 192), key_value_states=same)[0]
+    torch.testing.assert_close(out, same[:, :2], rtol=1e-4, atol=1e-5)
+
+
+def test_card_says_what_is_and_what_is_not_above_chance() -> None:
+    def figure(mean: float) -> dict[str, float]:
+        return {"mean": mean, "low": mean - 0.05, "high": mean + 0.05, "n": 100}
+
+    lead = {"davit": "", "caption": "object", "ocr": "text", "grounding": "object"}
+    report = {
+        "caption": {
+            "retrieval of 20, known concept": figure(0.5),
+            "retrieval of 20, new concept": figure(0.06),
+            "chance": {"exact": 0.0, "retrieval": 0.05},
+        },
+        "ocr": {"character accuracy": figure(0.4), "chance": {"character accuracy": 0.1, "exact": 0.0}},
+        "od": {
+            "box F1 at IoU 0.5": figure(0.6),
+            "box and name F1 at IoU 0.5": figure(0.3),
+            "chance": {"box": 0.1, "box and name": 0.0},
+        },
+        "probe": {
+            "chance": dict.fromkeys(evaluation.PROBE_TARGETS, 0.1),
+            **{
+                name: {
+                    t: {"mean": 0.2 + 0.3 * (t == target), "half": 0.02, "runs": 3} for t in evaluation.PROBE_TARGETS
+                }
+                for name, target in lead.items()
+            },
+        },
+    }
+    report["probe"]["ocr"]["position"]["mean"] = 0.4
+    lines = florence2_card.verdicts(report)
+    assert lines[0] == "retrieval of 20, known concept: above chance (0.500 against 0.050)"
+    assert "**not** above chance" in lines[1]
+    assert "text: the `ocr` features lead by 0.300" in lines
+    assert "position: **not** the `grounding` but the `ocr` features lead, by 0.200" in lines
+    run = {"step": 10, "config": vars(florence2.Florence2Training("x"))}
+    card = florence2_card.model_card(report, run, 6.4, "One core.")
+    assert "10 steps of 16 images" in card
+    assert "160 pictures" in card
+    assert "| ocr | 0.500 ± 0.020 | 0.200 ± 0.020 | 0.400 ± 0.020 |" in card

@@ -86,7 +86,7 @@ def test_targets_decode_to_the_scenes_annotations(folder: Path) -> None:
     seen = set()
     for index in range(60):
         scene = data.scenes[index]
-        for prompt, target in data[index][1]:
+        for prompt, target, _ in data[index][1]:
             task = names[tuple(prompt)]
             seen.add(task)
             assert tokenizer.decode(target) == f"<s>{scene.target(task, data.step)}</s>"

@@ -97,3 +97,32 @@ def evaluate(
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(report, indent=1) + "\n")
     typer.echo(to_markdown(report))
+
+
+@app.command("release")
+def release(
+    run: Annotated[Path, typer.Argument(help="Folder of a `florence-vl mini train` run.")],
+    out: Annotated[Path, typer.Option(help="Folder for weights (float16), tokenizer, processor and card.")],
+    note: Annotated[str, typer.Option(help="Hardware and the like, for the card.")] = "",
+    scenes: Annotated[int, typer.Option(min=20, help="Held-out pictures a task.")] = 300,
+    pictures: Annotated[int, typer.Option(min=40, help="Pictures a seed of the probe.")] = 1200,
+    device: DeviceOption = None,
+) -> None:
+    """Export a run in float16, score it and write its model card."""
+    import json
+
+    import torch
+
+    from florence_vl.evaluate.florence2 import Florence2Runner, evaluate_florence2, probe_prompts
+    from florence_vl.evaluate.florence2_card import facts, model_card
+    from florence_vl.train.florence2 import export
+
+    known = facts(run)
+    export(run, out, torch.float16)
+    report = evaluate_florence2(out, scenes, device=device)
+    report["probe"] = probe_prompts(out, pictures, device=device)
+    parameters = Florence2Runner(out, device).model.num_parameters() / 1e6
+    (out / "scores.json").write_text(json.dumps(report, indent=1) + "\n")
+    card = model_card(report, known, parameters, note)
+    (out / "README.md").write_text(card)
+    typer.echo(card)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from florence_vl.data.scenes import FLORENCE2_PROMPTS, Scene, SceneGenerator
 from florence_vl.registry import did_you_mean
-from florence_vl.train.florence2_grid import GridHeads, grid_classes, grid_targets
+from florence_vl.train.florence2_grid import GridHeads, grid_classes, grid_targets, token_loss, token_targets
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # Florence-2's own (ImageNet)
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # ids 0..4; the first four as in BART
@@ -275,13 +275,29 @@ def build_mini_florence2(
         model = Florence2ForConditionalGeneration(
             mini_florence2_config(len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"), image_size)
         )
+        copy_from_encoder(model)
     model.save_pretrained(folder)
     florence2_processor(tokenizer, image_size).save_pretrained(folder)
     return folder
 
 
-# (pixels (3, H, W) uint8, [(prompt ids, target ids), ...], [(grid cell, class), ...])
-Sample = tuple[Tensor, list[tuple[list[int], list[int]]], list[tuple[int, int]]]
+@torch.no_grad()
+def copy_from_encoder(model: Any) -> None:
+    """Start the decoder's last cross-attention as a copy of what it attends to (values and output the identity).
+
+    The encoder's output is trained to lie in the space of the output embeddings (`florence2_grid.token_loss`), so the
+    decoder can name what the image tokens hold from the beginning, and has to learn only where to look.
+    """
+    attention = model.model.language_model.decoder.layers[-1].encoder_attn
+    for linear in (attention.v_proj, attention.out_proj):
+        nn.init.eye_(linear.weight)
+        nn.init.zeros_(linear.bias)
+
+
+# (prompt ids, target ids, [(grid cell, token ids), ...])
+TaskSample = tuple[list[int], list[int], list[tuple[int, list[int]]]]
+# (pixels (3, H, W) uint8, tasks, [(grid cell, class), ...])
+Sample = tuple[Tensor, list[TaskSample], list[tuple[int, int]]]
 
 
 class SceneTasks(torch.utils.data.Dataset):
@@ -304,7 +320,8 @@ class SceneTasks(torch.utils.data.Dataset):
         rng = Random(f"tasks/{self.config.seed}/{index}")
         pixels = torch.from_numpy(np.asarray(scene.image).copy()).permute(2, 0, 1)
         left = dict(self.config.tasks)
-        samples: list[tuple[list[int], list[int]]] = []
+        side = self.config.image_size // 32
+        samples: list[TaskSample] = []
         while left and len(samples) < self.config.tasks_per_image:
             task = rng.choices(list(left), list(left.values()))[0]
             del left[task]
@@ -312,8 +329,9 @@ class SceneTasks(torch.utils.data.Dataset):
                 continue  # "no text" is worth learning, but soon learned
             ids = self.target_ids(scene, task)
             if ids is not None:
-                samples.append((self.prompts[task], ids))
-        return pixels, samples, grid_targets(scene, self.config.image_size // 32)
+                cells = token_targets(scene, task, side, self.step, self.tokenizer, self.spelling)
+                samples.append((self.prompts[task], ids, cells))
+        return pixels, samples, grid_targets(scene, side)
 
     def target_ids(self, scene: Scene, task: str) -> list[int] | None:
         """`<s> ... </s>`, or None where the scene has nothing to say to the task or too much."""
@@ -351,7 +369,8 @@ def collate(batch: list[Sample]) -> dict[str, Tensor]:
 
     Returns:
         pixels (B, 3, H, W) uint8; owner (T,) the image of each task; prompt_ids, prompt_mask (T, P); labels (T, L),
-        -100 where padded; cells (B, N, K) bool, the classes in each grid cell.
+        -100 where padded; cells (B, N, K) bool, the classes in each grid cell;
+        cell_tokens (R, 2 + M), rows of task, cell and the tokens that belong there, -1 where padded.
     """
     owner = [i for i, (_, samples, _) in enumerate(batch) for _ in samples]
     pairs = [pair for _, samples, _ in batch for pair in samples]
@@ -367,14 +386,17 @@ def collate(batch: list[Sample]) -> dict[str, Tensor]:
             out[i, : len(row)] = torch.tensor(row)
         return out
 
-    prompt_ids = pad([p for p, _ in pairs], 1)
+    prompt_ids = pad([p for p, _, _ in pairs], 1)
     return {
         "pixels": torch.stack([pixels for pixels, _, _ in batch]),
         "cells": cells,
         "owner": torch.tensor(owner),
         "prompt_ids": prompt_ids,
         "prompt_mask": (prompt_ids != 1).long(),
-        "labels": pad([t for _, t in pairs], -100),
+        "labels": pad([t for _, t, _ in pairs], -100),
+        "cell_tokens": pad(
+            [[i, cell, *ids] for i, (_, _, rows) in enumerate(pairs) for cell, ids in rows] or [[0, 0]], -1
+        ),
     }
 
 
@@ -516,7 +538,7 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
     previous = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
     names = {tuple(ids): task for task, ids in data.prompts.items()}
     sums: dict[str, list[float]] = {}
-    grid_sum = 0.0
+    grid_sum = said_sum = 0.0
 
     def task_of_row(row: list[int]) -> str:
         return names[tuple(v for v in row if v != 1)]
@@ -548,7 +570,8 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
             with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16"):
                 losses, task_of, image, prompted = seq2seq_loss(model, batch)
                 grid = heads(image[:, 1:], prompted[:, 1:], batch["cells"], batch["owner"], text_tasks)
-            loss = losses.mean() + config.grid_weight * grid
+                said = token_loss(model, prompted[:, 1:], batch["cell_tokens"])
+            loss = losses.mean() + config.grid_weight * (grid + said)
             if not torch.isfinite(loss):
                 raise ValueError(f"the loss is {loss.item()} at step {step}; lower learning_rate")
             optimizer.zero_grad(set_to_none=True)
@@ -561,6 +584,7 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
                 torch._foreach_lerp_(list(ema.values()), [p.detach() for p in model.parameters()], 1 - decay)
             seen += len(batch["pixels"])
             grid_sum += grid.item()
+            said_sum += said.item()
             for i, row in enumerate(batch["prompt_ids"].tolist()):
                 entry = sums.setdefault(task_of_row(row), [0.0, 0.0])
                 mine = losses.detach()[task_of == i]
@@ -573,13 +597,14 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
                     "loss": round(sum(v[0] for v in sums.values()) / sum(v[1] for v in sums.values()), 4),
                     "lr": round(optimizer.param_groups[0]["lr"], 7),
                     "grid": round(grid_sum / config.log_every, 4),
+                    "grid_tokens": round(said_sum / config.log_every, 4),
                     "grad_norm": round(norm.item(), 3),
                     "images_per_second": round(seen / (now - began), 2),
                     **{task: round(v[0] / v[1], 4) for task, v in sorted(sums.items())},
                 }
                 with (out / "metrics.jsonl").open("a") as file:
                     file.write(json.dumps(line) + "\n")
-                sums, grid_sum, began, seen = {}, 0.0, now, 0
+                sums, grid_sum, said_sum, began, seen = {}, 0.0, 0.0, now, 0
             if step % config.save_every == 0:
                 save()
             if stop:

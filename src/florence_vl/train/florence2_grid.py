@@ -9,12 +9,13 @@ of `V` and of the encoder's output under each prompt. The heads are not part of 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from florence_vl.data.scenes import Scene, assets
+from florence_vl.data.scenes import Scene, Text, assets
 
 CHARACTERS = tuple(chr(c) for c in range(33, 127))
 
@@ -37,33 +38,82 @@ def grid_targets(scene: Scene, side: int) -> list[tuple[int, int]]:
     An object counts in the cells whose centre its box holds, and in the cell of its own centre; a character in the
     cell of its place along the line (characters are taken as equally wide).
     """
-    scale = side / scene.image.width
-    names = _class_numbers()
+    names, size = _class_numbers(), scene.image.width
     out: set[tuple[int, int]] = set()
     for region in scene.regions:
-        number = names.get(region.name)
-        if number is None:
-            continue
-        left, top, right, bottom = (v * scale for v in region.box)
-        out.add((_cell((left + right) / 2, (top + bottom) / 2, side), number))
-        for row in range(side):
-            for column in range(side):
-                if left <= column + 0.5 <= right and top <= row + 0.5 <= bottom:
-                    out.add((row * side + column, number))
+        if region.name in names:
+            out |= {(cell, names[region.name]) for cell in cells_of(region.box, size, side)}
     for text in scene.texts:
-        x = [v * scale for v in text.quad[0::2]]
-        y = [v * scale for v in text.quad[1::2]]
-        start, end = ((x[0] + x[3]) / 2, (y[0] + y[3]) / 2), ((x[1] + x[2]) / 2, (y[1] + y[2]) / 2)
         for i, character in enumerate(text.text):
-            t = (i + 0.5) / len(text.text)
             if 33 <= ord(character) < 127:
-                place = _cell(start[0] + t * (end[0] - start[0]), start[1] + t * (end[1] - start[1]), side)
-                out.add((place, ord(character) - 33))
+                out.add((place_of(text, i, size, side), ord(character) - 33))
     return sorted(out)
 
 
 def _cell(x: float, y: float, side: int) -> int:
     return min(max(int(y), 0), side - 1) * side + min(max(int(x), 0), side - 1)
+
+
+def cells_of(box: tuple[float, float, float, float], size: int, side: int) -> list[int]:
+    """The cells whose centre a box holds, and the cell of its own centre."""
+    left, top, right, bottom = (v * side / size for v in box)
+    held = {
+        row * side + column
+        for row in range(side)
+        for column in range(side)
+        if left <= column + 0.5 <= right and top <= row + 0.5 <= bottom
+    }
+    return sorted(held | {_cell((left + right) / 2, (top + bottom) / 2, side)})
+
+
+def place_of(text: Text, index: int, size: int, side: int) -> int:
+    """The cell of a line's character number `index`; characters are taken as equally wide."""
+    x = [v * side / size for v in text.quad[0::2]]
+    y = [v * side / size for v in text.quad[1::2]]
+    t = (index + 0.5) / len(text.text)
+    across = ((x[0] + x[3]) * (1 - t) + (x[1] + x[2]) * t) / 2
+    return _cell(across, ((y[0] + y[3]) * (1 - t) + (y[1] + y[2]) * t) / 2, side)
+
+
+def token_targets(
+    scene: Scene, task: str, side: int, step: int, tokenizer: Any, spelling: Any
+) -> list[tuple[int, list[int]]]:
+    """(cell, token ids) of what a task's answer says about each occupied cell.
+
+    Reading tasks: the letters there. Captions: the words of the object's name. Detection: its name and the corners of
+    its box.
+    """
+    out: dict[int, set[int]] = {}
+    if "OCR" in task:
+        for text in scene.texts:
+            for i, character in enumerate(text.text):
+                if character != " ":
+                    ids = spelling.encode(character, add_special_tokens=False).ids
+                    out.setdefault(place_of(text, i, scene.image.width, side), set()).update(ids)
+        return [(cell, sorted(ids)) for cell, ids in sorted(out.items())]
+    for region in scene.regions:
+        caption = task in ("<CAPTION>", "<DETAILED_CAPTION>")
+        said = f" {region.name}" if caption else region.name + scene.locations(region.box, step)
+        ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+        for cell in cells_of(region.box, scene.image.width, side):
+            out.setdefault(cell, set()).update(ids)
+    return [(cell, sorted(ids)) for cell, ids in sorted(out.items())]
+
+
+def token_loss(model: Any, prompted_TND: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of the model's own output embedding at each occupied cell against the tokens that belong there.
+
+    Args:
+        model: Whose `lm_head` reads the encoder's output.
+        prompted_TND: The encoder's output at the grid's cells.
+        targets: (R, 2 + M): task, cell, and up to M token ids, -1 where there are fewer.
+    """
+    if targets.shape[1] == 2:  # nothing lies anywhere
+        return prompted_TND.new_zeros(())
+    tokens = targets[:, 2:]
+    logits = model.lm_head(prompted_TND[targets[:, 0], targets[:, 1]]).float()
+    chosen = logits.log_softmax(-1).gather(1, tokens.clamp(min=0)) * (tokens >= 0)
+    return -(chosen.sum(1) / (tokens >= 0).sum(1)).mean()
 
 
 class GridHeads(nn.Module):

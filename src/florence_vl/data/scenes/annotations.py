@@ -97,7 +97,8 @@ class Scene:
         """All text in reading order, lines joined by spaces (Florence-2's `<OCR>`)."""
         return " ".join(t.text for t in self.texts)
 
-    def _locations(self, values: tuple[float, ...], step: int = 1) -> str:
+    def locations(self, values: tuple[float, ...], step: int = 1) -> str:
+        """Location tokens of alternating x and y in pixels; `step` > 1 rounds to coarser bins' centres."""
         sides = self.image.size
         out = []
         for i, value in enumerate(values):
@@ -107,17 +108,17 @@ class Scene:
 
     def od(self, step: int = 1) -> str:
         """`name<loc_x1><loc_y1><loc_x2><loc_y2>` for each object; `step` > 1 rounds to coarser bins' centres."""
-        return "".join(r.name + self._locations(r.box, step) for r in self.regions)
+        return "".join(r.name + self.locations(r.box, step) for r in self.regions)
 
     def dense_region_caption(self, step: int = 1) -> str:
         """Like `od` with descriptions, text lines too (without what they say)."""
         parts = [(r.box, r.description) for r in self.regions]
         parts += [(t.box, f"{t.color} text" if t.color else "text") for t in self.texts]
-        return "".join(text + self._locations(box, step) for box, text in parts)
+        return "".join(text + self.locations(box, step) for box, text in parts)
 
     def ocr_with_region(self, step: int = 1) -> str:
         """`text<loc_x1><loc_y1>...<loc_y4>` for each line of text."""
-        return "".join(t.text + self._locations(t.quad, step) for t in self.texts)
+        return "".join(t.text + self.locations(t.quad, step) for t in self.texts)
 
     def target(self, task: str, step: int = 1) -> str:
         """What Florence-2 should answer to a task token, e.g. `<OCR>`.
