@@ -1,0 +1,306 @@
+"""Training: packed against padded rows and a plain HF `Trainer`, the plan against measurement, MFU on a GPU.
+
+    python benchmarks/train.py packing           supervised tokens/s of the same samples, laid out differently
+    python benchmarks/train.py plan              parameters, FLOPs and memory of mini/pretrain, planned and measured
+    python benchmarks/train.py mfu --recipe paper/3b-finetune-packed precision=bf16_pure compile.llm=true
+
+`packing` scales LLaVA-1.5's 665K mix (benchmarks/data.py) down nine times, image tokens (64 instead of 576) and text
+alike, so that the proportions stay. It is stage 2: the tower is frozen and the LLM does most of the work. `mfu` needs a
+CUDA device: real shapes, random weights, synthetic rows of the recipe's size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import torch
+from common import peak_memory, side_by_side
+
+from data import llava_665k_lengths
+from florence_vl.data.collate import PackedCollator, PaddedCollator
+from florence_vl.data.encode import Sample
+from florence_vl.data.layout import pack_first_fit
+from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+from florence_vl.testing import tiny_config
+from florence_vl.train.optimizer import apply_parts
+from florence_vl.train.parallel import LossModule
+from florence_vl.train.plan import Workload, plan_recipe
+from florence_vl.train.recipes import load_recipe
+from florence_vl.train.steps import count_supervised
+
+SCALE = 9
+IMAGE_SIZE, IMAGE_TOKENS, VOCABULARY = 256, 64, 8192
+ROW_TOKENS = 4096 // SCALE
+
+
+def small_model() -> FlorenceVLForConditionalGeneration:
+    """A Llama of 4 blocks and width 256 behind a tiny frozen tower at 256 px: 64 tokens an image."""
+    torch.manual_seed(0)
+    text = {
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "intermediate_size": 704,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+    }
+    config = tiny_config(text_config=text)
+    config.vision_config.text_config.max_position_embeddings = 128
+    model = FlorenceVLForConditionalGeneration(config)
+    model.set_trainable(tower=False, projector=True, llm=True)
+    return model
+
+
+def make_samples(count: int) -> list[Sample]:
+    """Samples with the mix's lengths, scaled down; 40 % of the text is supervised, at its end."""
+    lengths, images = llava_665k_lengths(count)
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for length, has_image in zip(lengths.tolist(), images.tolist(), strict=True):
+        text = max(8, (length - 576 * has_image) // SCALE)
+        ids = torch.randint(10, VOCABULARY, (text,), generator=generator)
+        labels = ids.clone()
+        labels[: int(0.6 * text)] = -100
+        pixels = None
+        if has_image:
+            ids = torch.cat([torch.full((IMAGE_TOKENS,), 3), ids])
+            labels = torch.cat([torch.full((IMAGE_TOKENS,), -100), labels])
+            pixels = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+        samples.append(Sample(ids, labels, pixels))
+    return samples
+
+
+def chunks(items: list[Any], size: int) -> list[list[Any]]:
+    """Consecutive lists of a size."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def layouts(samples: list[Sample], batch: int) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """The same samples as batches: packed, padded in order of drawing, padded by length."""
+    padded = PaddedCollator(0)
+    by_length = sorted(samples, key=len)
+    rows = pack_first_fit([len(s) for s in samples], [s.num_images for s in samples], ROW_TOKENS, 16)
+    per_batch = max(1, round(batch * sum(map(len, samples)) / len(samples) / ROW_TOKENS))
+    packed = PackedCollator(0)
+    return {
+        "packed rows": [packed([[samples[i] for i in row] for row in part]) for part in chunks(rows, per_batch)],
+        "padded, random order": [padded(part) for part in chunks(samples, batch)],
+        "padded, grouped by length": [padded(part) for part in chunks(by_length, batch)],
+    }
+
+
+def engine_epoch(batches: list[dict[str, torch.Tensor]]) -> Callable[[], None]:
+    """One pass of the engine's step: loss at supervised positions, AdamW."""
+    model = small_model().train()
+    module = LossModule(model, (IMAGE_SIZE, IMAGE_SIZE))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def run() -> None:
+        for batch in batches:
+            module(batch, torch.tensor(float(count_supervised(batch)))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
+
+
+def trainer_epoch(samples: list[Sample], batch: int, full_logits: bool) -> Callable[[], None]:
+    """One pass of transformers' Trainer over the same samples, padded to the longest of each batch.
+
+    Args:
+        samples: The samples.
+        batch: Samples a batch.
+        full_logits: Compute logits at every position, as transformers' LLaVA does.
+    """
+    from transformers import Trainer, TrainingArguments
+
+    model = small_model()
+    if full_logits:
+
+        def supervised_loss(states: torch.Tensor, labels: torch.Tensor, num_items: Any = None) -> torch.Tensor:
+            return model.loss_function(
+                model.lm_head(states), labels, vocab_size=VOCABULARY, num_items_in_batch=num_items
+            )
+
+        model.supervised_loss = supervised_loss  # type: ignore[method-assign]
+    padded = PaddedCollator(0)
+    folder = tempfile.mkdtemp()
+
+    def run() -> None:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=batch,
+            num_train_epochs=1,
+            learning_rate=1e-4,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            max_grad_norm=0.0,
+        )
+        Trainer(model=model, args=arguments, train_dataset=samples, data_collator=padded).train()
+
+    return run
+
+
+def bench_packing(count: int, batch: int, rounds: int) -> None:
+    """Print supervised tokens/s of every layout and its ratio to the plain Trainer."""
+    samples = make_samples(count)
+    supervised = sum(s.num_supervised for s in samples)
+    tokens = sum(map(len, samples))
+    runs: dict[str, Callable[[], None]] = {}
+    share: dict[str, float] = {}
+    for name, batches in layouts(samples, batch).items():
+        runs[name] = engine_epoch(batches)
+        share[name] = tokens / sum(b["input_ids"].numel() for b in batches)
+    runs["HF Trainer, padded, random"] = trainer_epoch(samples, batch, full_logits=False)
+    runs["HF Trainer, padded, full logits"] = trainer_epoch(samples, batch, full_logits=True)
+    seconds = side_by_side(runs, rounds)
+    base = seconds["HF Trainer, padded, full logits"]
+    print(f"{count} samples, {tokens / count:.0f} tokens each, {supervised} supervised; batches of {batch}")
+    print(f"{'layout':34}{'useful slots':>13}{'seconds':>9}{'supervised/s':>14}{'of HF Trainer':>15}")
+    for name, value in seconds.items():
+        used = f"{share[name]:.0%}" if name in share else ""
+        print(f"{name:34}{used:>13}{value:>9.2f}{supervised / value:>14.0f}{base / value:>14.2f}x")
+    ratio = seconds["padded, random order"] / seconds["packed rows"]
+    print(f"packed against padded in the same engine: {ratio:.2f}x")
+
+
+def mini_step(tokens: int, images: int) -> Callable[[], None]:
+    """A training step of mini/pretrain: what `plan` computes, to be measured in a process of its own."""
+    from florence_vl.train.setup import load_model
+
+    torch.set_num_threads(1)
+    recipe = load_recipe("mini/pretrain")
+    model, _ = load_model(recipe)
+    apply_parts(model, recipe.parts)
+    module = LossModule(model, (IMAGE_SIZE, IMAGE_SIZE))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
+    lengths = [tokens // images] * images
+    ids = torch.cat([torch.cat([torch.full((64,), model.config.image_token_id), torch.randint(100, 1000, (n - 64,))])
+                     for n in lengths])  # fmt: skip
+    labels = ids.clone()
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    for start in range(0, sum(lengths), tokens // images):
+        labels[start : start + tokens // images - 40] = -100
+    batch = {
+        "input_ids": ids[None],
+        "labels": labels[None],
+        "position_ids": positions[None],
+        "pixel_values": torch.randn(images, 3, IMAGE_SIZE, IMAGE_SIZE),
+    }
+
+    def run() -> None:
+        module(batch, torch.tensor(float(count_supervised(batch)))).backward()
+        optimizer.step()
+
+    return run
+
+
+def bench_plan() -> None:
+    """Print the plan's memory for mini/pretrain against the resident memory that a step adds."""
+    recipe = load_recipe("mini/pretrain", ["data.packing.max_images_per_row=4"])
+    plan = plan_recipe(recipe, workload=Workload(images=1, text_tokens=64, supervised=40))
+    planned = sum(value for kind, value in plan.memory.items() if kind != "weights")
+    measured = peak_memory(mini_step, 512, 4) / 2**30
+    print(f"parameters      {sum(total for total, _ in plan.parameters.values()):,}")
+    print(f"planned memory  {planned:.2f} GiB besides weights: {plan.memory}")
+    print(f"measured        {measured:.2f} GiB added by a step; planned / measured {planned / measured:.2f}")
+
+
+def bench_mfu(name: str, overrides: list[str], steps: int) -> None:
+    """Train a recipe's real shapes on random weights and synthetic rows; print MFU, memory and the plan beside it."""
+    from florence_vl.train.loop import train
+    from florence_vl.train.metrics import read_metrics
+    from florence_vl.train.plan import model_config
+
+    if not torch.cuda.is_available():
+        raise SystemExit("mfu needs a CUDA device")
+    folder = tempfile.mkdtemp()
+    recipe = load_recipe(
+        name, [*overrides, f"steps={steps}", "epochs=null", f"output={folder}", "checkpoint.every_steps=null"]
+    )
+    recipe.checkpoint.export = False
+    recipe.logging.trackers = []
+    config, (height, width) = model_config(recipe)
+    if recipe.model.attn_implementation is not None:
+        config._attn_implementation = recipe.model.attn_implementation
+    torch.set_default_dtype(torch.bfloat16 if recipe.precision == "bf16_pure" else torch.float32)
+    with torch.device("cuda"):
+        model = FlorenceVLForConditionalGeneration(config)
+    torch.set_default_dtype(torch.float32)
+    image_tokens = model.num_image_tokens(height, width)
+    text, tokens = 180, recipe.data.packing.tokens_per_row
+    each = image_tokens + text
+    per_row = tokens // each
+
+    class Rows:
+        batches_per_rank = recipe.batch_size // recipe.micro_batch_size
+
+        def __next__(self) -> dict[str, torch.Tensor]:
+            rows = recipe.micro_batch_size
+            ids = torch.randint(100, 1000, (rows, per_row * each))
+            labels = ids.clone()
+            positions = torch.arange(each).repeat(per_row).expand(rows, -1)
+            for i in range(per_row):
+                ids[:, i * each : i * each + image_tokens] = config.image_token_id
+                labels[:, i * each : (i + 1) * each - 120] = -100
+            pixels = torch.randn(rows * per_row, 3, height, width)
+            return {"input_ids": ids, "labels": labels, "position_ids": positions, "pixel_values": pixels}
+
+        def state(self) -> dict[str, Any]:
+            return {}
+
+        def close(self) -> None:
+            return None
+
+    began = time.perf_counter()
+    train(recipe, model=model, batches=lambda *_: Rows())
+    rows = read_metrics(Path(folder) / "metrics.jsonl")[3:]
+    device = "h200-141gb" if "H200" in torch.cuda.get_device_name() else "h100-80gb"
+    plan = plan_recipe(recipe, device=device, workload=Workload(text_tokens=text))
+    mean = sorted(row["seconds"] for row in rows)[len(rows) // 2]
+    print(f"{name} on {torch.cuda.get_device_name()}, {steps} steps in {time.perf_counter() - began:.0f} s")
+    print(f"step {mean:.3f} s, MFU {sorted(row['mfu'] for row in rows)[len(rows) // 2]:.1%}, "
+          f"{sorted(row['tokens_per_s'] for row in rows)[len(rows) // 2]:,.0f} tokens/s")  # fmt: skip
+    print(f"peak memory {rows[-1]['memory_gib']:.1f} GiB, planned {sum(plan.memory.values()):.1f} GiB {plan.memory}")
+
+
+def main() -> None:
+    """Run the benchmark that the first argument names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    packing = commands.add_parser("packing")
+    packing.add_argument("--samples", type=int, default=128)
+    packing.add_argument("--batch", type=int, default=16)
+    packing.add_argument("--rounds", type=int, default=3)
+    commands.add_parser("plan")
+    mfu = commands.add_parser("mfu")
+    mfu.add_argument("--recipe", default="paper/3b-finetune-packed")
+    mfu.add_argument("--steps", type=int, default=12)
+    mfu.add_argument("overrides", nargs="*")
+    arguments = parser.parse_args()
+    if arguments.command == "packing":
+        torch.set_num_threads(1)
+        bench_packing(arguments.samples, arguments.batch, arguments.rounds)
+    elif arguments.command == "plan":
+        bench_plan()
+    else:
+        bench_mfu(arguments.recipe, arguments.overrides, arguments.steps)
+
+
+if __name__ == "__main__":
+    main()
