@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import AddedToken
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -207,10 +208,8 @@ def _prepare_vocabulary(tokenizer: Any, llm: PreTrainedModel, image_token: str |
         taken = {image_token, tokenizer.eos_token}
         fitting = (token for token in PAD_TOKENS if token in vocabulary and token not in taken)
         tokenizer.pad_token = next(fitting, tokenizer.eos_token)
-    if image_token not in vocabulary or tokenizer.encode(image_token, add_special_tokens=False) != [
-        vocabulary[image_token]
-    ]:
-        tokenizer.add_special_tokens({"additional_special_tokens": [image_token]})
+    # Added (again) as a token that leaves its neighbours alone: Phi-3.5's reserved ones swallow the newline after them.
+    tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
     rows = llm.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=VOCABULARY_MULTIPLE)
