@@ -3,8 +3,8 @@
     python benchmarks/parallel.py
 
 Starts itself under torchrun. With p processes on p cores the ideal is 1/p of one process's time; where cores are shared
-that can't be told from their load, so one process is also run twice at the same time, without any exchange: the ratio to
-that is the overhead of the exchange alone.
+that can't be told from their load, so one process is also run twice at the same time, without any exchange: the ratio
+to that is the overhead of the exchange alone.
 """
 
 from __future__ import annotations

@@ -45,7 +45,8 @@ def two(tiny_run: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
         cases.append({"output": str(folder / name), "parts": FROZEN_TOWER, **BASE, **changes})
 
     case("ddp", parallel={"strategy": "ddp"})
-    case("fsdp", parallel={"strategy": "fsdp"})
+    exported = {"every_steps": None, "export": True}
+    case("fsdp", parallel={"strategy": "fsdp"}, checkpoint=exported)
     case("fsdp-packed", parallel={"strategy": "fsdp"}, packed=True, micro=2)
     case("fsdp-text-only", parallel={"strategy": "fsdp"}, text_only=2)
     case("fsdp-all", parallel={"strategy": "fsdp"}, parts={}, activation_checkpointing={"tower": "full", "llm": "full"})
@@ -89,6 +90,18 @@ def test_a_sharded_run_resumes_on_two_processes_and_on_one(tiny_run: ModuleType,
     checkpoint = two / "fsdp-first" / "checkpoints" / "step-00000002"
     arguments = {**BASE, "parts": FROZEN_TOWER, "resume": str(checkpoint)}
     assert tiny_run.run(tmp_path / "one", **arguments)[-1] == pytest.approx(whole[-1], abs=2e-5)
+
+
+def test_a_sharded_run_exports_the_whole_model(tiny_run: ModuleType, two: Path, tmp_path: Path) -> None:
+    from florence_vl import FlorenceVLForConditionalGeneration
+
+    model = tiny_run.tiny()
+    tiny_run.run(tmp_path, model=model, parts=FROZEN_TOWER, **BASE)
+    exported = FlorenceVLForConditionalGeneration.from_pretrained(two / "fsdp" / "model").state_dict()
+    assert exported.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.allclose(value, exported[name], atol=2e-4), name
+    assert not torch.equal(exported["lm_head.weight"], tiny_run.tiny().lm_head.weight)
 
 
 def test_blocks_are_found_in_every_tower_and_llm(tiny_run: ModuleType) -> None:

@@ -150,7 +150,7 @@ def losses(output: str | Path) -> list[float]:
 
 if __name__ == "__main__":  # for torchrun and forked children: a JSON list of `run`'s arguments
     torch.set_num_threads(1)
-    if "WORLD_SIZE" in os.environ:
+    if "RANK" in os.environ:
         torch.distributed.init_process_group("gloo")  # one for all cases
     for case in json.loads(globals().get("CASES") or sys.argv[1]):
         run(**case)

@@ -98,13 +98,12 @@ def init_world(device: str = "auto", timeout_minutes: float = 30) -> World:
         ValueError: The device isn't there, or more processes than devices on this node.
     """
     kind = pick_device(device)
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 and not dist.is_initialized():
+    if "RANK" not in os.environ and not dist.is_initialized():
         if kind.type == "cuda":
             kind = torch.device("cuda", torch.cuda.current_device())
         return World(kind)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
     backend = "gloo"
     if kind.type == "cuda":
         if local_rank >= torch.cuda.device_count():
@@ -385,8 +384,7 @@ def _shard(
         _cast_outputs_of_buffers(model.model.vision_tower, torch.bfloat16)
     if parallel.cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device_type == "cuda")
-    else:
-        model.to(world.device)
+    # Units move to the device one after the other as they are sharded, so the whole model never has to fit on it.
     for found in part_blocks(model).values():
         for block in found:
             fully_shard(block, **options)
