@@ -63,7 +63,7 @@ def curves(rows: Sequence[Row], chance: float, title: str = "") -> Any:
         axes.plot(steps, [i.mean for i in held], color=colour, linestyle=style, linewidth=1.8, label=label)
         if held[0].half is not None:
             axes.fill_between(
-                steps, [i.low for i in held], [i.high for i in held], color=colour, alpha=0.15, linewidth=0
+                steps, [i.low for i in held], [i.high for i in held], color=colour, alpha=0.1, linewidth=0
             )
         axes.plot(steps, train, color=colour, linestyle=style, linewidth=0.7, alpha=0.6)
     axes.axhline(chance, color="grey", linewidth=0.8, linestyle=":")
@@ -91,17 +91,8 @@ def curves_csv(rows: Sequence[Row]) -> str:
 
 def table_rows(rows: Sequence[Row], reference: str) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the table that is printed and reported."""
-    header = [
-        "name",
-        "channels",
-        "held-out loss",
-        f"difference to {reference}",
-        "aligned %",
-        "training loss",
-        "R@1 %",
-        "R@5 %",
-        "R@10 %",
-    ]
+    names = ("name", "channels", "held-out loss", "difference to the first", "aligned %", "training loss")
+    header = [*names, "R@1 %", "R@5 %", "R@10 %"]
     base = next(row for row in rows if row.name == reference)
     cells = []
     for row in rows:

@@ -82,7 +82,7 @@ def alignment_section(record: dict[str, Any], folder: Path) -> Section:
     )
     section.notes = [f"left out: {count} records ({reason})" for reason, count in about["skipped"].items()]
     section.notes += [f"{count} {reason}" for reason, count in about["duplicates"].items() if count]
-    header = ["name", "channels", "held-out loss", f"difference to {record['reference']}", "aligned %", "training loss"]
+    header = ["name", "channels", "held-out loss", "difference to the first", "aligned %", "training loss"]
     header += [f"R@{k} %" for k in record["rows"][0]["recall"]]
     for key, title in (("rows", "Each with its own width"), ("equal_width", "All at the same width")):
         rows = [

@@ -72,6 +72,7 @@ def alignment_command(
     data: Path = typer.Option(..., "--data", help="Image-caption pairs: LLaVA JSON, parquet, WebDataset, a folder ..."),
     out: Path = typer.Option(..., "--out", help="Folder for curves (PNG, SVG), numbers (CSV, JSON) and tables."),
     llm: str = typer.Option("smollm2", "--llm", help="Folder or hub name of the LLM, or smollm2 (from its package)."),
+    llm_dtype: str = typer.Option("float32", "--llm-dtype", help="float32, bfloat16 or float16."),
     image_root: Path | None = typer.Option(None, "--image-root", help="Folder that image paths in DATA start from."),
     pairs: int | None = typer.Option(None, "--pairs", help="Use so many pairs, chosen at random. All by default."),
     ablate: bool = typer.Option(False, "--ablate", help="Leave each feature of the one encoder out, and each alone."),
@@ -134,7 +135,7 @@ def alignment_command(
 
     features = collect(
         [(label, loader(spec)) for label, spec in zip(labels, specs, strict=True)],
-        load_llm(llm, where),
+        load_llm(llm, where, llm_dtype),
         found,
         batch_size=encode_batch,
         device=where,
@@ -163,7 +164,7 @@ def alignment_command(
 
 @app.command("pca", cls=SeveralValues)
 def pca_command(
-    images: list[Path] = typer.Argument(..., help="Image files.", metavar="IMAGES..."),
+    images: list[Path] = typer.Argument(..., help="Image files, before --encoder.", metavar="IMAGES..."),
     encoder: list[str] = typer.Option(..., "--encoder", "-e", help=f"One or several: {ENCODERS_HELP}"),
     out: Path = typer.Option(Path("pca"), "--out", help="Folder for one sheet an image (PNG) and the arrays (NPZ)."),
     joint: bool = typer.Option(False, "--joint", help="One fit over all images: the same colour means the same."),
@@ -295,12 +296,22 @@ def unique_labels(specs: list[EncoderSpec]) -> list[str]:
     return [label if short.count(label) == 1 else name for label, name in zip(short, full, strict=True)]
 
 
-def load_llm(name: str, device: str) -> Any:
-    """The text side of the alignment: `smollm2`, a folder or a hub name."""
+def load_llm(name: str, device: str, dtype: str = "float32") -> Any:
+    """The text side of the alignment: `smollm2`, a folder or a hub name.
+
+    Raises:
+        ValueError: Unknown data type.
+    """
+    import torch
+
     from florence_vl.analyze.text import TextEncoder
     from florence_vl.parts import resolve_llm
+    from florence_vl.registry import did_you_mean
 
-    encoder = TextEncoder.load(resolve_llm(name))
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in dtypes:
+        raise ValueError(f"unknown --llm-dtype {dtype!r}. {did_you_mean(dtype, dtypes)}")
+    encoder = TextEncoder.load(resolve_llm(name), dtype=dtypes[dtype])
     _ = encoder.identity  # hashed before it moves
     encoder.model.to(device)
     return encoder
@@ -332,8 +343,10 @@ def print_table(title: str, header: list[str], cells: list[list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*header, title=title, title_justify="left", box=box.SIMPLE)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    for name in header:
+        table.add_column(name, no_wrap=True)
     for row in cells:
         table.add_row(*row)
-    console = Console()
-    Console(width=max(console.width, 130)).print(table)
+    widest = sum(max(map(len, column)) + 3 for column in zip(header, *cells, strict=True))
+    Console(width=max(widest + 2, len(title) + 2, 80)).print(table)
