@@ -111,7 +111,7 @@ def command(
     save(model, processor, out)
     size = processor.image_processor.size
     config = model.config
-    typer.echo(f"features   {', '.join(config.features)} ({config.fusion} fusion)")
+    typer.echo(f"features   {', '.join(config.features or ())} ({config.fusion} fusion)")
     typer.echo(f"image      {size.height}x{size.width} px, {model.num_image_tokens(size.height, size.width)} tokens")
     for part in ("tower", "projector", "llm"):
         count = sum(parameter.numel() for _, parameter in model.part_parameters(part))

@@ -137,7 +137,7 @@ def check_devices() -> list[Check]:
     """Accelerators, threads, fast bf16, memory and disk."""
     import psutil
 
-    checks = []
+    checks: list[Check] = []
     try:
         import torch
     except Exception:

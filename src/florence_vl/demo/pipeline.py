@@ -20,6 +20,7 @@ from florence_vl.demo.report import read_jsonl, write_report
 from florence_vl.demo.scoring import Question, answer, derangement, scores
 from florence_vl.demo.warmup import cache_features, caption_vectors, warm_up
 from florence_vl.model.image_processing import open_image
+from florence_vl.model.modeling import PARTS
 from florence_vl.parts import SMOLLM2, mini_florence2, smollm2
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def build_parts(
         what = {"tower": f"mini Florence-2 ({kind}): DaViT and prompt encoder", "llm": "SmolLM2-135M-Instruct"}
         licenses = {"tower": "Apache-2.0", "llm": SMOLLM2.license}
         note = vision.note
-    features = ", ".join(model.config.features)
+    features = ", ".join(model.config.features or ())
     depth = model.config.projector_depth
     what["projector"] = f"{model.config.fusion} fusion of {features}; {depth} linear layers (untrained)"
     licenses["projector"] = "Apache-2.0"
@@ -158,7 +159,7 @@ def build_parts(
             "parameters": sum(parameter.numel() for _, parameter in model.part_parameters(part)),
             "license": licenses[part],
         }
-        for part, title in (("tower", "vision tower"), ("projector", "fusion and projector"), ("llm", "language model"))
+        for part, title in zip(PARTS, ("vision tower", "fusion and projector", "language model"), strict=True)
     ]
     return model, processor, rows, note
 
@@ -188,7 +189,7 @@ def train_stage(
     run = folder / name
     values = recipe.to_dict()
     values["data"]["sources"] = [{"path": str(source), "reader": "llava", "image_root": str(data.images)}]
-    values["parts"]["llm"]["last_layers"] = max(1, model.config.text_config.num_hidden_layers // 3)
+    values["parts"]["llm"]["last_layers"] = max(1, model.config.get_text_config().num_hidden_layers // 3)
     values["checkpoint"]["export"] = name == "finetune"
     values |= {"output": str(run), "seed": settings.seed, "max_minutes": minutes, "threads": settings.threads}
     if settings.steps is not None:

@@ -11,7 +11,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ def caption_vectors(
     model: FlorenceVLForConditionalGeneration, processor: FlorenceVLProcessor, captions: Sequence[str]
 ) -> Tensor:
     """Mean input embedding of each caption's tokens, (I, H)."""
-    table = model.get_input_embeddings().weight
+    table: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     rows = [processor.tokenizer(" " + text.strip(), add_special_tokens=False)["input_ids"] for text in captions]
     return torch.stack([table[torch.tensor(ids, device=table.device)].mean(0) for ids in rows]).clone()
 
@@ -64,8 +64,8 @@ def standardise_input(model: FlorenceVLForConditionalGeneration, features: dict[
     Scale and shift are folded into its weights (data-dependent initialisation, arXiv 1511.06422), so what differs from
     image to image is not drowned by what is the same in all.
     """
-    first = model.model.multi_modal_projector.layers[0]
-    fused_INC = model.model.fusion(features)
+    first = cast(nn.Linear, model.model.multi_modal_projector.layers[0])
+    fused_INC: Tensor = model.model.fusion(features)
     mean_C, deviation_C = fused_INC.mean((0, 1)), fused_INC.std((0, 1))
     scale_C = 1 / (deviation_C + 1e-3 * deviation_C.max().clamp(min=1e-6))
     first.bias.sub_(first.weight @ (mean_C * scale_C))
