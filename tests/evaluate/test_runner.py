@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 
 from florence_vl.evaluate.answer import Answer, Answerer, batches
 from florence_vl.evaluate.benchmark import Generation
-from florence_vl.evaluate.local import LocalAnswerer, folder_fingerprint, load_answerer, state_fingerprint
+from florence_vl.evaluate.local import (
+    LocalAnswerer,
+    folder_fingerprint,
+    load_answerer,
+    split_lengths,
+    state_fingerprint,
+)
 from florence_vl.evaluate.question import Question
 from florence_vl.evaluate.runner import Plan, describe, open_results, plan, run, shard
 from florence_vl.evaluate.scoring import score_folder
@@ -163,6 +169,21 @@ def test_batches_hold_every_question_once(pictures: list[int], size: int) -> Non
     assert sorted(q.id for batch in found for q in batch) == sorted(q.id for q in questions)
     assert all(1 <= len(batch) <= size for batch in found)
     assert len(found) <= 2 * -(-len(questions) // size)
+
+
+@given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=24), overhead=st.integers(0, 300))
+@settings(max_examples=100, deadline=None)
+def test_splitting_never_costs_more_than_one_batch(lengths: list[int], overhead: int) -> None:
+    parts = split_lengths(lengths, overhead)
+    assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
+    cost = sum(len(part) * max(lengths[i] for i in part) + overhead for part in parts)
+    assert cost <= len(lengths) * max(lengths) + overhead
+    assert cost <= sum(lengths) + overhead * len(lengths)
+
+
+def test_a_long_row_stands_alone() -> None:
+    assert split_lengths([10, 60, 11, 10, 12], overhead=20) == [[0, 3, 2, 4], [1]]
+    assert split_lengths([10, 60, 11, 10, 12], overhead=1000) == [[0, 3, 2, 4, 1]]
 
 
 def test_batches_keep_pictures_together() -> None:

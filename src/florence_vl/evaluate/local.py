@@ -7,6 +7,7 @@ P length of the longest common beginning, S length of the longest rest, N tokens
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections import OrderedDict
@@ -172,15 +173,22 @@ class LocalAnswerer(Answerer):
             **_encoded(images),
         ).past_key_values
         group_of = {i: g for g, members in enumerate(groups.values()) for i in members}
-        index_B = torch.tensor([group_of[i] for i in range(len(questions))], device=heads_GP.device)
-        cache.batch_select_indices(index_B)
-        tails_BS, tail_mask_BS = self._pad([row[prefixes[group_of[i]] :] for i, row in enumerate(rows)])
-        ids = torch.cat([heads_GP[index_B], tails_BS], dim=1)
-        mask = torch.cat([mask_GP[index_B], tail_mask_BS], dim=1)
-        out = self.model.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, **self._options(generation)
-        )
-        return self._read(out[:, ids.shape[1] :])
+        tails = [row[prefixes[group_of[i]] :] for i, row in enumerate(rows)]
+        overhead = _PASS_COST["cpu" if heads_GP.device.type == "cpu" else "accelerator"]
+        parts = split_lengths([len(tail) for tail in tails], overhead)
+        answers: dict[int, Answer] = {}
+        for number, part in enumerate(parts):
+            index_B = torch.tensor([group_of[i] for i in part], device=heads_GP.device)
+            own = cache if number == len(parts) - 1 else copy.deepcopy(cache)
+            own.batch_select_indices(index_B)
+            tails_BS, tail_mask_BS = self._pad([tails[i] for i in part])
+            ids = torch.cat([heads_GP[index_B], tails_BS], dim=1)
+            mask = torch.cat([mask_GP[index_B], tail_mask_BS], dim=1)
+            out = self.model.generate(
+                input_ids=ids, attention_mask=mask, past_key_values=own, **self._options(generation)
+            )
+            answers |= dict(zip(part, self._read(out[:, ids.shape[1] :]), strict=True))
+        return [answers[i] for i in range(len(questions))]
 
     def _common(self, question: Question, rows: list[list[int]]) -> int:
         """Length of the rows' common beginning, 0 unless it holds all images; at least one token stays outside."""
@@ -225,6 +233,35 @@ class LocalAnswerer(Answerer):
             text = self.processor.tokenizer.decode(kept, skip_special_tokens=True)
             answers.append(Answer(text, finished=end is not None, tokens=len(kept)))
         return answers
+
+
+# What a pass of the LLM costs beside its tokens, in tokens: weights are read once a pass, which a CPU notices little
+# beside the products themselves.
+_PASS_COST = {"cpu": 64, "accelerator": 8192}
+
+
+def split_lengths(lengths: Sequence[int], overhead: int) -> list[list[int]]:
+    """Put rows in batches so that padding is small: the sum of rows x longest, plus `overhead` a batch, is least.
+
+    Args:
+        lengths: Tokens of each row.
+        overhead: What one more batch costs, in tokens.
+
+    Returns:
+        Indices of the rows of each batch, rows in order of length.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    best = [(0, 0)]  # least cost of the first n rows, and where their last batch begins
+    for end in range(1, len(order) + 1):
+        longest = lengths[order[end - 1]]
+        best.append(min((best[start][0] + (end - start) * longest + overhead, start) for start in range(end)))
+    parts: list[list[int]] = []
+    end = len(order)
+    while end:
+        start = best[end][1]
+        parts.append(order[start:end])
+        end = start
+    return parts[::-1]
 
 
 def _encoded(images: list[Tensor]) -> dict[str, Any]:
