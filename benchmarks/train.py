@@ -56,7 +56,7 @@ def small_model() -> FlorenceVLForConditionalGeneration:
         "pad_token_id": 0,
     }
     config = tiny_config(text_config=text)
-    config.vision_config.text_config.max_position_embeddings = 128
+    config.vision_config.text_config.max_position_embeddings = 128  # type: ignore[union-attr]
     model = FlorenceVLForConditionalGeneration(config)
     model.set_trainable(tower=False, projector=True, llm=True)
     return model
@@ -133,7 +133,7 @@ def trainer_epoch(samples: list[Sample], batch: int, full_logits: bool) -> Calla
                 model.lm_head(states), labels, vocab_size=VOCABULARY, num_items_in_batch=num_items
             )
 
-        model.supervised_loss = supervised_loss  # type: ignore[method-assign]
+        model.supervised_loss = supervised_loss  # type: ignore[method-assign, assignment]
     padded = PaddedCollator(0)
     folder = tempfile.mkdtemp()
 

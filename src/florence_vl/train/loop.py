@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
 from florence_vl.data.sampler import mix
@@ -40,6 +38,7 @@ from florence_vl.train.optimizer import (
     Group,
     apply_parts,
     build_optimizer,
+    format_table,
     parameter_groups,
     set_training_mode,
     trainable_table,
@@ -47,7 +46,7 @@ from florence_vl.train.optimizer import (
 from florence_vl.train.parallel import Parallelised, World, init_world, parallelise
 from florence_vl.train.recipes import load_recipe
 from florence_vl.train.schedule import lr_factor
-from florence_vl.train.setup import describe_environment, load_model
+from florence_vl.train.setup import describe_run, load_model, write_atomically
 from florence_vl.train.steps import (
     Batch,
     StepCounts,
@@ -204,7 +203,8 @@ class Trainer:
         if finished and self.recipe.checkpoint.export:
             exported = self.export(self.run_dir / "model")
         if self.world.is_main:
-            self._write_json("summary.json", {"steps": self.step, "finished": finished, "metrics": self._row})
+            summary = {"steps": self.step, "finished": finished, "metrics": self._row}
+            write_atomically(self.run_dir / "summary.json", json.dumps(summary, indent=1))
         return TrainResult(self.run_dir, self.step, finished, self._row, exported, self.world.is_main)
 
     # ---------------------------------------------------------------------------------------------------- setting up
@@ -235,7 +235,7 @@ class Trainer:
         apply_parts(model, recipe.parts)
         self._prepare_data(model)
         if world.is_main:
-            self._describe_run(model, checkpoint)
+            describe_run(recipe, model, self.processor)
         self.parallel: Parallelised = parallelise(
             model,
             world,
@@ -310,38 +310,14 @@ class Trainer:
         side = int(getattr(model.config.vision_config, "image_size", None) or 64)
         return side, side
 
-    def _describe_run(self, model: nn.Module, checkpoint: Path | None) -> None:
-        """Make the run's folder tell what it is: recipe, environment, and what an export needs besides weights."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        (self.run_dir / "recipe.yaml").write_text(yaml.safe_dump(self.recipe.to_dict(), sort_keys=False))
-        self._write_json("environment.json", describe_environment())
-        folder = self.run_dir / "model_config"
-        model.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
-        if self.processor is not None:
-            self.processor.save_pretrained(folder)
-
-    def _write_json(self, name: str, content: Any) -> None:
-        path = self.run_dir / name
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content, indent=1, default=str))
-        os.replace(temporary, path)
-
     def _print_table(self) -> None:
         if not self.world.is_main or self.progress.kind == "none":
             return
-        rows = trainable_table(self.model, self.groups)
-        lines = [f"{'part':<10}{'parameters':>16}{'trainable':>16}{'lr':>10}{'decay':>8}  schedule"]
-        for row in rows:
-            lr = f"{row['lr']:.1e}" if row["lr"] is not None else "frozen"
-            decay = f"{row['weight_decay']:g}" if row["weight_decay"] is not None else ""
-            lines.append(
-                f"{row['part']:<10}{row['parameters']:>16,}{row['trainable']:>16,}{lr:>10}{decay:>8}  "
-                f"{row['schedule'] or ''}"
-            )
-        accumulated = self.stream.batches_per_rank
+        lines = [format_table(trainable_table(self.model, self.groups))]
         lines.append(
             f"{self.total_steps} steps, {self.world.size} process(es), {self.parallel.strategy}, "
-            f"{self.recipe.precision}, {accumulated} micro-batch(es) a step and process, output {self.run_dir}"
+            f"{self.recipe.precision}, {self.stream.batches_per_rank} micro-batch(es) a step and process, "
+            f"output {self.run_dir}"
         )
         if self.step:
             lines.append(f"resumed at step {self.step}")
@@ -630,7 +606,6 @@ __all__ = [
     "BatchStream",
     "TrainResult",
     "Trainer",
-    "describe_environment",
     "load_model",
     "read_trainer_state",
     "train",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -189,7 +188,14 @@ def trainable_table(model: FlorenceVLForConditionalGeneration, groups: list[Grou
     return rows
 
 
-def named_trainable(groups: list[Group]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters that train, each once."""
-    for group in groups:
-        yield from group.parameters.items()
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """The rows of `trainable_table` as text."""
+    lines = [f"{'part':<10}{'parameters':>16}{'trainable':>16}{'lr':>10}{'decay':>8}  schedule"]
+    for row in rows:
+        lr = f"{row['lr']:.1e}" if row["lr"] is not None else "frozen"
+        decay = f"{row['weight_decay']:g}" if row["weight_decay"] is not None else ""
+        lines.append(
+            f"{row['part']:<10}{row['parameters']:>16,}{row['trainable']:>16,}{lr:>10}{decay:>8}  "
+            f"{row['schedule'] or ''}"
+        )
+    return "\n".join(lines)

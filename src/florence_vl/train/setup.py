@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 
 from florence_vl.train.config import Recipe
 
@@ -79,3 +81,21 @@ def describe_environment() -> dict[str, Any]:
         "command": sys.argv,
         "git": {"commit": commit.stdout.strip() or None, "dirty": bool(dirty.stdout.strip())},
     }
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def describe_run(recipe: Recipe, model: FlorenceVLForConditionalGeneration, processor: Any) -> None:
+    """Make a run's folder tell what it is: recipe, environment, and what an export needs besides weights."""
+    folder = recipe.run_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
+    write_atomically(folder / "environment.json", json.dumps(describe_environment(), indent=1))
+    model.config.save_pretrained(folder / "model_config")
+    if processor is not None:
+        processor.save_pretrained(folder / "model_config")
