@@ -274,3 +274,14 @@ def test_questions_come_from_their_own_random_numbers() -> None:
     """Asking again with the same numbers gives the same questions; the picture has no part in it."""
     scene = SceneGenerator(0, "train", 128, {"objects": 1.0})[3]
     assert ask(scene, Random("q/0/train/3"), "train") == scene.questions
+
+
+def test_each_category_is_absent_as_often_as_present() -> None:
+    """A model that knows only how often each question is answered yes gains nothing."""
+    counts: dict[str, Counter[str]] = {}
+    for scene in SceneGenerator(21, "train", 64, {"objects": 1.0}).scenes(1200):
+        for q in scene.questions:
+            if q.skill == "category" and q.answer in ("yes", "no"):
+                counts.setdefault(q.question, Counter())[q.answer] += 1
+    blind = sum(max(c.values()) for c in counts.values()) / sum(sum(c.values()) for c in counts.values())
+    assert blind < 0.6, counts

@@ -129,7 +129,7 @@ def line(rng: Random, split: str, size: int, scene_id: str) -> Scene:
     for (x, y), value in zip(points, values, strict=True):
         r = 5 * u
         ink.ellipse((x - r, y - r, x + r, y + r), fill=draw.COLORS[color])
-        sheet.write(x, y - 25 * u, str(value), round(17 * u), anchor="m")
+        sheet.write(x, y - 25 * u, str(value), round(17 * u), anchor="m", halo=round(3 * u))
     for i, label in enumerate(labels):
         sheet.write(left + width * (i + 0.5), base + 10 * u, label, round(17 * u), anchor="m")
     i = rng.randrange(n)

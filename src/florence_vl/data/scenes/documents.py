@@ -33,13 +33,19 @@ class Sheet:
         bold: bool = False,
         anchor: str = "l",
         color: str | None = None,
+        halo: int = 0,
     ) -> float:
-        """One line with its left ("l"), right ("r") or middle ("m") at x and its top at y; returns its height."""
+        """One line with its left ("l"), right ("r") or middle ("m") at x and its top at y; returns its height.
+
+        `halo` is the width in pixels of a white rim that keeps text apart from lines under it.
+        """
         font = assets.sans(size, bold)
         left, top, right, bottom = font.getbbox(text)
         x = x - (right - left) if anchor == "r" else x - (right - left) / 2 if anchor == "m" else x
         name = color or self.color
-        ImageDraw.Draw(self.image).text((x - left, y - top), text, font=font, fill=draw.COLORS[name])
+        ImageDraw.Draw(self.image).text(
+            (x - left, y - top), text, font=font, fill=draw.COLORS[name], stroke_width=halo, stroke_fill=(255, 255, 255)
+        )
         w, h = right - left, bottom - top
         x, y = max(x, 0.0), max(y, 0.0)
         r, b = min(x + w, float(self.image.width)), min(y + h, float(self.image.height))
