@@ -85,8 +85,8 @@ def warm_up(
     """Train fusion and projector, the rest untouched, and leave what trains as it was.
 
     The projector's first layer is standardised first. The loss is InfoNCE over the batch in both directions, plus the
-    squared distance to the target measured in the targets' own variance, which gives image tokens the size of word
-    vectors.
+    squared distance to the target measured in the targets' own variance, plus the squared log ratio of the mean squared
+    sizes of image tokens and word vectors: an LLM that was never shown larger vectors answers them with noise.
 
     Args:
         model: Its fusion and projector are changed.
@@ -109,6 +109,8 @@ def warm_up(
     optimizer = torch.optim.AdamW(projector.parameters(), lr=lr, weight_decay=0.01)
     centre_H = targets_IH.mean(0)
     variance = (targets_IH - centre_H).square().mean()
+    words: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    word_size = words.detach().square().sum(-1).mean()
     unit_IH = nn.functional.normalize(targets_IH - centre_H, dim=-1)
     captions_I = torch.unique(targets_IH, dim=0, return_inverse=True)[1]
     groups = Groups(captions_I, torch.arange(len(captions_I), device=captions_I.device))
@@ -125,12 +127,14 @@ def warm_up(
             group["lr"] = lr * min(1.0, (len(rows) + 1) / 10) * (0.5 + 0.5 * math.cos(math.pi * spent))
         index = next(order)
         fused = model.model.fusion({name: value[index] for name, value in features.items()})
-        pooled_BH = model.model.multi_modal_projector(fused).mean(1)
+        tokens_BNH = model.model.multi_modal_projector(fused)
+        pooled_BH = tokens_BNH.mean(1)
         vision_BH = nn.functional.normalize(pooled_BH - centre_H, dim=-1)
         loss = contrastive_loss(vision_BH, unit_IH[index], groups[index].targets(), TEMPERATURE, symmetric=True)
         distance = (pooled_BH - targets_IH[index]).square().mean() / variance
         optimizer.zero_grad()
-        (loss + distance).backward()
+        size = (tokens_BNH.square().sum(-1).mean() / word_size).log().square()
+        (loss + distance + size).backward()
         optimizer.step()
         rows.append({"step": len(rows) + 1, "loss": loss.item(), "seconds": time.monotonic() - began})
     for name, parameter in projector.named_parameters():
