@@ -64,7 +64,7 @@ def kill_at_random(tiny_run: ModuleType, folder: Path, kills: int, seed: int) ->
 
 
 def test_sigkill_at_random_moments_resumes_bit_identically(tiny_run: ModuleType, tmp_path: Path) -> None:
-    kill_at_random(tiny_run, tmp_path, kills=3, seed=1)
+    kill_at_random(tiny_run, tmp_path, kills=2, seed=1)
 
 
 @pytest.mark.slow
@@ -112,12 +112,8 @@ def test_another_model_or_another_seed_is_refused(tiny_run: ModuleType, tmp_path
         tiny_run.run(tmp_path, steps=4, resume="auto", model=tiny_run.tiny(projector_depth=2, features=["davit"]))
 
 
-def test_asynchronous_and_synchronous_saves_hold_the_same(tiny_run: ModuleType, tmp_path: Path) -> None:
-    losses = []
-    for asynchronous in (True, False):
-        out = tmp_path / str(asynchronous)
-        settings = {"every_steps": 1, "asynchronous": asynchronous, "export": False}
-        tiny_run.run(out, steps=3, checkpoint=settings)
-        tiny_run.run(out, steps=4, resume=str(out / "checkpoints" / "step-00000002"), checkpoint=settings)
-        losses.append(tiny_run.losses(out))
-    assert losses[0] == losses[1]
+def test_a_synchronous_checkpoint_resumes_exactly_from_an_earlier_step(tiny_run: ModuleType, tmp_path: Path) -> None:
+    settings = {"every_steps": 2, "asynchronous": False, "export": False}
+    whole = tiny_run.run(tmp_path, steps=4, checkpoint=settings)
+    earlier = str(tmp_path / "checkpoints" / "step-00000002")
+    assert tiny_run.run(tmp_path, steps=4, resume=earlier, checkpoint=settings) == whole

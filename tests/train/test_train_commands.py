@@ -70,7 +70,8 @@ def test_a_run_is_exported_in_another_type(
 
 
 def test_plan_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "llava15/clip-vicuna-7b-finetune", "--devices", "8", "--json"]) == 0
+    small = "model.build={vision: openai/clip-vit-large-patch14-336, llm: microsoft/Phi-3.5-mini-instruct}"
+    assert main(["plan", "llava15/vicuna-7b-finetune", "model.path=null", small, "--devices", "8", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["image_tokens"] == 576  # CLIP ViT-L/14 at 336 px: 24 x 24 patches
     assert plan["samples"] == 665_298

@@ -291,46 +291,53 @@ def _watch_saved(parts_blocks: list[nn.Module], model: nn.Module, result: SavedA
             handle.remove()
 
 
-def measure_activations(
-    config: FlorenceVLConfig, parts: PartsConfig, dtype: torch.dtype, images: int, height: int, width: int, tokens: int
-) -> dict[str, SavedActivations]:
-    """What tower, projector and LLM keep for the backward pass of one micro-batch, counted without weights.
+class ActivationMeter:
+    """Tells what tower, projector and LLM keep for the backward pass of a micro-batch, on a model without weights.
 
     Args:
         config: Of the model.
         parts: What trains: frozen parts that no gradient passes keep nothing.
         dtype: Of the computation.
-        images: Images in the micro-batch.
-        height: Their pixels.
-        width: ...
-        tokens: Tokens of the micro-batch in the LLM, all rows together.
     """
-    from transformers import AttentionInterface
 
-    from florence_vl.train.optimizer import apply_parts
+    def __init__(self, config: FlorenceVLConfig, parts: PartsConfig, dtype: torch.dtype) -> None:
+        from transformers import AttentionInterface
 
-    AttentionInterface.register(_PLANNED, _planned_attention)
-    model = build_shell(config).to(dtype)
-    plain = copy.deepcopy(parts)
-    if plain.llm.lora is not None:  # adapters keep next to nothing beyond what their base layers' inputs are
-        plain.llm.lora = None
-        plain.llm.train = False
-    apply_parts(model, plain)
-    _set_attention(model, _PLANNED)
-    found = {part: SavedActivations() for part in ("tower", "projector", "llm")}
-    features: dict[str, Tensor] = {}
-    embeds = torch.empty(1, tokens, config.get_text_config().hidden_size, dtype=dtype, device="meta")
-    if images:
-        pixels = torch.empty(images, 3, height, width, dtype=dtype, device="meta")
-        tower = model.model.vision_tower
-        with torch.set_grad_enabled(parts.tower.train), _watch_saved(blocks(tower), model, found["tower"]):
-            features = tower(pixels)
-        with _watch_saved([], model, found["projector"]):
-            model.model.multi_modal_projector(model.model.fusion(features))
-    needs_graph = parts.tower.train or parts.projector.train or parts.llm.train
-    embeds.requires_grad_(parts.tower.train or parts.projector.train or parts.llm.last_layers is None)
-    llm = model.model.language_model
-    positions = torch.arange(tokens, device="meta").unsqueeze(0)
-    with torch.set_grad_enabled(needs_graph), _watch_saved(blocks(llm), model, found["llm"]):
-        llm(inputs_embeds=embeds, position_ids=positions, attention_mask=None, use_cache=False)
-    return found
+        from florence_vl.train.optimizer import apply_parts
+
+        AttentionInterface.register(_PLANNED, _planned_attention)
+        self.parts, self.dtype = parts, dtype
+        self.width = config.get_text_config().hidden_size
+        self.model = build_shell(config).to(dtype)
+        plain = copy.deepcopy(parts)
+        if plain.llm.lora is not None:  # adapters keep next to nothing beyond what their base layers' inputs are
+            plain.llm.lora = None
+            plain.llm.train = False
+        apply_parts(self.model, plain)
+        _set_attention(self.model, _PLANNED)
+
+    def measure(self, images: int, height: int, width: int, tokens: int) -> dict[str, SavedActivations]:
+        """Of one micro-batch.
+
+        Args:
+            images: Images in it.
+            height: Their pixels.
+            width: ...
+            tokens: Its tokens in the LLM, all rows together.
+        """
+        parts, base = self.parts, self.model.model
+        found = {part: SavedActivations() for part in ("tower", "projector", "llm")}
+        options: dict[str, Any] = {"dtype": self.dtype, "device": "meta"}
+        if images:
+            pixels = torch.empty(images, 3, height, width, **options)
+            tower = base.vision_tower
+            with torch.set_grad_enabled(parts.tower.train), _watch_saved(blocks(tower), self.model, found["tower"]):
+                features = tower(pixels)
+            with _watch_saved([], self.model, found["projector"]):
+                base.multi_modal_projector(base.fusion(features))
+        embeds = torch.empty(1, tokens, self.width, **options)
+        embeds.requires_grad_(parts.tower.train or parts.projector.train or parts.llm.last_layers is None)
+        positions = torch.arange(tokens, device="meta").unsqueeze(0)
+        with _watch_saved(blocks(base.language_model), self.model, found["llm"]):
+            base.language_model(inputs_embeds=embeds, position_ids=positions, attention_mask=None, use_cache=False)
+        return found

@@ -14,7 +14,7 @@ import torch
 
 from florence_vl.registry import did_you_mean
 from florence_vl.train.config import BuildConfig, Recipe
-from florence_vl.train.flops import DEVICES, ModelFlops, Multipliers, build_shell, count_flops, measure_activations
+from florence_vl.train.flops import DEVICES, ActivationMeter, ModelFlops, Multipliers, build_shell, count_flops
 from florence_vl.train.known_parts import KNOWN_PARTS
 from florence_vl.train.parallel import part_blocks
 from florence_vl.train.recipes import list_recipes, load_recipe
@@ -292,9 +292,11 @@ def _memory(
     static = _static_memory(recipe, config, devices, strategy)
     dtype = torch.float32 if recipe.precision == "fp32" else torch.bfloat16
 
+    meter = ActivationMeter(config, recipe.parts, dtype)
+
     def dynamic(micro: int) -> dict[str, float]:
         images, tokens, supervised = _rows(recipe, flops, workload, micro)
-        saved = measure_activations(config, recipe.parts, dtype, images, *size, tokens)
+        saved = meter.measure(images, *size, tokens)
         modes = {"tower": recipe.activation_checkpointing.tower, "llm": recipe.activation_checkpointing.llm}
         activations = sum(part.kept(modes.get(name, "none")) for name, part in saved.items())
         # logits in the compute type, their fp32 copy, and the gradient of either
@@ -302,8 +304,7 @@ def _memory(
         logits = supervised * config.get_text_config().vocab_size * width
         return {"activations": activations / GIB, "logits": logits / GIB}
 
-    now = dynamic(recipe.micro_batch_size)
-    one, two = dynamic(1), dynamic(2)
+    now, one, two = dynamic(recipe.micro_batch_size), dynamic(1), dynamic(2)
     first, step = sum(one.values()), max(sum(two.values()) - sum(one.values()), 1e-9)
     room = (capacity - RESERVE_GIB) * USABLE - sum(static.values()) - first
     return static | now, max(0, 1 + int(room // step)) if room >= 0 else 0
