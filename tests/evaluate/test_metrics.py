@@ -48,6 +48,7 @@ REFERENCES = {
     "cv_bench": ({"answer": "B", "choices": CHOICES, "source": "COCO"}, "(B)"),
     "choice_or_text": ({"answer": "Downhill", "choices": []}, "downhill."),
     "mmmu": ({"answer": "B", "choices": CHOICES, "question_type": "multiple-choice", "subject": "Art"}, "B"),
+    "short_answer": ({"answer": "red bus", "choices": [], "skill": "color"}, "the red bus."),
     "mathvista": ({"answer": "14", "question_type": "free_form", "answer_type": "integer", "choices": None}, "14"),
 }
 

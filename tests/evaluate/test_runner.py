@@ -233,6 +233,14 @@ def test_other_models_protocols_and_data_are_refused(small_plan: Plan, benchmark
     with pytest.raises(ValueError, match="another protocol"):
         open_results(folder, Scripted(), fewer)
     assert folder.description == before
+    moved = ResultsFolder(tmp_path / "moved")
+    for name in ("first", "renamed"):  # the same weights elsewhere
+        answerer = Scripted()
+        answerer.identity = {"model": name, "fingerprint": "f", "dtype": "float32"}
+        open_results(moved, answerer, small_plan)
+    answerer.identity = {"model": "renamed", "fingerprint": "f", "dtype": "bfloat16"}
+    with pytest.raises(ValueError, match="dtype is 'float32' there, 'bfloat16' now"):
+        open_results(moved, answerer, small_plan)
     more = plan(choose("gqa"), lambda benchmark: benchmark.questions(benchmark_folder))
     open_results(folder, Scripted(), more)  # another benchmark of the same model is welcome
     assert set(folder.description["benchmarks"]) == {*small_plan.questions, "gqa"}
