@@ -454,7 +454,8 @@ def _part(table: AblationTable, part: Part, scores: Sequence[RowScores], scale: 
 
 def _notes(table: AblationTable, scores: Sequence[RowScores], scale: str) -> Iterator[str]:
     counts = sorted({len(s.seeds) for s in scores})
-    yield f"{' to '.join(map(str, counts))} seeds a row; 95 % intervals: Student's t over seeds, differences paired."
+    words = "1 seed" if counts == [1] else f"{' to '.join(map(str, counts))} seeds"
+    yield f"{words} a row; 95 % intervals: Student's t over seeds, differences paired."
     absent = [row.name for row in table.rows if row.name not in {s.row.name for s in scores}]
     if absent:
         yield f"Not evaluated yet: {', '.join(absent)}."

@@ -1,0 +1,26 @@
+#!/bin/sh
+# Makes the mini results again, from the repository's root: docs/results/make.sh [alignment] [features] [pca] [tables]
+# Needs florence-vl[analyze], florence-vl-mini, and the packages that `florence-vl analyze encoders` names. What was
+# interrupted goes on: features are cached, and trainings resume.
+set -eu
+data=data/mini/test-captions
+out=${OUT:-runs/mini-results}
+photos=$(python -c 'import florence_vl_mini as m; print(" ".join(p["file"] for p in m.photos() if p["id"] in ("astronaut", "chelsea", "coffee")))')
+[ -f $data/data.jsonl ] || florence-vl mini data --out $data --task detailed_caption --samples 1500 --split test --seed 5
+for part in ${*:-alignment features pca tables}; do
+  case $part in
+    alignment)
+      florence-vl analyze alignment --encoders dinov2_small_focus:layer6+last dinov2_small_focus efficientnet_lite0 \
+        florence2_mini --data $data/data.jsonl --out $out/alignment ;;
+    features)
+      florence-vl analyze alignment --encoders florence2_mini --ablate --data $data/data.jsonl --out $out/features ;;
+    pca)
+      # shellcheck disable=SC2086
+      florence-vl analyze pca $photos --encoder florence2_mini dinov2_small_focus:layer6+last@448 \
+        efficientnet_lite0:block10@448 --out $out/pca ;;
+    tables)
+      for table in 1 4 5 6; do florence-vl ablate --table $table --scale mini --out $out/ablations; done ;;
+    *) echo "unknown part: $part (alignment, features, pca, tables)" >&2; exit 2 ;;
+  esac
+done
+florence-vl analyze report $out
