@@ -55,7 +55,7 @@ class DemoSettings:
     seed: int = 0
     threads: int | None = None
     image_size: int = 128
-    scenes: int = 4000
+    scenes: int = 2500
     held_out: int = 90
     overrides: tuple[str, ...] = ()
     smoke: bool = False
@@ -140,9 +140,9 @@ def build_parts(
     else:
         from florence_vl.model.assemble import build_model
 
-        vision = mini_florence2()
+        llm, vision = smollm2(), mini_florence2()
         model, processor = build_model(
-            vision.path, smollm2(), image_size=settings.image_size, dtype="float32", seed=settings.seed
+            vision.path, llm, image_size=settings.image_size, dtype="float32", seed=settings.seed
         )
         kind = "pretrained" if vision.pretrained else "untrained"
         what = {"tower": f"mini Florence-2 ({kind}): DaViT and prompt encoder", "llm": "SmolLM2-135M-Instruct"}
