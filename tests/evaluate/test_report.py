@@ -218,3 +218,20 @@ def test_a_sample_during_training(benchmark_folder: Path) -> None:
         evaluate_sample(model, processor, "mmvet", data=benchmark_folder)
     with pytest.raises(ValueError, match="needs a folder"):
         evaluate_sample(model, processor, "pope")
+
+
+def test_a_log_tells_the_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    from florence_vl.cli.evaluate import _LogLine
+
+    tell = _LogLine(100)
+    now = [0.0]
+    tell.clock = lambda: now[0]
+    tell.started = tell.last = 0.0
+    tell(20)  # from an earlier run
+    for _ in range(4):
+        now[0] += 20
+        tell(10)
+    assert capsys.readouterr().err.splitlines() == [
+        "40 of 100 questions, 2 min left",
+        "60 of 100 questions, 1 min left",
+    ]

@@ -246,12 +246,41 @@ def _progress(total: int) -> Any:
     return Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
 
 
+class _LogLine:
+    """Where there is no terminal: a line with the time left, at most every half minute."""
+
+    def __init__(self, total: int, every: float = 30.0) -> None:
+        import time
+
+        self.total, self.every, self.clock = total, every, time.monotonic
+        self.started = self.last = self.clock()
+        self.done = self.before = 0
+
+    def __call__(self, count: int) -> None:
+        now = self.clock()
+        self.done += count
+        if self.done == count and now - self.started < 1:
+            self.before = count  # answered by an earlier run, so no measure of speed
+        if now - self.last < self.every or self.done <= self.before:
+            return
+        self.last = now
+        left = (self.total - self.done) * (now - self.started) / (self.done - self.before)
+        typer.echo(f"{self.done} of {self.total} questions, {left / 60:.0f} min left", err=True)
+
+
 def _run_here(answerer: Answerer, made: Plan, folder: ResultsFolder) -> dict[str, dict[str, str]]:
     from florence_vl.evaluate.runner import run
 
     with _progress(made.total) as progress:
         task = progress.add_task("questions", total=made.total)
-        failed = run(answerer, made, folder, lambda count: progress.advance(task, count))
+        tell = _LogLine(made.total) if progress.disable else None
+
+        def advance(count: int) -> None:
+            progress.advance(task, count)
+            if tell is not None:
+                tell(count)
+
+        failed = run(answerer, made, folder, advance)
     folder.write_unanswered(failed)
     return failed
 
