@@ -98,7 +98,7 @@ def build_model(
     _ = FUSIONS[fusion]  # mistyped names are refused before anything is loaded
     if chat_template is not None:
         _ = CHAT_TEMPLATES[chat_template]
-    vision_config = _read_config(vision, "vision")
+    vision_config = read_config(vision, "vision")
     tokenizer, language_model = _load_llm(llm, dtype)
     weights_dtype = language_model.dtype
     image_token = _prepare_vocabulary(tokenizer, language_model, image_token)
@@ -107,7 +107,7 @@ def build_model(
         if feature_layers is not None:
             raise ValueError("feature_layers is for a vision backbone; a Florence-2's features are davit and prompts")
         fields |= {"prompt_padding": prompt_padding, "prompt_length": prompt_length}
-        fields |= _florence2_features(vision, vision_config, features, prompts or {})
+        fields |= florence2_features(vision, vision_config, features, prompts or {})
     else:
         if prompts or prompt_padding != "masked" or prompt_length is not None:
             raise ValueError(f"prompts are for a Florence-2; {vision} is a {vision_config.model_type}")
@@ -154,7 +154,13 @@ def build_model(
     return model, processor
 
 
-def _read_config(path: str | Path, kind: str) -> PreTrainedConfig:
+def read_config(path: str | Path, kind: str) -> PreTrainedConfig:
+    """Config of a model's folder or hub id; `kind` ("vision", "LLM") is for the error texts.
+
+    Raises:
+        ValueError: A folder without config.json, or a Florence-2 in Microsoft's layout.
+        FileNotFoundError: No such folder, and the hub gave none.
+    """
     folder = Path(path).expanduser()
     file = folder / "config.json"
     if not file.is_file():
@@ -187,7 +193,7 @@ def _load_llm(path: str | Path, dtype: str | torch.dtype) -> tuple[Any, PreTrain
         options["dtype"] = torch.float32 if dtype == "auto" else dtype
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file.name)
     else:
-        config = _read_config(path, "LLM")
+        config = read_config(path, "LLM")
         if config.is_encoder_decoder or getattr(config, "model_type", "") == "florence_vl":
             raise ValueError(f"{path} is a {config.model_type}, no decoder LLM")
         source = str(file) if file.exists() else str(path)
@@ -216,9 +222,14 @@ def _prepare_vocabulary(tokenizer: Any, llm: PreTrainedModel, image_token: str |
     return image_token
 
 
-def _florence2_features(
+def florence2_features(
     vision: str | Path, config: PreTrainedConfig, features: Sequence[str] | None, prompts: Mapping[str, str]
 ) -> dict[str, Any]:
+    """The config fields `features`, `prompts` and `prompt_token_ids`, tokenized with the Florence-2's own tokenizer.
+
+    Raises:
+        ValueError: An unknown feature, or prompts that need a tokenizer which the folder lacks.
+    """
     texts = FLORENCE2_PROMPTS | dict(prompts)
     names = list(features or [*DBFUSION_FEATURES, *prompts])
     for name in names:

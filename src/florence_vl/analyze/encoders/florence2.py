@@ -17,7 +17,7 @@ from torch import Tensor
 from florence_vl.analyze.encoders.backbone import local_weights, published_preprocess
 from florence_vl.analyze.encoders.base import Encoder, Preprocess, digest, missing
 from florence_vl.analyze.encoders.registry import ENCODERS
-from florence_vl.model.assemble import _florence2_features, _read_config
+from florence_vl.model.assemble import florence2_features, read_config
 from florence_vl.model.configuration import DAVIT, DBFUSION_FEATURES, FLORENCE2_PROMPTS, FlorenceVLConfig
 from florence_vl.model.towers import Florence2Tower
 from florence_vl.registry import did_you_mean
@@ -91,7 +91,7 @@ def load_florence2(
         ValueError: Not a Florence-2 or Florence-VL, Microsoft's layout (convert it), or an unknown feature.
     """
     with local_weights(name, weights, install):
-        raw = _read_config(resolve(weights), "vision")
+        raw = read_config(resolve(weights), "vision")
     if raw.model_type == "florence_vl":
         if prompts:
             raise ValueError(f"{name}: a Florence-VL brings its own prompts; more can't be given")
@@ -101,8 +101,8 @@ def load_florence2(
     from transformers import Florence2ForConditionalGeneration
 
     prompts = dict(prompts or {})
-    chosen = _florence2_features(resolve(weights), raw, tuple(features) or DBFUSION_FEATURES, prompts)
-    known = _florence2_features(resolve(weights), raw, [DAVIT, *FLORENCE2_PROMPTS, *prompts], prompts)
+    chosen = florence2_features(resolve(weights), raw, tuple(features) or DBFUSION_FEATURES, prompts)
+    known = florence2_features(resolve(weights), raw, [DAVIT, *FLORENCE2_PROMPTS, *prompts], prompts)
     config = FlorenceVLConfig(vision_config=raw, **chosen)
     source = Florence2ForConditionalGeneration.from_pretrained(resolve(weights), dtype=torch.float32)
     tower = Florence2Tower(config)
