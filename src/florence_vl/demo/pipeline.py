@@ -50,7 +50,7 @@ class DemoSettings:
         smoke: Tiny random parts instead of the real ones: shows in seconds that everything runs.
     """
 
-    minutes: float = 6.0
+    minutes: float = 8.0
     steps: int | None = None
     seed: int = 0
     threads: int | None = None

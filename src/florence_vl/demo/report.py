@@ -12,8 +12,8 @@ import jinja2
 
 CONDITIONS = {
     "before": "before training",
-    "no picture": "after, no picture",
-    "other picture": "after, another picture",
+    "no picture": "no picture",
+    "other picture": "another picture",
     "after": "after training",
 }
 MAIN = "after"
@@ -76,7 +76,7 @@ def bars(scores: dict[str, dict[str, dict[str, float]]]) -> str:
         error = {"elinewidth": 0.8, "ecolor": "#5d6b7e"}
         label = CONDITIONS[condition]
         axes.bar(places, shares, width * 0.92, yerr=[low, high], color=colours[condition], label=label, error_kw=error)
-    axes.set_xticks(range(len(kinds)), kinds, fontsize=8)
+    axes.set_xticks(range(len(kinds)), [kind.replace(" ", "\n", 2) for kind in kinds], fontsize=8)
     axes.set_ylim(0, 100)
     axes.set_ylabel("exact match, %")
     axes.set_title("Held-out questions", loc="left", fontsize=11, fontweight="bold")

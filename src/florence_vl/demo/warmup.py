@@ -84,7 +84,8 @@ def warm_up(
 ) -> list[dict[str, float]]:
     """Train fusion and projector, the rest untouched, and leave what trains as it was.
 
-    The projector's first layer is standardised first. The loss is InfoNCE over the batch in both directions, plus the
+    The projector's first layer is standardised first. The loss is InfoNCE over the batch in both directions, half
+    for a picture's mean token and half for one of its tokens at random (so that each says something), plus the
     squared distance to the target measured in the targets' own variance, plus the squared log ratio of the mean squared
     sizes of image tokens and word vectors: an LLM that was never shown larger vectors answers them with noise.
 
@@ -96,7 +97,7 @@ def warm_up(
         steps: Stop after that many steps too.
         batch_size: Images of a step; captions that repeat in it are not each other's negatives.
         lr: Peak learning rate of AdamW, cosine to zero over the budget.
-        seed: Of the order.
+        seed: Of the order and of the tokens that are drawn.
 
     Returns:
         A row a step: `step`, `loss`, `seconds`.
@@ -114,6 +115,7 @@ def warm_up(
     unit_IH = nn.functional.normalize(targets_IH - centre_H, dim=-1)
     captions_I = torch.unique(targets_IH, dim=0, return_inverse=True)[1]
     groups = Groups(captions_I, torch.arange(len(captions_I), device=captions_I.device))
+    draws = torch.Generator().manual_seed(seed)
     order = _epochs(len(targets_IH), min(batch_size, len(targets_IH)), seed)
     rows: list[dict[str, float]] = []
     began = time.monotonic()
@@ -129,8 +131,13 @@ def warm_up(
         fused = model.model.fusion({name: value[index] for name, value in features.items()})
         tokens_BNH = model.model.multi_modal_projector(fused)
         pooled_BH = tokens_BNH.mean(1)
-        vision_BH = nn.functional.normalize(pooled_BH - centre_H, dim=-1)
-        loss = contrastive_loss(vision_BH, unit_IH[index], groups[index].targets(), TEMPERATURE, symmetric=True)
+        places_B = torch.randint(tokens_BNH.shape[1], (len(index),), generator=draws)
+        single_BH = tokens_BNH[torch.arange(len(index)), places_B]
+        text_BH, same = unit_IH[index], groups[index].targets()
+        loss = torch.zeros((), device=tokens_BNH.device)
+        for vectors_BH in (pooled_BH, single_BH):
+            vision_BH = nn.functional.normalize(vectors_BH - centre_H, dim=-1)
+            loss = loss + contrastive_loss(vision_BH, text_BH, same, TEMPERATURE, symmetric=True) / 2
         distance = (pooled_BH - targets_IH[index]).square().mean() / variance
         optimizer.zero_grad()
         size = (tokens_BNH.square().sum(-1).mean() / word_size).log().square()
