@@ -42,6 +42,7 @@ def test_round_trip(tower, tmp_path):
     [
         ({"features": ["davit", "captoin"]}, "Did you mean 'caption'"),
         ({"features": []}, "at least one"),
+        ({"features": "davit"}, "give a list of names"),
         ({"features": ["ocr", "ocr"]}, "twice"),
         ({"fusion": "chanel"}, "Did you mean 'channel'"),
         ({"mean_token": "gird"}, "Did you mean"),

@@ -65,8 +65,8 @@ class ResultsFolder:
             raise ValueError(f"{self.path} holds files but no results (no run.json); give an empty folder with --out")
         old, new = found.get("identity", {}), dict(identity)
         # A folder may be moved: where there is a fingerprint of the weights, the model's name doesn't matter.
-        name = {"model"} if "fingerprint" in old and "fingerprint" in new else set()
-        odd = [key for key in sorted({*old, *new} - name) if old.get(key) != new.get(key)]
+        unimportant = {"model"} if "fingerprint" in old and "fingerprint" in new else set()
+        odd = [key for key in sorted({*old, *new} - unimportant) if old.get(key) != new.get(key)]
         if found and odd:
             differences = "; ".join(f"{key} is {old.get(key)!r} there, {new.get(key)!r} now" for key in odd)
             raise ValueError(f"{self.path} has answers of another model: {differences}. Give another folder with --out")

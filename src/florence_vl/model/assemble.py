@@ -309,7 +309,7 @@ def _preprocessor_settings(vision: str | Path) -> dict[str, Any]:
 def _generation_config(llm: PreTrainedModel, tokenizer: Any, end_token: str) -> GenerationConfig:
     config = llm.generation_config or GenerationConfig()
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = {*ends, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(end_token)}
-    config.eos_token_id = sorted(end for end in ends if end is not None)
+    stops = {*ends, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(end_token)}
+    config.eos_token_id = sorted(stop for stop in stops if stop is not None)
     config.pad_token_id = tokenizer.pad_token_id
     return config

@@ -81,16 +81,17 @@ class FlorenceVLConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    # Typed Any because None until __post_init__ fills them in; the docstring says what they are from then on.
+    vision_config: Any = None
+    text_config: Any = None
     tower: str = "florence2"
-    features: list[str] | tuple[str, ...] | None = None
-    prompts: dict[str, str] | None = None
-    prompt_token_ids: dict[str, list[int] | tuple[int, ...]] | None = None
+    features: Any = None
+    prompts: Any = None
+    prompt_token_ids: Any = None
     prompt_padding: str = "masked"
     prompt_length: int | None = None
     mean_token: str = "grid"
-    feature_layers: dict[str, int] | None = None
+    feature_layers: Any = None
     fusion: str = "channel"
     projector_depth: int = 3
     projector_hidden_act: str = "gelu"
@@ -115,6 +116,8 @@ class FlorenceVLConfig(PreTrainedConfig):
                 self.features = list(self.feature_layers)
             self.prompts = self.prompts or {}
             self.prompt_token_ids = self.prompt_token_ids or {}
+        if isinstance(self.features, str):
+            raise ValueError(f"features is {self.features!r}, a text; give a list of names, e.g. ['davit', 'caption']")
         self.features = list(self.features)
         self.prompt_token_ids = {name: list(ids) for name, ids in self.prompt_token_ids.items()}
         self._check()

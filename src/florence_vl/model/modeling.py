@@ -124,7 +124,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
 
     def part_modules(self, part: Part) -> list[nn.Module]:
         """Modules of a part: `tower`, `projector` (with the fusion) or `llm`."""
-        modules = {
+        modules: dict[str, list[nn.Module]] = {
             "tower": [self.vision_tower],
             "projector": [self.fusion, self.multi_modal_projector],
             "llm": [self.language_model],
@@ -265,7 +265,7 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
     def __init__(self, config: FlorenceVLConfig) -> None:
         super().__init__(config)
         self.model = FlorenceVLModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head: nn.Module = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -68,6 +68,8 @@ class Florence2Tower(VisionTower):
                 module.__class__ = DaViTChannelAttention
         self.image_projector = Florence2MultiModalProjector(florence2)
         self.encoder = BartEncoder._from_config(florence2.text_config) if config.prompt_names else None
+        self.prompt_ids: Tensor
+        self.prompt_mask: Tensor
         self.register_buffer("prompt_ids", torch.empty(0), persistent=False)
         self.register_buffer("prompt_mask", torch.empty(0), persistent=False)
         self.reset_buffers()
@@ -106,9 +108,7 @@ class Florence2Tower(VisionTower):
         limit = florence2.vision_config.max_position_embeddings
         stride = _product(florence2.vision_config.patch_stride)
         if min(rows, columns) < 1:
-            raise ValueError(
-                f"an image of {height}x{width} pixels is too small: this Florence-2 needs {stride} a side"
-            )
+            raise ValueError(f"an image of {height}x{width} pixels is too small: this Florence-2 needs {stride} a side")
         if max(rows, columns) > limit:
             raise ValueError(
                 f"an image of {height}x{width} pixels gives {rows}x{columns} positions, but this Florence-2 has "
