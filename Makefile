@@ -1,6 +1,6 @@
 # `make demo` and `make test` need Python and make, nothing else: they set up .venv themselves.
 #   PYTHON=python3.12            another interpreter for the virtual environment
-#   TORCH="torch --index-url https://download.pytorch.org/whl/cpu"   another build of PyTorch (on Linux pip's default is the CUDA build)
+#   TORCH="torch --index-url ADDRESS"    another build of PyTorch, such as the CPU builds of its own index (on Linux pip takes the CUDA build)
 #   CONSTRAINTS=                 newest versions in the ranges of pyproject.toml instead of the pinned ones
 PYTHON ?= python3
 VENV ?= .venv
@@ -45,11 +45,11 @@ setup: $(VENV)/.dev $(VENV)/.demo  ## Set up .venv for development and the demo 
 demo: $(VENV)/.demo  ## Build, train and question a small Florence-VL, offline; writes runs/demo/report.html.
 	$(BIN)/florence-vl demo $(DEMO_ARGS)
 
-test: $(VENV)/.dev  ## Run the quick tests.
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+test: $(VENV)/.dev  ## Run the quick tests, a process a core.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
 
-test-slow: setup  ## Run every test that this machine can run.
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test-slow: setup  ## Run the slow tests too.
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev  ## Check style, format and types.
 	$(BIN)/ruff check
