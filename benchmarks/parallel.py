@@ -57,7 +57,7 @@ def measure(strategy: str, output: str, rows: int) -> None:
 
 def launch(strategy: str, processes: int, output: Path, rows: int) -> subprocess.Popen[bytes]:
     """Start a run; one process needs no torchrun."""
-    arguments = [__file__, "--run", strategy, "--output", str(output), "--rows", str(rows)]
+    arguments = [__file__, "--child", strategy, "--output", str(output), "--rows", str(rows)]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     return subprocess.Popen([sys.executable, *launcher, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -71,12 +71,12 @@ def seconds(output: Path) -> float:
 def main() -> None:
     """Print step times and overheads."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run")
+    parser.add_argument("--child")
     parser.add_argument("--output")
     parser.add_argument("--rows", type=int, default=8)
     arguments = parser.parse_args()
-    if arguments.run:
-        measure(arguments.run, arguments.output, arguments.rows)
+    if arguments.child:
+        measure(arguments.child, arguments.output, arguments.rows)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

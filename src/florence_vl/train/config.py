@@ -282,12 +282,19 @@ class ActivationCheckpointingConfig:
 
 @dataclass
 class CompileConfig:
-    """torch.compile of every block of a part."""
+    """torch.compile of every block of a part.
+
+    Attributes:
+        tower: DaViT and BART blocks, or the backbone's.
+        llm: The LLM's layers.
+        backend: One of `torch.compiler.list_backends(exclude_tags=())`.
+    """
 
     __pydantic_config__ = STRICT
 
     tower: bool = False
     llm: bool = False
+    backend: str = "inductor"
 
 
 @dataclass

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from florence_vl.registry import did_you_mean
 from florence_vl.train.config import ActivationCheckpointingConfig, CompileConfig, ParallelConfig, Precision
 
 if TYPE_CHECKING:
@@ -274,11 +275,18 @@ def apply_activation_checkpointing(
 
 
 def apply_compile(model: FlorenceVLForConditionalGeneration, config: CompileConfig) -> None:
-    """torch.compile every block of a part in place: blocks are alike, so one compilation serves all of a kind."""
+    """torch.compile every block of a part in place: blocks are alike, so one compilation serves all of a kind.
+
+    Raises:
+        ValueError: Unknown backend.
+    """
+    known = torch.compiler.list_backends(exclude_tags=())
+    if (config.tower or config.llm) and config.backend not in known:
+        raise ValueError(f"unknown compile.backend {config.backend!r}. {did_you_mean(config.backend, known)}")
     for part, found in part_blocks(model).items():
         if getattr(config, part):
             for block in found:
-                block.compile()
+                block.compile(backend=config.backend)
 
 
 @dataclass
