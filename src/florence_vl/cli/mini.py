@@ -7,8 +7,21 @@ from typing import Annotated, Optional
 
 import typer
 
+epilog = """[bold]Examples[/bold]
+
+  florence-vl mini data --out runs/mini-data --samples 5000 --split train
+
+  florence-vl mini data --out runs/captions --task detailed_caption --format parquet
+
+  florence-vl mini train recipes/mini/florence2.yaml steps=20000 precision=float32
+
+  florence-vl mini eval runs/mini-florence2/model --out runs/mini-florence2/scores.json"""
+
 app = typer.Typer(
-    no_args_is_help=True, help="Data, pretraining and evaluation of the small Florence-2 that runs offline."
+    no_args_is_help=True,
+    help="Data, pretraining and evaluation of the small Florence-2 that runs offline.",
+    epilog=epilog,
+    rich_markup_mode="rich",
 )
 
 OutOption = Annotated[Path, typer.Option(help="Folder to write to.")]
