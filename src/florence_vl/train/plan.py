@@ -335,8 +335,12 @@ def _static_memory(recipe: Recipe, config: FlorenceVLConfig, devices: int, strat
         # two blocks gathered (one is fetched ahead), one block's gradient before it is reduced in fp32
         gathered = compute * (rest + 2 * sizes[0]) + (compute + 4) * sizes[0]
         memory["gathered weights"] = gathered / GIB
-    elif recipe.precision == "bf16":
-        memory["bf16 copies (autocast)"] = 2 * total / GIB
+    else:
+        if recipe.precision == "bf16":
+            memory["bf16 copies (autocast)"] = 2 * total / GIB
+        # a gradient before it is added to what is accumulated, and the optimizer's own temporary
+        largest = max((p.numel() for p in parameters if p.requires_grad), default=0)
+        memory["temporaries"] = 2 * master * largest / GIB
     return memory
 
 
