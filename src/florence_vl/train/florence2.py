@@ -6,7 +6,6 @@ run that was killed continues with exactly the samples it would have seen.
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -16,19 +15,25 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from random import Random
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from florence_vl.data.scenes import FLORENCE2_PROMPTS, Scene, SceneGenerator
+from florence_vl.data.scenes import FLORENCE2_PROMPTS, SceneGenerator
 from florence_vl.registry import did_you_mean
-from florence_vl.train.florence2_grid import GridHeads, grid_classes, grid_targets, token_loss, token_targets
+from florence_vl.train.florence2_data import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    Batches,
+    SceneTasks,
+    collate,
+    encode_prompt,
+    normalize,
+)
+from florence_vl.train.florence2_grid import GridHeads, grid_classes, token_loss
 
-IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # Florence-2's own (ImageNet)
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # ids 0..4; the first four as in BART
 # Text and charts are shown more often than in `DEFAULT_MIX`'s evaluation mix: reading takes the longest to learn.
 TRAINING_MIX = {
@@ -294,118 +299,6 @@ def copy_from_encoder(model: Any) -> None:
         nn.init.zeros_(linear.bias)
 
 
-# (prompt ids, target ids, [(grid cell, token ids), ...])
-TaskSample = tuple[list[int], list[int], list[tuple[int, list[int]]]]
-# (pixels (3, H, W) uint8, tasks, [(grid cell, class), ...])
-Sample = tuple[Tensor, list[TaskSample], list[tuple[int, int]]]
-
-
-class SceneTasks(torch.utils.data.Dataset):
-    """Sample `i`: the pixels of training scene `i` and the token ids of some of its tasks, drawn by `i`."""
-
-    def __init__(self, config: Florence2Training, tokenizer: Any) -> None:
-        self.config, self.tokenizer = config, tokenizer
-        self.scenes = SceneGenerator(config.seed, "train", config.image_size, config.mix)
-        self.step = max(1, 1000 // config.location_bins)
-        self.prompts = {t: encode_prompt(tokenizer, t) for t in config.tasks}
-        self.spelling = copy.deepcopy(tokenizer.backend_tokenizer)
-        self.spelling.model.dropout = 1.0  # no merge is made: one token a byte
-
-    def __len__(self) -> int:
-        return self.config.steps * self.config.images_per_step
-
-    def __getitem__(self, index: int) -> Sample:
-        """Pixels, prompts with targets, and what lies in the cells of the image grid."""
-        scene = self.scenes[index]
-        rng = Random(f"tasks/{self.config.seed}/{index}")
-        pixels = torch.from_numpy(np.asarray(scene.image).copy()).permute(2, 0, 1)
-        left = dict(self.config.tasks)
-        side = self.config.image_size // 32
-        samples: list[TaskSample] = []
-        while left and len(samples) < self.config.tasks_per_image:
-            task = rng.choices(list(left), list(left.values()))[0]
-            del left[task]
-            if "OCR" in task and not scene.texts and rng.random() > 0.15:
-                continue  # "no text" is worth learning, but soon learned
-            ids = self.target_ids(scene, task)
-            if ids is not None:
-                cells = token_targets(scene, task, side, self.step, self.tokenizer, self.spelling)
-                samples.append((self.prompts[task], ids, cells))
-        return pixels, samples, grid_targets(scene, side)
-
-    def target_ids(self, scene: Scene, task: str) -> list[int] | None:
-        """`<s> ... </s>`, or None where the scene has nothing to say to the task or too much."""
-        text = scene.target(task, self.step)
-        if not text and "OCR" not in task:
-            return None
-        if "OCR" in task:  # spelled: letters are what is seen, and words of the test split have no tokens of their own
-            ids = [0, *self.spelling.encode(text, add_special_tokens=False).ids, 2]
-        else:
-            ids = self.tokenizer(f"<s>{text}</s>", add_special_tokens=False)["input_ids"]
-        return ids if len(ids) <= self.config.max_target_tokens else None
-
-
-class Batches(torch.utils.data.Sampler[list[int]]):
-    """The image numbers of steps `first` to `last`: step `s` shows `s * size` to `(s + 1) * size`."""
-
-    def __init__(self, first: int, last: int, size: int) -> None:
-        self.first, self.last, self.size = first, last, size
-
-    def __len__(self) -> int:
-        return max(0, self.last - self.first)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.first, self.last):
-            yield list(range(step * self.size, (step + 1) * self.size))
-
-
-def encode_prompt(tokenizer: Any, task: str) -> list[int]:
-    """Token ids of a task's prompt as `Florence2Processor` lays it out: `<s> prompt </s>`."""
-    return tokenizer(f"<s>{FLORENCE2_PROMPTS[task]}</s>", add_special_tokens=False)["input_ids"]
-
-
-def collate(batch: list[Sample]) -> dict[str, Tensor]:
-    """Pad the tasks of a batch of images.
-
-    Returns:
-        pixels (B, 3, H, W) uint8; owner (T,) the image of each task; prompt_ids, prompt_mask (T, P); labels (T, L),
-        -100 where padded; cells (B, N, K) bool, the classes in each grid cell;
-        cell_tokens (R, 2 + M), rows of task, cell and the tokens that belong there, -1 where padded.
-    """
-    owner = [i for i, (_, samples, _) in enumerate(batch) for _ in samples]
-    pairs = [pair for _, samples, _ in batch for pair in samples]
-    side = batch[0][0].shape[-1] // 32
-    cells = torch.zeros(len(batch), side * side, len(grid_classes()), dtype=torch.bool)
-    for i, (_, _, targets) in enumerate(batch):
-        for cell, number in targets:
-            cells[i, cell, number] = True
-
-    def pad(rows: list[list[int]], value: int) -> Tensor:
-        out = torch.full((len(rows), max(map(len, rows))), value)
-        for i, row in enumerate(rows):
-            out[i, : len(row)] = torch.tensor(row)
-        return out
-
-    prompt_ids = pad([p for p, _, _ in pairs], 1)
-    return {
-        "pixels": torch.stack([pixels for pixels, _, _ in batch]),
-        "cells": cells,
-        "owner": torch.tensor(owner),
-        "prompt_ids": prompt_ids,
-        "prompt_mask": (prompt_ids != 1).long(),
-        "labels": pad([t for _, t, _ in pairs], -100),
-        "cell_tokens": pad(
-            [[i, cell, *ids] for i, (_, _, rows) in enumerate(pairs) for cell, ids in rows] or [[0, 0]], -1
-        ),
-    }
-
-
-def normalize(pixels: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) to what the vision tower takes: ImageNet's mean and standard deviation."""
-    mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
-    return (pixels.float() / 255 - mean) / std
-
-
 def seq2seq_loss(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cross-entropy of every target token.
 
@@ -537,12 +430,8 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
     stop: list[int] = []
     previous = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
     names = {tuple(ids): task for task, ids in data.prompts.items()}
-    sums: dict[str, list[float]] = {}
-    grid_sum = said_sum = 0.0
-
-    def task_of_row(row: list[int]) -> str:
-        return names[tuple(v for v in row if v != 1)]
-
+    tasks = list(config.tasks)
+    sums, grids = torch.zeros(2, len(tasks), device=device), torch.zeros(2, device=device)
     began, seen = time.perf_counter(), 0
 
     def save() -> None:
@@ -561,9 +450,9 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
 
     try:
         for batch in loader:
-            text_tasks = torch.tensor(
-                ["OCR" in task_of_row(row) for row in batch["prompt_ids"].tolist()], device=device
-            )
+            asked = [names[tuple(v for v in row if v != 1)] for row in batch["prompt_ids"].tolist()]
+            numbers = torch.tensor([tasks.index(task) for task in asked], device=device)
+            text_tasks = torch.tensor(["OCR" in task for task in asked], device=device)
             batch = {k: v.to(device) for k, v in batch.items()}
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * _lr_factor(step, config)
@@ -583,28 +472,28 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
                 decay = min(config.ema_decay, (1 + step) / (10 + step))
                 torch._foreach_lerp_(list(ema.values()), [p.detach() for p in model.parameters()], 1 - decay)
             seen += len(batch["pixels"])
-            grid_sum += grid.item()
-            said_sum += said.item()
-            for i, row in enumerate(batch["prompt_ids"].tolist()):
-                entry = sums.setdefault(task_of_row(row), [0.0, 0.0])
-                mine = losses.detach()[task_of == i]
-                entry[0] += mine.sum().item()
-                entry[1] += mine.numel()
+            sums[0].index_add_(0, numbers[task_of], losses.detach())
+            sums[1].index_add_(0, numbers[task_of], torch.ones_like(losses))
+            grids += torch.stack([grid.detach(), said.detach()])
             if step % config.log_every == 0 or step == config.steps:
                 now = time.perf_counter()
+                (total, count), steps = sums.cpu(), seen / config.images_per_step
+                by_task = {t: round(float(x / n), 4) for t, x, n in zip(tasks, total, count, strict=True) if n}
                 line = {
                     "step": step,
-                    "loss": round(sum(v[0] for v in sums.values()) / sum(v[1] for v in sums.values()), 4),
+                    "loss": round(float(total.sum() / count.sum()), 4),
                     "lr": round(optimizer.param_groups[0]["lr"], 7),
-                    "grid": round(grid_sum / config.log_every, 4),
-                    "grid_tokens": round(said_sum / config.log_every, 4),
+                    "grid": round(grids[0].item() / steps, 4),
+                    "grid_tokens": round(grids[1].item() / steps, 4),
                     "grad_norm": round(norm.item(), 3),
                     "images_per_second": round(seen / (now - began), 2),
-                    **{task: round(v[0] / v[1], 4) for task, v in sorted(sums.items())},
+                    **by_task,
                 }
                 with (out / "metrics.jsonl").open("a") as file:
                     file.write(json.dumps(line) + "\n")
-                sums, grid_sum, said_sum, began, seen = {}, 0.0, 0.0, now, 0
+                began, seen = now, 0
+                sums.zero_()
+                grids.zero_()
             if step % config.save_every == 0:
                 save()
             if stop:
@@ -641,3 +530,20 @@ def export(out: str | Path, target: str | Path | None = None, dtype: torch.dtype
     model.to(dtype).save_pretrained(target)
     Florence2Processor.from_pretrained(out / "start").save_pretrained(target)
     return target
+
+
+__all__ = [
+    "Florence2Training",
+    "SceneTasks",
+    "build_mini_florence2",
+    "collate",
+    "encode_prompt",
+    "export",
+    "florence2_processor",
+    "mini_florence2_config",
+    "normalize",
+    "read_recipe",
+    "seq2seq_loss",
+    "train",
+    "train_tokenizer",
+]
