@@ -247,7 +247,7 @@ def run_demo(folder: Path, settings: DemoSettings | None = None, say: Say = prin
     conditions = ("before", "no picture", "other picture", "after")
     summary = {
         "date": date.today().strftime("%d %B %Y").lstrip("0"),
-        "machine": f"{threads} CPU threads ({platform.machine()}), Python {platform.python_version()}, "
+        "machine": f"CPU, threads: {threads} ({platform.machine()}), Python {platform.python_version()}, "
         f"torch {torch.__version__}",
         "summary": _summary(model, settings),
         "tower_note": tower_note,

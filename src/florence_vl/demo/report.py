@@ -128,8 +128,9 @@ def choose_cards(questions: list[dict[str, Any]], number: int = CARDS) -> list[d
         wrong = [q for q in group if not q["right"][MAIN]]
         take = min(len(right), round(wanted * len(right) / len(group)))
         chosen += right[:take] + wrong[: wanted - take]
-    order = {id(question): place for place, question in enumerate(questions)}
-    return sorted(chosen[:number], key=lambda question: order[id(question)])
+    turns = {kind: [question for question in chosen if question["kind"] == kind] for kind in kinds}
+    mixed = [group[turn] for turn in range(number) for group in turns.values() if turn < len(group)]
+    return mixed[:number]
 
 
 def write_report(folder: Path) -> Path:
