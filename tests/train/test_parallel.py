@@ -159,14 +159,18 @@ def test_impossible_strategies_are_refused() -> None:
             pick_device("cuda")
 
 
+def test_an_unknown_compiler_is_refused(tiny_run: ModuleType) -> None:
+    with pytest.raises(ValueError, match=r"unknown compile.backend 'inducter'. Did you mean 'inductor'"):
+        apply_compile(tiny_run.tiny(), CompileConfig(llm=True, backend="inducter"))
+
+
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_losses(tiny_run: ModuleType, tmp_path: Path) -> None:
     eager = tiny_run.run(tmp_path / "eager", parts=FROZEN_TOWER, **{**BASE, "steps": 2})
     for backend, compile_config in {"llm": {"llm": True}, "both": {"llm": True, "tower": True}}.items():
         compiled = {**compile_config, "backend": "aot_eager"}  # traces as inductor does, without a C++ compiler
         losses = tiny_run.run(tmp_path / backend, parts=FROZEN_TOWER, compile=compiled, **{**BASE, "steps": 2})
         assert losses == pytest.approx(eager, abs=1e-5)
-    with pytest.raises(ValueError, match=r"unknown compile.backend 'inducter'. Did you mean 'inductor'"):
-        apply_compile(tiny_run.tiny(), CompileConfig(llm=True, backend="inducter"))
 
 
 @pytest.mark.slow

@@ -323,8 +323,8 @@ def _summary(model: FlorenceVLForConditionalGeneration, settings: DemoSettings) 
         "One Florence-2 is asked several questions about a picture; its features (DaViT's, and the encoder's after the "
         "prompts for a caption, for text and for regions) are fused by channel, projected, and stand among the word "
         f"vectors of a language model: {tokens} tokens for {side} x {side} pixels. A contrastive warm-up of the "
-        "projector, stage 1 on captions (everything trains) and stage 2 on questions (the tower is frozen) follow the "
-        "paper in small."
+        "projector, stage 1 on captions (tower, projector and the last third of the LLM train) and stage 2 on "
+        "questions (the tower is frozen) follow the paper in small."
     )
 
 
