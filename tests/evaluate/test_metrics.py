@@ -71,6 +71,12 @@ def test_right_empty_and_runaway(name: str) -> None:
     assert (found.score, found.kind) == (0, "runaway")
 
 
+@pytest.mark.parametrize("answer", ["inf", "-INF.", "nan", "The answer is " + "9" * 400, "9" * 400])
+def test_numbers_that_are_none(answer: str) -> None:
+    reference, _ = REFERENCES["mathvista"]
+    assert METRICS["mathvista"].judge(answer, reference).score == 0
+
+
 @pytest.mark.parametrize("name", REFERENCES)
 @given(answer=st.text(max_size=40), finished=st.booleans())
 @settings(max_examples=60, deadline=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -101,14 +102,17 @@ def read_number(answer: str) -> float | None:
     text = answer.strip()
     bare = text.rstrip(".").lstrip("$€£ ").rstrip("% ").replace(",", "")
     try:
-        return float(bare)
+        value = float(bare)
     except ValueError:
         pass
-    stated = {_float(number) for number in _STATED_NUMBER.findall(text)}
+    else:
+        return value if math.isfinite(value) else None  # Python reads "inf" and "nan" as numbers
+    stated = {value for number in _STATED_NUMBER.findall(text) if math.isfinite(value := _float(number))}
     if len(stated) == 1:
         return stated.pop()
     sentences = [part for part in re.split(r"(?<=[.!?])\s+|\n", text) if part.strip()]
-    last = {_float(number) for number in _PLAIN_NUMBER.findall(sentences[-1])} if sentences else set()
+    plain = _PLAIN_NUMBER.findall(sentences[-1]) if sentences else []
+    last = {value for number in plain if math.isfinite(value := _float(number))}
     return last.pop() if len(last) == 1 and not stated else None
 
 
