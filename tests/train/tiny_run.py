@@ -14,7 +14,7 @@ import torch
 
 from florence_vl.data.sampler import mix
 from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
-from florence_vl.testing import TINY_IMAGE_TOKEN_ID, tiny_config
+from florence_vl.testing import TINY_IMAGE_TOKEN_ID, tiny_config, tiny_model
 from florence_vl.train import train
 
 IMAGE_TOKENS = 4
@@ -121,9 +121,13 @@ def run(
     model: FlorenceVLForConditionalGeneration | None = None,
     kill_with: int = signal.SIGKILL,
     processor: Any = None,
+    tiny_data: bool = False,
     **changes: Any,
 ) -> list[float]:
-    """Train, perhaps die at a step; the losses of all steps that the folder knows."""
+    """Train, perhaps die at a step; the losses of all steps that the folder knows.
+
+    `tiny_data` reads the recipe's own data with the tiny processor instead of making synthetic batches.
+    """
 
     def maybe_die(_trainer: Any, row: Mapping[str, Any]) -> None:
         if kill_at is not None and row["step"] == kill_at:
@@ -132,11 +136,13 @@ def run(
     def batches(step: int, rank: int, size: int, _state: Any) -> SyntheticBatches:
         return SyntheticBatches(step, rank, size, per_step, micro, packed, text_only)
 
+    if tiny_data:
+        model, processor = tiny_model()
     train(
         recipe(output, **changes),
         model=model if model is not None else tiny(),
         processor=processor,
-        batches=batches,
+        batches=None if tiny_data else batches,
         resume=resume,
         callbacks=[maybe_die],
     )

@@ -458,11 +458,11 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if len(steps) > 1:
         raise ValueError(f"the ranks' data states are of different steps: {sorted(steps)}")
     merged = dict(states[0])
-    merged["cursors"], merged["reports"] = {}, {}
     for state in states:
         check_fingerprint(state["fingerprint"], merged["fingerprint"])
-        merged["cursors"].update(state["cursors"])
-        merged["reports"].update(state["reports"])
+    for part in ("cursors", "reports", "streams"):  # by lane or rank; only `data.stream` has streams
+        if part in merged:
+            merged[part] = {key: value for state in states for key, value in state[part].items()}
     return merged
 
 

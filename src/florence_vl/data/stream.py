@@ -294,6 +294,14 @@ class StreamBatches(Iterator[dict[str, torch.Tensor]]):
         counts = None
         self._step = self._taken = 0
         if state is not None:
+            for key in ("world size", "workers"):
+                found = state["fingerprint"].get(key)
+                if found not in (None, fingerprint[key]):
+                    raise ValueError(
+                        "a stream goes on with as many processes and workers as it was saved with: "
+                        f"{key} was {found} at the checkpoint and is {fingerprint[key]} now; restore it, or start a "
+                        "new run from the checkpoint's weights"
+                    )
             check_fingerprint(state["fingerprint"], fingerprint)
             if str(rank) not in state["streams"]:
                 raise ValueError(f"the data state has no stream of rank {rank}: found {sorted(state['streams'])}")
@@ -395,7 +403,7 @@ def build_stream(
     check_sizes(encoder, packing, rank, world_size, 0)
     folder = files.local(path)
     if not files.is_url(folder) and not folder.endswith((".yaml", ".yml")) and not Path(folder, ".nv-meta").is_dir():
-        raise FileNotFoundError(f"{folder} is not prepared for streaming: call prepare_shards({folder!r}) once")
+        raise FileNotFoundError(f"{folder} is not prepared for streaming; once: florence-vl data prepare {folder}")
     source = name or Path(folder.rstrip("/")).stem
     task = RecordTaskEncoder(
         encoder, packing, source, Caption(caption or "txt", as_prompts(prompts), tuple(strip_prefixes)), filters
@@ -423,6 +431,7 @@ def build_stream(
         "packing.global_batch_size": packing.global_batch_size,
         "packing.tokens_per_row": packing.tokens_per_row,
         "packing.max_images_per_row": packing.max_images_per_row,
+        "filters": [keep.key() for keep in filters],
     }
     # in this process, collecting garbage is the training loop's business
     collect = {} if num_workers else {"gc_collect_every_n_steps": 0}

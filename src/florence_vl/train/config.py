@@ -111,11 +111,55 @@ class PackingConfig:
 
 
 @dataclass
+class FilterConfig:
+    """Keeps the samples whose JSON key passes a test.
+
+    Attributes:
+        column: The key.
+        test: One of `== != <= >= in not in filled`.
+        value: What to compare with.
+    """
+
+    __pydantic_config__ = STRICT
+
+    column: str
+    test: str
+    value: Any = True
+
+
+@dataclass
+class StreamConfig:
+    """WebDataset shards, read in sequence through megatron-energon (extra `[stream]`).
+
+    Attributes:
+        path: Folder of shards that `florence-vl data prepare` has indexed, a `.yaml` metadataset of energon that blends
+            several by weight, or a URL of either.
+        shuffle_buffer: Samples in the shuffle buffer of a worker; shards are shuffled in any case.
+        name: Shown in reports; the folder's by default.
+        caption: Key of the caption in the JSON member; None takes the text member.
+        prompts: Questions for captions; None takes the reader's.
+        strip_prefixes: Openings to cut from captions.
+        filters: Samples to keep.
+    """
+
+    __pydantic_config__ = STRICT
+
+    path: str
+    shuffle_buffer: int = 1000
+    name: str | None = None
+    caption: str | None = None
+    prompts: str | list[str] | None = None
+    strip_prefixes: list[str] = field(default_factory=list)
+    filters: list[FilterConfig] = field(default_factory=list)
+
+
+@dataclass
 class DataConfig:
-    """What is trained on.
+    """What is trained on: `sources`, whose every record has a number, or a `stream` of shards.
 
     Attributes:
         sources: The mixture.
+        stream: Instead of `sources`. The number of processes and workers must stay the same over the run.
         weighting: `repeats`: a source's weight is how often it is passed in an epoch; `proportions`: its share of the
             stream whatever its size.
         template: Chat template that labels come from; None takes the processor's own.
@@ -131,6 +175,7 @@ class DataConfig:
     __pydantic_config__ = STRICT
 
     sources: list[SourceConfig] = field(default_factory=list)
+    stream: StreamConfig | None = None
     weighting: Literal["repeats", "proportions"] = "repeats"
     template: str | None = None
     template_options: dict[str, Any] = field(default_factory=dict)
@@ -452,6 +497,7 @@ class Recipe:
             value = getattr(self, key)
             if value is not None and value <= 0:
                 problems.append(f"`{key}` must be above 0, found {value}")
+        problems += self._check_stream()
         if self.data.template_options and self.data.template is None:
             problems.append("`data.template_options` needs `data.template`")
         if self.model.path is not None and self.model.build is not None:
@@ -494,6 +540,23 @@ class Recipe:
         if problems:
             raise ValueError(f"recipe {self.name or '(unnamed)'}: " + "; ".join(problems))
         return self
+
+    def _check_stream(self) -> list[str]:
+        """What a stream can't go with; a setting that it would ignore is an error."""
+        data, problems = self.data, []
+        if data.stream is None:
+            return []
+        if data.sources:
+            problems.append("give only one of `data.sources` and `data.stream`")
+        if self.epochs is not None:
+            problems.append("`epochs` is for `data.sources`; a `data.stream` has no end: give `steps`")
+        if data.weighting != "repeats":
+            problems.append("`data.weighting` is for `data.sources`; a metadataset's weights blend a `data.stream`")
+        if not data.shuffle:
+            problems.append("`data.shuffle: false` is for `data.sources`; the shards of a `data.stream` are shuffled")
+        if data.stream.shuffle_buffer < 0:
+            problems.append(f"`data.stream.shuffle_buffer` must be 0 or more, found {data.stream.shuffle_buffer}")
+        return problems
 
 
 def plain_types(value: Any) -> Any:

@@ -1,17 +1,20 @@
-"""The recipe's data section as a stream of batches: sources -> mixture -> encode -> packing."""
+"""The recipe's data section as batches: sources -> mixture -> encode -> packing, or shards -> the same by energon."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from florence_vl.data.layout import PackingConfig as BatchPlan
 from florence_vl.data.mixture import Mixture, MixtureSource
 from florence_vl.data.packing import Batches, build_batches, estimate_steps
-from florence_vl.data.readers import Reader, open_reader
+from florence_vl.data.readers import Filter, Reader, open_reader
 from florence_vl.data.records import Record
-from florence_vl.train.config import DataConfig, Recipe, SourceConfig
+from florence_vl.train.config import DataConfig, Recipe, SourceConfig, StreamConfig
+
+if TYPE_CHECKING:
+    from florence_vl.data.stream import StreamBatches
 
 
 class LimitedReader:
@@ -67,7 +70,7 @@ def build_mixture(
         ValueError: No sources, or as `open_source`.
     """
     if not sources:
-        raise ValueError("the recipe names no data: set data.sources")
+        raise ValueError("the recipe names no data: set data.sources, or data.stream for shards")
     opened: list[MixtureSource] = []
     names: dict[str, int] = {}
     for source in sources:
@@ -78,6 +81,20 @@ def build_mixture(
     return Mixture(
         opened, weighting=config.weighting, seed=seed, shuffle=config.shuffle if shuffle is None else shuffle
     )
+
+
+def require_energon() -> None:
+    """Refuse a stream where its reader isn't installed.
+
+    Raises:
+        ValueError: megatron-energon is missing.
+    """
+    try:
+        import megatron.energon  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"data.stream reads shards through megatron-energon ({error}): pip install 'florence-vl[stream]'"
+        ) from None
 
 
 def apply_template(processor: Any, config: DataConfig) -> None:
@@ -111,7 +128,11 @@ class TrainingData:
         config = recipe.data
         apply_template(processor, config)
         self.recipe, self.config, self.processor = recipe, config, processor
-        self.mixture = build_mixture(config.sources, config, recipe.seed)
+        self._mixture: Mixture | None = None
+        if config.stream is not None:
+            require_energon()
+        else:
+            self._mixture = build_mixture(config.sources, config, recipe.seed)
         self.encoder = Encoder(processor, max_length=config.max_length, on_long=config.on_long)
         packing = config.packing
         self.plan = BatchPlan(
@@ -127,8 +148,37 @@ class TrainingData:
             bad_records_file=str(recipe.run_dir / "bad_records.jsonl"),
         )
 
-    def batches(self, start_step: int, rank: int, size: int, state: Mapping[str, Any] | None) -> Batches:
-        """The stream of one process from a step on."""
+    @property
+    def mixture(self) -> Mixture:
+        """The sources.
+
+        Raises:
+            ValueError: The recipe streams its data.
+        """
+        if self._mixture is None:
+            assert self.config.stream is not None
+            raise ValueError(
+                "the recipe streams its data (data.stream), whose records have no numbers; look at the shards "
+                f"themselves: florence-vl data inspect {self.config.stream.path}"
+            )
+        return self._mixture
+
+    def batches(
+        self, start_step: int, rank: int, size: int, state: Mapping[str, Any] | None
+    ) -> Batches | StreamBatches:
+        """The batches of one process from a step on.
+
+        Args:
+            start_step: Optimizer steps done.
+            rank: This process.
+            size: Number of processes.
+            state: Data state of the checkpoint, of all ranks; a stream can't go on without.
+
+        Raises:
+            ValueError: The sizes do not divide, or the state is of other data or of another number of processes.
+        """
+        if self.config.stream is not None:
+            return self._stream(self.config.stream, start_step, rank, size, state)
         return build_batches(
             self.mixture,
             self.encoder,
@@ -140,6 +190,32 @@ class TrainingData:
             num_workers=self.config.workers,
             state=state,
             pin_memory=True,
+        )
+
+    def _stream(
+        self, config: StreamConfig, start_step: int, rank: int, size: int, state: Mapping[str, Any] | None
+    ) -> StreamBatches:
+        from florence_vl.data.stream import build_stream
+
+        if start_step and state is None:
+            raise ValueError(
+                f"the checkpoint of step {start_step} holds no data state, which a data.stream goes on from"
+            )
+        return build_stream(
+            config.path,
+            self.encoder,
+            self.plan,
+            seed=self.recipe.seed,
+            rank=rank,
+            world_size=size,
+            num_workers=self.config.workers,
+            state=state,
+            shuffle_buffer=config.shuffle_buffer,
+            name=config.name,
+            caption=config.caption,
+            prompts=config.prompts,
+            strip_prefixes=config.strip_prefixes,
+            filters=[Filter(**vars(item)) for item in config.filters],
         )
 
     def steps(self, epochs: float) -> int:

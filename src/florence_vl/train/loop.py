@@ -227,6 +227,7 @@ class Trainer:
 
     def _set_up(self, checkpoint: Path | None) -> None:
         recipe, world = self.recipe, self.world
+        self._preflight()
         seed_everything(recipe.seed)
         if self._given_model is not None:
             model = self._given_model
@@ -270,6 +271,13 @@ class Trainer:
         )
         self._prepare_flops()
         self._print_table()
+
+    def _preflight(self) -> None:
+        """Refuse what can be refused before a model is loaded."""
+        if self.recipe.data.stream is not None and self._given_batches is None:
+            from florence_vl.train.data import require_energon
+
+            require_energon()
 
     def _prepare_flops(self) -> None:
         """Count the model once, for MFU, where the device's peak is known."""
