@@ -115,12 +115,12 @@ def test_held_out_loss_is_a_mean_over_supervised_tokens(data: Path, tmp_path: Pa
     values["logging"] |= {"profile_steps": [2, 3]}
     train(values, model=model, processor=processor)
     rows = read_metrics(tmp_path / "metrics.jsonl")
-    assert ["eval_loss" in row for row in rows] == [False, True, True]
+    assert ["eval/loss" in row for row in rows] == [False, True, True]
     loaded = load_recipe(values)
     assert loaded.evaluate is not None
     world = World(torch.device("cpu"))
     mean = HeldOut(loaded, loaded.evaluate, processor, world).loss(LossModule(model, (64, 64)))
-    assert mean == pytest.approx(rows[-1]["eval_loss"], rel=1e-5)
+    assert mean == pytest.approx(rows[-1]["eval/loss"], rel=1e-5)
     encoder, reader = Encoder(processor, max_length=160), open_source(loaded.evaluate.sources[0])
     losses, tokens = 0.0, 0
     for index in range(5):  # one by one, through the public forward pass

@@ -1,20 +1,40 @@
-"""A small evaluation on a fixed sample, for the training loop to call every so many steps."""
+"""A small evaluation on a fixed sample, while a model trains: the recipe's `evaluate.suite`, or a callback."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from florence_vl.evaluate.answer import batches
-from florence_vl.evaluate.benchmark import select
+from florence_vl.evaluate.benchmark import Benchmark, select
 from florence_vl.evaluate.local import LocalAnswerer
 from florence_vl.evaluate.metrics import stratify
 from florence_vl.evaluate.mini import is_mini, mini_folder
 from florence_vl.evaluate.question import Question
 from florence_vl.evaluate.store import append_lines
 from florence_vl.evaluate.suites import choose
+
+# Benchmarks with the questions that are asked of each.
+Sample = Sequence[tuple[Benchmark, Sequence[Question]]]
+
+
+def choose_scorable(suite: str) -> list[Benchmark]:
+    """The benchmarks of a suite.
+
+    Raises:
+        ValueError: Unknown names, or a benchmark that needs a judge.
+    """
+    chosen = choose(suite)
+    if needing := [b.name for b in chosen if b.judge == "required"]:
+        raise ValueError(f"{', '.join(needing)} can't be scored during training: they need a judge")
+    return chosen
+
+
+def read_sample(suite: str = "mini", limit: int = 32, seed: int = 0, data: Path | None = None) -> Sample:
+    """The questions of a fixed sample of a suite; arguments and errors as of `evaluate_sample`."""
+    return [(benchmark, _cached(benchmark.name, limit, seed, data)) for benchmark in choose_scorable(suite)]
 
 
 def evaluate_sample(
@@ -47,30 +67,32 @@ def evaluate_sample(
         FileNotFoundError: A benchmark's file isn't there.
         ValueError: Unknown names, or a benchmark that needs a judge.
     """
+    return score_sample(model, processor, read_sample(suite, limit, seed, data), batch_size)
+
+
+def score_sample(model: Any, processor: Any, sample: Sample, batch_size: int = 16) -> dict[str, float]:
+    """Score a model in memory on what `read_sample` gave; see `evaluate_sample` for the rest."""
     import torch
 
-    chosen = choose(suite)
-    if needing := [b.name for b in chosen if b.judge == "required"]:
-        raise ValueError(f"{', '.join(needing)} can't be scored during training: they need a judge")
-    state = torch.random.get_rng_state()
+    device = torch.device(model.device)
     answerer = LocalAnswerer(model, processor, batch_size, identity={"model": "in training"})
     found: dict[str, float] = {}
     unfinished = asked = 0
-    try:
-        for benchmark in chosen:
-            questions = _cached(benchmark.name, limit, seed, data)
-            judged = []
-            for batch in batches(questions, batch_size):
-                for question, answer in zip(batch, answerer.answer(batch, benchmark.generation), strict=True):
-                    word = benchmark.scorer.judge(answer.text, question.reference, answer.finished)
-                    judged.append((word, question.reference))
-                    unfinished += not answer.finished
-            asked += len(questions)
-            scores = benchmark.scorer.combine(stratify(benchmark.scorer, judged).means())
-            found[f"eval/{benchmark.name}"] = scores[benchmark.scorer.headline]
-    finally:
-        answerer.close()
-        torch.random.set_rng_state(state)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            for benchmark, questions in sample:
+                judged = []
+                for batch in batches(questions, batch_size):
+                    for question, answer in zip(batch, answerer.answer(batch, benchmark.generation), strict=True):
+                        word = benchmark.scorer.judge(answer.text, question.reference, answer.finished)
+                        judged.append((word, question.reference))
+                        unfinished += not answer.finished
+                asked += len(questions)
+                scores = benchmark.scorer.combine(stratify(benchmark.scorer, judged).means())
+                found[f"eval/{benchmark.name}"] = scores[benchmark.scorer.headline]
+        finally:
+            answerer.close()
     if len(found) > 1:
         found["eval/mean"] = sum(found.values()) / len(found)
     found["eval/unfinished"] = unfinished / asked
@@ -80,8 +102,9 @@ def evaluate_sample(
 class SampleEvaluation:
     """A callback of `florence_vl.train.train` that scores the model every so many steps.
 
-    Scores go to `evaluation.jsonl` in the run's folder, to the run's trackers, and to `history`. For runs in one
-    process: a sharded model can't generate on one of its processes alone.
+    Scores go to `evaluation.jsonl` in the run's folder, to the run's trackers, and to `history`. A recipe says the same
+    with `evaluate.suite`, which also works with several processes. This is for runs in one process: a sharded model
+    can't generate on one of its processes alone.
 
     Args:
         every_steps: Each so many steps.
@@ -120,7 +143,7 @@ def _cached(name: str, limit: int, seed: int, data: Path | None) -> tuple[Questi
     if is_mini(benchmark):
         folder = mini_folder()
     elif data is None:
-        raise ValueError(f"{name!r} needs a folder with its files: pass data=")
+        raise ValueError(f"{name!r} needs a folder with its files: give data (in a recipe, evaluate.data)")
     else:
         folder = data
     return tuple(select(benchmark.questions(folder), benchmark.scorer, limit, seed))

@@ -409,19 +409,28 @@ class GuardsConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Loss on held-out records during the run.
+    """A small evaluation during the run: the loss on held-out records, scores on a suite, or both.
 
     Attributes:
         every_steps: Each so many steps, and at the end.
-        sources: Held-out records.
+        sources: Held-out records, for `eval/loss`.
         samples: How many of them, the first ones.
+        suite: Suites or benchmarks with commas between them, as `florence-vl evaluate` takes them, for
+            `eval/<benchmark>`. The model must be whole in one process: none or ddp.
+        limit: About so many questions of each benchmark; the same ones every time.
+        data: Folder with the benchmarks' files; the mini suite needs none.
+        batch_size: Questions answered at a time.
     """
 
     __pydantic_config__ = STRICT
 
     every_steps: int
-    sources: list[SourceConfig]
+    sources: list[SourceConfig] = field(default_factory=list)
     samples: int = 256
+    suite: str | None = None
+    limit: int = 100
+    data: str | None = None
+    batch_size: int = 16
 
 
 @dataclass
@@ -497,7 +506,7 @@ class Recipe:
             value = getattr(self, key)
             if value is not None and value <= 0:
                 problems.append(f"`{key}` must be above 0, found {value}")
-        problems += self._check_stream()
+        problems += self._check_stream() + self._check_evaluate()
         if self.data.template_options and self.data.template is None:
             problems.append("`data.template_options` needs `data.template`")
         if self.model.path is not None and self.model.build is not None:
@@ -556,6 +565,19 @@ class Recipe:
             problems.append("`data.shuffle: false` is for `data.sources`; the shards of a `data.stream` are shuffled")
         if data.stream.shuffle_buffer < 0:
             problems.append(f"`data.stream.shuffle_buffer` must be 0 or more, found {data.stream.shuffle_buffer}")
+        return problems
+
+    def _check_evaluate(self) -> list[str]:
+        config, problems = self.evaluate, []
+        if config is None:
+            return []
+        if not config.sources and config.suite is None:
+            problems.append("`evaluate` evaluates nothing: give `evaluate.sources`, `evaluate.suite` or both")
+        if config.suite is None and config.data is not None:
+            problems.append("`evaluate.data` is for `evaluate.suite`")
+        for key in ("every_steps", "samples", "limit", "batch_size"):
+            if getattr(config, key) <= 0:
+                problems.append(f"`evaluate.{key}` must be above 0, found {getattr(config, key)}")
         return problems
 
 

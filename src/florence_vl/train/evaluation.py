@@ -1,7 +1,13 @@
-"""Loss on held-out records during a run, over all processes, with nothing random in it."""
+"""Evaluation during a run: the loss on held-out records over all processes, and scores on a sample of a suite.
+
+Neither changes the run: nothing is drawn that training would draw, and modes are put back.
+"""
 
 from __future__ import annotations
 
+import time
+from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +21,8 @@ from florence_vl.train.data import build_mixture
 from florence_vl.train.steps import count_supervised, to_device
 
 if TYPE_CHECKING:
-    from florence_vl.train.parallel import World
+    from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+    from florence_vl.train.parallel import Parallelised, World
 
 
 class HeldOut:
@@ -66,3 +73,116 @@ class HeldOut:
             count += count_supervised(batch)
         sums = self.world.gather([loss, count]).sum(0)
         return float(sums[0] / sums[1].clamp(min=1))
+
+
+class SuiteScores:
+    """Scores of the model on a fixed sample of a suite; the main process asks while the others wait.
+
+    Args:
+        config: `suite`, `limit`, `data` and `batch_size` of it are used.
+        world: The processes.
+
+    Raises:
+        FileNotFoundError: A benchmark's file isn't there.
+        ValueError: Unknown suite or benchmark, or one that needs a judge.
+    """
+
+    def __init__(self, config: EvaluateConfig, world: World) -> None:
+        from florence_vl.evaluate.sample import choose_scorable, read_sample  # training knows no more of evaluate/
+
+        assert config.suite is not None
+        self.config, self.world = config, world
+        choose_scorable(config.suite)
+        folder = None if config.data is None else Path(config.data).expanduser()
+        self.sample = read_sample(config.suite, config.limit, data=folder) if world.is_main else []
+
+    def scores(self, model: FlorenceVLForConditionalGeneration, processor: Any) -> dict[str, float]:
+        """Scores by name, the same on every process. Every process calls it, with a model that is whole there."""
+        found: dict[str, float] = {}
+        if self.world.is_main:
+            from florence_vl.evaluate.sample import score_sample
+
+            found = score_sample(model, processor, self.sample, self.config.batch_size)
+        return self.world.gather_objects(found)[0]
+
+
+def check_suite(recipe: Recipe, world: World) -> SuiteScores | None:
+    """Read the sample of `evaluate.suite`, before a model is loaded.
+
+    Raises:
+        FileNotFoundError: A benchmark's file isn't there.
+        ValueError: Unknown names, a benchmark that needs a judge, or a model that will be sharded.
+    """
+    from florence_vl.train.parallel import resolve_strategy
+
+    if recipe.evaluate is None or recipe.evaluate.suite is None:
+        return None
+    strategy = resolve_strategy(recipe.parallel, world)
+    if strategy not in ("none", "ddp"):
+        raise ValueError(
+            f"evaluate.suite generates answers, which needs the whole model in a process, and parallel.strategy is "
+            f"{strategy} here. Use parallel.strategy=ddp, or evaluate.sources (the loss on held-out records) alone and "
+            "score exports: florence-vl export RUN, florence-vl evaluate --model RUN/model"
+        )
+    return SuiteScores(recipe.evaluate, world)
+
+
+class RunEvaluation:
+    """What a recipe's `evaluate` asks for.
+
+    Args:
+        recipe: The recipe; its `evaluate` is set.
+        processor: The model's, with the recipe's chat template.
+        world: The processes.
+        suite: Of `check_suite`.
+
+    Raises:
+        ValueError: There is no processor, or as the sources' readers.
+    """
+
+    def __init__(self, recipe: Recipe, processor: Any, world: World, suite: SuiteScores | None) -> None:
+        assert recipe.evaluate is not None
+        if processor is None:
+            raise ValueError("`evaluate` needs the model's processor")
+        self.config, self.processor, self.suite = recipe.evaluate, processor, suite
+        self.held_out = HeldOut(recipe, self.config, processor, world) if self.config.sources else None
+        self._recipe, self._device_type = recipe, world.device.type
+
+    def is_due(self, step: int, last: bool) -> bool:
+        """Whether to evaluate after a step; the last one is always due."""
+        return last or step % self.config.every_steps == 0
+
+    def run(self, parallel: Parallelised) -> dict[str, float]:
+        """`eval/loss`, `eval/<benchmark>` and `eval/seconds`, the same on every process. Every process calls it.
+
+        The modules' modes are left as they were.
+        """
+        began = time.monotonic()
+        modes = [(module, module.training) for module in parallel.module.modules()]
+        found: dict[str, float] = {}
+        try:
+            if self.held_out is not None:
+                found["eval/loss"] = self.held_out.loss(parallel.module)
+            if self.suite is not None:
+                with self._as_trained():
+                    found |= self.suite.scores(parallel.model, self.processor)
+        finally:
+            for module, training in modes:  # one by one: frozen parts stay as they were
+                module.training = training
+        return found | {"eval/seconds": time.monotonic() - began}
+
+    def _as_trained(self) -> ExitStack:
+        """The run's compute type; and no compiled blocks, as generation has a shape a token."""
+        stack = ExitStack()
+        if self._recipe.precision == "bf16":
+            stack.enter_context(torch.autocast(self._device_type, torch.bfloat16))
+        if self._recipe.compile.tower or self._recipe.compile.llm:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        return stack
+
+
+def describe_scores(found: dict[str, float]) -> str:
+    """Scores as a line for people."""
+    shown = {key.removeprefix("eval/"): value for key, value in found.items()}
+    seconds = shown.pop("seconds")
+    return "evaluation: " + "  ".join(f"{key} {value:.4g}" for key, value in shown.items()) + f"  ({seconds:.1f} s)"

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from florence_vl.data.sampler import mix
 from florence_vl.train.checkpoint import CheckpointManager, latest_checkpoint, read_trainer_state
 from florence_vl.train.config import Recipe
-from florence_vl.train.evaluation import HeldOut
+from florence_vl.train.evaluation import RunEvaluation, check_suite, describe_scores
 from florence_vl.train.flops import Multipliers, count_flops, peak_tflops
 from florence_vl.train.guards import (
     SpikeDetector,
@@ -254,11 +254,9 @@ class Trainer:
         if checkpoint is not None:
             data_state = self._restore(self.checkpoints.load(checkpoint))
             self.checkpoints.last_saved_step = self.step
-        self.held_out: HeldOut | None = None
+        self.evaluation: RunEvaluation | None = None
         if recipe.evaluate is not None:
-            if self.processor is None:
-                raise ValueError("`evaluate` needs the model's processor")
-            self.held_out = HeldOut(recipe, recipe.evaluate, self.processor, world)
+            self.evaluation = RunEvaluation(recipe, self.processor, world, self._suite)
         self.stream = self._batches(self.step, world.rank, world.size, data_state)
         self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", self.step) if world.is_main else None
         self.trackers: list[Tracker] = (
@@ -278,6 +276,7 @@ class Trainer:
             from florence_vl.train.data import require_energon
 
             require_energon()
+        self._suite = check_suite(self.recipe, self.world)
 
     def _prepare_flops(self) -> None:
         """Count the model once, for MFU, where the device's peak is known."""
@@ -518,7 +517,7 @@ class Trainer:
             return
         assert self.metrics is not None
         self.metrics.write(row)
-        if self.step % self.recipe.logging.every_steps == 0 or self.step == self.total_steps:
+        if self.step % self.recipe.logging.every_steps == 0 or self.step == self.total_steps or extra:
             numbers = {k: v for k, v in row.items() if k != "step" and isinstance(v, (int, float))}
             for tracker in self.trackers:
                 tracker.log(numbers, self.step)
@@ -527,15 +526,11 @@ class Trainer:
             callback(self, row)
 
     def _maybe_evaluate(self) -> dict[str, float]:
-        config = self.recipe.evaluate
-        if self.held_out is None or config is None:
+        if self.evaluation is None or not self.evaluation.is_due(self.step, last=self._is_done()):
             return {}
-        if self.step % config.every_steps and self.step != self.total_steps:
-            return {}
-        loss = self.held_out.loss(self.parallel.module)
-        set_training_mode(self.model)
-        self.progress.message(f"step {self.step}: held-out loss {loss:.4f}")
-        return {"eval_loss": loss}
+        found = self.evaluation.run(self.parallel)
+        self.progress.message(f"step {self.step}: {describe_scores(found)}")
+        return found
 
     def _maybe_save(self) -> None:
         self.checkpoints.poll()
