@@ -98,26 +98,52 @@ def test_grid_tells_where_names_and_letters_lie() -> None:
     scene = SceneGenerator(0, "train", 128, {"lettering": 1.0})[0]
     scene.regions = [Region("dog", "dog", (0.0, 0.0, 64.0, 64.0))]
     scene.texts = [Text("Hi", (64.0, 96.0, 128.0, 96.0, 128.0, 128.0, 64.0, 128.0))]
-    classes = florence2_grid.grid_classes()
-    told = {(cell, classes[number]) for cell, number in florence2_grid.grid_targets(scene, 4)}
-    assert told == {(0, "dog"), (1, "dog"), (4, "dog"), (5, "dog"), (14, "H"), (15, "i")}
+    classes = ("", *florence2_grid.grid_classes()[len(florence2_grid.CHARACTERS) :])
+    named = {cell: classes[number] for cell, number in florence2_grid.name_targets(scene, 4).items()}
+    assert named == {0: "dog", 1: "dog", 4: "dog", 5: "dog"}
+    letters = {cell: chr(32 + number) for cell, number in florence2_grid.letter_targets(scene, 8).items()}
+    assert letters == {7 * 8 + 5: "H", 7 * 8 + 7: "i"}
+
+
+def test_fine_cells_of_a_token_are_its_own() -> None:
+    fine = torch.arange(16).view(1, 4, 4)  # four tokens of 2 x 2 fine cells
+    assert florence2_grid._within_tokens(fine).tolist() == [
+        [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    ]
 
 
 def test_grid_asks_letters_of_reading_tasks_and_names_of_the_others() -> None:
-    heads = florence2_grid.GridHeads(8)
-    cells = torch.zeros(1, 4, len(florence2_grid.grid_classes()), dtype=torch.bool)
-    cells[0, 0, florence2_grid.CHARACTERS.index("H")] = True
-    image, owner = torch.randn(1, 4, 8), torch.tensor([0])
-    prompted = torch.randn(1, 4, 8)
-    reading = heads(image, prompted, cells, owner, torch.tensor([True]))
-    silent = heads(image, prompted, torch.zeros_like(cells), owner, torch.tensor([True]))
-    assert (reading - silent).item() == pytest.approx(
-        2 * 5.0 / 4, abs=1e-3
-    )  # missing the letter costs its logit, in both heads
-    heads(image, prompted, cells, owner, torch.tensor([False])).backward()
-    grad = heads.prompted.weight.grad
-    assert grad[: len(florence2_grid.CHARACTERS)].abs().max() == 0
-    assert grad[len(florence2_grid.CHARACTERS) :].abs().max() > 0
+    torch.manual_seed(0)
+    heads = florence2_grid.GridHeads(8, 6)
+    letters, names = torch.zeros(1, 4, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long)
+    letters[0, 1, 2], names[0, 3] = 40, 7
+    image, early, owner = torch.randn(1, 4, 8), torch.randn(1, 6, 4, 4), torch.tensor([0])
+
+    def prompted_gradients(asks_text: bool) -> list[bool]:
+        heads.zero_grad()
+        prompted = torch.randn(1, 4, 8)
+        heads(early, image, prompted, letters, names, owner, torch.tensor([asks_text])).backward()
+        return [h.weight.grad is not None for h in (heads.prompted_letters, heads.prompted_names, heads.early_letters)]
+
+    assert prompted_gradients(True) == [True, False, True]
+    heads.zero_grad(set_to_none=True)
+    assert prompted_gradients(False) == [False, True, True]
+
+
+def test_grid_learns_where_a_letter_lies_inside_a_token() -> None:
+    torch.manual_seed(0)
+    heads = florence2_grid.GridHeads(16, 6)
+    letters, names = torch.zeros(1, 4, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long)
+    letters[0, 0, 1], letters[0, 1, 0] = 40, 50  # both in the first token
+    image, early, owner = torch.randn(1, 4, 16), torch.randn(1, 6, 4, 4), torch.tensor([0])
+    optimizer = torch.optim.Adam(heads.parameters(), 0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        heads(early, image, image, letters, names, owner, torch.tensor([True])).backward()
+        optimizer.step()
+    told = heads.image_letters(image).view(4, 4, -1).argmax(-1)
+    assert told[0].tolist() == [0, 40, 50, 0]
+    assert told[1:].sum() == 0
 
 
 def test_cells_say_what_the_task_asks(folder: Path) -> None:

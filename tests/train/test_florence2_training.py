@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("florence_vl_mini")
 
@@ -54,7 +55,7 @@ def test_tokenizer_is_laid_out_as_barts(folder: Path) -> None:
 def test_pixels_equal_the_processors(folder: Path) -> None:
     processor = Florence2Processor.from_pretrained(folder)
     data = SceneTasks(Florence2Training("x", **TINY), processor.tokenizer)
-    pixels, _, _ = data[1]
+    pixels, *_ = data[1]
     image = SceneGenerator(0, "train", 64, data.config.mix)[1].image
     expected = processor(text="<OCR>", images=image, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(florence2.normalize(pixels[None]), expected)
@@ -94,8 +95,10 @@ def test_targets_decode_to_the_scenes_annotations(folder: Path) -> None:
     assert seen == set(FLORENCE2_PROMPTS)
 
 
-def test_a_run_that_was_cut_ends_where_an_uncut_one_does(folder: Path, tmp_path: Path) -> None:
-    whole = Florence2Training(str(tmp_path / "whole"), steps=4, decay_steps=2, save_every=100, **TINY)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_that_was_cut_ends_where_an_uncut_one_does(folder: Path, tmp_path: Path, optimizer: str) -> None:
+    settings = {**TINY, "optimizer": optimizer}
+    whole = Florence2Training(str(tmp_path / "whole"), steps=4, decay_steps=2, save_every=100, **settings)
     shutil.copytree(folder, tmp_path / "whole/start")  # spares training the tokenizer twice
     shutil.copytree(folder, tmp_path / "cut/start")
     florence2.train(whole, "cpu")
@@ -131,6 +134,60 @@ def test_loss_falls_and_reaches_every_part(folder: Path) -> None:
     assert values[-1] < values[0] - 0.5
     for name in ("vision_tower.convs.0.conv.weight", "multi_modal_projector.image_projection.weight"):
         assert model.model.get_parameter(name).grad.abs().max() > 0
+
+
+def _average(rank: int, rendezvous: str, out: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    first, second = torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))
+    first.grad = torch.full((2, 3), float(rank + 1))
+    if rank:
+        second.grad = torch.ones(4)  # the other process has none
+    stop = florence2._average_gradients([first, second], stop=bool(rank), world=2)
+    torch.save({"grads": [first.grad, second.grad], "stop": stop}, f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_processes_share_gradients_and_the_wish_to_stop(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_average, (str(tmp_path / "meet"), str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert state["grads"][0].unique().tolist() == [1.5]
+        assert state["grads"][1].unique().tolist() == [0.5]
+        assert state["stop"]
+
+
+def test_processes_share_out_the_images_of_a_step() -> None:
+    whole = list(florence2.Batches(3, 5, 4))
+    shares = [list(florence2.Batches(3, 5, 4, rank, 2)) for rank in range(2)]
+    assert whole == [[12, 13, 14, 15], [16, 17, 18, 19]]
+    assert [sorted(a + b) for a, b in zip(*shares, strict=True)] == whole
+    assert len(florence2.Batches(3, 5, 4, 1, 2)) == 2
+
+
+def test_second_mix_begins_at_its_step(folder: Path) -> None:
+    mixes = {"mix": {"single": 1.0}, "second_mix": {"lettering": 1.0}, "second_mix_at": 3}
+    config = Florence2Training("x", **{**TINY, **mixes, "images_per_step": 2})
+    data = SceneTasks(config, Florence2Processor.from_pretrained(folder).tokenizer)
+    written = [bool(data[i][2]) for i in range(12)]  # whether letters lie anywhere
+    assert written == [False] * 6 + [True] * 6
+    with pytest.raises(ValueError, match="go together"):
+        Florence2Training("x", second_mix={"single": 1.0})
+
+
+def test_new_run_starts_from_other_weights(folder: Path, tmp_path: Path) -> None:
+    config = Florence2Training(str(tmp_path / "run"), steps=1, decay_steps=0, start_from=str(folder), **TINY)
+    florence2.train(config, "cpu")
+    started = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["model"]
+    name = "model.language_model.shared.weight"
+    near = Florence2ForConditionalGeneration.from_pretrained(folder).state_dict()[name]
+    assert (started[name] - near).abs().max() < 0.01
+    with pytest.raises(ValueError, match="no mini Florence-2"):
+        florence2.train(replace(config, out=str(tmp_path / "other"), start_from=str(tmp_path)), "cpu")
+
+
+def test_numbers_that_yaml_reads_as_text_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"learning_rate must be a number, found '6e-4': .*write 6.0e-4"):
+        Florence2Training("x", learning_rate="6e-4")  # type: ignore[arg-type]
 
 
 def test_another_data_order_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -58,6 +60,10 @@ class Florence2Training:
         tasks_per_image: Tasks drawn for each image; they share its `V`.
         location_bins: Grid of the box corners: targets use the centres of this many bins out of Florence-2's 1000.
         max_target_tokens: Longer targets (full documents) are replaced by another task of the same image.
+        optimizer: "adamw" or "muon" (for the hidden linear layers; AdamW for the rest).
+        mix: Weights of the kinds of scene.
+        second_mix: Other weights from step `second_mix_at` on: small print pays once letters are known.
+        start_from: Folder of a mini Florence-2 whose weights and tokenizer a new run starts from.
         precision: "bfloat16" (autocast; weights stay float32) or "float32".
         grid_weight: Weight of the grid's loss, see `florence2_grid`; 0 for the seq2seq loss alone.
         ema_decay: Decay of the running mean of the weights, which is what is exported; 0 switches it off.
@@ -70,6 +76,7 @@ class Florence2Training:
     images_per_step: int = 16
     tasks_per_image: int = 3
     learning_rate: float = 6e-4
+    optimizer: str = "adamw"
     weight_decay: float = 0.05
     max_grad_norm: float = 1.0
     seed: int = 0
@@ -79,16 +86,28 @@ class Florence2Training:
     precision: str = "float32"
     ema_decay: float = 0.998
     grid_weight: float = 1.0
+    start_from: str | None = None
     workers: int = 1
     threads: int = 1
     save_every: int = 100
     log_every: int = 20
     mix: dict[str, float] = field(default_factory=lambda: dict(TRAINING_MIX))
+    second_mix: dict[str, float] | None = None
+    second_mix_at: int = 0
     tasks: dict[str, float] = field(default_factory=lambda: dict(TASK_WEIGHTS))
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            found = getattr(self, f.name)
+            if f.type in ("int", "float") and not isinstance(found, (int, float)):
+                hint = ": YAML reads it as text, write 6.0e-4" if isinstance(found, str) and "e" in found else ""
+                raise ValueError(f"{f.name} must be a number, found {found!r}{hint}")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision must be float32 or bfloat16, found {self.precision!r}")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer must be adamw or muon, found {self.optimizer!r}")
+        if (self.second_mix is None) != (self.second_mix_at == 0):
+            raise ValueError("second_mix and second_mix_at, the step it begins at, go together")
         if self.decay_steps > self.steps:
             raise ValueError(f"decay_steps ({self.decay_steps}) must not exceed steps ({self.steps})")
         if not 1 <= self.tasks_per_image <= len(FLORENCE2_PROMPTS):
@@ -346,10 +365,36 @@ def _lr_factor(step: int, config: Florence2Training) -> float:
     return lr_factor(shape, step, config.steps)
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+def make_optimizers(model: nn.Module, heads: nn.Module, config: Florence2Training) -> list[torch.optim.Optimizer]:
+    """AdamW; with `optimizer: muon` the weights of the model's hidden linear layers go to Muon instead.
+
+    Muon (torch.optim.Muon, arXiv 2502.16982) scales its steps to AdamW's, so both take the same learning rate.
+    """
+    hidden: list[nn.Parameter] = []
+    if config.optimizer == "muon":
+        output = model.get_output_embeddings()  # type: ignore[operator]
+        linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not output]
+        hidden = [m.weight for m in linears]
+    left = {id(p): p for p in (*model.parameters(), *heads.parameters())}
+    for p in hidden:
+        del left[id(p)]
+    groups = [
+        {"params": [p for p in left.values() if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in left.values() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
+    ]
+    if hidden:
+        optimizers.append(
+            torch.optim.Muon(
+                hidden,
+                lr=config.learning_rate,
+                weight_decay=config.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    return optimizers
 
 
 def _worker_init(_: int) -> None:
@@ -357,8 +402,33 @@ def _worker_init(_: int) -> None:
     os.nice(10)
 
 
+def _average_gradients(parameters: Sequence[nn.Parameter], stop: bool, world: int) -> bool:
+    """Mean of the gradients over the processes; whether any of them was asked to stop."""
+    if world == 1:
+        return stop
+    for p in parameters:  # a process whose images ask nothing of a head has no gradient there
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([*(g.flatten() for g in grads), grads[0].new_tensor([float(stop)])])
+    dist.all_reduce(flat)
+    for g, mean in zip(grads, (flat[:-1] / world).split([g.numel() for g in grads]), strict=True):
+        g.copy_(mean.view_as(g))
+    return bool(flat[-1] > 0)
+
+
+def _copy_start(source: Path, folder: Path) -> None:
+    if not (source / "processor_config.json").exists():
+        raise ValueError(f"start_from: no mini Florence-2 in {source} (processor_config.json is missing)")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    partial.rename(folder)
+
+
 def train(config: Florence2Training, device: str | None = None) -> Path:
     """Train, or continue what `config.out` holds, up to `config.steps`; SIGTERM and SIGINT save first.
+
+    Under torchrun the images of a step are shared out among the processes and the gradients averaged.
 
     Args:
         config: Settings. Model, tokenizer and data of an existing run must not change; steps, decay, learning rate may.
@@ -372,26 +442,36 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
     """
     from transformers import Florence2ForConditionalGeneration, Florence2Processor
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if config.images_per_step % world:
+        raise ValueError(f"images_per_step ({config.images_per_step}) must be a multiple of the {world} processes")
+    device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     if device == "cpu":
         torch.set_num_threads(config.threads)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo" if device == "cpu" else "nccl")
     out = Path(config.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     start_folder, checkpoint = out / "start", out / "checkpoint.pt"
-    if not (start_folder / "processor_config.json").exists():
-        build_mini_florence2(start_folder, config.seed, config.image_size)
+    if rank == 0 and not (start_folder / "processor_config.json").exists():
+        if config.start_from:
+            _copy_start(Path(config.start_from).expanduser(), start_folder)
+        else:
+            build_mini_florence2(start_folder, config.seed, config.image_size)
+    if world > 1:
+        dist.barrier()
     # on a CPU plain attention is 1.6 times as fast as the fused kernel for DaViT's many small windows
     attention = "eager" if device == "cpu" else "sdpa"
     model: Any = Florence2ForConditionalGeneration.from_pretrained(start_folder, attn_implementation=attention)
     model.to(device).train()
     tokenizer = Florence2Processor.from_pretrained(start_folder).tokenizer
-    heads = GridHeads(model.config.vision_config.projection_dim).to(device)
-    optimizer = torch.optim.AdamW(
-        _parameter_groups(nn.ModuleList([model, heads]), config.weight_decay),
-        lr=config.learning_rate,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
+    vision = model.config.vision_config
+    with torch.random.fork_rng(devices=[]):  # the same in every process and after every restart
+        torch.manual_seed(config.seed)
+        heads = GridHeads(vision.projection_dim, vision.embed_dim[-2]).to(device)
+    early: list[Tensor] = []  # what enters the last downsampling
+    model.model.vision_tower.convs[-1].register_forward_pre_hook(lambda _, args: early.append(args[0]))
+    optimizers = make_optimizers(model, heads, config)
     ema = {name: p.detach().clone() for name, p in model.named_parameters()} if config.ema_decay else {}
     same = (
         "seed",
@@ -401,19 +481,23 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
         "location_bins",
         "max_target_tokens",
         "mix",
+        "second_mix",
+        "second_mix_at",
         "tasks",
+        "optimizer",
     )
     step = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
-        changed = [k for k in same if state["config"][k] != asdict(config)[k]]
+        changed = [k for k in same if state["config"].get(k, getattr(Florence2Training, k, None)) != asdict(config)[k]]
         if changed:
             raise ValueError(f"{checkpoint} was made with other {', '.join(changed)}: choose another folder")
         if state["classes"] != list(grid_classes()):
             raise ValueError(f"{checkpoint} was made with another version of florence-vl-mini: choose another folder")
         model.load_state_dict(state["model"])
         heads.load_state_dict(state["heads"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         step = state["step"]
         if config.ema_decay:
             ema = {k: v.to(device) for k, v in (state["ema"] or dict(model.named_parameters())).items()}
@@ -421,7 +505,7 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
     data = SceneTasks(config, tokenizer)
     loader = torch.utils.data.DataLoader(
         data,
-        batch_sampler=Batches(step, config.steps, config.images_per_step),
+        batch_sampler=Batches(step, config.steps, config.images_per_step, rank, world),
         collate_fn=collate,
         num_workers=config.workers,
         prefetch_factor=6 if config.workers else None,
@@ -434,14 +518,18 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
     sums, grids = torch.zeros(2, len(tasks), device=device), torch.zeros(2, device=device)
     began, seen = time.perf_counter(), 0
 
+    trained = [*model.parameters(), *heads.parameters()]
+
     def save() -> None:
+        if rank:
+            return
         _save(
             checkpoint,
             {
                 "model": model.state_dict(),
                 "heads": heads.state_dict(),
                 "classes": list(grid_classes()),
-                "optimizer": optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "ema": ema,
                 "step": step,
                 "config": asdict(config),
@@ -454,19 +542,24 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
             numbers = torch.tensor([tasks.index(task) for task in asked], device=device)
             text_tasks = torch.tensor(["OCR" in task for task in asked], device=device)
             batch = {k: v.to(device) for k, v in batch.items()}
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * _lr_factor(step, config)
-            with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            rate = config.learning_rate * _lr_factor(step, config)
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = rate
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.precision == "bfloat16"):
                 losses, task_of, image, prompted = seq2seq_loss(model, batch)
-                grid = heads(image[:, 1:], prompted[:, 1:], batch["cells"], batch["owner"], text_tasks)
+                places = batch["letters"], batch["names"], batch["owner"], text_tasks
+                grid = heads(early.pop(), image[:, 1:], prompted[:, 1:], *places)
                 said = token_loss(model, prompted[:, 1:], batch["cell_tokens"])
             loss = losses.mean() + config.grid_weight * (grid + said)
             if not torch.isfinite(loss):
                 raise ValueError(f"the loss is {loss.item()} at step {step}; lower learning_rate")
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            norm = nn.utils.clip_grad_norm_([*model.parameters(), *heads.parameters()], config.max_grad_norm)
-            optimizer.step()
+            stopping = _average_gradients(trained, bool(stop), world)
+            norm = nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
+            for optimizer in optimizers:
+                optimizer.step()
             step += 1
             if ema:
                 decay = min(config.ema_decay, (1 + step) / (10 + step))
@@ -475,18 +568,18 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
             sums[0].index_add_(0, numbers[task_of], losses.detach())
             sums[1].index_add_(0, numbers[task_of], torch.ones_like(losses))
             grids += torch.stack([grid.detach(), said.detach()])
-            if step % config.log_every == 0 or step == config.steps:
+            if rank == 0 and (step % config.log_every == 0 or step == config.steps):
                 now = time.perf_counter()
-                (total, count), steps = sums.cpu(), seen / config.images_per_step
+                (total, count), steps = sums.cpu(), seen * world / config.images_per_step
                 by_task = {t: round(float(x / n), 4) for t, x, n in zip(tasks, total, count, strict=True) if n}
                 line = {
                     "step": step,
                     "loss": round(float(total.sum() / count.sum()), 4),
-                    "lr": round(optimizer.param_groups[0]["lr"], 7),
+                    "lr": round(rate, 7),
                     "grid": round(grids[0].item() / steps, 4),
                     "grid_tokens": round(grids[1].item() / steps, 4),
                     "grad_norm": round(norm.item(), 3),
-                    "images_per_second": round(seen / (now - began), 2),
+                    "images_per_second": round(seen * world / (now - began), 2),
                     **by_task,
                 }
                 with (out / "metrics.jsonl").open("a") as file:
@@ -496,13 +589,13 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
                 grids.zero_()
             if step % config.save_every == 0:
                 save()
-            if stop:
+            if stopping:
                 break
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
     save()
-    return export(out)
+    return export(out) if rank == 0 else out / "model"
 
 
 def export(out: str | Path, target: str | Path | None = None, dtype: torch.dtype = torch.float32) -> Path:

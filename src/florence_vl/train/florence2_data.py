@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from florence_vl.data.scenes import FLORENCE2_PROMPTS, Scene, SceneGenerator
-from florence_vl.train.florence2_grid import grid_classes, grid_targets, token_targets
+from florence_vl.train.florence2_grid import FINER, letter_targets, name_targets, token_targets
 
 if TYPE_CHECKING:
     from florence_vl.train.florence2 import Florence2Training
@@ -21,8 +21,8 @@ IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # Florence
 
 # (prompt ids, target ids, [(grid cell, token ids), ...])
 TaskSample = tuple[list[int], list[int], list[tuple[int, list[int]]]]
-# (pixels (3, H, W) uint8, tasks, [(grid cell, class), ...])
-Sample = tuple[Tensor, list[TaskSample], list[tuple[int, int]]]
+# (pixels (3, H, W) uint8, tasks, fine grid cell -> character, grid cell -> name)
+Sample = tuple[Tensor, list[TaskSample], dict[int, int], dict[int, int]]
 
 
 class SceneTasks(torch.utils.data.Dataset):
@@ -31,6 +31,9 @@ class SceneTasks(torch.utils.data.Dataset):
     def __init__(self, config: Florence2Training, tokenizer: Any) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.scenes = SceneGenerator(config.seed, "train", config.image_size, config.mix)
+        self.later, self.first_later = self.scenes, config.second_mix_at * config.images_per_step
+        if config.second_mix is not None:
+            self.later = SceneGenerator(config.seed, "train", config.image_size, config.second_mix)
         self.step = max(1, 1000 // config.location_bins)
         self.prompts = {t: encode_prompt(tokenizer, t) for t in config.tasks}
         self.spelling = copy.deepcopy(tokenizer.backend_tokenizer)
@@ -40,8 +43,8 @@ class SceneTasks(torch.utils.data.Dataset):
         return self.config.steps * self.config.images_per_step
 
     def __getitem__(self, index: int) -> Sample:
-        """Pixels, prompts with targets, and what lies in the cells of the image grid."""
-        scene = self.scenes[index]
+        """Pixels, prompts with targets, and which letters and names lie in the cells of the image grid."""
+        scene = (self.scenes if index < self.first_later else self.later)[index]
         rng = Random(f"tasks/{self.config.seed}/{index}")
         pixels = torch.from_numpy(np.asarray(scene.image).copy()).permute(2, 0, 1)
         left = dict(self.config.tasks)
@@ -56,7 +59,7 @@ class SceneTasks(torch.utils.data.Dataset):
             if ids is not None:
                 cells = token_targets(scene, task, side, self.step, self.tokenizer, self.spelling)
                 samples.append((self.prompts[task], ids, cells))
-        return pixels, samples, grid_targets(scene, side)
+        return pixels, samples, letter_targets(scene, side * FINER), name_targets(scene, side)
 
     def target_ids(self, scene: Scene, task: str) -> list[int] | None:
         """`<s> ... </s>`, or None where the scene has nothing to say to the task or too much."""
@@ -71,17 +74,20 @@ class SceneTasks(torch.utils.data.Dataset):
 
 
 class Batches(torch.utils.data.Sampler[list[int]]):
-    """The image numbers of steps `first` to `last`: step `s` shows `s * size` to `(s + 1) * size`."""
+    """The image numbers of steps `first` to `last`: step `s` shows `s * size` to `(s + 1) * size`.
 
-    def __init__(self, first: int, last: int, size: int) -> None:
-        self.first, self.last, self.size = first, last, size
+    Of `world` processes, number `rank` takes every `world`-th of them.
+    """
+
+    def __init__(self, first: int, last: int, size: int, rank: int = 0, world: int = 1) -> None:
+        self.first, self.last, self.size, self.rank, self.world = first, last, size, rank, world
 
     def __len__(self) -> int:
         return max(0, self.last - self.first)
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first, self.last):
-            yield list(range(step * self.size, (step + 1) * self.size))
+            yield list(range(step * self.size + self.rank, (step + 1) * self.size, self.world))
 
 
 def encode_prompt(tokenizer: Any, task: str) -> list[int]:
@@ -94,16 +100,17 @@ def collate(batch: list[Sample]) -> dict[str, Tensor]:
 
     Returns:
         pixels (B, 3, H, W) uint8; owner (T,) the image of each task; prompt_ids, prompt_mask (T, P); labels (T, L),
-        -100 where padded; cells (B, N, K) bool, the classes in each grid cell;
+        -100 where padded; letters (B, H, W) and names (B, N), what lies in each (fine) grid cell, 0 for nothing;
         cell_tokens (R, 2 + M), rows of task, cell and the tokens that belong there, -1 where padded.
     """
-    owner = [i for i, (_, samples, _) in enumerate(batch) for _ in samples]
-    pairs = [pair for _, samples, _ in batch for pair in samples]
+    owner = [i for i, (_, samples, _, _) in enumerate(batch) for _ in samples]
+    pairs = [pair for _, samples, _, _ in batch for pair in samples]
     side = batch[0][0].shape[-1] // 32
-    cells = torch.zeros(len(batch), side * side, len(grid_classes()), dtype=torch.bool)
-    for i, (_, _, targets) in enumerate(batch):
-        for cell, number in targets:
-            cells[i, cell, number] = True
+    letters = torch.zeros(len(batch), (side * FINER) ** 2, dtype=torch.long)
+    names = torch.zeros(len(batch), side**2, dtype=torch.long)
+    for i, (_, _, letter_in, name_in) in enumerate(batch):
+        for rows, targets in ((letters, letter_in), (names, name_in)):
+            rows[i, list(targets)] = torch.tensor(list(targets.values()), dtype=torch.long)
 
     def pad(rows: list[list[int]], value: int) -> Tensor:
         out = torch.full((len(rows), max(map(len, rows))), value)
@@ -113,8 +120,9 @@ def collate(batch: list[Sample]) -> dict[str, Tensor]:
 
     prompt_ids = pad([p for p, _, _ in pairs], 1)
     return {
-        "pixels": torch.stack([pixels for pixels, _, _ in batch]),
-        "cells": cells,
+        "pixels": torch.stack([pixels for pixels, _, _, _ in batch]),
+        "letters": letters.unflatten(1, (side * FINER, side * FINER)),
+        "names": names,
         "owner": torch.tensor(owner),
         "prompt_ids": prompt_ids,
         "prompt_mask": (prompt_ids != 1).long(),

@@ -3,7 +3,9 @@
 The seq2seq loss alone leaves a small Florence-2 blind for long: the decoder first learns the language of the answers,
 and meanwhile the post-norm encoder shrinks what differs between images (measured: the spread fell from 0.09 to 0.00005
 over its three layers in 1000 steps). Scenes know where everything is, so names and letters can be asked of every cell,
-of `V` and of the encoder's output under each prompt. The heads are not part of the model and are not exported.
+of `V` and of the encoder's output under each prompt. Letters are asked on a grid twice as fine as the tokens', of each
+token by four heads and, before the last downsampling, of DaViT's third stage: a token of 32 px holds several letters
+and must keep their order. The heads are not part of the model and are not exported.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from torch.nn import functional as F
 from florence_vl.data.scenes import Scene, Text, assets
 
 CHARACTERS = tuple(chr(c) for c in range(33, 127))
+FINER = 2  # letters are asked on a grid this many times as fine as the tokens'
+EMPTY = 0.1  # weight of the cells in which nothing lies
 
 
 @lru_cache
@@ -27,27 +31,36 @@ def grid_classes() -> tuple[str, ...]:
 
 
 @lru_cache
-def _class_numbers() -> dict[str, int]:
-    classes = grid_classes()
-    return {name: i for i, name in enumerate(classes[len(CHARACTERS) :], len(CHARACTERS))}
+def _name_numbers() -> dict[str, int]:
+    names = grid_classes()[len(CHARACTERS) :]
+    return {name: i for i, name in enumerate(names, 1)}
 
 
-def grid_targets(scene: Scene, side: int) -> list[tuple[int, int]]:
-    """(cell, class) of what lies in each cell of a `side` x `side` grid, row by row.
+def name_targets(scene: Scene, side: int) -> dict[int, int]:
+    """Cell of a `side` x `side` grid, row by row -> number of the name (from 1) of the object that lies there.
 
-    An object counts in the cells whose centre its box holds, and in the cell of its own centre; a character in the
-    cell of its place along the line (characters are taken as equally wide).
+    An object lies in the cells whose centre its box holds, and in the cell of its own centre.
     """
-    names, size = _class_numbers(), scene.image.width
-    out: set[tuple[int, int]] = set()
-    for region in scene.regions:
-        if region.name in names:
-            out |= {(cell, names[region.name]) for cell in cells_of(region.box, size, side)}
+    names, size = _name_numbers(), scene.image.width
+    return {
+        cell: names[region.name]
+        for region in scene.regions
+        if region.name in names
+        for cell in cells_of(region.box, size, side)
+    }
+
+
+def letter_targets(scene: Scene, side: int) -> dict[int, int]:
+    """Cell of a `side` x `side` grid -> number of the printable ASCII character (from 1) that lies there.
+
+    A character lies in the cell of its place along the line; characters are taken as equally wide.
+    """
+    out = {}
     for text in scene.texts:
         for i, character in enumerate(text.text):
             if 33 <= ord(character) < 127:
-                out.add((place_of(text, i, size, side), ord(character) - 33))
-    return sorted(out)
+                out[place_of(text, i, scene.image.width, side)] = ord(character) - 32
+    return out
 
 
 def _cell(x: float, y: float, side: int) -> int:
@@ -117,34 +130,64 @@ def token_loss(model: Any, prompted_TND: Tensor, targets: Tensor) -> Tensor:
 
 
 class GridHeads(nn.Module):
-    """Linear maps from image tokens to what lies in their cells: one for `V`, one for the encoder's output."""
+    """Linear maps from image features to what lies in their cells.
 
-    def __init__(self, width: int) -> None:
+    Args:
+        width: Channels of `V` and of the encoder's output.
+        early_width: Channels of DaViT's stage before the last, whose grid is `FINER` times as fine.
+    """
+
+    def __init__(self, width: int, early_width: int) -> None:
         super().__init__()
-        self.image, self.prompted = nn.Linear(width, len(grid_classes())), nn.Linear(width, len(grid_classes()))
-        for head in (self.image, self.prompted):
-            nn.init.zeros_(head.weight)
-            nn.init.constant_(head.bias, -5.0)  # almost every class is absent from almost every cell
+        letters, names = len(CHARACTERS) + 1, len(_name_numbers()) + 1
+        self.early_letters = nn.Linear(early_width, letters)
+        self.image_letters, self.prompted_letters = (nn.Linear(width, FINER**2 * letters) for _ in range(2))
+        self.image_names, self.prompted_names = (nn.Linear(width, names) for _ in range(2))
 
     def forward(
-        self, image_BND: Tensor, prompted_TND: Tensor, cells_BNK: Tensor, owner: Tensor, asks_text: Tensor
+        self,
+        early_BCHW: Tensor,
+        image_BND: Tensor,
+        prompted_TND: Tensor,
+        letters_BHW: Tensor,
+        names_BN: Tensor,
+        owner: Tensor,
+        asks_text: Tensor,
     ) -> Tensor:
-        """Binary cross-entropy summed over classes, averaged over cells.
+        """Sum of the cross-entropies; empty cells count `EMPTY` as much as occupied ones.
 
         Args:
+            early_BCHW: Output of DaViT's stage before the last.
             image_BND: `V` at the grid's cells, B images.
             prompted_TND: The encoder's output there for T tasks.
-            cells_BNK: Which of K classes lie in each cell.
+            letters_BHW: Number of the character in each fine cell, 0 where there is none.
+            names_BN: Number of the name in each cell, 0 where there is none.
             owner: The image of each task, (T,).
             asks_text: Whether a task asks for text, (T,): letters are asked of it, of the others names.
         """
-        present = cells_BNK.float()
-        loss = _binary(self.image(image_BND), present).sum(-1).mean()
-        letters = torch.arange(present.shape[-1], device=present.device) < len(CHARACTERS)
-        asked_TK = letters[None] == asks_text[:, None]
-        prompted = _binary(self.prompted(prompted_TND), present[owner]) * asked_TK[:, None]
-        return loss + prompted.sum(-1).mean()
+        letters_B4N = _within_tokens(letters_BHW)
+        loss = _cross_entropy(self.early_letters(early_BCHW.flatten(2).transpose(1, 2)), letters_BHW.flatten(1))
+        loss = loss + _cross_entropy(self.image_letters(image_BND), letters_B4N)
+        loss = loss + _cross_entropy(self.image_names(image_BND), names_BN)
+        if asks_text.any():
+            logits = self.prompted_letters(prompted_TND[asks_text])
+            loss = loss + _cross_entropy(logits, letters_B4N[owner[asks_text]])
+        if not asks_text.all():
+            logits = self.prompted_names(prompted_TND[~asks_text])
+            loss = loss + _cross_entropy(logits, names_BN[owner[~asks_text]])
+        return loss
 
 
-def _binary(logits: Tensor, present: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(logits.float(), present, reduction="none")
+def _within_tokens(fine_BHW: Tensor) -> Tensor:
+    """(B, FINER H, FINER W) to (B, H W, FINER²): the fine cells of each token."""
+    cells = fine_BHW.unflatten(1, (-1, FINER)).unflatten(3, (-1, FINER))  # (B, H, FINER, W, FINER)
+    return cells.permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Logits with one or more classifications a row; class 0 (nothing there) is weighted by `EMPTY`."""
+    logits = logits.float().reshape(targets.numel(), -1)
+    targets = targets.flatten()
+    weights = torch.where(targets == 0, EMPTY, 1.0)
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return (losses * weights).sum() / weights.sum()
