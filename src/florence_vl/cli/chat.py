@@ -35,7 +35,7 @@ COMMANDS = ("/image", "/add", "/reset", "/help", "/quit")
 
 def command(
     question: Optional[str] = typer.Argument(None, help="The question; without one a conversation opens."),  # noqa: UP045
-    model: str = typer.Option(..., "--model", "-m", help="Folder of a saved model, or `mini` for the demo's."),
+    model: str = typer.Option(..., "--model", "-m", help="Folder of a saved model, or `mini`, the embedded one."),
     image: list[Path] = typer.Option([], "--image", "-i", help="Picture that the question is about; may be repeated."),
     system: Optional[str] = typer.Option(None, "--system", help="System message."),  # noqa: UP045
     max_new_tokens: int = typer.Option(256, "--max-new-tokens", help="Longest answer, in tokens."),

@@ -325,7 +325,7 @@ def load_answerer(
     """A saved Florence-VL, or any image-text-to-text model that transformers loads without remote code.
 
     Args:
-        model: Folder, name on the Hub, or `mini` for the demo's model.
+        model: Folder, name on the Hub, or `mini` for the embedded one.
         device: See `florence_vl.serve.loading.choose_device`.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         batch_size: Questions at a time.

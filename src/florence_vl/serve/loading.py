@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
     from florence_vl.model.processing import FlorenceVLProcessor
 
-DEMO_MODEL = Path("runs/demo/model")  # what `--model mini` means
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -42,16 +41,16 @@ def choose_device(name: str = "auto") -> str:
 
 
 def check_folder(model: str | os.PathLike[str]) -> Path | str:
-    """The folder of a saved Florence-VL, or the name of one on the Hugging Face Hub.
+    """The folder of a saved Florence-VL (`mini` is the embedded one), or the name of one on the Hugging Face Hub.
 
     Raises:
         FileNotFoundError: Nothing is there.
         ValueError: The folder holds something else.
     """
     if str(model) == "mini":
-        if not (DEMO_MODEL / "config.json").is_file():
-            raise FileNotFoundError(f"`mini` is the model of the demo, and {DEMO_MODEL} is not there: run `make demo`")
-        return DEMO_MODEL
+        from florence_vl.parts import mini_florence_vl
+
+        return mini_florence_vl()
     path = Path(model).expanduser()
     if not path.exists():
         text = str(model)
@@ -80,7 +79,7 @@ def load_model(
     """A saved model in eval mode, and its processor.
 
     Args:
-        model: Folder, name on the Hub, or `mini` for the demo's model.
+        model: Folder, name on the Hub, or `mini` for the embedded one.
         device: See `choose_device`.
         dtype: `auto` keeps the saved one, on the CPU float32 (bf16 is emulated on most); or `float32`, `bfloat16`,
             `float16`.

@@ -68,3 +68,19 @@ def florence2_path() -> Path:
             "florence_vl.train.florence2.build_mini_florence2"
         )
     return path
+
+
+def florence_vl_path() -> Path:
+    """The file that makes a mini Florence-VL of the mini Florence-2 and SmolLM2-135M-Instruct (safetensors).
+
+    `florence_vl.parts.mini_florence_vl()` assembles the model; beside it lies its model card.
+
+    Raises:
+        FileNotFoundError: This build of the package carries no such weights.
+    """
+    path = WEIGHTS / "florence-vl" / "adapter.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"florence-vl-mini carries no Florence-VL weights (looked for {path}): make mini-train trains them"
+        )
+    return path

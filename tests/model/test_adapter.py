@@ -1,0 +1,60 @@
+"""A trained model comes back from its base and the adapter; what doesn't fit is refused."""
+
+import pytest
+import torch
+
+from florence_vl.model.adapter import apply_adapter, extract_adapter
+from florence_vl.testing import tiny_model
+
+
+@pytest.fixture
+def pair():
+    """A base and a model that differs by rank 2 in one matrix, in a norm and in the projector."""
+    base, _ = tiny_model(seed=0)
+    model, _ = tiny_model(seed=0)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        weight = dict(model.part_parameters("llm"))["model.language_model.layers.0.mlp.up_proj.weight"]
+        weight.add_(0.1 * torch.randn(weight.shape[0], 2) @ torch.randn(2, weight.shape[1]))
+        for _, parameter in model.part_parameters("projector"):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        model.model.language_model.norm.weight.mul_(1.5)
+    return model, base
+
+
+def test_trained_model_comes_back(pair):
+    model, base = pair
+    adapter, lost = extract_adapter(model, base, rank=2, dtype=torch.float32)
+    assert lost < 1e-8
+    assert {name.rpartition(".")[2] for name in adapter} == {"lora_A", "lora_B", "whole"}
+    factor = adapter["model.language_model.layers.0.mlp.up_proj.weight.lora_A"]
+    assert factor.shape[0] == 2
+    apply_adapter(base, adapter)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(base.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_too_low_a_rank_says_what_is_lost(pair):
+    model, base = pair
+    assert 0.01 < extract_adapter(model, base, rank=1)[1] < 0.99
+
+
+def test_changed_tower_is_refused(pair):
+    model, base = pair
+    with torch.no_grad():
+        next(parameter for _, parameter in model.part_parameters("tower")).add_(1)
+    with pytest.raises(ValueError, match="weight of the tower"):
+        extract_adapter(model, base, rank=2)
+
+
+def test_adapter_of_another_model_is_refused(pair):
+    model, base = pair
+    adapter, _ = extract_adapter(model, base, rank=2)
+    with pytest.raises(ValueError, match="belongs to another"):
+        apply_adapter(base, {"model.nowhere.weight.whole": torch.zeros(1)})
+    halves = {name: value for name, value in adapter.items() if not name.endswith("lora_A")}
+    with pytest.raises(ValueError, match="other half"):
+        apply_adapter(base, halves)
+    wide = {name: torch.zeros(3) if name.endswith("whole") else value for name, value in adapter.items()}
+    with pytest.raises(ValueError, match="of shape"):
+        apply_adapter(base, wide)
