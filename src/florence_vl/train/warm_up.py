@@ -7,10 +7,11 @@ Shape letters: I images, N tokens an image, D features, H width of the LLM.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -31,19 +32,29 @@ TEMPERATURE = 0.07  # CLIP's initial one (arXiv 2103.00020)
 def cache_features(
     model: FlorenceVLForConditionalGeneration,
     processor: FlorenceVLProcessor,
-    images: Sequence[Image.Image],
+    images: Iterable[Image.Image],
     batch_size: int = 32,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, Tensor]:
-    """The tower's features of all images by name, (I, N, D) each, on the model's device."""
+    """The tower's features of all images by name, (I, N, D) each, on the model's device.
+
+    Args:
+        model: Whose tower.
+        processor: Its processor.
+        images: Opened one batch at a time, so a generator holds few of them in memory.
+        batch_size: Images of a forward pass.
+        progress: Hears how many are done.
+    """
     parts: dict[str, list[Tensor]] = {}
-    for start in range(0, len(images), batch_size):
-        pixels = processor.image_processor(list(images[start : start + batch_size]), return_tensors="pt")
+    left, done = iter(images), 0
+    while batch := list(itertools.islice(left, batch_size)):
+        pixels = processor.image_processor(batch, return_tensors="pt")
         features = model.model.vision_tower(pixels["pixel_values"].to(model.device, model.dtype))
         for name, value in features.items():
             parts.setdefault(name, []).append(value)
+        done += len(batch)
         if progress is not None:
-            progress(min(start + batch_size, len(images)), len(images))
+            progress(done)
     return {name: torch.cat(values).clone() for name, values in parts.items()}
 
 
@@ -76,7 +87,7 @@ def warm_up(
     model: FlorenceVLForConditionalGeneration,
     features: dict[str, Tensor],
     targets_IH: Tensor,
-    seconds: float,
+    seconds: float | None = None,
     steps: int | None = None,
     batch_size: int = 256,
     lr: float = 1e-3,
@@ -94,14 +105,19 @@ def warm_up(
         features: `cache_features`.
         targets_IH: `caption_vectors` of the same images.
         seconds: Time budget; at least one step is done.
-        steps: Stop after that many steps too.
+        steps: Number of steps; of the two the one that ends first counts, and one must be given.
         batch_size: Images of a step; captions that repeat in it are not each other's negatives.
         lr: Peak learning rate of AdamW, cosine to zero over the budget.
         seed: Of the order and of the tokens that are drawn.
 
     Returns:
         A row a step: `step`, `loss`, `seconds`.
+
+    Raises:
+        ValueError: Neither `seconds` nor `steps`.
     """
+    if seconds is None and steps is None:
+        raise ValueError("a warm-up needs seconds or steps")
     projector = nn.ModuleList([model.model.fusion, model.model.multi_modal_projector])
     standardise_input(model, features)
     wanted = {name: parameter.requires_grad for name, parameter in projector.named_parameters()}
@@ -120,9 +136,10 @@ def warm_up(
     rows: list[dict[str, float]] = []
     began = time.monotonic()
     while True:
-        spent = (time.monotonic() - began) / seconds
-        if steps is not None:
-            spent = max(spent, len(rows) / steps)
+        spent = max(
+            (time.monotonic() - began) / seconds if seconds is not None else 0.0,
+            len(rows) / steps if steps is not None else 0.0,
+        )
         if rows and spent >= 1:
             break
         for group in optimizer.param_groups:

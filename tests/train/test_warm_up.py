@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 
 from florence_vl.analyze.alignment import recall_at
-from florence_vl.demo.warmup import cache_features, caption_vectors, warm_up
 from florence_vl.testing import tiny_model
+from florence_vl.train.warm_up import cache_features, caption_vectors, warm_up
 
 COLOURS = ("red", "green", "blue", "black", "white", "yellow")
 
