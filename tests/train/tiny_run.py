@@ -122,11 +122,13 @@ def run(
     kill_with: int = signal.SIGKILL,
     processor: Any = None,
     tiny_data: bool = False,
+    saved: str | None = None,
     **changes: Any,
 ) -> list[float]:
     """Train, perhaps die at a step; the losses of all steps that the folder knows.
 
-    `tiny_data` reads the recipe's own data with the tiny processor instead of making synthetic batches.
+    `tiny_data` reads the recipe's own data with the tiny processor instead of making synthetic batches; `saved` is the
+    folder of a model that the run loads itself.
     """
 
     def maybe_die(_trainer: Any, row: Mapping[str, Any]) -> None:
@@ -138,9 +140,13 @@ def run(
 
     if tiny_data:
         model, processor = tiny_model()
+    if saved is not None:
+        changes["model"] = {"path": saved}
+    elif model is None:
+        model = tiny()
     train(
         recipe(output, **changes),
-        model=model if model is not None else tiny(),
+        model=model,
         processor=processor,
         batches=None if tiny_data else batches,
         resume=resume,

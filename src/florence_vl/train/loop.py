@@ -24,6 +24,7 @@ from florence_vl.data.sampler import mix
 from florence_vl.train.checkpoint import CheckpointManager, latest_checkpoint, read_trainer_state
 from florence_vl.train.config import Recipe
 from florence_vl.train.evaluation import RunEvaluation, check_suite, describe_scores
+from florence_vl.train.first_rank import load_on_first_rank
 from florence_vl.train.flops import Multipliers, count_flops, peak_tflops
 from florence_vl.train.guards import (
     SpikeDetector,
@@ -43,7 +44,7 @@ from florence_vl.train.optimizer import (
     set_training_mode,
     trainable_table,
 )
-from florence_vl.train.parallel import Parallelised, World, init_world, parallelise
+from florence_vl.train.parallel import Parallelised, World, init_world, parallelise, resolve_strategy
 from florence_vl.train.recipes import load_recipe
 from florence_vl.train.schedule import lr_factor
 from florence_vl.train.setup import describe_run, load_model, write_atomically
@@ -229,12 +230,18 @@ class Trainer:
         recipe, world = self.recipe, self.world
         self._preflight()
         seed_everything(recipe.seed)
+        sharded = resolve_strategy(recipe.parallel, world) in ("fsdp", "hsdp")
+        weights_on_first = sharded and world.size > 1 and self._given_model is None
         if self._given_model is not None:
             model = self._given_model
+        elif weights_on_first:
+            model, self.processor = load_on_first_rank(recipe, world)
         else:
             model, self.processor = load_model(recipe)
-        apply_parts(model, recipe.parts)
         self._prepare_data(model)
+        if recipe.warm_up is not None and checkpoint is None:
+            self._warm_up(model)
+        apply_parts(model, recipe.parts)
         if world.is_main:
             describe_run(recipe, model, self.processor)
         self.parallel: Parallelised = parallelise(
@@ -245,6 +252,7 @@ class Trainer:
             recipe.activation_checkpointing,
             recipe.compile,
             self._image_size(model),
+            weights_on_first,
         )
         self.model = self.parallel.model
         self.groups: list[Group] = parameter_groups(self.model, recipe.parts, recipe.optimizer, recipe.schedule)
@@ -269,6 +277,19 @@ class Trainer:
         )
         self._prepare_flops()
         self._print_table()
+
+    def _warm_up(self, model: FlorenceVLForConditionalGeneration) -> None:
+        """Place the projector before the first step; the other processes receive it with the weights."""
+        if not self.world.is_main:
+            return
+        if self._given_batches is not None:
+            raise ValueError("warm_up takes its pairs from the recipe's own data; it can't see given batches")
+        from florence_vl.train.warm_up import warm_up_for
+
+        log.info("warm-up of the projector: %s pairs", self.recipe.warm_up and self.recipe.warm_up.pairs)
+        rows = warm_up_for(self.recipe, model, self.processor, self.data.mixture, self.world.device)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.run_dir / "warm_up.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def _preflight(self) -> None:
         """Refuse what can be refused before a model is loaded."""
@@ -369,7 +390,8 @@ class Trainer:
             for index, batch in enumerate(micro_batches):
                 with self.parallel.accumulate(last=index == len(micro_batches) - 1):
                     loss = self.parallel.module(to_device(batch, world.device), divisor)
-                    (loss * self.parallel.grad_scale).backward()
+                    if loss.requires_grad:  # text alone reaches nothing that trains where the LLM is frozen
+                        (loss * self.parallel.grad_scale).backward()
                 loss_sum += loss.detach().float()
         except (ValueError, RuntimeError) as error:
             path = dump_batch(self.run_dir, self.step + 1, world.rank, micro_batches, {"problem": str(error)})

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from florence_vl.registry import did_you_mean
 from florence_vl.train.config import ActivationCheckpointingConfig, CompileConfig, ParallelConfig, Precision
+from florence_vl.train.first_rank import FirstRankWeights
 
 if TYPE_CHECKING:
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
@@ -325,8 +326,19 @@ def parallelise(
     checkpointing: ActivationCheckpointingConfig,
     compile_config: CompileConfig,
     image_size: tuple[int, int],
+    weights_on_first: bool = False,
 ) -> Parallelised:
     """Apply everything to a model whose parts are frozen already; its weights move to the device.
+
+    Args:
+        model: The model.
+        world: The processes.
+        parallel: Strategy.
+        precision: Of weights and compute.
+        checkpointing: Activations that are recomputed.
+        compile_config: Blocks that are compiled.
+        image_size: Height and width of a dummy image in pixels.
+        weights_on_first: The model is of `load_on_first_rank`; it must be sharded.
 
     Raises:
         ValueError: Contradictions between strategy and processes.
@@ -340,8 +352,9 @@ def parallelise(
     autocast = torch.bfloat16 if precision == "bf16" and not sharded else None
     module: nn.Module = LossModule(model, image_size, always_images=world.size > 1, autocast=autocast)
     if sharded:
-        _shard(module, model, world, parallel, precision, strategy)
+        _shard(module, model, world, parallel, precision, strategy, weights_on_first)
     else:
+        assert not weights_on_first
         model.to(world.device)
         if strategy == "ddp":
             module = nn.parallel.DistributedDataParallel(
@@ -370,6 +383,7 @@ def _shard(
     parallel: ParallelConfig,
     precision: Precision,
     strategy: str,
+    weights_on_first: bool,
 ) -> None:
     """`fully_shard` every block, the head, the token embeddings, and the rest as the root unit."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -392,12 +406,13 @@ def _shard(
         _cast_outputs_of_buffers(model.model.vision_tower, torch.bfloat16)
     if parallel.cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device_type == "cuda")
+    weights = FirstRankWeights(module, world) if weights_on_first else None
     # Units move to the device one after the other as they are sharded, so the whole model never has to fit on it.
-    for found in part_blocks(model).values():
-        for block in found:
-            fully_shard(block, **options)
+    units = [block for found in part_blocks(model).values() for block in found]
     embeddings = model.get_input_embeddings()
     if model.lm_head.weight is not embeddings.weight:
-        fully_shard(model.lm_head, **options)
-        fully_shard(embeddings, **options)
-    fully_shard(module, **options)
+        units += [model.lm_head, embeddings]
+    for unit in [*units, module]:
+        if weights is not None:
+            weights.receive(unit)
+        fully_shard(unit, **options)
