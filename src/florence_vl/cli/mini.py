@@ -15,7 +15,11 @@ epilog = """[bold]Examples[/bold]
 
   florence-vl mini train recipes/mini/florence2.yaml steps=20000 precision=float32
 
-  florence-vl mini eval runs/mini-florence2/model --out runs/mini-florence2/scores.json"""
+  florence-vl mini eval runs/mini-florence2/model --out runs/mini-florence2/scores.json
+
+  florence-vl mini release runs/mini-florence2 --out runs/mini/florence2
+
+  florence-vl mini pack runs/mini/finetune/model --vision runs/mini/florence2 --out runs/mini/florence-vl"""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -137,5 +141,60 @@ def release(
     parameters = Florence2Runner(out, device).model.num_parameters() / 1e6
     (out / "scores.json").write_text(json.dumps(report, indent=1) + "\n")
     card = model_card(report, known, parameters, note)
+    (out / "README.md").write_text(card)
+    typer.echo(card)
+
+
+@app.command("pack")
+def pack(
+    model: Annotated[Path, typer.Argument(help="Folder of the trained mini Florence-VL.")],
+    out: Annotated[Path, typer.Option(help="Folder for the adapter (float16), the scores and the card.")],
+    vision: Annotated[str, typer.Option(help="The Florence-2 it was built on: a folder, or `mini`.")] = "mini",
+    rank: Annotated[
+        int, typer.Option(min=1, help="Of the LLM's change; the sum of the LoRA ranks of both stages.")
+    ] = 40,
+    training: Annotated[str, typer.Option(help="What was trained, for the card.")] = "See `recipes/mini`.",
+    note: Annotated[str, typer.Option(help="Closing remark of the card.")] = "",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="About so many questions a group; all by default.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+) -> None:
+    """Keep what training changed, and score the packed model with and without the picture."""
+    import json
+    from dataclasses import asdict
+
+    from safetensors.torch import save_file
+
+    from florence_vl.evaluate.controls import score_controls
+    from florence_vl.evaluate.mini_card import model_card
+    from florence_vl.evaluate.sample import read_sample
+    from florence_vl.model.adapter import apply_adapter, extract_adapter
+    from florence_vl.parts import mini_base, resolve_vision
+    from florence_vl.serve.loading import load_model
+
+    trained, _ = load_model(model, device, "float32")
+    built, processor = mini_base(Path(resolve_vision(vision)))
+    built.to(trained.device).eval()
+    adapter, lost = extract_adapter(trained, built, rank)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(adapter, out / "adapter.safetensors")
+    llm, _ = mini_base(Path(resolve_vision(vision)))
+    apply_adapter(built, adapter)  # what is scored is what is shipped
+    sample = read_sample("mini", limit or 10**9)
+    scores = score_controls(built, processor, sample, llm.to(built.device).eval(), say=typer.echo)
+    plain = {name: {condition: asdict(score) for condition, score in rows.items()} for name, rows in scores.items()}
+    (out / "scores.json").write_text(json.dumps(plain, indent=1) + "\n")
+    sizes = {part: sum(p.numel() for _, p in built.part_parameters(part)) / 1e6 for part in ("tower", "projector")}
+    card = model_card(
+        scores,
+        **sizes,
+        features=", ".join(built.config.features or ()),
+        rank=rank,
+        lost=lost,
+        training=training,
+        questions=sum(len(questions) for _, questions in sample),
+        note=note,
+    )
     (out / "README.md").write_text(card)
     typer.echo(card)

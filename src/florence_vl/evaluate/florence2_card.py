@@ -39,7 +39,7 @@ concepts, and words that no training picture shows.
 
 ## Training
 
-{steps:,} steps of {images} images with {tasks} tasks each: {seen:,} pictures, each seen once. AdamW, {rate:g},
+{steps:,} steps of {images} images with {tasks} tasks each: {seen:,} pictures, each seen once. {optimizer}, {rate:g},
 weight decay {decay:g}, {precision}; running mean of the weights ({ema:g}). Beside the seq2seq loss, what lies
 in each cell of the image grid is asked of the image tokens (`train/florence2_grid.py`, weight {grid:g}). Box
 corners lie on a grid of {bins}. {note}
@@ -115,6 +115,7 @@ def model_card(report: dict[str, Any], run: dict[str, Any], parameters: float, n
         images=config["images_per_step"],
         tasks=config["tasks_per_image"],
         seen=run["step"] * config["images_per_step"],
+        optimizer={"adamw": "AdamW", "muon": "Muon (linear layers) and AdamW (the rest)"}[config["optimizer"]],
         rate=config["learning_rate"],
         decay=config["weight_decay"],
         precision=config["precision"],
