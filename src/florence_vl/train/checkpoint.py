@@ -82,6 +82,32 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return newest
 
 
+def find_checkpoint(run_dir: Path, resume: str | Path) -> Path | None:
+    """The checkpoint that a run starts from; None starts from the beginning.
+
+    Args:
+        run_dir: The run's folder.
+        resume: `never`, `auto` (the newest one, if any), or the path of a checkpoint or of a run.
+
+    Raises:
+        ValueError: `never`, and the folder holds a run.
+        FileNotFoundError: A path that holds no checkpoint.
+    """
+    if str(resume) == "never":
+        if latest_checkpoint(run_dir) is not None:
+            raise ValueError(
+                f"{run_dir} holds a run already. Go on with it (--resume auto), or choose another folder (output=...)"
+            )
+        return None
+    if str(resume) == "auto":
+        return latest_checkpoint(run_dir)
+    path = Path(resume).expanduser()
+    found = path if (path / TRAINER_FILE).is_file() else latest_checkpoint(path)
+    if found is None:
+        raise FileNotFoundError(f"{path} is neither a checkpoint nor a run with one")
+    return found
+
+
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
     """Step, data position and counters of a checkpoint."""
     return json.loads((checkpoint / TRAINER_FILE).read_text(encoding="utf-8"))

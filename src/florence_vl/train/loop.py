@@ -18,14 +18,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from florence_vl.data.sampler import mix
-from florence_vl.train.checkpoint import CheckpointManager, latest_checkpoint, read_trainer_state
+from florence_vl.train.checkpoint import CheckpointManager, find_checkpoint, read_trainer_state
 from florence_vl.train.config import Recipe
 from florence_vl.train.evaluation import RunEvaluation, check_suite, describe_scores
 from florence_vl.train.first_rank import load_on_first_rank
 from florence_vl.train.flops import Multipliers, count_flops, peak_tflops
+from florence_vl.train.gradients import clip_gradients, fill_missing_gradients, loss_and_norms
 from florence_vl.train.guards import (
     SpikeDetector,
     TrainingError,
@@ -185,7 +186,7 @@ class Trainer:
 
     def run(self, resume: str | Path = "never") -> TrainResult:
         """Set up, train, leave a checkpoint and, at the end, an export."""
-        checkpoint = self._checkpoint_to_resume(resume)
+        checkpoint = find_checkpoint(self.run_dir, resume)
         if self.recipe.threads:
             torch.set_num_threads(self.recipe.threads)
         self._set_up(checkpoint)
@@ -209,22 +210,6 @@ class Trainer:
         return TrainResult(self.run_dir, self.step, finished, self._row, exported, self.world.is_main)
 
     # ---------------------------------------------------------------------------------------------------- setting up
-
-    def _checkpoint_to_resume(self, resume: str | Path) -> Path | None:
-        if str(resume) == "never":
-            if latest_checkpoint(self.run_dir) is not None:
-                raise ValueError(
-                    f"{self.run_dir} holds a run already. Go on with it (--resume auto), or choose another folder "
-                    "(output=...)"
-                )
-            return None
-        if str(resume) == "auto":
-            return latest_checkpoint(self.run_dir)
-        path = Path(resume).expanduser()
-        found = path if (path / "trainer.json").is_file() else latest_checkpoint(path)
-        if found is None:
-            raise FileNotFoundError(f"{path} is neither a checkpoint nor a run with one")
-        return found
 
     def _set_up(self, checkpoint: Path | None) -> None:
         recipe, world = self.recipe, self.world
@@ -396,11 +381,11 @@ class Trainer:
         except (ValueError, RuntimeError) as error:
             path = dump_batch(self.run_dir, self.step + 1, world.rank, micro_batches, {"problem": str(error)})
             raise TrainingError(f"step {self.step + 1}: {error}. The batch is in {path}") from error
-        self._fill_missing_gradients()
-        loss_value, norms = self._loss_and_norms(loss_sum)
+        fill_missing_gradients(self.groups)
+        loss_value, norms = loss_and_norms(loss_sum, self.groups, self.world)
         total_norm = float(np.sqrt(sum(norm**2 for norm in norms.values())))
         self._guard(loss_value, total_norm, norms, micro_batches)
-        self._clip(total_norm)
+        clip_gradients(self.groups, total_norm, recipe.optimizer.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -439,33 +424,6 @@ class Trainer:
 
     _agreed_minutes = 0.0
 
-    def _fill_missing_gradients(self) -> None:
-        """A parameter without a gradient (tower, in a step without images) counts as one with a zero gradient.
-
-        AdamW skips parameters without gradients; with several processes they have zeros, and the number of processes
-        must not change the result.
-        """
-        for group in self.groups:
-            for parameter in group.parameters.values():
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-
-    def _loss_and_norms(self, loss_sum: Tensor) -> tuple[float, dict[str, float]]:
-        """The global loss, and the gradient's norm by part; one synchronisation with the device."""
-        values = [loss_sum]
-        if self.world.size > 1:
-            torch.distributed.all_reduce(loss_sum)
-        parts: dict[str, list[Tensor]] = {}
-        for group in self.groups:
-            parts.setdefault(group.part, []).extend(p.grad for p in group.parameters.values() if p.grad is not None)
-        for gradients in parts.values():
-            norm = torch.nn.utils.get_total_norm(gradients)
-            if hasattr(norm, "full_tensor"):
-                norm = norm.full_tensor()
-            values.append(norm.detach().float().to(loss_sum.device))
-        numbers = torch.stack([value.reshape(()) for value in values]).tolist()
-        return numbers[0], dict(zip(parts, numbers[1:], strict=True))
-
     def _guard(self, loss: float, norm: float, norms: Mapping[str, float], micro_batches: list[Batch]) -> None:
         guards = self.recipe.guards
         problem = check_finite(loss, norm, norms)
@@ -483,14 +441,6 @@ class Trainer:
                 self.progress.message(f"warning: {warning}")
         if (report := self.spikes.update(norm)) and self.world.is_main:
             self.progress.message(f"step {self.step + 1}: {report}")
-
-    def _clip(self, total_norm: float) -> None:
-        limit = self.recipe.optimizer.max_grad_norm
-        if limit is None or total_norm <= limit:
-            return
-        factor = limit / (total_norm + 1e-6)
-        gradients = [p.grad for g in self.groups for p in g.parameters.values() if p.grad is not None]
-        torch._foreach_mul_(gradients, factor)
 
     def _show_sample(self, batch: Batch) -> None:
         tokenizer = getattr(self.processor, "tokenizer", None)

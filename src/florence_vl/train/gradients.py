@@ -1,0 +1,60 @@
+"""What happens to gradients between the backward pass and the optimizer: missing ones, norms by part, clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from florence_vl.train.optimizer import Group
+from florence_vl.train.parallel import World
+
+
+def fill_missing_gradients(groups: Sequence[Group]) -> None:
+    """A parameter without a gradient (tower, in a step without images) counts as one with a zero gradient.
+
+    AdamW skips parameters without gradients; with several processes they have zeros, and the number of processes must
+    not change the result.
+    """
+    for group in groups:
+        for parameter in group.parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+
+def loss_and_norms(loss_sum: Tensor, groups: Sequence[Group], world: World) -> tuple[float, dict[str, float]]:
+    """The global loss, and the gradient's norm by part; one synchronisation with the device.
+
+    Args:
+        loss_sum: This process's part of the loss, a scalar on its device; the sum over all processes afterwards.
+        groups: The parameters, with their gradients.
+        world: The processes.
+    """
+    values = [loss_sum]
+    if world.size > 1:
+        torch.distributed.all_reduce(loss_sum)
+    parts: dict[str, list[Tensor]] = {}
+    for group in groups:
+        parts.setdefault(group.part, []).extend(p.grad for p in group.parameters.values() if p.grad is not None)
+    for gradients in parts.values():
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if hasattr(norm, "full_tensor"):
+            norm = norm.full_tensor()
+        values.append(norm.detach().float().to(loss_sum.device))
+    numbers = torch.stack([value.reshape(()) for value in values]).tolist()
+    return numbers[0], dict(zip(parts, numbers[1:], strict=True))
+
+
+def clip_gradients(groups: Sequence[Group], norm: float, limit: float | None) -> None:
+    """Scale all gradients so that their norm is `limit` at most; None leaves them.
+
+    Args:
+        groups: The parameters, with their gradients.
+        norm: Of all gradients together.
+        limit: The largest norm.
+    """
+    if limit is None or norm <= limit:
+        return
+    gradients = [p.grad for g in groups for p in g.parameters.values() if p.grad is not None]
+    torch._foreach_mul_(gradients, limit / (norm + 1e-6))
