@@ -1,1 +1,1 @@
-"""The demo: a small Florence-VL built, trained and questioned offline on real parts, with a report to look at."""
+"""The demo: the shipped mini Florence-VL learns a new task offline, in minutes, with a report to look at."""

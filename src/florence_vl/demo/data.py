@@ -1,37 +1,54 @@
-"""The demo's pictures, captions and questions, written as the LLaVA JSON that any recipe reads."""
+"""The demo's task: describe a picture as JSON. Pictures are scenes, written as the LLaVA JSON that any recipe reads."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from florence_vl.demo.scoring import Question
+import numpy as np
 
 if TYPE_CHECKING:
     from florence_vl.data.scenes import Scene
 
-TRAIN_MIX = {"single": 0.6, "objects": 0.4}  # documents and charts need more pixels and more time than a demo has
+PROMPT = 'Describe the picture as JSON with the keys "picture", "background", "things" and "text".'
+KEYS = ("picture", "background", "things", "text")
+# Kinds of scene with their share, and what a person calls them.
+MIX = {
+    "single": 0.1, "objects": 0.3, "lettering": 0.4,
+    "receipt": 0.05, "bar_chart": 0.05, "line_chart": 0.05, "pie_chart": 0.05,
+}  # fmt: skip
+PICTURES = {
+    "single": "objects", "objects": "objects", "lettering": "words",
+    "receipt": "receipt", "bar_chart": "bar chart", "line_chart": "line chart", "pie_chart": "pie chart",
+}  # fmt: skip
+ALIKE = ("beige", "light gray")  # backgrounds that not everybody tells from light yellow and from white
+ONE_COLOR, MIXED = 24, 45  # range of a background's widest channel: up to the first one colour, from the second several
+NEAR = 40  # of 765: a colour is called by its name up to that distance
+WRITTEN_ON = re.compile(
+    "sign|newspaper|calendar|bus stop|receipt|ticket|book|hospital|police|taxi|chart|letter|sleeping"
+)
+SEED = 1000  # added to the demo's: other scenes than those of the mini suite, and than a run's of small seed
+
+Answer = dict[str, Any]  # value by key of `KEYS`: three texts, and the whole number "things"
 
 
 @dataclass(frozen=True)
-class DataPlan:
-    """How much is made.
+class Example:
+    """A held-out picture.
 
     Attributes:
-        scenes: Pictures to train on; each gives a caption and a conversation of questions.
-        held_out: Questions about pictures whose sprites no training picture holds.
-        size: Side of a picture in pixels.
-        seed: Other pictures for another seed.
+        image: The picture, JPEG.
+        expected: The right value of each key.
     """
 
-    scenes: int
-    held_out: int
-    size: int
-    seed: int = 0
+    image: bytes
+    expected: Answer
 
 
 @dataclass(frozen=True)
@@ -39,134 +56,128 @@ class DemoData:
     """What was made.
 
     Attributes:
-        captions: LLaVA JSON of stage 1.
-        questions: LLaVA JSON of stage 2.
-        images: Folder that their relative paths start at.
-        pairs: The pictures of `captions` with their captions, for the warm-up.
-        held_out: Questions that nothing trains on.
+        train: LLaVA JSON of the training pictures.
+        images: Folder that its relative paths start at.
+        commonest: The commonest value of each key in training: what a guess without looking would say.
+        held_out: Pictures whose sprites and written words are in no training picture.
     """
 
-    captions: Path
-    questions: Path
+    train: Path
     images: Path
-    pairs: list[tuple[Path, str]]
-    held_out: list[Question]
+    commonest: Answer
+    held_out: list[Example]
 
 
-COLOR, KIND, NUMBER, NAME = "the background's color", "the kind of thing", "the number of things", "what it is"
-ASK = {
-    COLOR: "What color is the background?",
-    KIND: "What kind of thing is it?",
-    NUMBER: "How many things are in the picture?",
-    NAME: "What is shown in the picture?",
-}
-KINDS_OF_THING = {
-    "animal": "animal",
-    "bird": "bird",
-    "sea animal": "sea animal",
-    "vehicle": "vehicle",
-    "clothing": "clothing",
-    "food": "food",
-    "sweet food": "food",
-    "fruit": "fruit",
-    "vegetable": "vegetable",
-    "musical instrument": "musical instrument",
-    "building": "building",
-    "plant": "plant",
-}
+def describe(scene: Scene) -> Answer | None:
+    """What a person would fill in about a scene; None where two people might differ.
+
+    "picture" is what it shows; "background" its colour, or "mixed"; "things" the number of objects, of a chart's
+    bars, points or parts, or of a receipt's items; "text" the only word, or the heading; "none" where there is none.
+    Left out are scenes whose objects are hard to count or bear writing, several words, words beside an object, and
+    backgrounds between two names.
+    """
+    picture = PICTURES.get(scene.kind)
+    if picture is None:
+        return None
+    if picture == "objects" and not {region.name for region in scene.regions} <= plain_names():
+        return None
+    if picture == "words" and (scene.regions or len(scene.texts) != 1):
+        return None
+    background = background_of(scene)
+    if background is None:
+        return None
+    lines = len(scene.texts)
+    things = {"line chart": (lines - 1) // 2, "pie chart": lines - 1, "receipt": (lines - 3) // 2}
+    return {
+        "picture": picture,
+        "background": background,
+        "things": things.get(picture, len(scene.regions)),
+        "text": scene.texts[0].text if scene.texts else "none",
+    }
 
 
-def questions_of(scene: Scene) -> list[tuple[str, str, str]]:
-    """Questions about a scene that a look answers: kind (a key of `ASK`), question, answer."""
-    answers = {}
-    ground = re.search(r" on an? ([a-z ]+) background", scene.detailed_caption)
-    if ground is not None and ground[1] != "patterned":
-        answers[COLOR] = ground[1]
-    if scene.kind == "single":
-        region = scene.regions[0]
-        answers[NAME] = region.name
-        if region.category in KINDS_OF_THING:
-            answers[KIND] = KINDS_OF_THING[region.category]
-    elif scene.regions and not scene.texts:
-        answers[NUMBER] = str(len(scene.regions))
-    return [(kind, ASK[kind], answers[kind]) for kind in ASK if kind in answers]
+@lru_cache(maxsize=1)
+def plain_names() -> frozenset[str]:
+    """Names of things that are one thing each and bear no writing."""
+    from florence_vl.data.scenes.assets import SPLITS, sprites
+
+    everything = [sprite for split in SPLITS for sprite in sprites(split)]
+    unclear = {sprite.name for sprite in everything if not sprite.countable or WRITTEN_ON.search(sprite.name)}
+    return frozenset(sprite.name for sprite in everything) - unclear
 
 
-def make_data(folder: Path, plan: DataPlan, progress: Callable[[int, int], None] | None = None) -> DemoData:
-    """Render pictures with their captions and questions into `folder`.
+def background_of(scene: Scene) -> str | None:
+    """The name of a scene's background, None where it is not clear: what it was drawn with must be what is seen.
+
+    Seen is the outermost frame of the picture, on which nothing else ever lies.
+    """
+    from florence_vl.data.scenes.draw import BACKGROUNDS, COLORS
+
+    pixels = np.asarray(scene.image, dtype=np.int16)
+    width = max(1, scene.image.width // 128)
+    inner = np.zeros(pixels.shape[:2], dtype=bool)
+    inner[width:-width, width:-width] = True
+    frame = pixels[~inner]
+    spread = int(np.ptp(frame, axis=0).max())
+    drawn = re.search(r" on an? ([a-z ]+) background", scene.detailed_caption)
+    if drawn is not None and drawn[1] == "patterned":
+        return "mixed" if spread >= MIXED else None
+    distances = {name: float(np.abs(frame.mean(axis=0) - COLORS[name]).sum()) for name in BACKGROUNDS}
+    seen = min(distances, key=distances.__getitem__)
+    if spread > ONE_COLOR or distances[seen] > NEAR or seen in ALIKE or (drawn is not None and drawn[1] != seen):
+        return None
+    return seen
+
+
+def make_data(folder: Path, pictures: int, held_out: int, size: int, seed: int = 0) -> DemoData:
+    """Render pictures with their JSON into `folder`; the same arguments, the same files.
+
+    Args:
+        folder: Made if need be.
+        pictures: How many to train on.
+        held_out: How many to ask about, of the test split.
+        size: Side of a picture in pixels.
+        seed: Other pictures for another seed.
 
     Raises:
         ModuleNotFoundError: florence-vl-mini is not installed.
-        ValueError: The plan asks for nothing to train on, or for no question.
+        ValueError: Nothing to train on or to ask about, or pictures too small to read.
     """
-    from florence_vl.data.scenes import SceneGenerator
+    from florence_vl.data.scenes.writers import encode_image
 
-    if plan.scenes < 1 or plan.held_out < 1:
-        raise ValueError(f"{plan.scenes} scenes and {plan.held_out} held-out questions; both must be at least 1")
+    if pictures < 1 or held_out < 1:
+        raise ValueError(f"{pictures} training and {held_out} held-out pictures; both must be at least 1")
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
-    captions: list[dict[str, Any]] = []
-    questions: list[dict[str, Any]] = []
-    pairs: list[tuple[Path, str]] = []
-    for index, scene in enumerate(SceneGenerator(plan.seed, "train", plan.size, TRAIN_MIX).scenes(plan.scenes)):
-        file = images / f"{scene.id}.png"
-        scene.image.save(file, compress_level=1)
-        caption = scene.detailed_caption if scene.kind == "single" else scene.caption
-        captions.append(_llava(scene.id, file.name, [("", caption)]))
-        pairs.append((file, caption))
-        if turns := [(question, answer) for _, question, answer in questions_of(scene)]:
-            first = index % len(turns)  # each kind opens as many conversations as the others
-            questions.append(_llava(scene.id, file.name, turns[first:] + turns[:first]))
-        if progress is not None:
-            progress(index + 1, plan.scenes)
-    paths = folder / "captions.json", folder / "questions.json"
-    for path, rows in zip(paths, (captions, questions), strict=True):
-        path.write_text(json.dumps(rows, indent=0), encoding="utf-8")
-    return DemoData(*paths, images, pairs, held_out_questions(plan))
+    rows = []
+    values: dict[str, Counter[Any]] = {key: Counter() for key in KEYS}
+    for scene, answer in _described("train", size, seed, pictures):
+        name = f"{scene.id}.jpg"
+        (images / name).write_bytes(encode_image(scene.image))
+        talk = [("human", f"<image>\n{PROMPT}"), ("gpt", json.dumps(answer))]
+        rows.append(
+            {"id": scene.id, "image": name, "conversations": [{"from": who, "value": text} for who, text in talk]}
+        )
+        for key in KEYS:
+            values[key][answer[key]] += 1
+    file = folder / "train.json"
+    file.write_text(json.dumps(rows, indent=0), encoding="utf-8")
+    commonest = {key: counter.most_common(1)[0][0] for key, counter in values.items()}
+    asked = [Example(encode_image(scene.image), answer) for scene, answer in _described("test", size, seed, held_out)]
+    return DemoData(file, images, commonest, asked)
 
 
-def _llava(name: str, image: str, turns: list[tuple[str, str]]) -> dict[str, Any]:
-    conversations = []
-    for place, (question, answer) in enumerate(turns):
-        opening = "<image>\n" if place == 0 else ""
-        conversations.append({"from": "human", "value": f"{opening}{question}".strip()})
-        conversations.append({"from": "gpt", "value": answer})
-    return {"id": name, "image": image, "conversations": conversations}
-
-
-def held_out_questions(plan: DataPlan) -> list[Question]:
-    """Questions about pictures whose sprites belong to the test split; names are asked of things that training names.
-
-    Kinds take turns, so that each has as many questions as it can, and no picture is asked about twice.
-    """
+def _described(split: str, size: int, seed: int, number: int) -> Iterator[tuple[Scene, Answer]]:
     from florence_vl.data.scenes import SceneGenerator
-    from florence_vl.data.scenes.assets import sprites
 
-    known = {sprite.name for sprite in sprites("train")}
-    wanted = dict.fromkeys(ASK, 0)
-    chosen: list[Question] = []
-    fruitless = 0
-    for scene in _test_scenes(SceneGenerator(plan.seed, "test", plan.size, TRAIN_MIX)):
-        if len(chosen) == plan.held_out or fruitless > 400:
-            break
-        fruitless += 1
-        options = questions_of(scene)
-        if not {region.name for region in scene.regions} <= known:
-            options = [option for option in options if option[0] != NAME]
-        if not options:
-            continue
-        # The kind that has been asked least; naming only where it is all that can be asked would starve it.
-        kind, question, answer = min(options, key=lambda option: wanted[option[0]])
-        wanted[kind] += 1
-        chosen.append(Question(scene.image, kind, question, answer))
-        fruitless = 0
-    if not chosen:
-        raise ValueError(f"no held-out question in scenes of {plan.size} px")
-    return sorted(chosen, key=lambda question: list(ASK).index(question.kind))
-
-
-def _test_scenes(generator: Any) -> Iterator[Scene]:
-    index = 0
-    while True:
-        yield generator[index]
+    scenes = SceneGenerator(SEED + seed, split, size, MIX)
+    index = found = 0
+    while found < number:
+        scene = scenes[index]
         index += 1
+        answer = describe(scene)
+        if answer is not None:
+            found += 1
+            yield scene, answer
+        elif index > 100 * (found + 10):
+            raise ValueError(f"only {found} of {index} scenes of {size} px can be described")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from florence_vl.demo.data import DemoData, Example, make_data
-from florence_vl.demo.report import read_jsonl, write_report
+from florence_vl.demo.report import duration, percent, read_jsonl, write_report
 from florence_vl.demo.scoring import VALID, WHOLE, ask, derangement, judge, scores, suite_sample, suite_scores
 from florence_vl.model.modeling import PARTS
 from florence_vl.serve.loading import load_model
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
+RECIPE = "demo/finetune"
 OWNED = "demo-settings.json"  # a folder that holds it is the demo's own and may be written anew
 
 
@@ -136,7 +137,7 @@ def fine_tune(
     from florence_vl.train.recipes import load_recipe
 
     run = folder / "finetune"
-    values = load_recipe("demo/finetune").to_dict()
+    values = load_recipe(RECIPE).to_dict()
     values["data"]["sources"] = [{"path": str(data.train), "reader": "llava", "image_root": str(data.images)}]
     values["parts"]["llm"]["last_layers"] = max(1, model.config.get_text_config().num_hidden_layers // 3)
     values |= {
@@ -183,7 +184,10 @@ def run_demo(folder: Path, settings: DemoSettings | None = None, say: Say = prin
     import torch
     from transformers import set_seed
 
+    from florence_vl.train.recipes import load_recipe
+
     settings = settings or DemoSettings()
+    load_recipe(RECIPE, settings.overrides)  # what is wrong with them is said before minutes of work
     began = time.monotonic()
 
     def clock(title: str) -> None:
@@ -251,17 +255,13 @@ def result_sentence(summary: dict[str, Any]) -> str:
     """The result of a run, from its `demo.json`."""
     found, suite = summary["scores"], summary["suite"]
     before, after, other = (found[condition] for condition in ("before", "after", "other picture"))
-
-    def percent(cell: dict[str, float], name: str = "share") -> str:
-        return f"{100 * cell[name]:.0f} %"
-
     return (
-        f"{summary['training']['samples']} pictures taught the model to answer in JSON ({percent(before[VALID])} valid "
-        f"before, {percent(after[VALID])} after), with all four values right for {percent(before[WHOLE])} of "
-        f"{after[WHOLE]['total']} held-out pictures before and {percent(after[WHOLE])} after (95 % interval "
-        f"{100 * after[WHOLE]['low']:.0f} to {100 * after[WHOLE]['high']:.0f}; {percent(other[WHOLE])} when it is shown "
-        f"another picture); on the mini suite it was right {percent(suite['before']['all'])} of the time before and "
-        f"is {percent(suite['after']['all'])} now."
+        f"Fine-tuned for {duration(summary['training']['seconds'])}, the model answers in valid JSON for "
+        f"{percent(after[VALID])} of {after[VALID]['total']} held-out pictures ({percent(before[VALID])} before) and "
+        f"has all four values right for {percent(after[WHOLE])} (95 % interval {100 * after[WHOLE]['low']:.0f} to "
+        f"{100 * after[WHOLE]['high']:.0f}; {percent(before[WHOLE])} before, {percent(other[WHOLE])} when it is shown "
+        f"another picture); of {suite['after']['all']['total']} questions of the mini suite it gets "
+        f"{percent(suite['after']['all'])} right ({percent(suite['before']['all'])} before)."
     )
 
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from florence_vl.demo.data import PROMPT
+from florence_vl.demo.scoring import VALID, WHOLE, parse
+
 CONDITIONS = {
-    "before": "before training",
-    "no picture": "no picture",
-    "other picture": "another picture",
-    "after": "after training",
+    "before": "before",
+    "guess": "commonest values",
+    "no picture": "after, no picture",
+    "other picture": "after, another picture",
+    "after": "after",
 }
-MAIN = "after"
 CARDS = 12
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -40,51 +44,45 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def curve(phases: list[dict[str, Any]]) -> str:
-    """Loss over training time, one line a phase, as SVG."""
-    figure, axes = _figure()
-    start = 0.0
-    colours = ("#9aa5b4", "#2457c5", "#16794a", "#b3402e")
-    for colour, phase in zip(colours, phases, strict=False):
-        points = phase["curve"]
-        if points:
-            times = [(start + point["seconds"]) / 60 for point in points]
-            losses = [point["loss"] for point in points]
-            axes.plot(times, losses, color=colour, alpha=0.22, linewidth=1)
-            axes.plot(times, _smooth(losses), color=colour, linewidth=1.8, label=phase["title"])
-        start += phase["seconds"]
+def percent(cell: dict[str, float]) -> str:
+    """The share of a score: `97 %`."""
+    return f"{100 * cell['share']:.0f} %"
+
+
+def curve(points: list[dict[str, float]]) -> str:
+    """Loss over training time as SVG, from rows of `seconds` and `loss`."""
+    figure, axes = _figure("Loss of the fine-tuning")
+    minutes, losses = [point["seconds"] / 60 for point in points], [point["loss"] for point in points]
+    axes.plot(minutes, losses, color="#2457c5", alpha=0.22, linewidth=1)
+    axes.plot(minutes, _smooth(losses), color="#2457c5", linewidth=1.8)
     axes.set_xlabel("minutes of training")
-    axes.set_ylabel("loss (nats)")
-    axes.set_title("Loss", loc="left", fontsize=11, fontweight="bold")
-    axes.legend(frameon=False, fontsize=8)
+    axes.set_ylabel("loss (nats a token)")
     return _svg(figure)
 
 
 def bars(scores: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Exact match by kind of question and condition with 95 % intervals, as SVG."""
-    figure, axes = _figure()
-    present = [condition for condition in CONDITIONS if condition in scores]
+    """Share right by key and condition with 95 % intervals, as SVG."""
+    figure, axes = _figure("Held-out pictures")
     colours = {"before": "#d3d9e2", "no picture": "#b7c0cd", "other picture": "#9aa5b4", "after": "#2457c5"}
-    kinds = list(scores[MAIN])
-    width = 0.8 / len(present)
-    for offset, condition in enumerate(present):
-        cells = [scores[condition][kind] for kind in kinds]
-        places = [i - 0.4 + width * (offset + 0.5) for i in range(len(kinds))]
+    keys = list(scores["after"])
+    width = 0.8 / len(colours)
+    for offset, (condition, colour) in enumerate(colours.items()):
+        cells = [scores[condition][key] for key in keys]
+        places = [i - 0.4 + width * (offset + 0.5) for i in range(len(keys))]
         shares = [100 * cell["share"] for cell in cells]
         low = [100 * (cell["share"] - cell["low"]) for cell in cells]
         high = [100 * (cell["high"] - cell["share"]) for cell in cells]
         error = {"elinewidth": 0.8, "ecolor": "#5d6b7e"}
         label = CONDITIONS[condition]
-        axes.bar(places, shares, width * 0.92, yerr=[low, high], color=colours[condition], label=label, error_kw=error)
-    axes.set_xticks(range(len(kinds)), [kind.replace(" ", "\n", 2) for kind in kinds], fontsize=8)
+        axes.bar(places, shares, width * 0.92, yerr=[low, high], color=colour, label=label, error_kw=error)
+    axes.set_xticks(range(len(keys)), [key.replace(" ", "\n") for key in keys], fontsize=8)
     axes.set_ylim(0, 100)
-    axes.set_ylabel("exact match, %")
-    axes.set_title("Held-out questions", loc="left", fontsize=11, fontweight="bold")
-    axes.legend(frameon=False, fontsize=8)
+    axes.set_ylabel("right, %")
+    axes.legend(frameon=False, fontsize=7)
     return _svg(figure)
 
 
-def _figure() -> tuple[Any, Any]:
+def _figure(title: str) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.6, 3.4), layout="constrained")
@@ -93,6 +91,7 @@ def _figure() -> tuple[Any, Any]:
     axes.grid(axis="y", color="#e2e7ee", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8)
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     return figure, axes
 
 
@@ -116,21 +115,19 @@ def _smooth(values: list[float], share: float = 0.06) -> list[float]:
     return result
 
 
-def choose_cards(questions: list[dict[str, Any]], number: int = CARDS) -> list[dict[str, Any]]:
-    """Questions to show: all kinds in turn and, in each, right and wrong answers in their true proportion."""
+def choose_cards(rows: list[dict[str, Any]], number: int = CARDS) -> list[dict[str, Any]]:
+    """Answers to show: all kinds of picture in turn and, in each, right and wrong ones in their true proportion."""
     kinds: dict[str, list[dict[str, Any]]] = {}
-    for question in questions:
-        kinds.setdefault(question["kind"], []).append(question)
-    chosen: list[dict[str, Any]] = []
+    for row in rows:
+        kinds.setdefault(row["expected"]["picture"], []).append(row)
+    groups = []
     for group in kinds.values():
-        wanted = max(1, round(number * len(group) / len(questions)))
-        right = [q for q in group if q["right"][MAIN]]
-        wrong = [q for q in group if not q["right"][MAIN]]
+        wanted = max(1, round(number * len(group) / len(rows)))
+        right = [row for row in group if row["right"]["after"][WHOLE]]
+        wrong = [row for row in group if not row["right"]["after"][WHOLE]]
         take = min(len(right), round(wanted * len(right) / len(group)))
-        chosen += right[:take] + wrong[: wanted - take]
-    turns = {kind: [question for question in chosen if question["kind"] == kind] for kind in kinds}
-    mixed = [group[turn] for turn in range(number) for group in turns.values() if turn < len(group)]
-    return mixed[:number]
+        groups.append(right[:take] + wrong[: wanted - take])
+    return [group[turn] for turn in range(number) for group in groups if turn < len(group)][:number]
 
 
 def write_report(folder: Path) -> Path:
@@ -142,76 +139,87 @@ def write_report(folder: Path) -> Path:
     Raises:
         FileNotFoundError: The folder holds no finished demo.
     """
-    summary_file, answers_file = folder / "demo.json", folder / "answers.jsonl"
-    for path in (summary_file, answers_file):
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} holds no finished demo: {path.name} is missing. Run `florence-vl demo`")
-    run: dict[str, Any] = json.loads(summary_file.read_text(encoding="utf-8"))
-    questions = read_jsonl(answers_file)
-    scores = run["scores"]
-    after, other = scores[MAIN]["all"], scores["other picture"]["all"]
-    present = [condition for condition in CONDITIONS if condition in scores]
+    for name in ("demo.json", "answers.jsonl"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no finished demo: {name} is missing. Run `florence-vl demo`")
+    run: dict[str, Any] = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
+    answers = read_jsonl(folder / "answers.jsonl")
+    found, suite, training = run["scores"], run["suite"], run["training"]
     page = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), autoescape=True, trim_blocks=True).render(
-        date=run["date"],
-        machine=run["machine"],
-        summary=run["summary"],
-        tower_note=run["tower_note"],
+        run=run,
+        prompt=PROMPT,
+        example=json.dumps(answers[0]["expected"], ensure_ascii=False),
         tiles=[
-            {"value": f"{100 * after['share']:.0f} %", "label": "of held-out questions right after training"},
-            {"value": f"{100 * other['share']:.0f} %", "label": "right when it is shown another picture"},
-            {"value": duration(run["seconds"]), "label": "from the parts to this report"},
-            {"value": count(sum(part["parameters"] for part in run["parts"])), "label": "parameters"},
-        ],
-        score_note=run["score_note"],
-        conditions=[{"title": CONDITIONS[condition]} for condition in present],
-        score_rows=[
             {
-                "kind": kind,
-                "total": scores[MAIN][kind]["total"],
-                "cells": [_cell(scores[condition][kind], condition == MAIN) for condition in present],
-            }
-            for kind in scores[MAIN]
-        ],
-        cards=[
+                "value": percent(found["after"][VALID]),
+                "label": f"valid JSON, {percent(found['before'][VALID])} before",
+            },
             {
-                "source": _data_url(folder / question["image"]),
-                "question": question["question"],
-                "expected": question["expected"],
-                "lines": [
-                    {
-                        "title": CONDITIONS[condition],
-                        "answer": question["answers"][condition],
-                        "right": question["right"][condition],
-                    }
-                    for condition in present
-                ],
-            }
-            for question in choose_cards(questions)
+                "value": percent(found["after"][WHOLE]),
+                "label": f"all four values right, {percent(found['before'][WHOLE])} before",
+            },
+            {"value": percent(found["other picture"][WHOLE]), "label": "the same when it is shown another picture"},
+            {"value": duration(run["seconds"]), "label": f"in all, {duration(training['seconds'])} of it training"},
         ],
-        figures=[curve(run["phases"]), bars(scores)],
-        phases=[
-            {
-                **phase,
-                "time": duration(phase["seconds"]),
-                "loss": f"{phase['first_loss']:.2f} → {phase['last_loss']:.2f}",
-            }
-            for phase in run["phases"]
-        ],
-        parts=[{**part, "parameters": count(part["parameters"])} for part in run["parts"]],
-        commands=run["commands"],
-        beside=run["beside"],
+        conditions=list(CONDITIONS.values()),
+        score_rows=_table(found, CONDITIONS),
+        cards=[_card(folder, row) for row in choose_cards(answers)],
+        figures=[curve(training["curve"]), bars(found)],
+        training={
+            **training,
+            "time": duration(training["seconds"]),
+            "loss": f"{training['first_loss']:.2f} → {training['last_loss']:.2f}",
+        },
+        suite_rows=_table(suite, ("guess", "before", "after")),
+        parts=[{**part, **{name: count(part[name]) for name in ("parameters", "trained")}} for part in run["parts"]],
+        commands=(
+            "florence-vl chat --model mini --image FILE\n"
+            f"florence-vl chat --model {run['folder']}/model --image FILE '{PROMPT}'\n"
+            f"florence-vl evaluate --model {run['folder']}/model --suite mini --out {run['folder']}-suite\n"
+            "florence-vl recipes show demo/finetune"
+        ),
     )
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
 
 
-def _cell(score: dict[str, float], main: bool) -> dict[str, Any]:
-    return {"main": main, **{name: round(100 * score[name]) for name in ("low", "high")}} | {
-        "percent": round(100 * score["share"])
+def _table(scores: dict[str, dict[str, dict[str, float]]], conditions: Iterable[str]) -> list[dict[str, Any]]:
+    """A row a key or group: its name, the number of questions, and a cell (percent, bounds) a condition."""
+    return [
+        {
+            "name": name,
+            "total": whole["total"],
+            "cells": [
+                {
+                    "main": condition == "after",
+                    "percent": round(100 * scores[condition][name]["share"]),
+                    "low": round(100 * scores[condition][name]["low"]),
+                    "high": round(100 * scores[condition][name]["high"]),
+                }
+                for condition in conditions
+            ],
+        }
+        for name, whole in scores["after"].items()
+    ]
+
+
+def _card(folder: Path, row: dict[str, Any]) -> dict[str, Any]:
+    found = parse(row["answers"]["after"])
+    lines = []
+    for key, expected in row["expected"].items():
+        right = row["right"]["after"][key]
+        value = found and found[key]
+        shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        lines.append({"key": key, "right": right, "value": shown, "expected": "" if right else expected})
+    return {
+        "source": _data_url(folder / row["image"]),
+        "before": row["answers"]["before"],
+        "invalid": None if found else row["answers"]["after"],
+        "expected": json.dumps(row["expected"], ensure_ascii=False),
+        "lines": lines,
     }
 
 
 def _data_url(path: Path) -> str:
-    kind = {"jpg": "jpeg"}.get(path.suffix[1:], path.suffix[1:])
-    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    return f"data:image/jpeg;base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -1,46 +1,33 @@
-"""Answers of a model to held-out questions, and how many of them are right, with an interval."""
+"""Answers of a model to held-out pictures and to the mini suite, and how many are right, with an interval."""
 
 from __future__ import annotations
 
+import json
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from florence_vl.data.records import image_part, text_part
-from florence_vl.evaluate.metrics.text import vqa_normalise
+from florence_vl.demo.data import KEYS, PROMPT, Answer, Example
+from florence_vl.evaluate.answer import batches
+from florence_vl.evaluate.benchmark import Generation, select
+from florence_vl.evaluate.local import LocalAnswerer
+from florence_vl.evaluate.mini import mini_folder
+from florence_vl.evaluate.question import IMAGE, BytesPicture, Question
+from florence_vl.evaluate.sample import Sample, score_sample
+from florence_vl.evaluate.suites import choose
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
     from florence_vl.model.processing import FlorenceVLProcessor
 
+VALID, WHOLE = "valid JSON", "all four"
+ROWS = (VALID, *KEYS, WHOLE)  # what an answer is scored by
+BATCH_SIZE = 16
+MAX_NEW_TOKENS = 64  # the longest right answer takes two thirds of it
 
-@dataclass
-class Question:
-    """A question about a held-out picture.
-
-    Attributes:
-        image: The picture.
-        kind: Name of the group that it is scored in.
-        question: What is asked.
-        expected: The right answer.
-        answers: What was answered, by condition: `before`, `after`, `other picture`, `no picture`.
-    """
-
-    image: Image.Image
-    kind: str
-    question: str
-    expected: str
-    answers: dict[str, str] = field(default_factory=dict)
-
-    def right(self, condition: str) -> bool:
-        """Whether the answer of that condition is the expected one, as the VQA script normalises both."""
-        return vqa_normalise(self.answers[condition]) == vqa_normalise(self.expected)
+Score = dict[str, float]  # `right`, `total`, `share`, and `low` and `high` of the 95 % interval
 
 
 def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
@@ -64,71 +51,116 @@ def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, min(low, share)), min(1.0, max(high, share))  # exact at 0 and 1, where rounding shows
 
 
-@torch.inference_mode()
-def answer(
-    model: FlorenceVLForConditionalGeneration,
-    processor: FlorenceVLProcessor,
-    asked: Sequence[tuple[str, Image.Image | None]],
-    max_new_tokens: int = 12,
-    batch_size: int = 16,
-) -> list[str]:
-    """Greedy answers to questions, each with its picture or with none; batched, left-padded.
+def score(right: int, total: int) -> Score:
+    """A share with its interval."""
+    low, high = wilson(right, total)
+    return {"right": right, "total": total, "share": right / total, "low": low, "high": high}
 
-    Args:
-        model: Put in eval mode here, and back.
-        processor: The model's.
-        asked: Question and picture; `None` asks without one.
-        max_new_tokens: Longest answer, in tokens.
-        batch_size: Questions of one forward pass; with and without a picture may be mixed.
+
+def parse(text: str) -> Answer | None:
+    """The object that an answer is, None unless the whole of it is JSON with exactly the four keys."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) and sorted(value) == sorted(KEYS) else None
+
+
+def judge(text: str, expected: Answer) -> dict[str, bool]:
+    """What of an answer is right, by the names of `ROWS`; without valid JSON nothing is.
+
+    Values must be of the expected type; case is ignored in texts.
     """
-    training = model.training
-    model.eval()
-    # Questions of like length side by side waste less padding.
-    order = sorted(range(len(asked)), key=lambda i: (asked[i][1] is None, len(asked[i][0])))
-    answers = [""] * len(asked)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        texts, images = [], []
-        for index in chosen:
-            question, image = asked[index]
-            content = [text_part(question)] if image is None else [image_part(), text_part(question)]
-            messages = [{"role": "user", "content": content}]
-            texts.append(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-            images.append([] if image is None else [image])
-        shown = images if any(images) else None
-        inputs = processor(text=texts, images=shown, padding=True, add_special_tokens=False, return_tensors="pt")
-        wanted = ("input_ids", "attention_mask", "pixel_values")
-        inputs = {name: value.to(model.device) for name, value in inputs.items() if name in wanted}
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        new = output[:, inputs["input_ids"].shape[1] :]
-        for index, text in zip(chosen, processor.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-            answers[index] = text.strip()
-    model.train(training)
-    return answers
+    found = parse(text)
+    right = {key: found is not None and _same(found[key], expected[key]) for key in KEYS}
+    return {VALID: found is not None, **right, WHOLE: all(right.values())}
 
 
-def derangement(questions: Sequence[Question], seed: int = 0) -> list[Image.Image]:
-    """For each question a picture of another question of its kind, with another right answer where there is one."""
+def _same(found: Any, expected: Any) -> bool:
+    if isinstance(found, str) and isinstance(expected, str):
+        return found.casefold() == expected.casefold()
+    return type(found) is type(expected) and found == expected
+
+
+def scores(texts: Sequence[str], expected: Sequence[Answer]) -> dict[str, Score]:
+    """Share right by the names of `ROWS`, over answers and what they should be."""
+    judged = [judge(text, right) for text, right in zip(texts, expected, strict=True)]
+    return {name: score(sum(one[name] for one in judged), len(judged)) for name in ROWS}
+
+
+def ask(
+    model: FlorenceVLForConditionalGeneration, processor: FlorenceVLProcessor, images: Sequence[bytes | None]
+) -> list[str]:
+    """Greedy answers to the task's prompt, each with its picture (an encoded file) or, for None, with none."""
+    answerer = LocalAnswerer(model, processor, BATCH_SIZE, identity={"model": "demo"}, cached_images=BATCH_SIZE)
+    questions = [
+        Question(str(index), "demo", (PROMPT,) if image is None else (IMAGE, PROMPT), _pictures(image))
+        for index, image in enumerate(images)
+    ]
+    answers: dict[str, str] = {}
+    for batch in batches(questions, BATCH_SIZE):
+        found = answerer.answer(batch, Generation(max_new_tokens=MAX_NEW_TOKENS))
+        answers |= {question.id: answer.text.strip() for question, answer in zip(batch, found, strict=True)}
+    return [answers[question.id] for question in questions]
+
+
+def _pictures(image: bytes | None) -> tuple[BytesPicture, ...]:
+    return () if image is None else (BytesPicture(image),)
+
+
+def derangement(examples: Sequence[Example], seed: int = 0) -> list[bytes]:
+    """The pictures in another order, in which none keeps its place (Sattolo's shuffle).
+
+    Raises:
+        ValueError: There is but one.
+    """
+    if len(examples) < 2:
+        raise ValueError("another picture needs at least 2 held-out pictures")
     generator = random.Random(seed)
-    pictures = []
-    for index, question in enumerate(questions):
-        others = [q for i, q in enumerate(questions) if i != index and q.kind == question.kind]
-        different = [q for q in others if vqa_normalise(q.expected) != vqa_normalise(question.expected)]
-        pictures.append(generator.choice(different or others or list(questions)).image)
-    return pictures
+    images = [example.image for example in examples]
+    for index in range(len(images) - 1, 0, -1):
+        other = generator.randrange(index)
+        images[index], images[other] = images[other], images[index]
+    return images
 
 
-def scores(questions: Sequence[Question], condition: str) -> dict[str, dict[str, float]]:
-    """Exact match by kind, and over all.
+def suite_sample(limit: int) -> tuple[Sample, dict[str, Score]]:
+    """A fixed sample of the mini suite, about `limit` questions a group, and how far guessing goes on it.
 
     Returns:
-        Kind (or "all") -> `right`, `total`, `share`, `low`, `high` (Wilson's 95 % interval).
+        The sample, and by title of group the score of the answer that is commonest among all its questions of the
+        same skill.
     """
-    kinds = [*dict.fromkeys(question.kind for question in questions), "all"]
-    result = {}
-    for kind in kinds:
-        group = [question for question in questions if kind in ("all", question.kind)]
-        right = sum(question.right(condition) for question in group)
-        low, high = wilson(right, len(group))
-        result[kind] = {"right": right, "total": len(group), "share": right / len(group), "low": low, "high": high}
-    return result
+    folder = mini_folder()
+    sample = []
+    guesses = {}
+    for benchmark in choose("mini"):
+        questions = benchmark.questions(folder)
+        commonest: dict[str, Counter[str]] = {}
+        for question in questions:
+            commonest.setdefault(question.reference["skill"], Counter())[question.reference["answer"]] += 1
+        chosen = select(questions, benchmark.scorer, limit)
+        sample.append((benchmark, chosen))
+        right = sum(
+            benchmark.scorer.judge(commonest[q.reference["skill"]].most_common(1)[0][0], q.reference).score
+            for q in chosen
+        )
+        guesses[benchmark.group] = score(round(right), len(chosen))
+    return sample, guesses | {"all": pooled(guesses)}
+
+
+def suite_scores(
+    model: FlorenceVLForConditionalGeneration, processor: FlorenceVLProcessor, sample: Sample
+) -> dict[str, Score]:
+    """A model's scores on a sample of the mini suite by title of group, and over all."""
+    found = score_sample(model, processor, sample, BATCH_SIZE)
+    groups = {
+        benchmark.group: score(round(found[f"eval/{benchmark.name}"] / 100 * len(questions)), len(questions))
+        for benchmark, questions in sample
+    }
+    return groups | {"all": pooled(groups)}
+
+
+def pooled(groups: dict[str, Score]) -> Score:
+    """The score over the questions of all groups."""
+    return score(int(sum(g["right"] for g in groups.values())), int(sum(g["total"] for g in groups.values())))
