@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 VALID, WHOLE = "valid JSON", "all four"
 ROWS = (VALID, *KEYS, WHOLE)  # what an answer is scored by
 BATCH_SIZE = 16
-MAX_NEW_TOKENS = 64  # the longest right answer takes two thirds of it
+MAX_NEW_TOKENS = 64  # right answers take about half of it
 
 Score = dict[str, float]  # `right`, `total`, `share`, and `low` and `high` of the 95 % interval
 
