@@ -6,14 +6,13 @@ Prints medians over interleaved runs on one thread, so that the ratios hold on a
 from __future__ import annotations
 
 import io
-import statistics
-import time
 import tracemalloc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from common import side_by_side
 from PIL import Image
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
@@ -29,17 +28,6 @@ def picture(width: int, height: int) -> Image.Image:
     """A smooth random picture: a small noise image, enlarged."""
     noise = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def medians(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, run in turn."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def peak_mib(function: Callable[[], Any]) -> float:
@@ -73,7 +61,7 @@ def main() -> None:
             "ours": lambda image=image: ours(image, return_tensors="pt")["pixel_values"],
         }
         diff = float((run["llava"]() - run["ours"]()).abs().max())
-        took = medians(run, repeats=5)
+        took = side_by_side(run, rounds=5)
         memory = {key: peak_mib(function) for key, function in run.items()}
         print(
             f"{name:>10} {took['llava'] * 1e3:9.1f} {took['ours'] * 1e3:8.1f} {took['llava'] / took['ours']:6.2f} "
@@ -88,14 +76,14 @@ def main() -> None:
     answer = {"role": "assistant", "content": "The image shows a house and a car on a street. " * 10}
     record = Record("1", "benchmark", [user, answer], [buffer.getvalue()])
     decoded = open_image(record.images[0])
-    took = medians(
+    took = side_by_side(
         {
             "decode the JPEG": lambda: open_image(record.images[0]),
             "tokenize and label": lambda: encode.tokenize(record),
             "process the image": lambda: ours(decoded, return_tensors="pt"),
             "encode the record": lambda: encode(record),
         },
-        repeats=20,
+        rounds=20,
     )
     print(f"\none record, 800x600 JPEG, {encode.length(record)} tokens")
     for name, seconds in took.items():

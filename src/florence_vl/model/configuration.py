@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -177,6 +177,19 @@ class FlorenceVLConfig(PreTrainedConfig):
     def prompt_names(self) -> list[str]:
         """Names of the features that take a pass through the encoder, in order."""
         return [name for name in self.features if name != DAVIT] if self.tower == "florence2" else []
+
+
+def convolved_size(height: int, width: int, convolutions: Iterable[tuple[int, int, int]]) -> tuple[int, int]:
+    """Rows and columns that are left of an image after convolutions of (kernel, stride, padding) in pixels."""
+    for kernel, stride, padding in convolutions:
+        height = (height + 2 * padding - kernel) // stride + 1
+        width = (width + 2 * padding - kernel) // stride + 1
+    return height, width
+
+
+def davit_convolutions(vision: Any) -> tuple[tuple[int, int, int], ...]:
+    """(kernel, stride, padding) of each of DaViT's four convolutions, from its config."""
+    return tuple(zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True))
 
 
 def _choice(field: str, value: str, options: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ import jinja2
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin, TextKwargs
 
+from florence_vl.model.configuration import convolved_size, davit_convolutions
 from florence_vl.model.image_processing import FlorenceVLImageProcessor, FlorenceVLImagesKwargs
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class ImageTokenRule:
         vision: Any = config.vision_config
         if config.tower == "florence2":
             vision = vision.vision_config
-            convolutions = tuple(zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True))
+            convolutions = davit_convolutions(vision)
             additional = int(config.mean_token == "all")
         else:
             convolutions = ((vision.patch_size, vision.patch_size, 0),)
@@ -71,20 +72,13 @@ class ImageTokenRule:
             )
         return cls(convolutions, additional, scale, offset)
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the tower's last map for an image of that many pixels."""
-        for kernel, stride, padding in self.convolutions:
-            height = (height + 2 * padding - kernel) // stride + 1
-            width = (width + 2 * padding - kernel) // stride + 1
-        return height, width
-
     def num_tokens(self, height: int, width: int) -> int:
         """Tokens of an image of `height` x `width` pixels.
 
         Raises:
             ValueError: The image is smaller than one patch.
         """
-        rows, columns = self.grid(height, width)
+        rows, columns = convolved_size(height, width, self.convolutions)
         if rows < 1 or columns < 1:
             raise ValueError(f"an image of {height}x{width} pixels is smaller than one patch of the vision tower")
         return self.scale * (rows * columns + self.additional) + self.offset

@@ -18,7 +18,7 @@ from transformers.models.florence2.modeling_florence2 import (
     Florence2VisionChannelAttention,
 )
 
-from florence_vl.model.configuration import DAVIT, FlorenceVLConfig
+from florence_vl.model.configuration import DAVIT, FlorenceVLConfig, convolved_size, davit_convolutions
 from florence_vl.model.towers import TOWERS, VisionTower, check_pixels
 
 
@@ -96,11 +96,7 @@ class Florence2Tower(VisionTower):
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of DaViT's last map for an image of that many pixels."""
-        vision = self.config.vision_config.vision_config
-        for kernel, stride, padding in zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True):
-            height = (height + 2 * padding - kernel) // stride + 1
-            width = (width + 2 * padding - kernel) // stride + 1
-        return height, width
+        return convolved_size(height, width, davit_convolutions(self.config.vision_config.vision_config))
 
     def num_tokens(self, height: int, width: int) -> int:
         rows, columns = self.grid_size(height, width)
