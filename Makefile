@@ -44,7 +44,7 @@ $(VENV)/.dev: $(VENV)/.torch $(PROJECTS)
 
 setup: $(VENV)/.dev $(VENV)/.demo  ## Set up .venv for development and the demo (once).
 
-demo: $(VENV)/.demo  ## Build, train and question a small Florence-VL, offline; writes runs/demo/report.html.
+demo: $(VENV)/.demo  ## Fine-tune the embedded Florence-VL on a new task and question it, offline; writes runs/demo/report.html.
 	$(BIN)/florence-vl demo $(DEMO_ARGS)
 
 test: $(VENV)/.dev  ## Run the quick tests, a process a core.

@@ -191,7 +191,7 @@ def check_parts() -> list[Check]:
     elif SMOLLM2.source() is not None:
         smollm2 = Check("parts", SMOLLM2.name, "ok", "installed, is converted at the first use (20 s, 540 MB)")
     else:
-        smollm2 = Check("parts", SMOLLM2.name, "missing", "the demo's language model", SMOLLM2.install)
+        smollm2 = Check("parts", SMOLLM2.name, "missing", "the embedded language model", SMOLLM2.install)
     spec = importlib.util.find_spec(MINI)
     if spec is None:
         in_checkout = (root := _editable_root()) and (root / "packages" / "florence-vl-mini").is_dir()

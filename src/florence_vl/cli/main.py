@@ -21,7 +21,7 @@ DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 # name -> (module, one-line help). A module exposes `app` (sub-commands) or `command` (a single command, with
 # `epilog`, its examples, beside it), and imports torch and transformers inside its functions only.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("florence_vl.cli.demo", "See the whole method run offline: build, train, answer, report."),
+    "demo": ("florence_vl.cli.demo", "See the method run offline: fine-tune the embedded model, ask, report."),
     "doctor": ("florence_vl.cli.doctor", "Versions, devices, what is missing and the command that mends it."),
     "build": ("florence_vl.cli.build", "Assemble a Florence-2 and an LLM into one Florence-VL."),
     "chat": ("florence_vl.cli.chat", "Ask a model about an image, once or in a conversation."),

@@ -43,7 +43,7 @@ class ModelConfig:
     """Which model is trained: a saved one (`path`) or a new one (`build`).
 
     Attributes:
-        path: Folder or hub name of a saved Florence-VL.
+        path: Folder or hub name of a saved Florence-VL; `mini` is the embedded one.
         build: Parts of a new one. Exactly one of `path` and `build` must be given.
         image_aspect_ratio: How images are made square: `pad` or `squash`; None leaves the processor as it is.
         image_size: Height and width of images in pixels; None leaves the processor as it is.
