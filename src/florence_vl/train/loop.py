@@ -216,7 +216,8 @@ class Trainer:
         self._preflight()
         seed_everything(recipe.seed)
         sharded = resolve_strategy(recipe.parallel, world) in ("fsdp", "hsdp")
-        weights_on_first = sharded and world.size > 1 and self._given_model is None
+        warms_up = recipe.warm_up is not None and checkpoint is None  # on the first process
+        weights_on_first = sharded and world.size > 1 and (self._given_model is None or warms_up)
         if self._given_model is not None:
             model = self._given_model
         elif weights_on_first:
@@ -224,7 +225,7 @@ class Trainer:
         else:
             model, self.processor = load_model(recipe)
         self._prepare_data(model)
-        if recipe.warm_up is not None and checkpoint is None:
+        if warms_up:
             self._warm_up(model)
         apply_parts(model, recipe.parts)
         if world.is_main:
