@@ -17,7 +17,7 @@ from florence_vl.evaluate.benchmark import Benchmark
 from florence_vl.evaluate.local import LocalAnswerer
 from florence_vl.evaluate.metrics import stratify
 from florence_vl.evaluate.metrics.base import Judged
-from florence_vl.evaluate.question import IMAGE, Question
+from florence_vl.evaluate.question import IMAGE, Picture, Question
 from florence_vl.evaluate.statistics import Comparison, compare, intervals
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ def without_images(questions: Sequence[Question]) -> list[Question]:
 
 def with_other_images(questions: Sequence[Question], seed: int = 0) -> list[Question]:
     """The same questions, each about the pictures of another question with as many; one alone keeps its own."""
-    generator, by_number = Random(seed), {}
+    generator = Random(seed)
+    by_number: dict[int, dict[str, Sequence[Picture]]] = {}
     for question in questions:
         by_number.setdefault(len(question.images), {})[question.picture_key] = question.images
     out = []

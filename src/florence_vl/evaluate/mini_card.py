@@ -75,7 +75,8 @@ def verdicts(scores: Mapping[str, Mapping[str, Score]]) -> list[str]:
     """One line a benchmark: what the full model clearly beats (paired interval above 0), and what not."""
     lines = []
     for name, found in scores.items():
-        beaten, unbeaten = [], []
+        beaten: list[str] = []
+        unbeaten: list[str] = []
         for condition, score in found.items():
             if score.against is None:
                 continue

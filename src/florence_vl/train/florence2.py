@@ -370,7 +370,7 @@ def make_optimizers(model: nn.Module, heads: nn.Module, config: Florence2Trainin
 
     Muon (torch.optim.Muon, arXiv 2502.16982) scales its steps to AdamW's, so both take the same learning rate.
     """
-    hidden: list[nn.Parameter] = []
+    hidden: list[Tensor] = []
     if config.optimizer == "muon":
         output = model.get_output_embeddings()  # type: ignore[operator]
         linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not output]
