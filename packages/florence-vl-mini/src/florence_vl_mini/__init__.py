@@ -48,6 +48,17 @@ def words() -> list[str]:
     return (DATA / "words.txt").read_text().split()
 
 
+@lru_cache
+def load_tables() -> list[dict[str, Any]]:
+    """Small tables of real numbers: id, kind, title, label, labels, columns (name, unit, values), source, licence,
+    split.
+
+    `kind` is series (over time), groups, parts (percent of a whole) or pairs (two measures of each); `values` are
+    numbers as written, at most 4 characters.
+    """
+    return json.loads((DATA / "tables.json").read_text())
+
+
 def photos() -> list[dict[str, str]]:
     """The sample photographs: id, file (absolute path), caption, source."""
     rows = json.loads((DATA / "photos/index.json").read_text())

@@ -22,6 +22,8 @@ from typing import Any
 
 from PIL import Image
 
+from florence_vl_mini.tables import STATSMODELS, make_tables, vega_licences
+
 SPRITE_SIDE = 112
 
 
@@ -82,6 +84,10 @@ SOURCES = {
         "2780e32df19b909823425b3e21c2f2f2a1717bbdd96f33fc59a252a308903fa2",
     ),
     "scikit-image": Source("pip", "scikit-image", "0.26.0", ""),  # wheels differ by platform; the photos are checked
+    "vega-datasets": Source(
+        "npm", "vega-datasets", "3.2.1", "6f72fda460a9863fae5fcb32f85bcd49e1761fdea6dc6cf9f4962472881cc5a3"
+    ),
+    "statsmodels": Source("pip", "statsmodels", "0.15.0", ""),  # wheels differ by platform; its tables are checked
 }
 
 FONTS = {
@@ -428,13 +434,25 @@ def build(sources: Path, target: Path) -> dict[str, int]:
         for file in files:
             shutil.copy(next((roots[name] / "usr/share/fonts").rglob(file)), staging / "fonts" / file)
     _photos(roots["scikit-image"], staging / "photos")
+    tables = _tables(roots, staging)
 
     _licences(roots, staging / "licences")
     for path in staging.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
     shutil.rmtree(target, ignore_errors=True)
     staging.rename(target)
-    return {name: len(items) for name, items in sets.items()} | {"words": len(words), "photos": len(PHOTOS)}
+    return {name: len(items) for name, items in sets.items()} | {
+        "words": len(words),
+        "photos": len(PHOTOS),
+        "tables": tables,
+    }
+
+
+def _tables(roots: dict[str, Path], target: Path) -> int:
+    tables = make_tables(roots["vega-datasets"] / "package", roots["statsmodels"] / "statsmodels")
+    lines = ",\n".join(json.dumps(row) for row in tables)
+    (target / "tables.json").write_text(f"[\n{lines}\n]\n")
+    return len(tables)
 
 
 def _licences(roots: dict[str, Path], target: Path) -> None:
@@ -451,6 +469,9 @@ def _licences(roots: dict[str, Path], target: Path) -> None:
         "liberation": "Font files, unchanged.",
         "ebgaramond": "Font files, unchanged.",
         "scikit-image": "Photos in photos/, shrunk to 512 px, captions written by hand.",
+        "vega-datasets": "Numbers in tables.json: rows picked, averaged over months or years, rounded; titles and "
+        "labels shortened.",
+        "statsmodels": "Numbers in tables.json: rows picked, averaged over years, rounded; labels shortened.",
     }
     for name, source in SOURCES.items():
         folder = target / name
@@ -463,6 +484,12 @@ def _licences(roots: dict[str, Path], target: Path) -> None:
             text = "Each photo is CC0 or in the public domain, as stated in skimage/data/_fetchers.py:\n\n" + "".join(
                 f"{file}: {origin}\n" for file, (_, origin) in PHOTOS.items()
             )
+        elif name == "vega-datasets":
+            text = (Path(__file__).parent / "LICENSE.vega").read_text()
+            text += "\nTables, as stated in its datapackage.json:\n\n" + vega_licences(roots[name] / "package")
+        elif name == "statsmodels":
+            text = next(roots[name].glob("*.dist-info/licenses/LICENSE.txt")).read_text()
+            text += f"\nIts tables {', '.join(STATSMODELS)} are in the public domain, as stated in their data.py.\n"
         else:
             text = _copyright(roots[name])
         (folder / "LICENSE").write_text(text)

@@ -204,6 +204,11 @@ def words(split: str) -> tuple[str, ...]:
     return tuple(w for w in _package().words() if len(w) <= 8 and low <= _unit(w) < high)
 
 
+def table_rows() -> list[dict[str, Any]]:
+    """The package's tables of real numbers, of all splits."""
+    return _package().load_tables()
+
+
 def _unit(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 

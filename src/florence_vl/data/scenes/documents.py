@@ -7,7 +7,7 @@ from random import Random
 
 from PIL import Image, ImageDraw
 
-from florence_vl.data.scenes import assets, draw
+from florence_vl.data.scenes import assets, draw, tables
 from florence_vl.data.scenes.annotations import Question, Region, Scene, Text
 
 FIRST, LAST, CITIES, SHOPS, GOODS, FORMS, MONTHS = map(
@@ -166,30 +166,39 @@ def table(rng: Random, split: str, size: int, scene_id: str) -> Scene:
     """A table of three to four rows and two number columns."""
     sheet = _sheet(rng, size)
     u = size / 256
-    rows = rng.sample(rng.choice((FIRST, CITIES, [g.title() for g in GOODS])), rng.randint(3, 4))
-    columns = rng.sample(("2021", "2022", "2023", "Mon", "Tue", "Fri", "North", "South", "Sold", "Left"), 2)
-    values = [[rng.randint(1, 99) for _ in columns] for _ in rows]
+    corner, n = "", rng.randint(3, 4)
+    if rng.random() < tables.SHARE:
+        corner, rows, columns, values = tables.pick_table(rng, split, n)
+    else:
+        rows = rng.sample(rng.choice((FIRST, CITIES, [g.title() for g in GOODS])), n)
+        columns = rng.sample(("2021", "2022", "2023", "Mon", "Tue", "Fri", "North", "South", "Sold", "Left"), 2)
+        values = [[str(rng.randint(1, 99)) for _ in columns] for _ in rows]
     header = rng.choice(("dark blue", "dark green", "gray", "purple"))
     ink = ImageDraw.Draw(sheet.image)
     height = size / (len(rows) + 1)
     ink.rectangle((0, 0, size, height), fill=draw.COLORS[header])
     xs = (150 * u, 236 * u)
+    name_size = tables.fit(rows, 92 * u, 21 * u, 15 * u)
+    head_size = tables.fit(columns, 78 * u, 22 * u, 16 * u, True)
+    if corner:
+        corner_size = tables.fit([corner], 60 * u, 18 * u, 13 * u, True)
+        sheet.write(10 * u, height / 2 - 7 * u, corner, corner_size, bold=True, color="white")
     for x, name in zip(xs, columns, strict=True):
-        sheet.write(x, height / 2 - 9 * u, name, round(22 * u), bold=True, anchor="r", color="white")
+        sheet.write(x, height / 2 - 9 * u, name, head_size, bold=True, anchor="r", color="white")
     for i, (name, line) in enumerate(zip(rows, values, strict=True)):
         y = height * (i + 1)
         ink.line((0, y, size, y), fill=draw.COLORS["gray"], width=1)
-        sheet.write(10 * u, y + height / 2 - 9 * u, name, round(21 * u))
+        sheet.write(10 * u, y + height / 2 - 9 * u, name, name_size)
         for x, value in zip(xs, line, strict=True):
-            sheet.write(x, y + height / 2 - 9 * u, str(value), round(22 * u), anchor="r")
+            sheet.write(x, y + height / 2 - 9 * u, value, round(22 * u), anchor="r")
     r, c = rng.randrange(len(rows)), rng.randrange(2)
-    column = [line[c] for line in values]
+    column = [float(line[c]) for line in values]
     questions = [
         Question(
             "ocr_chart",
             "table_value",
             f'What is the value of {rows[r]} in the column "{columns[c]}"?',
-            str(values[r][c]),
+            values[r][c],
         ),
         Question("ocr_chart", "counting", "How many rows does the table have, without the header?", str(len(rows))),
     ]
