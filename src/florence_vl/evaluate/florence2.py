@@ -251,25 +251,25 @@ def evaluate_florence2(path: str | Path, scenes: int = 300, seed: int = 0, devic
 
 PROBE_TARGETS = ("text", "object", "position")
 PROBE_FEATURES = ("davit", "caption", "ocr", "grounding")
-PROBE_CLASSES = 16
+PROBE_WORDS, PROBE_OBJECTS = 16, 96  # of 16 objects any feature tells all
 
 
 def probe_pictures(n: int, seed: int, size: int) -> tuple[list[Image.Image], dict[str, Tensor]]:
-    """Pictures of one object and one word, each drawn from `PROBE_CLASSES`, and labels {target: (n,)}.
+    """Pictures of one of `PROBE_OBJECTS` objects and one of `PROBE_WORDS` words, and labels {target: (n,)}.
 
     text: which word; object: which name; position: cell of the object's centre in a 4 x 4 grid. The three are
         independent.
     """
     rng = Random(f"probe/{seed}")
     pool = sorted({s.name for s in assets.sprites("test") if not s.new_concept})
-    names = Random(7).sample(pool, PROBE_CLASSES)
+    names = Random(7).sample(pool, PROBE_OBJECTS)
     by_name = {name: [s for s in assets.sprites("test") if s.name == name] for name in names}
-    words = Random(7).sample([w for w in assets.words("test") if 4 <= len(w) <= 6], PROBE_CLASSES)
+    words = Random(7).sample([w for w in assets.words("test") if 4 <= len(w) <= 6], PROBE_WORDS)
     images: list[Image.Image] = []
     labels: dict[str, list[int]] = defaultdict(list)
     while len(images) < n:
         canvas, _ = draw.background(rng, size)
-        name, word = rng.randrange(PROBE_CLASSES), rng.randrange(PROBE_CLASSES)
+        name, word = rng.randrange(PROBE_OBJECTS), rng.randrange(PROBE_WORDS)
         sprite = draw.sprite_at(rng, rng.choice(by_name[names[name]]).id, round(size * rng.uniform(0.26, 0.4)))
         spot = draw.place(rng, size, sprite.width, sprite.height, [], gap=0)
         assert spot is not None

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ def mini_rows(pictures: int = PICTURES, per_group: int = QUESTIONS_PER_GROUP) ->
     try:
         scenes = SceneGenerator(seed=SEED, split="test", size=SIZE)
     except ModuleNotFoundError as error:
-        raise ValueError(f"the mini suite needs the package florence-vl-mini ({error}): make install") from None
+        raise ValueError(f"the mini suite needs the package florence-vl-mini ({error}): make setup") from None
     rows: dict[str, list[dict[str, Any]]] = {f"mini_{group}": [] for group in GROUPS}
     for index in range(pictures):
         scene = scenes[index]
@@ -69,37 +68,43 @@ def mini_folder(folder: Path | None = None) -> Path:
     Raises:
         ValueError: The package florence-vl-mini isn't installed.
     """
-    rows = mini_rows()
-    if folder is None:
-        digest = hashlib.sha256()
-        for part in _contents(rows):
-            digest.update(part)
-        folder = cache_dir() / "mini-suite" / digest.hexdigest()[:16]
-        if folder.is_dir():
-            return folder
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-        try:
-            _write(temporary, rows)
-            temporary.chmod(0o755)
-            try:
-                os.replace(temporary, folder)
-            except OSError:  # another process was first
-                if not folder.is_dir():
-                    raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder, mini_rows())
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder, rows)
+    folder = cache_dir() / "mini-suite" / _version()
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        _write(temporary, mini_rows())
+        temporary.chmod(0o755)
+        try:
+            os.replace(temporary, folder)
+        except OSError:  # another process was first
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def _contents(rows: dict[str, list[dict[str, Any]]]) -> Iterator[bytes]:
-    for name, group in rows.items():
-        for row in group:
-            yield repr((name, sorted((k, v) for k, v in row.items() if k != "image"))).encode()
-            yield row["image"]["bytes"]
+def _version() -> str:
+    """Digest of all that the suite is made of: this module, the generator's, and the package's data."""
+    import florence_vl.data.scenes as scenes
+
+    try:
+        import florence_vl_mini
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the mini suite needs the package florence-vl-mini ({error}): make setup") from None
+    assert scenes.__file__ is not None
+    code = [Path(__file__), *Path(scenes.__file__).parent.glob("*.py")]
+    data = [path for path in florence_vl_mini.DATA.rglob("*") if path.is_file()]
+    digest = hashlib.sha256()
+    for path in sorted([*code, *data]):
+        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
 
 
 def _write(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:

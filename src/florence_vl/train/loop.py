@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -272,8 +273,14 @@ class Trainer:
             raise ValueError("warm_up takes its pairs from the recipe's own data; it can't see given batches")
         from florence_vl.train.warm_up import warm_up_for
 
-        log.info("warm-up of the projector: %s pairs", self.recipe.warm_up and self.recipe.warm_up.pairs)
+        assert self.recipe.warm_up is not None
+        speaks = self.recipe.logging.progress != "none"
+        if speaks:
+            print(f"warm-up of the projector on {self.recipe.warm_up.pairs} pairs ...", file=sys.stderr, flush=True)
         rows = warm_up_for(self.recipe, model, self.processor, self.data.mixture, self.world.device)
+        if speaks:
+            ends = f"loss {rows[0]['loss']:.2f} to {rows[-1]['loss']:.2f}"
+            print(f"warm-up done in {rows[-1]['seconds']:.0f} s: {ends}", file=sys.stderr, flush=True)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(self.run_dir / "warm_up.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
