@@ -232,7 +232,7 @@ def pie(rng: Random, split: str, size: int, scene_id: str) -> Scene:
     colors = rng.sample(PALETTE, n)
     sheet = Sheet(Image.new("RGB", (size, size), draw.COLORS["white"]))
     ink = ImageDraw.Draw(sheet.image)
-    _heading(sheet, size, topic, shown.note)
+    _heading(sheet, size, topic)  # the legend says percent
     box = (8 * u, 70 * u, 138 * u, 200 * u)
     angle = -90.0
     for share, color in zip(shares, colors, strict=True):
