@@ -196,3 +196,14 @@ def test_checkpoints_rotate(tiny_run: ModuleType, tmp_path: Path) -> None:
 def test_without_images_everything_still_gets_gradients(tiny_run: ModuleType, tmp_path: Path) -> None:
     losses = tiny_run.run(tmp_path, text_only=1, steps=2, checkpoint={"every_steps": None, "export": False})
     assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_time_left_of_a_resumed_run_counts_from_where_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    from florence_vl.train import metrics
+    from florence_vl.train.config import LoggingConfig
+
+    clock = iter((100.0, 160.0))
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    progress = metrics.Progress(600, 22, LoggingConfig(progress="plain"))
+    assert progress._time_left(0.40) == "-"  # the budget is further on than the steps
+    assert progress._time_left(0.50) == "0:05:00"

@@ -139,7 +139,8 @@ class Progress:
         if kind == "auto":
             kind = "rich" if sys.stderr.isatty() else "plain"
         self.kind = kind
-        self._began, self._start_step = time.monotonic(), start_step
+        self._start_step = start_step
+        self._origin: tuple[float, float] | None = None
         self._bar: Any = None
         if kind == "rich":
             from rich import progress as rich_progress
@@ -184,12 +185,13 @@ class Progress:
             )
 
     def _time_left(self, fraction: float) -> str:
-        spent = time.monotonic() - self._began
-        began_at = self._start_step / self.total if self.total else 0.0
-        done = fraction - began_at
-        if done <= 0:
+        now = time.monotonic()
+        if self._origin is None:  # a resumed run begins anywhere, by steps or by the clock
+            self._origin = now, fraction
+        began, began_at = self._origin
+        if fraction <= began_at:
             return "-"
-        seconds = int(spent / done * max(0.0, 1 - fraction))
+        seconds = int((now - began) / (fraction - began_at) * max(0.0, 1 - fraction))
         hours, rest = divmod(seconds, 3600)
         return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
