@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -182,26 +181,12 @@ def smollm2() -> Path:
     return converted(SMOLLM2, convert_gguf_llm)
 
 
-@dataclass(frozen=True)
-class VisionPart:
-    """The embedded Florence-2.
-
-    Attributes:
-        path: A folder in transformers' layout.
-        pretrained: False for random weights of the same configuration.
-        note: One sentence about it, for reports.
-    """
-
-    path: Path
-    pretrained: bool
-    note: str
-
-
-def mini_florence2() -> VisionPart:
-    """The mini Florence-2 that florence-vl-mini ships; where it ships no weights, an untrained one in the cache.
+def mini_florence2() -> Path:
+    """Folder of the mini Florence-2 that florence-vl-mini ships, in transformers' layout.
 
     Raises:
-        FileNotFoundError: florence-vl-mini is not installed; the message names the command.
+        FileNotFoundError: florence-vl-mini is not installed, or this build of it carries no weights; the message names
+            the command.
     """
     try:
         import florence_vl_mini
@@ -210,23 +195,7 @@ def mini_florence2() -> VisionPart:
             "the mini Florence-2 comes from the package florence-vl-mini, which is not installed. "
             "Run: pip install florence-vl-mini (in a checkout: pip install -e packages/florence-vl-mini)"
         ) from None
-    try:
-        path = florence_vl_mini.florence2_path()
-    except FileNotFoundError:
-        from florence_vl.train.florence2 import build_mini_florence2
-
-        folder = cache_dir() / "parts" / "mini-florence2-untrained"
-        if not (folder / "config.json").is_file():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            scratch = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
-            try:
-                build_mini_florence2(scratch)
-                os.replace(scratch, folder)
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
-        note = "The tower is an untrained mini Florence-2: this florence-vl-mini carries no weights."
-        return VisionPart(folder, False, note)
-    return VisionPart(path, True, "The tower is the pretrained mini Florence-2 of florence-vl-mini.")
+    return florence_vl_mini.florence2_path()
 
 
 def mini_florence_vl() -> Path:
@@ -242,7 +211,7 @@ def mini_florence_vl() -> Path:
     import florence_vl_mini
 
     adapter = florence_vl_mini.florence_vl_path()
-    sources = [SMOLLM2.sha256, *(sha256(p) for p in (adapter, tower.path / "model.safetensors"))]
+    sources = [SMOLLM2.sha256, *(sha256(p) for p in (adapter, tower / "model.safetensors"))]
     digest = hashlib.sha256(" ".join(sources).encode()).hexdigest()
 
     def make(scratch: Path) -> None:
@@ -250,7 +219,7 @@ def mini_florence_vl() -> Path:
 
         from florence_vl.model.adapter import apply_adapter
 
-        model, processor = mini_base(tower.path)
+        model, processor = mini_base(tower)
         apply_adapter(model, load_file(adapter))
         model.save_pretrained(scratch)
         processor.save_pretrained(scratch)
@@ -272,12 +241,7 @@ def resolve_vision(name: str) -> str:
     Raises:
         FileNotFoundError: `mini` without florence-vl-mini.
     """
-    if name != "mini":
-        return name
-    part = mini_florence2()
-    if not part.pretrained:
-        print(f"note: {part.note}", file=sys.stderr)
-    return str(part.path)
+    return str(mini_florence2()) if name == "mini" else name
 
 
 def resolve_llm(name: str) -> str:

@@ -261,12 +261,10 @@ def test_settings_out_of_range(settings, message):
 
 
 def test_without_shipped_weights_the_demo_stops(tmp_path, monkeypatch, capsys):
-    from florence_vl.parts import VisionPart
-
     def missing():
         raise FileNotFoundError("florence-vl-mini carries no Florence-VL weights")
 
-    monkeypatch.setattr("florence_vl.parts.mini_florence2", lambda: VisionPart(tmp_path, True, ""))
+    monkeypatch.setattr("florence_vl.parts.mini_florence2", lambda: tmp_path)
     monkeypatch.setattr("florence_vl_mini.florence_vl_path", missing)
     assert main.main(["demo", "--out", str(tmp_path / "demo")]) == 2
     assert "florence-vl-mini carries no Florence-VL weights" in capsys.readouterr().err

@@ -251,7 +251,7 @@ def evaluate_florence2(path: str | Path, scenes: int = 300, seed: int = 0, devic
 
 PROBE_TARGETS = ("text", "object", "position")
 PROBE_FEATURES = ("davit", "caption", "ocr", "grounding")
-PROBE_WORDS, PROBE_OBJECTS = 16, 96  # of 16 objects any feature tells all
+PROBE_WORDS, PROBE_OBJECTS = 16, 80  # of 16 objects any feature tells all
 
 
 def probe_pictures(n: int, seed: int, size: int) -> tuple[list[Image.Image], dict[str, Tensor]]:

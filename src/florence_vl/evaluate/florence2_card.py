@@ -49,7 +49,7 @@ corners lie on a grid of {bins}. {note}
 {scores}
 
 Intervals are 95 %: over pictures (bootstrap) for tasks, over seeds (t) for the probe. The probe is a logistic
-regression on the mean of the tower's grid tokens, for which of 16 words is written, which of 96 things is shown
+regression on the mean of the tower's grid tokens, for which of 16 words is written, which of 80 things is shown
 and in which of 16 cells it lies; pictures come from split `test`.
 
 {verdicts}
