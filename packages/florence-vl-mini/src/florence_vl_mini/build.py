@@ -165,6 +165,8 @@ def _unpack(source: Source, folder: Path) -> Path:
         with tarfile.open(archive) as tar:
             tar.extractall(target, filter="data")
     elif source.kind == "deb":
+        if shutil.which("dpkg") is None:
+            raise ValueError(f"unpacking {archive.name} needs dpkg, which is not installed: take a Debian or Ubuntu")
         subprocess.run(["dpkg", "-x", str(archive), str(target)], check=True)
     else:
         with zipfile.ZipFile(archive) as wheel:

@@ -7,7 +7,7 @@ from random import Random
 
 from florence_vl.data.scenes import charts, documents, objects
 from florence_vl.data.scenes.annotations import Scene
-from florence_vl.data.scenes.assets import SPLITS
+from florence_vl.data.scenes.assets import EXTENDED, SPLITS, extra_rows
 from florence_vl.data.scenes.questions import ask
 from florence_vl.registry import Registry, did_you_mean
 
@@ -41,9 +41,12 @@ class SceneGenerator:
         split: "train", "val" or "test": sprites, words and random numbers of the splits are disjoint.
         size: Side of the square pictures in pixels, at least 64; documents and charts are meant for 192 and more.
         mix: Weight of each kind of scene; `DEFAULT_MIX` by default.
+        extra_sprites: Also take the pictures under copyleft licences that `florence-vl mini assets --copyleft` fetched
+            into the cache; of the training split only.
 
     Raises:
-        ValueError: An unknown split or kind, or a size below 64.
+        ValueError: An unknown split or kind, a size below 64, or extra sprites of another split or damaged ones.
+        FileNotFoundError: The extra sprites were not fetched yet.
         ModuleNotFoundError: florence-vl-mini is not installed (at the first scene).
 
     Example:
@@ -52,12 +55,23 @@ class SceneGenerator:
     """
 
     def __init__(
-        self, seed: int = 0, split: str = "train", size: int = 256, mix: Mapping[str, float] | None = None
+        self,
+        seed: int = 0,
+        split: str = "train",
+        size: int = 256,
+        mix: Mapping[str, float] | None = None,
+        extra_sprites: bool = False,
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}. {did_you_mean(split, SPLITS)}")
         if size < 64:
             raise ValueError(f"scenes of {size} px cannot be read: size must be 64 or more")
+        self.pool = split
+        if extra_sprites:
+            if split != "train":
+                raise ValueError(f"extra sprites are for training: they cannot be shown in split {split!r}")
+            self.pool = EXTENDED
+            extra_rows()  # raises where they are missing or damaged
         self.seed, self.split, self.size = seed, split, size
         self.mix = dict(DEFAULT_MIX if mix is None else mix)
         for kind in self.mix:
@@ -71,8 +85,8 @@ class SceneGenerator:
             raise IndexError(f"scenes are numbered from 0, not {index}")
         rng = Random(f"{self.seed}/{self.split}/{index}")
         kind = rng.choices(list(self.mix), list(self.mix.values()))[0]
-        scene = KINDS[kind](rng, self.split, self.size, f"{self.split}-{self.seed}-{index}")
-        scene.questions.extend(ask(scene, Random(f"q/{self.seed}/{self.split}/{index}"), self.split))
+        scene = KINDS[kind](rng, self.pool, self.size, f"{self.split}-{self.seed}-{index}")
+        scene.questions.extend(ask(scene, Random(f"q/{self.seed}/{self.split}/{index}"), self.pool))
         return scene
 
     def scenes(self, n: int, start: int = 0) -> Iterator[Scene]:

@@ -59,7 +59,7 @@ def tables(split: str) -> tuple[Table, ...]:
             tuple(Column(c["name"], c["unit"], tuple(c["values"])) for c in row["columns"]),
         )
         for row in assets.table_rows()
-        if row["split"] == split
+        if row["split"] == assets.base_split(split)
     )
 
 
