@@ -15,7 +15,7 @@ pytest.importorskip("florence_vl_mini")
 
 from transformers import AutoTokenizer, Florence2ForConditionalGeneration, Florence2Processor
 
-from florence_vl.data.scenes import SceneGenerator
+from florence_vl.data.scenes import SceneGenerator, assets
 from florence_vl.train import florence2
 from florence_vl.train.florence2 import FLORENCE2_PROMPTS, Florence2Training, SceneTasks, collate
 
@@ -172,6 +172,17 @@ def test_second_mix_begins_at_its_step(folder: Path) -> None:
     assert written == [False] * 6 + [True] * 6
     with pytest.raises(ValueError, match="go together"):
         Florence2Training("x", second_mix={"single": 1.0})
+
+
+def test_copyleft_pictures_must_have_been_fetched(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLORENCE_VL_CACHE", str(tmp_path))
+    assets.extra_rows.cache_clear()
+    config = Florence2Training("x", **TINY, copyleft=True)
+    assert config.pool == assets.EXTENDED
+    with pytest.raises((FileNotFoundError, ValueError), match="mini assets --copyleft"):
+        SceneTasks(config, Florence2Processor.from_pretrained(folder).tokenizer)
 
 
 def test_new_run_starts_from_other_weights(folder: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from florence_vl.data.scenes import FLORENCE2_PROMPTS, SceneGenerator
+from florence_vl.data.scenes import FLORENCE2_PROMPTS, SceneGenerator, assets
 from florence_vl.registry import did_you_mean
 from florence_vl.train.florence2_data import (
     IMAGE_MEAN,
@@ -63,6 +63,7 @@ class Florence2Training:
         optimizer: "adamw" or "muon" (for the hidden linear layers; AdamW for the rest).
         mix: Weights of the kinds of scene.
         second_mix: Other weights from step `second_mix_at` on: small print pays once letters are known.
+        copyleft: Also train on the pictures that `florence-vl mini assets --copyleft` fetched.
         start_from: Folder of a mini Florence-2 whose weights and tokenizer a new run starts from.
         precision: "bfloat16" (autocast; weights stay float32) or "float32".
         grid_weight: Weight of the grid's loss, see `florence2_grid`; 0 for the seq2seq loss alone.
@@ -94,6 +95,7 @@ class Florence2Training:
     mix: dict[str, float] = field(default_factory=lambda: dict(TRAINING_MIX))
     second_mix: dict[str, float] | None = None
     second_mix_at: int = 0
+    copyleft: bool = False
     tasks: dict[str, float] = field(default_factory=lambda: dict(TASK_WEIGHTS))
 
     def __post_init__(self) -> None:
@@ -115,6 +117,11 @@ class Florence2Training:
         unknown = set(self.tasks) - set(FLORENCE2_PROMPTS)
         if unknown:
             raise ValueError(f"unknown Florence-2 tasks {sorted(unknown)}; known: {', '.join(FLORENCE2_PROMPTS)}")
+
+    @property
+    def pool(self) -> str:
+        """The sprites that scenes are made of, as `data.scenes.assets` names them."""
+        return assets.EXTENDED if self.copyleft else "train"
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Florence2Training:
@@ -193,8 +200,6 @@ def mini_florence2_config(vocab_size: int, image_token_id: int, image_size: int 
 
 
 def _corpus(seed: int, scenes: int) -> Iterator[str]:
-    from florence_vl.data.scenes import assets
-
     for prompt in FLORENCE2_PROMPTS.values():
         yield from [prompt] * 50
     for sprite in assets.sprites("train"):
@@ -468,7 +473,7 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
     vision = model.config.vision_config
     with torch.random.fork_rng(devices=[]):  # the same in every process and after every restart
         torch.manual_seed(config.seed)
-        heads = GridHeads(vision.projection_dim, vision.embed_dim[-2]).to(device)
+        heads = GridHeads(vision.projection_dim, vision.embed_dim[-2], config.pool).to(device)
     early: list[Tensor] = []  # what enters the last downsampling
     model.model.vision_tower.convs[-1].register_forward_pre_hook(lambda _, args: early.append(args[0]))
     optimizers = make_optimizers(model, heads, config)
@@ -483,6 +488,7 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
         "mix",
         "second_mix",
         "second_mix_at",
+        "copyleft",
         "tasks",
         "optimizer",
     )
@@ -492,7 +498,7 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
         changed = [k for k in same if state["config"].get(k, getattr(Florence2Training, k, None)) != asdict(config)[k]]
         if changed:
             raise ValueError(f"{checkpoint} was made with other {', '.join(changed)}: choose another folder")
-        if state["classes"] != list(grid_classes()):
+        if state["classes"] != list(grid_classes(config.pool)):
             raise ValueError(f"{checkpoint} was made with another version of florence-vl-mini: choose another folder")
         model.load_state_dict(state["model"])
         heads.load_state_dict(state["heads"])
@@ -528,7 +534,7 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
             {
                 "model": model.state_dict(),
                 "heads": heads.state_dict(),
-                "classes": list(grid_classes()),
+                "classes": list(grid_classes(config.pool)),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "ema": ema,
                 "step": step,

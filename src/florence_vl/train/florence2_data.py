@@ -30,10 +30,10 @@ class SceneTasks(torch.utils.data.Dataset):
 
     def __init__(self, config: Florence2Training, tokenizer: Any) -> None:
         self.config, self.tokenizer = config, tokenizer
-        self.scenes = SceneGenerator(config.seed, "train", config.image_size, config.mix)
+        self.scenes = SceneGenerator(config.seed, "train", config.image_size, config.mix, config.copyleft)
         self.later, self.first_later = self.scenes, config.second_mix_at * config.images_per_step
         if config.second_mix is not None:
-            self.later = SceneGenerator(config.seed, "train", config.image_size, config.second_mix)
+            self.later = SceneGenerator(config.seed, "train", config.image_size, config.second_mix, config.copyleft)
         self.step = max(1, 1000 // config.location_bins)
         self.prompts = {t: encode_prompt(tokenizer, t) for t in config.tasks}
         self.spelling = copy.deepcopy(tokenizer.backend_tokenizer)
@@ -59,7 +59,7 @@ class SceneTasks(torch.utils.data.Dataset):
             if ids is not None:
                 cells = token_targets(scene, task, side, self.step, self.tokenizer, self.spelling)
                 samples.append((self.prompts[task], ids, cells))
-        return pixels, samples, letter_targets(scene, side * FINER), name_targets(scene, side)
+        return pixels, samples, letter_targets(scene, side * FINER), name_targets(scene, side, self.config.pool)
 
     def target_ids(self, scene: Scene, task: str) -> list[int] | None:
         """`<s> ... </s>`, or None where the scene has nothing to say to the task or too much."""
