@@ -202,8 +202,8 @@ def test_folders_that_are_no_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="no model at"):
         check_folder(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="make demo"):
-        check_folder("mini")
+    monkeypatch.setattr("florence_vl.parts.mini_florence_vl", lambda: tmp_path / "embedded")
+    assert check_folder("mini") == tmp_path / "embedded"
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"no config.json. Its sub-folders inner are models"):
