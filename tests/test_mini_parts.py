@@ -39,3 +39,25 @@ def test_finds_objects_of_unseen_pictures(runner: Florence2Runner) -> None:
 def test_name_mini_is_the_shipped_folder() -> None:
     assert Path(parts.resolve_vision("mini")) == parts.mini_florence2()
     assert parts.resolve_vision("elsewhere") == "elsewhere"
+
+
+@pytest.mark.slow
+def test_mini_florence_vl_is_assembled_once_and_answers() -> None:
+    if parts.SMOLLM2.source() is None and not parts.is_converted(parts.SMOLLM2):
+        pytest.skip(parts.SMOLLM2.install)
+    from florence_vl.serve.chat import ChatSession
+    from florence_vl.serve.loading import load_model
+
+    folder = parts.mini_florence_vl()
+    made = (folder / "model.safetensors").stat().st_mtime_ns
+    assert parts.mini_florence_vl() == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == made
+    session = ChatSession(*load_model("mini", "cpu"))
+    said = []
+    for scene in SceneGenerator(11, "test", 256, {"single": 1.0}).scenes(6):
+        session.show(scene.image)
+        said.append(
+            session.ask("How many things are in the picture?\nAnswer the question using a single word or phrase.")
+        )
+        session.reset()
+    assert said.count("1") >= 4
