@@ -173,9 +173,7 @@ def pack(
     model: Annotated[Path, typer.Argument(help="Folder of the trained mini Florence-VL.")],
     out: Annotated[Path, typer.Option(help="Folder for the adapter (float16), the scores and the card.")],
     vision: Annotated[str, typer.Option(help="The Florence-2 it was built on: a folder, or `mini`.")] = "mini",
-    rank: Annotated[
-        int, typer.Option(min=1, help="Of the LLM's change; the sum of the LoRA ranks of both stages.")
-    ] = 40,
+    rank: Annotated[int, typer.Option(min=1, help="Of the LLM's change; the card says how much it leaves out.")] = 16,
     training: Annotated[str, typer.Option(help="What was trained, for the card.")] = "See `recipes/mini`.",
     note: Annotated[str, typer.Option(help="Closing remark of the card.")] = "",
     limit: Annotated[int | None, typer.Option(min=1, help="About so many questions a group; all by default.")] = None,
