@@ -179,3 +179,26 @@ def test_four_processes_shard_inside_groups_and_replicate_between(tiny_run: Modu
     torchrun(str(tiny_run.__file__), [{**case, "parallel": {"strategy": "hsdp", "shard_size": 2}}], processes=4)
     reference = tiny_run.run(tmp_path / "one", parts=FROZEN_TOWER, **BASE)
     assert tiny_run.losses(tmp_path / "hsdp") == pytest.approx(reference, abs=2e-5)
+
+
+def _decide(rank: int, meet: str, out: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
+    world = World(torch.device("cpu"), rank, 2)
+    found = [world.decide(lambda: f"seen by {rank}")]
+
+    def fail() -> None:
+        raise FileNotFoundError(f"nothing there for {rank}")
+
+    try:
+        world.decide(fail)
+    except FileNotFoundError as error:
+        found.append(str(error))
+    Path(out, f"{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+def test_the_first_process_decides_for_all(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_decide, (str(tmp_path / "meet"), str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == ["seen by 0", "nothing there for 0"]
+    assert World(torch.device("cpu")).decide(lambda: 7) == 7

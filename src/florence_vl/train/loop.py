@@ -187,7 +187,7 @@ class Trainer:
 
     def run(self, resume: str | Path = "never") -> TrainResult:
         """Set up, train, leave a checkpoint and, at the end, an export."""
-        checkpoint = find_checkpoint(self.run_dir, resume)
+        checkpoint = self.world.decide(lambda: find_checkpoint(self.run_dir, resume))
         if self.recipe.threads:
             torch.set_num_threads(self.recipe.threads)
         self._set_up(checkpoint)

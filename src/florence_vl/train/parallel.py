@@ -68,6 +68,24 @@ class World:
         dist.all_gather_object(items, item)
         return items
 
+    def decide(self, question: Callable[[], Any]) -> Any:
+        """The first process's answer, or its error, on every process.
+
+        For what each might see differently, such as which files are there while another one is still renaming them.
+        """
+        if self.size == 1:
+            return question()
+        told: list[Any] = [None]
+        if self.is_main:
+            try:
+                told = [question()]
+            except Exception as error:
+                told = [error]
+        dist.broadcast_object_list(told, device=torch.device("cpu"))
+        if isinstance(told[0], Exception):
+            raise told[0]
+        return told[0]
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.size > 1:
