@@ -1,6 +1,6 @@
 """The model: configuration -> towers -> fusion -> projector -> modeling; processing; assemble; convert.
 
-Importing this package registers Florence-VL with transformers' Auto classes.
+Importing this package registers Florence-VL with transformers' Auto classes, and the attention `sdpa_varlen`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from florence_vl.model.configuration import FlorenceVLConfig
 from florence_vl.model.image_processing import FlorenceVLImageProcessor
 from florence_vl.model.modeling import FlorenceVLForConditionalGeneration, FlorenceVLModel
 from florence_vl.model.processing import FlorenceVLProcessor
+from florence_vl.model.varlen_attention import register_attention
 
 
 def _register() -> None:
@@ -28,6 +29,7 @@ def _register() -> None:
 
 
 _register()
+register_attention()
 
 __all__ = [
     "FlorenceVLConfig",

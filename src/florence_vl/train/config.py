@@ -47,7 +47,8 @@ class ModelConfig:
         build: Parts of a new one. Exactly one of `path` and `build` must be given.
         image_aspect_ratio: How images are made square: `pad` or `squash`; None leaves the processor as it is.
         image_size: Height and width of images in pixels; None leaves the processor as it is.
-        attn_implementation: One attention backend, or one for each of `vision_config` and `text_config`.
+        attn_implementation: One attention backend, or one for each of `vision_config` and `text_config`. None takes
+            transformers' choice, and `sdpa_varlen` for the LLM's packed rows on a CPU.
     """
 
     __pydantic_config__ = STRICT

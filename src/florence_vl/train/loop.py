@@ -49,7 +49,7 @@ from florence_vl.train.optimizer import (
 from florence_vl.train.parallel import Parallelised, World, init_world, parallelise, resolve_strategy
 from florence_vl.train.recipes import load_recipe
 from florence_vl.train.schedule import lr_factor
-from florence_vl.train.setup import describe_run, load_model, write_atomically
+from florence_vl.train.setup import choose_attention, describe_run, load_model, write_atomically
 from florence_vl.train.steps import (
     Batch,
     StepCounts,
@@ -225,6 +225,7 @@ class Trainer:
             model, self.processor = load_on_first_rank(recipe, world)
         else:
             model, self.processor = load_model(recipe)
+        choose_attention(model, recipe, world.device)
         self._prepare_data(model)
         if warms_up:
             self._warm_up(model)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
+from florence_vl.model.varlen_attention import SDPA_VARLEN
 from florence_vl.train.config import Recipe
 
 if TYPE_CHECKING:
@@ -58,6 +59,14 @@ def load_model(recipe: Recipe) -> tuple[FlorenceVLForConditionalGeneration, Any]
         images.size = type(images.size)(height=config.image_size, width=config.image_size)
         model.num_image_tokens(config.image_size, config.image_size)  # refuses sizes that the tower can't take
     return model, processor
+
+
+def choose_attention(model: FlorenceVLForConditionalGeneration, recipe: Recipe, device: torch.device) -> None:
+    """Give the LLM `sdpa_varlen` for packed rows on a CPU, unless the recipe names a backend or compiles the LLM."""
+    packed = recipe.data.packing.mode == "packed"
+    free = recipe.model.attn_implementation is None and not recipe.compile.llm
+    if packed and free and device.type == "cpu" and model.config.get_text_config()._attn_implementation == "sdpa":
+        model.set_attn_implementation({"text_config": SDPA_VARLEN})
 
 
 def describe_environment() -> dict[str, Any]:
