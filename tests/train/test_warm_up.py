@@ -6,7 +6,7 @@ from PIL import Image
 
 from florence_vl.analyze.alignment import recall_at
 from florence_vl.testing import tiny_model
-from florence_vl.train.warm_up import cache_features, caption_vectors, warm_up
+from florence_vl.train.warm_up import cache_features, caption_vectors, parse_regions, tokens_in_boxes, warm_up
 
 COLOURS = ("red", "green", "blue", "black", "white", "yellow")
 
@@ -55,3 +55,53 @@ def test_images_find_their_captions_and_nothing_else_changes(setting):
 def test_time_ends_the_warm_up_after_one_step_at_least(setting):
     model, _, _, features, targets = setting
     assert len(warm_up(model, features, targets, seconds=1e-9)) == 1
+
+
+def test_regions_are_read_from_florence2s_format():
+    answer = (
+        "two dogs<loc_0><loc_111><loc_999><loc_222>EXIT<loc_0><loc_0><loc_333><loc_0><loc_333><loc_999><loc_0><loc_999>"
+    )
+    (dogs, box), (exit_, quad) = parse_regions(answer)
+    assert (dogs, exit_) == ("two dogs", "EXIT")
+    assert box == pytest.approx((0, 1 / 9, 1, 2 / 9))
+    assert quad == pytest.approx((0, 0, 1 / 3, 1))
+    assert parse_regions("no regions here") == []
+
+
+def test_tokens_in_boxes():
+    quarter, sliver, whole = (0.0, 0.0, 0.5, 0.5), (0.55, 0.05, 0.56, 0.06), (0.0, 0.0, 1.0, 1.0)
+    inside = tokens_in_boxes([quarter, sliver, whole], (4, 4), 16).view(3, 4, 4)
+    assert inside[0].nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert inside[1].nonzero().tolist() == [[0, 2]]
+    assert inside[2].all()
+    assert torch.equal(tokens_in_boxes([quarter], (4, 4), 48).view(3, 16), inside[:1].view(1, 16).expand(3, 16))
+    with pytest.raises(ValueError, match="17 tokens, grid of 4 x 4"):
+        tokens_in_boxes([quarter], (4, 4), 17)
+
+
+def test_regions_teach_what_lies_where():
+    """Two colours side by side: each half's tokens come to say its own colour, which captions alone can't tell."""
+    model, processor = tiny_model()
+    images, texts, shown, boxes = [], [], [], []
+    for left in COLOURS:
+        for right in COLOURS:
+            image = Image.new("RGB", (64, 64), left)
+            image.paste(Image.new("RGB", (32, 64), right), (32, 0))
+            texts += [left, right]
+            shown += [len(images)] * 2
+            boxes += [(0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)]
+            images.append(image)
+    features = cache_features(model, processor, images)
+    targets = caption_vectors(model, processor, texts)
+    inside = tokens_in_boxes(boxes, model.model.vision_tower.grid_size(64, 64), model.num_image_tokens(64, 64))
+    rows = warm_up(model, features, targets, torch.tensor(shown), inside, steps=150, batch_size=48, lr=3e-3)
+    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
+    with torch.no_grad():
+        tokens = model.model.multi_modal_projector(model.model.fusion(features))[torch.tensor(shown)]
+    pooled = torch.einsum("pn,pnh->ph", inside / inside.sum(1, keepdim=True), tokens)
+    known = caption_vectors(model, processor, COLOURS)
+    nearest = torch.nn.functional.cosine_similarity(
+        pooled[:, None] - known.mean(0), known[None] - known.mean(0), dim=-1
+    ).argmax(1)
+    right = sum(COLOURS[int(n)] == text for n, text in zip(nearest, texts, strict=True))
+    assert right > 0.8 * len(texts)

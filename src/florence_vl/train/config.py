@@ -440,6 +440,8 @@ class WarmUpConfig:
 
     Attributes:
         pairs: Images with captions of `data.sources`; their features are held in memory.
+        regions: Sources whose answers are in Florence-2's region format, `dog<loc_102><loc_31><loc_500><loc_877>`; as
+            many images again are taken of them, and each text is aligned with the tokens in its box.
         steps: Optimizer steps.
         batch_size: Pairs of a step, each other's negatives.
         lr: Peak learning rate of AdamW.
@@ -448,6 +450,7 @@ class WarmUpConfig:
     __pydantic_config__ = STRICT
 
     pairs: int = 4000
+    regions: list[SourceConfig] = field(default_factory=list)
     steps: int = 500
     batch_size: int = 256
     lr: float = 1.0e-3
@@ -531,9 +534,9 @@ class Recipe:
         problems += self._check_stream() + self._check_evaluate()
         if self.warm_up is not None:
             problems += [
-                f"`warm_up.{key}` must be above {least - 1:g}, found {value}"
-                for key, value in vars(self.warm_up).items()
-                if value < (least := 2 if key in ("pairs", "batch_size") else 1) and key != "lr"
+                f"`warm_up.{key}` must be above {least - 1}, found {value}"
+                for key, least in (("pairs", 2), ("steps", 1), ("batch_size", 2))
+                if (value := getattr(self.warm_up, key)) < least
             ]
             if self.data.stream is not None:
                 problems.append("`warm_up` takes its pairs from `data.sources`: a stream has none")

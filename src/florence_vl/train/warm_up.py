@@ -1,8 +1,10 @@
-"""Warm-up: the projector learns to put an image where its caption lies among the LLM's word vectors, without the LLM.
+"""Warm-up: the projector learns to put an image where its text lies among the LLM's word vectors, without the LLM.
 
 A projector that starts from random numbers costs most of a short first stage. Contrastive warm-up on cached features
-takes seconds: image tokens, averaged, against the averaged input embeddings of the caption's tokens.
-Shape letters: I images, N tokens an image, D features, H width of the LLM.
+takes seconds: image tokens, averaged, against the averaged input embeddings of a text. The text is the whole image's
+caption or, where regions are annotated, what lies in a box, against the tokens in that box (as RegionCLIP aligns
+regions, arXiv 2112.09106): then the LLM finds words at their places from its first step.
+Shape letters: I images, P texts (captions and regions), N tokens an image, D features, H width of the LLM.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -31,6 +35,66 @@ if TYPE_CHECKING:
     from florence_vl.train.config import Recipe
 
 TEMPERATURE = 0.07  # CLIP's initial one (arXiv 2103.00020)
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+REGION = re.compile(r"([^<>]+)((?:<loc_\d+>){4,})")  # Florence-2's format: two corners, or four points
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom, as shares of the image
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """A text and the part of an image that shows it.
+
+    Attributes:
+        text: The words.
+        image: Number of the image.
+        box: Where; the whole image for a caption.
+    """
+
+    text: str
+    image: int
+    box: Box = WHOLE
+
+
+def parse_regions(answer: str) -> list[tuple[str, Box]]:
+    """Texts and boxes of an answer in Florence-2's region format, `dog<loc_102><loc_31><loc_500><loc_877>`.
+
+    Args:
+        answer: Two corners or four points follow each text, in thousandths of width and height, in turn.
+    """
+    found = []
+    for text, places in REGION.findall(answer):
+        numbers = [int(n) / 999 for n in re.findall(r"\d+", places)]
+        xs, ys = numbers[0::2], numbers[1::2]
+        if text.strip():
+            found.append((text.strip(), (min(xs), min(ys), max(xs), max(ys))))
+    return found
+
+
+def tokens_in_boxes(boxes: Sequence[Box], grid: tuple[int, int], num_tokens: int) -> Tensor:
+    """Which image tokens lie in each box, (P, N) of bool: those of cells whose centre does, and the box's own centre's.
+
+    Args:
+        boxes: In shares of the image.
+        grid: Rows and columns of the tower's grid.
+        num_tokens: N; several grids in a row (token fusion) are several times the same.
+
+    Raises:
+        ValueError: The tokens are not whole grids (`mean_token: all`).
+    """
+    rows, columns = grid
+    if num_tokens % (rows * columns):
+        raise ValueError(f"regions need image tokens that are a grid: {num_tokens} tokens, grid of {rows} x {columns}")
+    left, top, right, bottom = torch.tensor(boxes, dtype=torch.float64).view(-1, 4).unbind(1)
+
+    def inside(low: Tensor, high: Tensor, cells: int) -> Tensor:
+        centres = (torch.arange(cells, dtype=torch.float64) + 0.5) / cells
+        middle = ((low + high) / 2 * cells).long().clamp(0, cells - 1)
+        hit = (low[:, None] <= centres) & (centres <= high[:, None])
+        return hit | (torch.arange(cells) == middle[:, None])
+
+    cells_PRC = inside(top, bottom, rows)[:, :, None] & inside(left, right, columns)[:, None, :]
+    return cells_PRC.flatten(1).repeat(1, num_tokens // (rows * columns))
 
 
 @torch.inference_mode()
@@ -68,7 +132,7 @@ def cache_features(
 def caption_vectors(
     model: FlorenceVLForConditionalGeneration, processor: FlorenceVLProcessor, captions: Sequence[str]
 ) -> Tensor:
-    """Mean input embedding of each caption's tokens, (I, H)."""
+    """Mean input embedding of each text's tokens, (P, H)."""
     table: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     rows = [processor.tokenizer(" " + text.strip(), add_special_tokens=False)["input_ids"] for text in captions]
     return torch.stack([table[torch.tensor(ids, device=table.device)].mean(0) for ids in rows]).clone()
@@ -92,7 +156,9 @@ def standardise_input(model: FlorenceVLForConditionalGeneration, features: dict[
 def warm_up(
     model: FlorenceVLForConditionalGeneration,
     features: dict[str, Tensor],
-    targets_IH: Tensor,
+    targets_PH: Tensor,
+    images_P: Tensor | None = None,
+    inside_PN: Tensor | None = None,
     seconds: float | None = None,
     steps: int | None = None,
     batch_size: int = 256,
@@ -109,10 +175,12 @@ def warm_up(
     Args:
         model: Its fusion and projector are changed.
         features: `cache_features`.
-        targets_IH: `caption_vectors` of the same images.
+        targets_PH: `caption_vectors`.
+        images_P: Number of each text's image; by default the texts are the images' captions in their order.
+        inside_PN: `tokens_in_boxes` of each text; by default all tokens.
         seconds: Time budget; at least one step is done.
         steps: Number of steps; of the two the one that ends first counts, and one must be given.
-        batch_size: Images of a step; captions that repeat in it are not each other's negatives.
+        batch_size: Texts of a step; those that repeat in it are not each other's negatives.
         lr: Peak learning rate of AdamW, cosine to zero over the budget.
         seed: Of the order and of the tokens that are drawn.
 
@@ -130,15 +198,15 @@ def warm_up(
     for parameter in projector.parameters():
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(projector.parameters(), lr=lr, weight_decay=0.01)
-    centre_H = targets_IH.mean(0)
-    variance = (targets_IH - centre_H).square().mean()
+    centre_H = targets_PH.mean(0)
+    variance = (targets_PH - centre_H).square().mean()
     words: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     word_size = words.detach().square().sum(-1).mean()
-    unit_IH = nn.functional.normalize(targets_IH - centre_H, dim=-1)
-    captions_I = torch.unique(targets_IH, dim=0, return_inverse=True)[1]
-    groups = Groups(captions_I, torch.arange(len(captions_I), device=captions_I.device))
+    unit_PH = nn.functional.normalize(targets_PH - centre_H, dim=-1)
+    texts_P = torch.unique(targets_PH, dim=0, return_inverse=True)[1]
+    groups = Groups(texts_P, torch.arange(len(texts_P), device=texts_P.device))
     draws = torch.Generator().manual_seed(seed)
-    order = _epochs(len(targets_IH), min(batch_size, len(targets_IH)), seed)
+    order = _epochs(len(targets_PH), min(batch_size, len(targets_PH)), seed)
     rows: list[dict[str, float]] = []
     began = time.monotonic()
     while True:
@@ -151,17 +219,20 @@ def warm_up(
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (len(rows) + 1) / 10) * (0.5 + 0.5 * math.cos(math.pi * spent))
         index = next(order)
-        fused = model.model.fusion({name: value[index] for name, value in features.items()})
+        shown = index if images_P is None else images_P[index]
+        fused = model.model.fusion({name: value[shown] for name, value in features.items()})
         tokens_BNH = model.model.multi_modal_projector(fused)
-        pooled_BH = tokens_BNH.mean(1)
-        places_B = torch.randint(tokens_BNH.shape[1], (len(index),), generator=draws)
+        share_BN = torch.ones(tokens_BNH.shape[:2]) if inside_PN is None else inside_PN[index].float()
+        places_B = torch.multinomial(share_BN, 1, generator=draws)[:, 0]
+        share_BN = (share_BN / share_BN.sum(1, keepdim=True)).to(tokens_BNH)
+        pooled_BH = torch.einsum("bn,bnh->bh", share_BN, tokens_BNH)
         single_BH = tokens_BNH[torch.arange(len(index)), places_B]
-        text_BH, same = unit_IH[index], groups[index].targets()
+        text_BH, same = unit_PH[index], groups[index].targets()
         loss = torch.zeros((), device=tokens_BNH.device)
         for vectors_BH in (pooled_BH, single_BH):
             vision_BH = nn.functional.normalize(vectors_BH - centre_H, dim=-1)
             loss = loss + contrastive_loss(vision_BH, text_BH, same, TEMPERATURE, symmetric=True) / 2
-        distance = (pooled_BH - targets_IH[index]).square().mean() / variance
+        distance = (pooled_BH - targets_PH[index]).square().mean() / variance
         optimizer.zero_grad()
         size = (tokens_BNH.square().sum(-1).mean() / word_size).log().square()
         (loss + distance + size).backward()
@@ -180,10 +251,10 @@ def warm_up_for(
     records: Mixture,
     device: torch.device,
 ) -> list[dict[str, float]]:
-    """The warm-up that a recipe asks for, on the first records that show one image and have a caption.
+    """The warm-up that a recipe asks for, on the first records that show one image and have a caption or regions.
 
     Args:
-        recipe: Its `warm_up` and `seed`.
+        recipe: Its `warm_up`, `seed` and `data`.
         model: Whole; tower, fusion, projector and word vectors visit `device` meanwhile.
         processor: The model's.
         records: The recipe's data.
@@ -193,22 +264,29 @@ def warm_up_for(
         A row a step, as `warm_up`.
 
     Raises:
-        ValueError: Fewer than two records have an image and a caption.
+        ValueError: Fewer than two records have an image and a caption, or two an image and regions, or the images'
+            tokens are no grid.
     """
+    from florence_vl.train.data import build_mixture
+
     config = recipe.warm_up
     assert config is not None
-    pairs: list[tuple[ImageSource, str]] = []
-    for index in range(len(records)):
-        if len(pairs) == config.pairs:
-            break
-        try:
-            found = caption_of(records[index])
-        except BadRecord:
-            continue  # counted where it is trained on
-        if not isinstance(found, str):
-            pairs.append(found)
+    pairs = list(itertools.islice(_pairs(records), config.pairs))
     if len(pairs) < 2:
         raise ValueError(f"warm_up: of {len(records)} records {len(pairs)} show one image and have a caption; 2 needed")
+    images = [source for source, _ in pairs]
+    phrases = [Phrase(caption, number) for number, (_, caption) in enumerate(pairs)]
+    if config.regions:
+        annotated = build_mixture(config.regions, recipe.data, recipe.seed)
+        for source, answer in itertools.islice(_pairs(annotated), config.pairs):
+            if found := parse_regions(answer):
+                phrases += [Phrase(text, len(images), box) for text, box in found]
+                images.append(source)
+        if len(images) < len(pairs) + 2:
+            raise ValueError(
+                f"warm_up.regions: of {len(annotated)} records {len(images) - len(pairs)} show one image and answer "
+                "in Florence-2's region format (dog<loc_102><loc_31><loc_500><loc_877>); 2 needed"
+            )
     visitors = [model.model.vision_tower, model.model.fusion, model.model.multi_modal_projector]
     visitors.append(model.get_input_embeddings())
     home = next(visitors[0].parameters()).device
@@ -217,16 +295,75 @@ def warm_up_for(
     try:
         for module in visitors:
             module.to(device)
-        features = cache_features(model, processor, (open_image(source) for source, _ in pairs))
-        targets = caption_vectors(model, processor, [caption for _, caption in pairs])
+        sizes: list[tuple[int, int]] = []
+        features = cache_features(model, processor, _opened(images, sizes))
+        targets = caption_vectors(model, processor, [phrase.text for phrase in phrases])
+        images_P = torch.tensor([phrase.image for phrase in phrases])
+        inside_PN = _inside(model, processor, phrases, sizes) if config.regions else None
         return warm_up(
-            model, features, targets, steps=config.steps, batch_size=config.batch_size, lr=config.lr, seed=recipe.seed
+            model,
+            features,
+            targets,
+            images_P,
+            inside_PN,
+            steps=config.steps,
+            batch_size=config.batch_size,
+            lr=config.lr,
+            seed=recipe.seed,
         )
     finally:
         for module in visitors:
             module.to(home)
         for module, training in modes.items():
             module.training = training
+
+
+def _pairs(records: Mixture) -> Iterator[tuple[ImageSource, str]]:
+    """Image and first answer of every record that has one of each, once through."""
+    for index in range(len(records)):
+        try:
+            found = caption_of(records[index])
+        except BadRecord:
+            continue  # counted where it is trained on
+        if not isinstance(found, str):
+            yield found
+
+
+def _opened(sources: Iterable[ImageSource], sizes: list[tuple[int, int]]) -> Iterator[Image.Image]:
+    for source in sources:
+        image = open_image(source)
+        sizes.append(image.size)
+        yield image
+
+
+def _inside(
+    model: FlorenceVLForConditionalGeneration,
+    processor: FlorenceVLProcessor,
+    phrases: Sequence[Phrase],
+    sizes: Sequence[tuple[int, int]],
+) -> Tensor:
+    """The tokens of each phrase, (P, N); `sizes` are the images' widths and heights."""
+    images = processor.image_processor
+    height, width = images.size["height"], images.size["width"]
+    grid_size = getattr(model.model.vision_tower, "grid_size", None)
+    if grid_size is None:
+        raise ValueError("warm_up.regions needs the florence2 tower, which says what its grid is")
+    padded = images.image_aspect_ratio == "pad"
+    boxes = [_on_square(phrase.box, *sizes[phrase.image]) if padded else phrase.box for phrase in phrases]
+    return tokens_in_boxes(boxes, grid_size(height, width), model.num_image_tokens(height, width))
+
+
+def _on_square(box: Box, width: int, height: int) -> Box:
+    """A box of an image as one of the square that the image is centred on."""
+    side = max(width, height)
+    x, y = (side - width) / 2, (side - height) / 2
+    left, top, right, bottom = box
+    return (
+        (left * width + x) / side,
+        (top * height + y) / side,
+        (right * width + x) / side,
+        (bottom * height + y) / side,
+    )
 
 
 def _epochs(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
