@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from florence_vl.evaluate.answer import batches
 from florence_vl.evaluate.benchmark import Generation
 from florence_vl.evaluate.local import LocalAnswerer
 from florence_vl.evaluate.mini import mini_folder
@@ -113,11 +112,7 @@ def runner(
     """What `florence-vl evaluate` does, without writing."""
     answerer = LocalAnswerer(model, processor, options.batch_size, {"model": "benchmark"}, share_prefix=share)
     answerer._stop = []
-    found = {}
-    for batch in batches(questions, options.batch_size):
-        for question, answer in zip(batch, answerer.answer(batch, Generation(options.new_tokens)), strict=True):
-            found[question.benchmark, question.id] = answer.text
-    return [found[question.benchmark, question.id] for question in questions]
+    return [answer.text for answer in answerer.answer_all(questions, Generation(options.new_tokens))]
 
 
 def vision(model: Any, processor: Any, questions: Sequence[Question]) -> None:

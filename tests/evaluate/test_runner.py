@@ -57,11 +57,8 @@ class Scripted(Answerer):
 
 
 def answers(answerer: LocalAnswerer, questions: Sequence[Question], tokens: int = 10) -> dict[tuple[str, str], Answer]:
-    found = {}
-    for batch in batches(questions, answerer.batch_size):
-        for question, answer in zip(batch, answerer.answer(batch, Generation(tokens)), strict=True):
-            found[question.benchmark, question.id] = answer
-    return found
+    found = answerer.answer_all(questions, Generation(tokens))
+    return {(question.benchmark, question.id): answer for question, answer in zip(questions, found, strict=True)}
 
 
 @pytest.mark.parametrize(("llm", "seed"), [("llama", 0), pytest.param("gemma3_text", 1, marks=pytest.mark.slow)])
@@ -86,6 +83,34 @@ def test_batches_answer_as_plain_generate_does(llm: str, seed: int, small_plan: 
         key = (question.benchmark, question.id)
         assert shared[key].text == unshared[key].text == texts[-1]
     assert len(set(texts)) > 1
+
+
+def test_answers_stand_in_the_order_of_the_questions() -> None:
+    # Ids repeat between benchmarks, batches are ordered by picture and length, and one question is asked twice.
+    questions = [Question(str(i % 5), f"b{i // 5}", ("x" * (13 * i % 7),), (P(str(i % 4)),)) for i in range(20)]
+    questions.append(questions[3])
+    answerer = Scripted(lambda q: f"{q.benchmark}/{q.id}/{q.text}")
+    found = answerer.answer_all(questions, Generation())
+    assert [answer.text for answer in found] == [f"{q.benchmark}/{q.id}/{q.text}" for q in questions]
+    assert answerer.asked != [(q.benchmark, q.id) for q in questions]
+    assert sorted(answerer.asked) == sorted((q.benchmark, q.id) for q in questions)
+    assert answerer.answer_all([], Generation()) == []
+    answerer.batch_size = 0
+    with pytest.raises(ValueError, match="at least 1"):
+        answerer.answer_all(questions, Generation())
+
+
+def test_answers_to_all_are_those_to_each_alone(small_plan: Plan) -> None:
+    model, processor = tiny_model(seed=1)
+    for part in (model.model.multi_modal_projector, model.model.language_model.layers):
+        for parameter in part.parameters():
+            parameter.data *= 5  # small random weights see little: let pictures and words matter
+    questions = [q for name in ("pope", "docvqa_val", "mmmu_val", "cv_bench") for q in small_plan.questions[name]]
+    together = LocalAnswerer(model, processor, batch_size=4).answer_all(questions, Generation(5))
+    alone = LocalAnswerer(model, processor, batch_size=1)
+    assert together == [alone.answer([question], Generation(5))[0] for question in questions]
+    assert len({answer.text for answer in together}) > 2
+    assert [q for batch in batches(questions, 4) for q in batch] != questions
 
 
 def test_an_image_is_encoded_once(small_plan: Plan) -> None:

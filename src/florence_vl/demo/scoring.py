@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from florence_vl.demo.data import KEYS, PROMPT, Answer, Example
-from florence_vl.evaluate.answer import batches
 from florence_vl.evaluate.benchmark import Generation, select
 from florence_vl.evaluate.local import LocalAnswerer
 from florence_vl.evaluate.mini import mini_folder
@@ -97,11 +96,8 @@ def ask(
         Question(str(index), "demo", (PROMPT,) if image is None else (IMAGE, PROMPT), _pictures(image))
         for index, image in enumerate(images)
     ]
-    answers: dict[str, str] = {}
-    for batch in batches(questions, BATCH_SIZE):
-        found = answerer.answer(batch, Generation(max_new_tokens=MAX_NEW_TOKENS))
-        answers |= {question.id: answer.text.strip() for question, answer in zip(batch, found, strict=True)}
-    return [answers[question.id] for question in questions]
+    answers = answerer.answer_all(questions, Generation(max_new_tokens=MAX_NEW_TOKENS))
+    return [answer.text.strip() for answer in answers]
 
 
 def _pictures(image: bytes | None) -> tuple[BytesPicture, ...]:

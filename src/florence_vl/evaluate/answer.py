@@ -41,7 +41,19 @@ class Answerer(ABC):
 
     @abstractmethod
     def answer(self, questions: Sequence[Question], generation: Generation) -> list[Answer]:
-        """One answer for each question, in order."""
+        """One answer for each question of a batch, in order."""
+
+    def answer_all(self, questions: Sequence[Question], generation: Generation) -> list[Answer]:
+        """One answer for each of any number of questions, in order; asked in `batches` of `batch_size`.
+
+        Raises:
+            ValueError: `batch_size` isn't positive, or a question can't be asked (see `answer`).
+        """
+        found: dict[int, list[Answer]] = {}  # by identity: ids are unique in one benchmark only
+        for batch in batches(questions, self.batch_size):
+            for question, answer in zip(batch, self.answer(batch, generation), strict=True):
+                found.setdefault(id(question), []).append(answer)
+        return [found[id(question)].pop(0) for question in questions]
 
     @abstractmethod
     def close(self) -> None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from florence_vl.evaluate.answer import batches
 from florence_vl.evaluate.benchmark import Benchmark
 from florence_vl.evaluate.local import LocalAnswerer
 from florence_vl.evaluate.metrics import stratify
@@ -141,11 +140,11 @@ def score_controls(
 
     def asking(answerer: LocalAnswerer, change: Callable[[Sequence[Question]], Sequence[Question]]) -> Any:
         def judged(benchmark: Benchmark, questions: Sequence[Question]) -> list[Judged]:
-            found: dict[str, Judged] = {}
-            for batch in batches(change(questions), batch_size):
-                for q, a in zip(batch, answerer.answer(batch, benchmark.generation), strict=True):
-                    found[q.id] = benchmark.scorer.judge(a.text, q.reference, a.finished), q.reference
-            return [found[question.id] for question in questions]
+            answers = answerer.answer_all(change(questions), benchmark.generation)
+            return [
+                (benchmark.scorer.judge(answer.text, question.reference, answer.finished), question.reference)
+                for question, answer in zip(questions, answers, strict=True)
+            ]
 
         return judged
 

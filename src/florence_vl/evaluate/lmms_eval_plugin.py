@@ -17,7 +17,6 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 
-from florence_vl.evaluate.answer import batches
 from florence_vl.evaluate.benchmark import Generation
 from florence_vl.evaluate.local import LocalAnswerer, load_answerer
 from florence_vl.evaluate.metrics import METRICS
@@ -83,14 +82,12 @@ class FlorenceVLAdapter(lmms):
             groups.setdefault(key, []).append(question_of(messages, str(position), task))
         found: dict[str, GenerationResult] = {}
         for (tokens, temperature, stops), questions in groups.items():
-            for batch in batches(questions, self.answerer.batch_size):
-                for question, answer in zip(
-                    batch, self.answerer.answer(batch, Generation(tokens, temperature)), strict=True
-                ):
-                    text = answer.text
-                    for stop in stops:
-                        text = text.split(stop)[0]
-                    found[question.id] = GenerationResult(text, TokenCounts(output_tokens=answer.tokens))
+            answers = self.answerer.answer_all(questions, Generation(tokens, temperature))
+            for question, answer in zip(questions, answers, strict=True):
+                text = answer.text
+                for stop in stops:
+                    text = text.split(stop)[0]
+                found[question.id] = GenerationResult(text, TokenCounts(output_tokens=answer.tokens))
         return [found[str(position)] for position in range(len(requests))]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:

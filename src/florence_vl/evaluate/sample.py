@@ -7,7 +7,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from florence_vl.evaluate.answer import batches
 from florence_vl.evaluate.benchmark import Benchmark, select
 from florence_vl.evaluate.local import LocalAnswerer
 from florence_vl.evaluate.metrics import stratify
@@ -82,12 +81,12 @@ def score_sample(model: Any, processor: Any, sample: Sample, batch_size: int = 1
     with torch.random.fork_rng(devices=devices):
         try:
             for benchmark, questions in sample:
-                judged = []
-                for batch in batches(questions, batch_size):
-                    for question, answer in zip(batch, answerer.answer(batch, benchmark.generation), strict=True):
-                        word = benchmark.scorer.judge(answer.text, question.reference, answer.finished)
-                        judged.append((word, question.reference))
-                        unfinished += not answer.finished
+                answers = answerer.answer_all(questions, benchmark.generation)
+                judged = [
+                    (benchmark.scorer.judge(answer.text, question.reference, answer.finished), question.reference)
+                    for question, answer in zip(questions, answers, strict=True)
+                ]
+                unfinished += sum(not answer.finished for answer in answers)
                 asked += len(questions)
                 scores = benchmark.scorer.combine(stratify(benchmark.scorer, judged).means())
                 found[f"eval/{benchmark.name}"] = scores[benchmark.scorer.headline]
