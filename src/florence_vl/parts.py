@@ -235,6 +235,16 @@ def mini_base(vision: Path) -> tuple[FlorenceVLForConditionalGeneration, Florenc
     return build_model(vision, smollm2(), dtype="float32", seed=0)
 
 
+def resolve_model(name: str) -> str:
+    """A folder or hub id of a Florence-VL; `mini` is the embedded one.
+
+    Raises:
+        FileNotFoundError: `mini` without a package that it comes from.
+        ValueError: `mini` with a packaged file that is damaged or of another version.
+    """
+    return str(mini_florence_vl()) if name == "mini" else name
+
+
 def resolve_vision(name: str) -> str:
     """A folder or hub id of a vision model; `mini` is the embedded Florence-2.
 

@@ -202,8 +202,11 @@ def test_folders_that_are_no_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="no model at"):
         check_folder(tmp_path / "nowhere")
-    monkeypatch.setattr("florence_vl.parts.mini_florence_vl", lambda: tmp_path / "embedded")
-    assert check_folder("mini") == tmp_path / "embedded"
+    embedded = tmp_path / "cache" / "embedded"
+    embedded.mkdir(parents=True)
+    (embedded / "config.json").write_text(json.dumps({"model_type": "florence_vl"}))
+    monkeypatch.setattr("florence_vl.parts.mini_florence_vl", lambda: embedded)
+    assert check_folder("mini") == embedded
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"no config.json. Its sub-folders inner are models"):

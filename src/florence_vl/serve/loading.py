@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from florence_vl.parts import resolve_model
 from florence_vl.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -47,13 +48,9 @@ def check_folder(model: str | os.PathLike[str]) -> Path | str:
         FileNotFoundError: Nothing is there.
         ValueError: The folder holds something else.
     """
-    if str(model) == "mini":
-        from florence_vl.parts import mini_florence_vl
-
-        return mini_florence_vl()
-    path = Path(model).expanduser()
+    text = resolve_model(str(model))
+    path = Path(text).expanduser()
     if not path.exists():
-        text = str(model)
         if text.count("/") == 1 and not text.startswith((".", "/", "~")) and not path.parent.exists():
             return text  # owner/name on the Hub
         raise FileNotFoundError(f"no model at {path}: give a folder that save_pretrained or `florence-vl build` wrote")

@@ -33,9 +33,9 @@ def load_model(recipe: Recipe) -> tuple[FlorenceVLForConditionalGeneration, Any]
     if config.path is not None:
         from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
         from florence_vl.model.processing import FlorenceVLProcessor
-        from florence_vl.serve.loading import check_folder
+        from florence_vl.parts import resolve_model
 
-        path = Path(check_folder("mini") if config.path == "mini" else config.path).expanduser()
+        path = Path(resolve_model(config.path)).expanduser()
         if config.path.startswith((".", "/", "~", "runs/")) and not path.is_dir():
             raise FileNotFoundError(f"model.path {config.path!r}: no such folder")
         name = str(path) if path.is_dir() else config.path
