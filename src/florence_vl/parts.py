@@ -228,6 +228,31 @@ def mini_florence_vl() -> Path:
     return _cached(cache_dir() / "parts" / "florence-vl-mini", digest, about, make)
 
 
+def mini_llm() -> Path:
+    """Folder of the mini Florence-VL's LLM alone: SmolLM2 that has learned to read image tokens, for short trainings.
+
+    Raises:
+        FileNotFoundError: As `mini_florence_vl`.
+        ValueError: As `mini_florence_vl`.
+    """
+    whole = mini_florence_vl()
+
+    def make(scratch: Path) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+
+        trained = FlorenceVLForConditionalGeneration.from_pretrained(whole)
+        llm = AutoModelForCausalLM.from_pretrained(smollm2())
+        llm.model.load_state_dict(trained.model.language_model.state_dict())
+        llm.save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(smollm2()).save_pretrained(scratch)
+
+    digest = json.loads((whole / MARKER).read_text())["source_sha256"]
+    about = {"source": "florence-vl-mini and " + SMOLLM2.requirement, "license": "Apache-2.0"}
+    return _cached(cache_dir() / "parts" / "florence-vl-mini-llm", digest, about, make)
+
+
 def mini_base(vision: Path) -> tuple[FlorenceVLForConditionalGeneration, FlorenceVLProcessor]:
     """What the mini Florence-VL is before training: a mini Florence-2 and SmolLM2, all four features, float32."""
     from florence_vl.model.assemble import build_model
@@ -255,9 +280,10 @@ def resolve_vision(name: str) -> str:
 
 
 def resolve_llm(name: str) -> str:
-    """A folder, hub id or gguf file of an LLM; `smollm2` is the embedded one.
+    """A folder, hub id or gguf file of an LLM; `smollm2` is the embedded one, `mini` the mini Florence-VL's.
 
     Raises:
-        FileNotFoundError: `smollm2` without its package.
+        FileNotFoundError: `smollm2` or `mini` without its package.
     """
-    return str(smollm2()) if name == "smollm2" else name
+    embedded = {"smollm2": smollm2, "mini": mini_llm}
+    return str(embedded[name]()) if name in embedded else name

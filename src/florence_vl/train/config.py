@@ -20,7 +20,8 @@ CheckpointingMode = Literal["none", "selective", "full"]
 class BuildConfig:
     """Parts to assemble into a new model; the arguments of `florence_vl.build_model`.
 
-    `vision: mini` and `llm: smollm2` are the embedded parts. `None` leaves the choice to `build_model`.
+    `vision: mini` and `llm: smollm2` are the embedded parts, `llm: mini` is the LLM of the mini Florence-VL. `None`
+    leaves the choice to `build_model`.
     """
 
     __pydantic_config__ = STRICT

@@ -36,7 +36,7 @@ from florence_vl.train.guards import (
     dump_batch,
     first_loss_warning,
 )
-from florence_vl.train.metrics import TRACKERS, MetricsFile, Progress, Tracker, memory_gib
+from florence_vl.train.metrics import TRACKERS, MetricsFile, Notices, Progress, Tracker, memory_gib
 from florence_vl.train.optimizer import (
     Group,
     apply_parts,
@@ -278,7 +278,8 @@ class Trainer:
         speaks = self.recipe.logging.progress != "none"
         if speaks:
             print(f"warm-up of the projector on {self.recipe.warm_up.pairs} pairs ...", file=sys.stderr, flush=True)
-        rows = warm_up_for(self.recipe, model, self.processor, self.data.mixture, self.world.device)
+        say = Notices(sys.stderr) if speaks else None
+        rows = warm_up_for(self.recipe, model, self.processor, self.data.mixture, self.world.device, say)
         if speaks:
             ends = f"loss {rows[0]['loss']:.2f} to {rows[-1]['loss']:.2f}"
             print(f"warm-up done in {rows[-1]['seconds']:.0f} s: {ends}", file=sys.stderr, flush=True)

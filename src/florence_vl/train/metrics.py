@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from florence_vl.registry import Registry
 from florence_vl.train.config import LoggingConfig, Recipe
@@ -122,6 +122,23 @@ class WandbTracker(_RunTracker):
     """Weights & Biases."""
 
     module = "wandb"
+
+
+class Notices:
+    """Prints a line of those that it hears every few seconds.
+
+    Args:
+        file: Where to.
+        every: Seconds between lines.
+    """
+
+    def __init__(self, file: TextIO, every: float = 15.0) -> None:
+        self._file, self._every, self._next = file, every, 0.0
+
+    def __call__(self, text: str) -> None:
+        if time.monotonic() >= self._next:
+            print(text, file=self._file, flush=True)
+            self._next = time.monotonic() + self._every
 
 
 class Progress:

@@ -164,6 +164,7 @@ def warm_up(
     batch_size: int = 256,
     lr: float = 1e-3,
     seed: int = 0,
+    progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, float]]:
     """Train fusion and projector, the rest untouched, and leave what trains as it was.
 
@@ -183,6 +184,7 @@ def warm_up(
         batch_size: Texts of a step; those that repeat in it are not each other's negatives.
         lr: Peak learning rate of AdamW, cosine to zero over the budget.
         seed: Of the order and of the tokens that are drawn.
+        progress: Hears where it is, after every step.
 
     Returns:
         A row a step: `step`, `loss`, `seconds`.
@@ -238,6 +240,8 @@ def warm_up(
         (loss + distance + size).backward()
         optimizer.step()
         rows.append({"step": len(rows) + 1, "loss": loss.item(), "seconds": time.monotonic() - began})
+        if progress is not None:
+            progress(f"warm-up: step {len(rows)}" + (f" of {steps}" if steps else "") + f", loss {loss.item():.2f}")
     for name, parameter in projector.named_parameters():
         parameter.requires_grad_(wanted[name])
         parameter.grad = None
@@ -250,6 +254,7 @@ def warm_up_for(
     processor: FlorenceVLProcessor,
     records: Mixture,
     device: torch.device,
+    progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, float]]:
     """The warm-up that a recipe asks for, on the first records that show one image and have a caption or regions.
 
@@ -259,6 +264,7 @@ def warm_up_for(
         processor: The model's.
         records: The recipe's data.
         device: Where to compute.
+        progress: Hears where it is.
 
     Returns:
         A row a step, as `warm_up`.
@@ -296,7 +302,12 @@ def warm_up_for(
         for module in visitors:
             module.to(device)
         sizes: list[tuple[int, int]] = []
-        features = cache_features(model, processor, _opened(images, sizes))
+
+        def count(done: int) -> None:
+            if progress is not None:
+                progress(f"warm-up: features of {done} of {len(images)} images")
+
+        features = cache_features(model, processor, _opened(images, sizes), progress=count)
         targets = caption_vectors(model, processor, [phrase.text for phrase in phrases])
         images_P = torch.tensor([phrase.image for phrase in phrases])
         inside_PN = _inside(model, processor, phrases, sizes) if config.regions else None
@@ -310,6 +321,7 @@ def warm_up_for(
             batch_size=config.batch_size,
             lr=config.lr,
             seed=recipe.seed,
+            progress=progress,
         )
     finally:
         for module in visitors:
