@@ -159,6 +159,6 @@ def test_tied_and_plain_tensors_are_listed_once_and_everywhere() -> None:
 
 
 def test_another_model_on_another_process_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("florence_vl.train.first_rank._tell", lambda _: _slots(nn.Linear(2, 3, bias=False)))
+    monkeypatch.setattr(World, "decide", lambda *_: _slots(nn.Linear(2, 3, bias=False)))
     with pytest.raises(RuntimeError, match=r"rank 1 built another model .*weight is \(2, 2\) here and \(3, 2\) there"):
         FirstRankWeights(nn.Linear(2, 2, bias=False), World(torch.device("cpu"), rank=1, size=2))

@@ -181,24 +181,33 @@ def test_four_processes_shard_inside_groups_and_replicate_between(tiny_run: Modu
     assert tiny_run.losses(tmp_path / "hsdp") == pytest.approx(reference, abs=2e-5)
 
 
+class _Unsendable(ValueError):
+    """Its pickle calls it with the message alone."""
+
+    def __init__(self, name: str, number: int) -> None:
+        super().__init__(f"{name} {number}")
+
+
 def _decide(rank: int, meet: str, out: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
     world = World(torch.device("cpu"), rank, 2)
     found = [world.decide(lambda: f"seen by {rank}")]
+    for error in (FileNotFoundError(f"nothing there for {rank}"), _Unsendable("number", rank)):
 
-    def fail() -> None:
-        raise FileNotFoundError(f"nothing there for {rank}")
+        def fail(error: Exception = error) -> None:
+            raise error
 
-    try:
-        world.decide(fail)
-    except FileNotFoundError as error:
-        found.append(str(error))
+        try:
+            world.decide(fail)
+        except Exception as caught:
+            found.append(f"{type(caught).__name__} {caught}")
     Path(out, f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
 
 def test_the_first_process_decides_for_all(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_decide, (str(tmp_path / "meet"), str(tmp_path)), nprocs=2)
-    for rank in range(2):
-        assert json.loads((tmp_path / f"{rank}.json").read_text()) == ["seen by 0", "nothing there for 0"]
+    for rank, kind in enumerate(("_Unsendable", "ValueError")):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found == ["seen by 0", "FileNotFoundError nothing there for 0", f"{kind} number 0"]
     assert World(torch.device("cpu")).decide(lambda: 7) == 7

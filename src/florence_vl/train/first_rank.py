@@ -33,31 +33,21 @@ def load_on_first_rank(recipe: Recipe, world: World) -> tuple[FlorenceVLForCondi
         ValueError: As `load_model`, on every process.
         FileNotFoundError: As `load_model`, on every process.
     """
-    if world.is_main:
-        try:
-            model, processor = load_model(recipe)
-        except Exception as error:
-            kind = next((k for k in (FileNotFoundError, ValueError) if isinstance(error, k)), RuntimeError)
-            _tell(kind(str(error)))
-            raise
-        _tell((model.config, processor))
-        return model, processor
-    told = _tell(None)
-    if isinstance(told, Exception):
-        raise told
+    loaded: list[FlorenceVLForConditionalGeneration] = []
+
+    def load() -> tuple[Any, Any]:
+        model, processor = load_model(recipe)
+        loaded.append(model)
+        return model.config, processor
+
+    config, processor = world.decide(load)
+    if loaded:
+        return loaded[0], processor
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
 
-    config, processor = told
     with torch.device("meta"):
         model = FlorenceVLForConditionalGeneration(config)
     return model.eval(), processor
-
-
-def _tell(item: Any) -> Any:
-    """The first process's object, on every process."""
-    items = [item]
-    dist.broadcast_object_list(items, device=torch.device("cpu"))
-    return items[0]
 
 
 @dataclass(frozen=True)
@@ -121,7 +111,7 @@ class FirstRankWeights:
 
     def __init__(self, model: nn.Module, world: World) -> None:
         self.model, self.world = model, world
-        self.slots: list[_Slot] = _tell(_slots(model) if world.is_main else None)
+        self.slots: list[_Slot] = world.decide(lambda: _slots(model))
         self._received: set[int] = set()
         if not world.is_main:
             self._compare()

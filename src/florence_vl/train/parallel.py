@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -71,19 +72,23 @@ class World:
     def decide(self, question: Callable[[], Any]) -> Any:
         """The first process's answer, or its error, on every process.
 
-        For what each might see differently, such as which files are there while another one is still renaming them.
+        For what each might see differently, such as which files are there while another one is still renaming them, and
+        for what one process does for all. An error that cannot be sent is a FileNotFoundError, ValueError or
+        RuntimeError with its message on the others.
         """
         if self.size == 1:
             return question()
-        told: list[Any] = [None]
+        told: list[Any] = [None, None]  # answer, error
+        raised: Exception | None = None
         if self.is_main:
             try:
-                told = [question()]
+                told = [question(), None]
             except Exception as error:
-                told = [error]
+                raised, told = error, [None, _sendable(error)]
         dist.broadcast_object_list(told, device=torch.device("cpu"))
-        if isinstance(told[0], Exception):
-            raise told[0]
+        failed = raised or told[1]
+        if failed is not None:
+            raise failed
         return told[0]
 
     def barrier(self) -> None:
@@ -95,6 +100,16 @@ class World:
         """Leave the process group, if this run made it."""
         if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error if it survives pickling, else one of the nearest built-in kind."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        kind = next((k for k in (FileNotFoundError, ValueError) if isinstance(error, k)), RuntimeError)
+        return kind(str(error))
+    return error
 
 
 def pick_device(name: str) -> torch.device:
