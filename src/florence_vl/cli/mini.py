@@ -193,12 +193,13 @@ def pack(
     from florence_vl.serve.loading import load_model
 
     trained, _ = load_model(model, device, "float32")
-    built, processor = mini_base(Path(resolve_vision(vision)))
+    tower = Path(resolve_vision(vision))
+    built, processor = mini_base(tower)
     built.to(trained.device).eval()
     adapter, lost = extract_adapter(trained, built, rank)
     out.mkdir(parents=True, exist_ok=True)
     save_file(adapter, out / "adapter.safetensors")
-    llm, _ = mini_base(Path(resolve_vision(vision)))
+    llm, _ = mini_base(tower)
     apply_adapter(built, adapter)  # what is scored is what is shipped
     sample = read_sample("mini", limit or 10**9)
     scores = score_controls(built, processor, sample, llm.to(built.device).eval(), say=typer.echo)

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ def mini_folder(folder: Path | None = None) -> Path:
     return folder
 
 
+@lru_cache(maxsize=1)
 def _version() -> str:
     """Digest of all that the suite is made of: this module, the generator's, and the package's data."""
     import florence_vl.data.scenes as scenes
