@@ -68,13 +68,10 @@ bench: $(VENV)/.dev  ## Run every benchmark; each prints ratios measured side by
 docs: $(VENV)/.dev  ## Check that every link in README.md and docs/ leads somewhere.
 	$(BIN)/python -m pytest tests/test_docs.py
 
-data/mini/captions/data.jsonl: | setup
-	$(BIN)/florence-vl mini data --out data/mini/captions --task detailed_caption --task ocr --task caption --samples 6000 --seed 2
+data/mini/%/data.jsonl: | setup
+	$(BIN)/florence-vl mini data --set $*
 
-data/mini/questions/data.jsonl: | setup
-	$(BIN)/florence-vl mini data --out data/mini/questions --samples 9000 --seed 1
-
-mini-data: data/mini/captions/data.jsonl data/mini/questions/data.jsonl  ## Write the captions and questions of the mini stages to data/mini.
+mini-data: $(addsuffix /data.jsonl,$(addprefix data/mini/,captions regions questions))  ## Write captions, regions and questions of the mini stages to data/mini.
 
 mini-train: mini-data  ## Train the mini Florence-2 and the mini Florence-VL again (hours; every part resumes), with scores and cards.
 	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m florence_vl mini train recipes/mini/florence2.yaml

@@ -6,7 +6,7 @@ set -eu
 data=data/mini/test-captions
 out=${OUT:-runs/mini-results}
 photos=$(python -c 'import florence_vl_mini as m; print(" ".join(p["file"] for p in m.photos() if p["id"] in ("astronaut", "chelsea", "coffee")))')
-[ -f $data/data.jsonl ] || florence-vl mini data --out $data --task detailed_caption --samples 1500 --split test --seed 5
+for set in test-captions known; do [ -f data/mini/$set/data.jsonl ] || florence-vl mini data --set $set; done
 for part in ${*:-alignment features pca tables}; do
   case $part in
     alignment)

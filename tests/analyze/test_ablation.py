@@ -110,7 +110,7 @@ def test_mini_data_is_written_where_it_is_absent(recipes, tmp_path, commands):
     config = AblationConfig("mini", tmp_path / "out", seeds=1)
     steps = plan(table, table.choose(["[V]"]), config)
     assert [step.kind for step in steps] == ["data", "pretrain", "finetune", "evaluate"]
-    assert steps[0].command[:6] == ("mini", "data", "--out", f"{tmp_path}/data/captions", "--task", "detailed_caption")
+    assert steps[0].command == ("mini", "data", "--set", "captions", "--out", f"{tmp_path}/data/captions")
     execute(steps, config, lambda _: None)
     assert started[0][1:5] == ["-m", "florence_vl", "mini", "data"]
 

@@ -284,7 +284,9 @@ def test_fixed_shapes_for_compilers(encoder):
     assert {tuple(b["input_ids"].shape) for b, _ in take(build_batches(mixture_of(), encoder, config), 4)} == {(2, 256)}
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "sdpa_varlen", "eager", pytest.param("flex_attention", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "attention", ["sdpa", "sdpa_varlen", "eager", pytest.param("flex_attention", marks=pytest.mark.slow)]
+)
 def test_other_samples_logits_do_not_move(encoder, attention):
     model, _ = tiny_model()
     model.set_attn_implementation({"text_config": attention})

@@ -130,4 +130,7 @@ def test_command_writes_data(
     assert run("data", "--out", out, "--samples", "4") == 1
     assert "not empty" in capsys.readouterr().err
     assert run("data", "--out", str(tmp_path / "e"), "--split", "trian") == 2
+    assert run("data", "--set", "caption") == 2
+    assert run("data", "--set", "captions", "--seed", "3") == 2
+    assert run("data", "--samples", "4") == 2
     assert "Did you mean 'train'" in capsys.readouterr().err

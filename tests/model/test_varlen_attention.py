@@ -49,7 +49,8 @@ def test_padding_and_cached_decoding_are_sdpa_itself():
     for name in ("sdpa", SDPA_VARLEN):
         model.set_attn_implementation(name)
         options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
-        found.append((model(tokens, attention_mask=mask).logits, model(tokens).logits, model.generate(tokens, **options)))
+        answers = model.generate(tokens, **options)
+        found.append((model(tokens, attention_mask=mask).logits, model(tokens).logits, answers))
     for sdpa, varlen in zip(*found, strict=True):
         assert torch.equal(sdpa, varlen)
 

@@ -23,9 +23,6 @@ from florence_vl.registry import did_you_mean
 
 SCALES = ("mini", "llava15")
 STAGES = ("pretrain", "finetune")
-# Sources of the mini recipes by name, and the task that `florence-vl mini data` writes where they are not there.
-MINI_DATA = {"captions": "detailed_caption", "questions": "vqa"}
-MINI_SAMPLES = 4000
 STOPPED = 75  # exit code of `florence-vl train` that was stopped by a signal with everything saved
 
 
@@ -240,14 +237,18 @@ def plan(table: AblationTable, rows: Sequence[Row], config: AblationConfig) -> l
 
 def _data(rows: Sequence[Row], config: AblationConfig) -> Iterator[Step]:
     """What writes the mini recipes' data where it is absent."""
+    from florence_vl.data.scenes.sets import scene_sets
     from florence_vl.train.recipes import load_recipe
 
+    seen: set[Path] = set()
     for stage in STAGES if rows else ():
-        for source in load_recipe(f"ablations/{config.scale}/{rows[0].variant}-{stage}").data.sources:
+        recipe = load_recipe(f"ablations/{config.scale}/{rows[0].variant}-{stage}")
+        for source in (*recipe.data.sources, *(recipe.warm_up.regions if recipe.warm_up else ())):
             path = Path(source.path)
-            if source.name in MINI_DATA and path.name == "data.jsonl" and not path.exists():
-                words = ("mini", "data", "--out", str(path.parent), "--task", MINI_DATA[source.name])
-                yield Step("data", source.name, 0, path.parent, (*words, "--samples", str(MINI_SAMPLES)), "")
+            if source.name in scene_sets() and path.name == "data.jsonl" and not path.exists() and path not in seen:
+                seen.add(path)
+                words = ("mini", "data", "--set", source.name, "--out", str(path.parent))
+                yield Step("data", source.name, 0, path.parent, words, "")
 
 
 def suite_of(scale: str) -> str:

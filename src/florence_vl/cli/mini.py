@@ -11,6 +11,8 @@ epilog = """[bold]Examples[/bold]
 
   florence-vl mini data --out runs/mini-data --samples 5000 --split train
 
+  florence-vl mini data --set captions --set regions --set questions
+
   florence-vl mini data --out runs/captions --task detailed_caption --format parquet
 
   florence-vl mini train recipes/mini/florence2.yaml steps=20000 precision=float32
@@ -35,7 +37,12 @@ DeviceOption = Annotated[Optional[str], typer.Option(help="cpu, cuda, ...; the G
 
 @app.command("data")
 def data(
-    out: OutOption,
+    context: typer.Context,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to; of a set, data/mini/NAME by default.")] = None,
+    set_: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--set", help="captions, regions, questions, ...: what the mini recipes read; repeatable."),
+    ] = None,
     format: Annotated[str, typer.Option(help="llava, parquet or webdataset.")] = "llava",
     samples: Annotated[int, typer.Option(min=1, help="Number of records.")] = 1000,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "train",
@@ -53,8 +60,22 @@ def data(
 ) -> None:
     """Write pictures composed of real sprites, with questions or captions, as a data set."""
     from florence_vl.data.scenes import SceneGenerator
+    from florence_vl.data.scenes.sets import scene_set
     from florence_vl.data.scenes.writers import write
 
+    if set_:
+        decided = ("format", "samples", "split", "task", "size", "seed")
+        given = [name for name in decided if context.get_parameter_source(name).name != "DEFAULT"]
+        if given:
+            raise typer.BadParameter(f"a set decides that itself; leave out --{', --'.join(given)}")
+        if out is not None and len(set_) > 1:
+            raise typer.BadParameter("--out takes one set at a time")
+        for name, wanted in [(name, scene_set(name)) for name in set_]:
+            path = wanted.write(out or Path("data/mini") / name, extra_sprites=copyleft)
+            typer.echo(f"{wanted.samples} records in {path}")
+        return
+    if out is None:
+        raise typer.BadParameter("give --out, the folder to write to, or --set")
     path = write(out, SceneGenerator(seed, split, size, extra_sprites=copyleft), samples, format, task or ["vqa"])
     typer.echo(f"{samples} records in {path}")
 

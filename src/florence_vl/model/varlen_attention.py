@@ -1,14 +1,15 @@
 """Attention of packed rows sample by sample, where no variable-length kernel exists (CPU): `sdpa_varlen`.
 
-Under `sdpa` transformers gives packed rows a dense (L, L) block mask, and PyTorch computes all of it: with eight samples a row,
-seven eighths for nothing, and with a mask it can't leave out the future either. Here every sample is one causal call
-without a mask. Everything else (padding, cached decoding, sliding windows) is transformers' `sdpa`, to the letter.
+Under `sdpa` transformers gives packed rows a dense (L, L) block mask, and PyTorch computes all of it: with eight samples
+a row, seven eighths for nothing, and with a mask it can't leave out the future either. Here every sample is one causal
+call without a mask. Everything else (padding, cached decoding, sliding windows) is transformers' `sdpa`, to the letter.
 
 Shape letters: B rows, A heads, L tokens of a row, D width of a head.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def sdpa_varlen_mask(
     local_size: int | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """`transformers.masking_utils.sdpa_mask`, but None for packed rows: `sdpa_varlen` reads the bounds off the positions.
+    """`transformers.masking_utils.sdpa_mask`, but None for packed rows: `sdpa_varlen` takes bounds from the positions.
 
     Of all masks that transformers makes, a plain causal one may not be skipped, without cache and padding, only for
     packed rows.
@@ -87,7 +88,7 @@ def sdpa_varlen(
     """
     packed = None
     if attention_mask is None and query.shape[2] == key.shape[2] > 1:
-        assert position_ids is not None, "this LLM doesn't tell its attention the positions; use attn_implementation sdpa"
+        assert position_ids is not None, "this LLM hides the positions from its attention; use attn_implementation sdpa"
         packed = sample_bounds(position_ids.expand(query.shape[0], -1))
     if packed is None or all(len(bounds) == 2 for bounds in packed):
         return sdpa_attention_forward(module, query, key, value, attention_mask, position_ids=position_ids, **kwargs)
@@ -95,7 +96,7 @@ def sdpa_varlen(
     for index, bounds in enumerate(packed):
         row = [tensor[index : index + 1] for tensor in (query, key, value)]
         samples = []
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in itertools.pairwise(bounds):
             q, k, v = (tensor[:, :, start:end] for tensor in row)
             samples.append(sdpa_attention_forward(module, q, k, v, None, **kwargs)[0])
         rows.append(torch.cat(samples, dim=1))
