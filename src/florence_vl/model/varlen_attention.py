@@ -1,7 +1,7 @@
 """Attention of packed rows sample by sample, where no variable-length kernel exists (CPU): `sdpa_varlen`.
 
-Under `sdpa` transformers gives packed rows a dense (L, L) block mask, and PyTorch computes all of it: with eight samples
-a row, seven eighths for nothing, and with a mask it can't leave out the future either. Here every sample is one causal
+Under `sdpa` transformers gives packed rows a dense (L, L) block mask, and PyTorch computes all of it: of eight samples
+a row seven eighths for nothing, and with a mask it can't leave out the future either. Here every sample is one causal
 call without a mask. Everything else (padding, cached decoding, sliding windows) is transformers' `sdpa`, to the letter.
 
 Shape letters: B rows, A heads, L tokens of a row, D width of a head.
