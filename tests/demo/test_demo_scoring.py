@@ -9,6 +9,7 @@ from PIL import Image
 
 from florence_vl.demo.data import KEYS, Example
 from florence_vl.demo.scoring import ROWS, ask, derangement, judge, parse, scores, suite_sample, suite_scores, wilson
+from florence_vl.evaluate.controls import commonest_answers
 from florence_vl.testing import tiny_model
 
 EXPECTED = {"picture": "words", "background": "light blue", "things": 0, "text": "Hello"}
@@ -124,6 +125,11 @@ def test_suite_sample_and_scores(small_suite):
     assert {len(questions) for _, questions in sample} == {5}
     assert guesses["all"]["total"] == 20
     assert guesses["all"]["right"] == sum(guesses[b.group]["right"] for b, _ in sample) > 0
+    for benchmark, chosen in sample:
+        whole = benchmark.questions(small_suite)
+        said = dict(zip([q.id for q in whole], commonest_answers(whole), strict=True))
+        right = [benchmark.scorer.judge(said[q.id], q.reference).score for q in chosen]
+        assert guesses[benchmark.group]["right"] == sum(right)
     model, processor = tiny_model()
     found = suite_scores(model, processor, sample)
     assert found.keys() == guesses.keys()

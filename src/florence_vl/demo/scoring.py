@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from florence_vl.demo.data import KEYS, PROMPT, Answer, Example
 from florence_vl.evaluate.benchmark import Generation, select
+from florence_vl.evaluate.controls import commonest_answers
 from florence_vl.evaluate.local import LocalAnswerer
 from florence_vl.evaluate.mini import mini_folder
 from florence_vl.evaluate.question import IMAGE, BytesPicture, Question
@@ -124,23 +124,17 @@ def suite_sample(limit: int) -> tuple[Sample, dict[str, Score]]:
     """A fixed sample of the mini suite, about `limit` questions a group, and how far guessing goes on it.
 
     Returns:
-        The sample, and by title of group the score of the answer that is commonest among all its questions of the
-        same skill.
+        The sample, and by title of group the score of `commonest_answers` to all its questions.
     """
     folder = mini_folder()
     sample = []
     guesses = {}
     for benchmark in choose("mini"):
         questions = benchmark.questions(folder)
-        commonest: dict[str, Counter[str]] = {}
-        for question in questions:
-            commonest.setdefault(question.reference["skill"], Counter())[question.reference["answer"]] += 1
+        commonest = {q.id: text for q, text in zip(questions, commonest_answers(questions), strict=True)}
         chosen = select(questions, benchmark.scorer, limit)
         sample.append((benchmark, chosen))
-        right = sum(
-            benchmark.scorer.judge(commonest[q.reference["skill"]].most_common(1)[0][0], q.reference).score
-            for q in chosen
-        )
+        right = sum(benchmark.scorer.judge(commonest[q.id], q.reference).score for q in chosen)
         guesses[benchmark.group] = score(round(right), len(chosen))
     return sample, guesses | {"all": pooled(guesses)}
 
