@@ -1,6 +1,6 @@
 """Questions per second of the evaluation runner against a plain batch-1 `generate` loop, and the cost of an image.
 
-    python benchmarks/evaluate.py [--model FOLDER] [--pictures 12] [--batch-size 16] [--new-tokens 4] [--rounds 3]
+    python benchmarks/evaluate.py [--model FOLDER|mini] [--pictures 12] [--batch-size 16] [--new-tokens 4] [--rounds 3]
 
 The plain loop is what evaluation harnesses do: per question, process prompt and image and call `generate`. Both sides
 answer the same questions of the mini suite with the same model and alternate, so a busy machine slows both. Without
@@ -29,7 +29,7 @@ from florence_vl.evaluate.suites import choose
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a saved Florence-VL")
+    parser.add_argument("--model", help="folder of a saved Florence-VL, or mini for the embedded one")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--pictures", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -71,18 +71,18 @@ def main() -> None:
     vision(model, processor, questions)
 
 
-def load(folder: str | None, device: str) -> tuple[Any, Any]:
+def load(name: str | None, device: str) -> tuple[Any, Any]:
     from florence_vl.serve.loading import choose_device, load_model
 
-    if folder is not None:
-        return load_model(folder, device)
+    if name is not None:
+        return load_model(name, device)
     from florence_vl import build_model
     from florence_vl.parts import smollm2
     from florence_vl.train.florence2 import build_mini_florence2
 
-    with tempfile.TemporaryDirectory() as name:
-        build_mini_florence2(Path(name))
-        model, processor = build_model(name, smollm2(), dtype="float32")
+    with tempfile.TemporaryDirectory() as folder:
+        build_mini_florence2(Path(folder))
+        model, processor = build_model(folder, smollm2(), dtype="float32")
     return model.to(choose_device(device)).eval(), processor
 
 
