@@ -59,13 +59,15 @@ def data(
     ] = False,
 ) -> None:
     """Write pictures composed of real sprites, with questions or captions, as a data set."""
+    from click.core import ParameterSource
+
     from florence_vl.data.scenes import SceneGenerator
     from florence_vl.data.scenes.sets import scene_set
     from florence_vl.data.scenes.writers import write
 
     if set_:
         decided = ("format", "samples", "split", "task", "size", "seed")
-        given = [name for name in decided if context.get_parameter_source(name).name != "DEFAULT"]
+        given = [name for name in decided if context.get_parameter_source(name) != ParameterSource.DEFAULT]
         if given:
             raise typer.BadParameter(f"a set decides that itself; leave out --{', --'.join(given)}")
         if out is not None and len(set_) > 1:

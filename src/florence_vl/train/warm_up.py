@@ -181,7 +181,8 @@ def warm_up(
         inside_PN: `tokens_in_boxes` of each text; by default all tokens.
         seconds: Time budget; at least one step is done.
         steps: Number of steps; of the two the one that ends first counts, and one must be given.
-        batch_size: Texts of a step; those that repeat in it are not each other's negatives.
+        batch_size: Texts of a step, about: it takes images with all their texts, which are each other's negatives
+            unless they are the same.
         lr: Peak learning rate of AdamW, cosine to zero over the budget.
         seed: Of the order and of the tokens that are drawn.
         progress: Hears where it is, after every step.
@@ -208,7 +209,12 @@ def warm_up(
     texts_P = torch.unique(targets_PH, dim=0, return_inverse=True)[1]
     groups = Groups(texts_P, torch.arange(len(texts_P), device=texts_P.device))
     draws = torch.Generator().manual_seed(seed)
-    order = _epochs(len(targets_PH), min(batch_size, len(targets_PH)), seed)
+    if images_P is None:
+        images_P = torch.arange(len(targets_PH))
+    numbers = images_P.unique()
+    of_image = [(images_P == number).nonzero()[:, 0] for number in numbers]
+    share = max(2, round(batch_size * len(numbers) / len(targets_PH)))
+    order = _epochs(len(numbers), min(share, len(numbers)), seed)
     rows: list[dict[str, float]] = []
     began = time.monotonic()
     while True:
@@ -220,10 +226,12 @@ def warm_up(
             break
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (len(rows) + 1) / 10) * (0.5 + 0.5 * math.cos(math.pi * spent))
-        index = next(order)
-        shown = index if images_P is None else images_P[index]
-        fused = model.model.fusion({name: value[shown] for name, value in features.items()})
-        tokens_BNH = model.model.multi_modal_projector(fused)
+        chosen = next(order)
+        index = torch.cat([of_image[int(i)] for i in chosen])
+        fused = model.model.fusion({name: value[numbers[chosen]] for name, value in features.items()})
+        tokens_INH = model.model.multi_modal_projector(fused)
+        rows_B = torch.repeat_interleave(torch.tensor([len(of_image[int(i)]) for i in chosen]))
+        tokens_BNH = tokens_INH[rows_B]
         share_BN = torch.ones(tokens_BNH.shape[:2]) if inside_PN is None else inside_PN[index].float()
         places_B = torch.multinomial(share_BN, 1, generator=draws)[:, 0]
         share_BN = (share_BN / share_BN.sum(1, keepdim=True)).to(tokens_BNH)
@@ -236,7 +244,7 @@ def warm_up(
             loss = loss + contrastive_loss(vision_BH, text_BH, same, TEMPERATURE, symmetric=True) / 2
         distance = (pooled_BH - targets_PH[index]).square().mean() / variance
         optimizer.zero_grad()
-        size = (tokens_BNH.square().sum(-1).mean() / word_size).log().square()
+        size = (tokens_INH.square().sum(-1).mean() / word_size).log().square()
         (loss + distance + size).backward()
         optimizer.step()
         rows.append({"step": len(rows) + 1, "loss": loss.item(), "seconds": time.monotonic() - began})
