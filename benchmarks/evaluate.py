@@ -11,6 +11,7 @@ weights as long as answers have the same length, hence the fixed number of new t
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -35,7 +36,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--lmms-eval", type=int, metavar="N", help="instead, N questions a task in lmms-eval's evaluator"
+    )
     options = parser.parse_args()
+    if options.lmms_eval:
+        lmms_eval_loops(options.model or "mini", options.lmms_eval, options.batch_size)
+        return
     model, processor = load(options.model, options.device)
     model.generation_config.eos_token_id = None  # every answer has exactly --new-tokens tokens
     questions = [q for benchmark in choose("mini") for q in benchmark.questions(mini_folder())]
@@ -113,6 +120,73 @@ def runner(
     answerer = LocalAnswerer(model, processor, options.batch_size, {"model": "benchmark"}, share_prefix=share)
     answerer._stop = []
     return [answer.text for answer in answerer.answer_all(questions, Generation(options.new_tokens))]
+
+
+class ImagesOnly:
+    """A processor without `videos` and `audios`: lmms-eval 0.7.3 passes both, transformers 5.23 refuses the latter."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.processor, name)
+
+    def __call__(self, text: Any, images: Any, videos: Any, audios: Any, **kwargs: Any) -> Any:
+        assert not videos
+        assert not audios
+        return self.processor(text=text, images=[[image] for image in images], **kwargs)
+
+
+def lmms_eval_loops(name: str, limit: int, batch_size: int) -> None:
+    """The mini suite's tasks in lmms-eval's evaluator: its own adapter for transformers' models against ours, seconds
+    inside `generate_until` only, float32 both."""
+    os.environ.setdefault("OPENAI_API_KEY", "none")  # some of its tasks build a client when they are imported
+    from lmms_eval import evaluator
+    from lmms_eval.models.chat.huggingface import Huggingface
+    from lmms_eval.tasks import TaskManager
+
+    from florence_vl.evaluate.lmms_eval_plugin import FlorenceVLAdapter
+    from florence_vl.evaluate.lmms_tasks import write_tasks
+    from florence_vl.serve.loading import check_folder, load_model
+
+    model, processor = load_model(name, "cpu", "float32")
+
+    def theirs(size: int) -> Any:
+        adapter = Huggingface(pretrained=str(check_folder(name)), device="cpu", device_map="cpu", batch_size=size)
+        adapter._model = model  # it loads bfloat16
+        adapter.processor = ImagesOnly(processor)
+        return adapter
+
+    adapters = {
+        "lmms-eval huggingface, batch 1": theirs(1),
+        f"lmms-eval huggingface, batch {batch_size}": theirs(batch_size),
+        f"florence_vl, batch {batch_size}": FlorenceVLAdapter(
+            answerer=LocalAnswerer(model, processor, batch_size, {"model": "benchmark"})
+        ),
+    }
+    base: float | None = None
+    first: list[str] = []
+    print(f"{'':36}{'questions':>10}{'questions/s':>12}{'ratio':>8}{'same answers':>14}")
+    with tempfile.TemporaryDirectory() as folder:
+        names = write_tasks(Path(folder))
+        manager = TaskManager("ERROR", include_path=folder, include_defaults=False)
+        for title, adapter in adapters.items():
+            spent, answers, generate = 0.0, [], adapter.generate_until
+
+            def timed(requests: Any, generate: Any = generate, answers: list[str] = answers) -> Any:
+                nonlocal spent
+                start = time.perf_counter()
+                found = generate(requests)
+                spent += time.perf_counter() - start
+                answers += [result.text for result in found]
+                return found
+
+            adapter.generate_until = timed
+            settings = {"task_manager": manager, "batch_size": batch_size, "limit": limit, "bootstrap_iters": 0}
+            evaluator.simple_evaluate(model=adapter, tasks=names, **settings)
+            base, first = base or spent, first or answers
+            same = sum(a.strip() == b.strip() for a, b in zip(answers, first, strict=True)) / len(first)
+            print(f"{title:36}{len(answers):10}{len(answers) / spent:12.2f}{base / spent:8.2f}{same:14.1%}", flush=True)
 
 
 def vision(model: Any, processor: Any, questions: Sequence[Question]) -> None:
