@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,6 +157,51 @@ def test_processes_share_gradients_and_the_wish_to_stop(tmp_path: Path) -> None:
         assert state["grads"][0].unique().tolist() == [1.5]
         assert state["grads"][1].unique().tolist() == [0.5]
         assert state["stop"]
+
+
+def _refuse(rank: int, rendezvous: str, out: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    config = Florence2Training(f"{out}/run", steps=1, decay_steps=0, start_from=out, **TINY)
+    try:
+        florence2.train(config, "cpu")
+    except ValueError as error:
+        Path(out, f"{rank}.txt").write_text(str(error))
+    assert dist.is_initialized()  # the group of the caller stays
+    dist.destroy_process_group()
+
+
+def test_a_start_that_cannot_be_made_is_refused_on_every_process(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_refuse, (str(tmp_path / "meet"), str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        assert "no mini Florence-2" in (tmp_path / f"{rank}.txt").read_text()
+
+
+def test_two_processes_train_under_torchrun(folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    values = {"out": str(tmp_path / "run"), "start_from": str(folder), "steps": 2, "decay_steps": 1, **TINY}
+    recipe.write_text(json.dumps(values))  # JSON is YAML
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "florence_vl", "mini", "train", str(recipe), "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    alone = Florence2Training(**{**values, "out": str(tmp_path / "alone")})
+    florence2.train(alone, "cpu")
+    expected = torch.load(tmp_path / "alone/checkpoint.pt", weights_only=True)
+    assert state["step"] == 2
+    # gradients are averaged over processes, not over tokens: the same images, nearly the same step
+    moved, wanted = (_moved(s["model"], folder) for s in (state, expected))
+    assert torch.nn.functional.cosine_similarity(moved, wanted, dim=0) > 0.9
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    exported = Florence2ForConditionalGeneration.from_pretrained(tmp_path / "run/model").state_dict()
+    assert all(torch.equal(exported[name], value) for name, value in state["ema"].items() if name in exported)
+
+
+def _moved(weights: dict[str, torch.Tensor], folder: Path) -> torch.Tensor:
+    start = Florence2ForConditionalGeneration.from_pretrained(folder).state_dict()
+    return torch.cat([(weights[name] - value).flatten() for name, value in start.items()])
 
 
 def test_processes_share_out_the_images_of_a_step() -> None:

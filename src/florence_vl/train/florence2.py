@@ -35,6 +35,7 @@ from florence_vl.train.florence2_data import (
     normalize,
 )
 from florence_vl.train.florence2_grid import GridHeads, grid_classes, token_loss
+from florence_vl.train.parallel import World, init_world
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # ids 0..4; the first four as in BART
 # Text and charts are shown more often than in `DEFAULT_MIX`'s evaluation mix: reading takes the longest to learn.
@@ -430,6 +431,17 @@ def _copy_start(source: Path, folder: Path) -> None:
     partial.rename(folder)
 
 
+def _prepare_start(config: Florence2Training, folder: Path) -> None:
+    """Write the untrained model that a run starts from, unless it's there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if (folder / "processor_config.json").exists():
+        return
+    if config.start_from:
+        _copy_start(Path(config.start_from).expanduser(), folder)
+    else:
+        build_mini_florence2(folder, config.seed, config.image_size)
+
+
 def train(config: Florence2Training, device: str | None = None) -> Path:
     """Train, or continue what `config.out` holds, up to `config.steps`; SIGTERM and SIGINT save first.
 
@@ -437,36 +449,35 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
 
     Args:
         config: Settings. Model, tokenizer and data of an existing run must not change; steps, decay, learning rate may.
-        device: "cpu", "cuda", ...; the GPU where there is one.
+        device: "cpu", "cuda" or "mps"; the GPU where there is one. Under torchrun "cuda" is a GPU a process.
 
     Returns:
         The folder of the exported model (weights of the running mean).
 
     Raises:
-        ValueError: The loss is not finite, or the checkpoint was made with another seed, mix or size.
+        ValueError: The loss is not finite, the device isn't there, or the checkpoint was made with another seed, mix or
+            size. On every process, if the first one cannot prepare the start.
     """
+    world = init_world(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        return _train(config, world)
+    finally:
+        world.close()
+
+
+def _train(config: Florence2Training, world: World) -> Path:
     from transformers import Florence2ForConditionalGeneration, Florence2Processor
 
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if config.images_per_step % world:
-        raise ValueError(f"images_per_step ({config.images_per_step}) must be a multiple of the {world} processes")
-    device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    if device == "cpu":
+    if config.images_per_step % world.size:
+        raise ValueError(f"images_per_step ({config.images_per_step}) must be a multiple of the {world.size} processes")
+    device = world.device
+    if device.type == "cpu":
         torch.set_num_threads(config.threads)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo" if device == "cpu" else "nccl")
     out = Path(config.out).expanduser()
-    out.mkdir(parents=True, exist_ok=True)
     start_folder, checkpoint = out / "start", out / "checkpoint.pt"
-    if rank == 0 and not (start_folder / "processor_config.json").exists():
-        if config.start_from:
-            _copy_start(Path(config.start_from).expanduser(), start_folder)
-        else:
-            build_mini_florence2(start_folder, config.seed, config.image_size)
-    if world > 1:
-        dist.barrier()
+    world.decide(lambda: _prepare_start(config, start_folder))
     # on a CPU plain attention is 1.6 times as fast as the fused kernel for DaViT's many small windows
-    attention = "eager" if device == "cpu" else "sdpa"
+    attention = "eager" if device.type == "cpu" else "sdpa"
     model: Any = Florence2ForConditionalGeneration.from_pretrained(start_folder, attn_implementation=attention)
     model.to(device).train()
     tokenizer = Florence2Processor.from_pretrained(start_folder).tokenizer
@@ -511,7 +522,7 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
     data = SceneTasks(config, tokenizer)
     loader = torch.utils.data.DataLoader(
         data,
-        batch_sampler=Batches(step, config.steps, config.images_per_step, rank, world),
+        batch_sampler=Batches(step, config.steps, config.images_per_step, world.rank, world.size),
         collate_fn=collate,
         num_workers=config.workers,
         prefetch_factor=6 if config.workers else None,
@@ -527,7 +538,7 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
     trained = [*model.parameters(), *heads.parameters()]
 
     def save() -> None:
-        if rank:
+        if not world.is_main:
             return
         _save(
             checkpoint,
@@ -551,7 +562,7 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
             rate = config.learning_rate * _lr_factor(step, config)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = rate
-            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
                 losses, task_of, image, prompted = seq2seq_loss(model, batch)
                 places = batch["letters"], batch["names"], batch["owner"], text_tasks
                 grid = heads(early.pop(), image[:, 1:], prompted[:, 1:], *places)
@@ -562,7 +573,7 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            stopping = _average_gradients(trained, bool(stop), world)
+            stopping = _average_gradients(trained, bool(stop), world.size)
             norm = nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
             for optimizer in optimizers:
                 optimizer.step()
@@ -574,9 +585,9 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
             sums[0].index_add_(0, numbers[task_of], losses.detach())
             sums[1].index_add_(0, numbers[task_of], torch.ones_like(losses))
             grids += torch.stack([grid.detach(), said.detach()])
-            if rank == 0 and (step % config.log_every == 0 or step == config.steps):
+            if world.is_main and (step % config.log_every == 0 or step == config.steps):
                 now = time.perf_counter()
-                (total, count), steps = sums.cpu(), seen * world / config.images_per_step
+                (total, count), steps = sums.cpu(), seen * world.size / config.images_per_step
                 by_task = {t: round(float(x / n), 4) for t, x, n in zip(tasks, total, count, strict=True) if n}
                 line = {
                     "step": step,
@@ -585,7 +596,7 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
                     "grid": round(grids[0].item() / steps, 4),
                     "grid_tokens": round(grids[1].item() / steps, 4),
                     "grad_norm": round(norm.item(), 3),
-                    "images_per_second": round(seen * world / (now - began), 2),
+                    "images_per_second": round(seen * world.size / (now - began), 2),
                     **by_task,
                 }
                 with (out / "metrics.jsonl").open("a") as file:
@@ -601,7 +612,7 @@ def train(config: Florence2Training, device: str | None = None) -> Path:
         for number, handler in previous.items():
             signal.signal(number, handler)
     save()
-    return export(out) if rank == 0 else out / "model"
+    return export(out) if world.is_main else out / "model"
 
 
 def export(out: str | Path, target: str | Path | None = None, dtype: torch.dtype = torch.float32) -> Path:
