@@ -4,9 +4,9 @@
     python benchmarks/train.py plan              parameters, FLOPs and memory of mini/pretrain, planned and measured
     python benchmarks/train.py mfu --recipe paper/3b-finetune-packed precision=bf16_pure compile.llm=true
 
-`packing` scales LLaVA-1.5's 665K mix (benchmarks/data.py) down nine times, image tokens (64 instead of 576) and text
-alike, so that the proportions stay. It is stage 2: the tower is frozen and the LLM does most of the work. `mfu` needs a
-CUDA device: real shapes, random weights, synthetic rows of the recipe's size.
+`packing` has the lengths of LLaVA-1.5's 665K mix (benchmarks/data.py); `--scale 9` divides image tokens (64 instead of
+576) and text alike, so that the proportions stay. It is stage 2: the tower is frozen and the LLM does most of the work.
+`mfu` needs a CUDA device: real shapes, random weights, synthetic rows of the recipe's size.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from florence_vl.data.collate import PackedCollator, PaddedCollator
 from florence_vl.data.encode import Sample
 from florence_vl.data.layout import pack_first_fit
 from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+from florence_vl.model.varlen_attention import SDPA_VARLEN
 from florence_vl.testing import tiny_config
 from florence_vl.train.optimizer import apply_parts
 from florence_vl.train.parallel import LossModule
@@ -36,13 +38,33 @@ from florence_vl.train.plan import Workload, plan_recipe
 from florence_vl.train.recipes import load_recipe
 from florence_vl.train.steps import count_supervised
 
-SCALE = 9
-IMAGE_SIZE, IMAGE_TOKENS, VOCABULARY = 256, 64, 8192
-ROW_TOKENS = 4096 // SCALE
+IMAGE_SIZE, VOCABULARY = 256, 8192
+
+
+@dataclass(frozen=True)
+class Scale:
+    """LLaVA-1.5's lengths divided by 9, 4 or 1."""
+
+    divisor: int = 9
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side: 32 a token."""
+        return round(768 / self.divisor**0.5)
+
+    @property
+    def image_tokens(self) -> int:
+        """Of 576."""
+        return 576 // self.divisor
+
+    @property
+    def row_tokens(self) -> int:
+        """A packed row, of 4096."""
+        return 4096 // self.divisor
 
 
 def small_model() -> FlorenceVLForConditionalGeneration:
-    """A Llama of 6 blocks and width 384 behind a tiny frozen DaViT at 256 px: 64 tokens an image."""
+    """A Llama of 6 blocks and width 384 behind a tiny frozen DaViT: 64 tokens an image of 256 px."""
     torch.manual_seed(0)
     text = {
         "model_type": "llama",
@@ -62,21 +84,21 @@ def small_model() -> FlorenceVLForConditionalGeneration:
     return model
 
 
-def make_samples(count: int) -> list[Sample]:
+def make_samples(count: int, scale: Scale) -> list[Sample]:
     """Samples with the mix's lengths, scaled down; 40 % of the text is supervised, at its end."""
     lengths, images = llava_665k_lengths(count)
     generator = torch.Generator().manual_seed(0)
     samples = []
     for length, has_image in zip(lengths.tolist(), images.tolist(), strict=True):
-        text = max(8, (length - 576 * has_image) // SCALE)
+        text = max(8, (length - 576 * has_image) // scale.divisor)
         ids = torch.randint(10, VOCABULARY, (text,), generator=generator)
         labels = ids.clone()
         labels[: int(0.6 * text)] = -100
         pixels = None
         if has_image:
-            ids = torch.cat([torch.full((IMAGE_TOKENS,), 3), ids])
-            labels = torch.cat([torch.full((IMAGE_TOKENS,), -100), labels])
-            pixels = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+            ids = torch.cat([torch.full((scale.image_tokens,), 3), ids])
+            labels = torch.cat([torch.full((scale.image_tokens,), -100), labels])
+            pixels = torch.randn(1, 3, scale.image_size, scale.image_size, generator=generator)
         samples.append(Sample(ids, labels, pixels))
     return samples
 
@@ -86,12 +108,12 @@ def chunks(items: list[Any], size: int) -> list[list[Any]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def layouts(samples: list[Sample], batch: int) -> dict[str, list[dict[str, torch.Tensor]]]:
+def layouts(samples: list[Sample], batch: int, row_tokens: int) -> dict[str, list[dict[str, torch.Tensor]]]:
     """The same samples as batches: packed, padded in order of drawing, padded by length."""
     padded = PaddedCollator(0)
     by_length = sorted(samples, key=len)
-    rows = pack_first_fit([len(s) for s in samples], [s.num_images for s in samples], ROW_TOKENS, 16)
-    per_batch = max(1, round(batch * sum(map(len, samples)) / len(samples) / ROW_TOKENS))
+    rows = pack_first_fit([len(s) for s in samples], [s.num_images for s in samples], row_tokens, 16)
+    per_batch = max(1, round(batch * sum(map(len, samples)) / len(samples) / row_tokens))
     packed = PackedCollator(0)
     return {
         "packed rows": [packed([[samples[i] for i in row] for row in part]) for part in chunks(rows, per_batch)],
@@ -100,10 +122,11 @@ def layouts(samples: list[Sample], batch: int) -> dict[str, list[dict[str, torch
     }
 
 
-def engine_epoch(batches: list[dict[str, torch.Tensor]]) -> Callable[[], None]:
-    """One pass of the engine's step: loss at supervised positions, AdamW."""
+def engine_epoch(batches: list[dict[str, torch.Tensor]], image_size: int) -> Callable[[], None]:
+    """One pass of the engine's step: loss at supervised positions, AdamW; packed rows sample by sample, as on all CPUs."""
     model = small_model().train()
-    module = LossModule(model, (IMAGE_SIZE, IMAGE_SIZE))
+    model.set_attn_implementation({"text_config": SDPA_VARLEN})
+    module = LossModule(model, (image_size, image_size))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def run() -> None:
@@ -168,15 +191,15 @@ def cpu_side_by_side(alternatives: dict[str, Callable[[], None]], rounds: int) -
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def bench_packing(count: int, batch: int, rounds: int) -> None:
+def bench_packing(count: int, batch: int, rounds: int, scale: Scale) -> None:
     """Print supervised tokens/s of every layout and its ratio to the plain Trainer."""
-    samples = make_samples(count)
+    samples = make_samples(count, scale)
     supervised = sum(s.num_supervised for s in samples)
     tokens = sum(map(len, samples))
     runs: dict[str, Callable[[], None]] = {}
     share: dict[str, float] = {}
-    for name, batches in layouts(samples, batch).items():
-        runs[name] = engine_epoch(batches)
+    for name, batches in layouts(samples, batch, scale.row_tokens).items():
+        runs[name] = engine_epoch(batches, scale.image_size)
         share[name] = tokens / sum(b["input_ids"].numel() for b in batches)
     runs["HF Trainer, padded, random"] = trainer_epoch(samples, batch, full_logits=False)
     runs["HF Trainer, padded, full logits"] = trainer_epoch(samples, batch, full_logits=True)
@@ -302,6 +325,7 @@ def main() -> None:
     packing.add_argument("--samples", type=int, default=128)
     packing.add_argument("--batch", type=int, default=16)
     packing.add_argument("--rounds", type=int, default=3)
+    packing.add_argument("--scale", type=int, choices=(1, 4, 9), default=9)
     commands.add_parser("plan")
     mfu = commands.add_parser("mfu")
     mfu.add_argument("--recipe", default="paper/3b-finetune-packed")
@@ -310,7 +334,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.command == "packing":
         torch.set_num_threads(1)
-        bench_packing(arguments.samples, arguments.batch, arguments.rounds)
+        bench_packing(arguments.samples, arguments.batch, arguments.rounds, Scale(arguments.scale))
     elif arguments.command == "plan":
         bench_plan()
     else:
