@@ -123,7 +123,7 @@ def layouts(samples: list[Sample], batch: int, row_tokens: int) -> dict[str, lis
 
 
 def engine_epoch(batches: list[dict[str, torch.Tensor]], image_size: int) -> Callable[[], None]:
-    """One pass of the engine's step: loss at supervised positions, AdamW; packed rows sample by sample, as on all CPUs."""
+    """One pass of the engine's step: loss at supervised positions, AdamW; packed rows by sample, as on all CPUs."""
     model = small_model().train()
     model.set_attn_implementation({"text_config": SDPA_VARLEN})
     module = LossModule(model, (image_size, image_size))
