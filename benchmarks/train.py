@@ -31,7 +31,7 @@ from florence_vl.data.encode import Sample
 from florence_vl.data.layout import pack_first_fit
 from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
 from florence_vl.model.varlen_attention import SDPA_VARLEN
-from florence_vl.testing import tiny_config
+from florence_vl.testing import tiny_config, tiny_florence2
 from florence_vl.train.optimizer import apply_parts
 from florence_vl.train.parallel import LossModule
 from florence_vl.train.plan import Workload, plan_recipe
@@ -78,7 +78,8 @@ def small_model() -> FlorenceVLForConditionalGeneration:
         "tie_word_embeddings": False,
         "pad_token_id": 0,
     }
-    config = tiny_config(text_config=text, features=["davit"])
+    vision = tiny_florence2(vision_config={"max_position_embeddings": 24})
+    config = tiny_config(text_config=text, vision_config=vision, features=["davit"])
     model = FlorenceVLForConditionalGeneration(config)
     model.set_trainable(tower=False, projector=True, llm=True)
     return model
