@@ -85,7 +85,7 @@ def load(name: str | None, device: str) -> tuple[Any, Any]:
         return load_model(name, device)
     from florence_vl import build_model
     from florence_vl.parts import smollm2
-    from florence_vl.train.florence2 import build_mini_florence2
+    from florence_vl.train.florence2_model import build_mini_florence2
 
     with tempfile.TemporaryDirectory() as folder:
         build_mini_florence2(Path(folder))

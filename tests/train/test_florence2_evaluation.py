@@ -13,11 +13,12 @@ from florence_vl.data.scenes import Region, SceneGenerator, Text
 from florence_vl.evaluate import florence2 as evaluation
 from florence_vl.evaluate import florence2_card
 from florence_vl.train import florence2, florence2_grid
+from florence_vl.train.florence2_model import build_mini_florence2
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return florence2.build_mini_florence2(tmp_path_factory.mktemp("mini"), seed=0, image_size=64, tokenizer_scenes=100)
+    return build_mini_florence2(tmp_path_factory.mktemp("mini"), seed=0, image_size=64, tokenizer_scenes=100)
 
 
 def test_boxes_are_matched_by_overlap_and_name() -> None:

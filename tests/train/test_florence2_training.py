@@ -21,13 +21,14 @@ from transformers import AutoTokenizer, Florence2ForConditionalGeneration, Flore
 from florence_vl.data.scenes import SceneGenerator, assets
 from florence_vl.train import florence2
 from florence_vl.train.florence2 import FLORENCE2_PROMPTS, Florence2Training, SceneTasks, collate
+from florence_vl.train.florence2_model import build_mini_florence2
 
 TINY = {"images_per_step": 2, "tasks_per_image": 2, "image_size": 64, "workers": 0, "warmup_steps": 1, "log_every": 1}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return florence2.build_mini_florence2(tmp_path_factory.mktemp("mini"), seed=0, image_size=64, tokenizer_scenes=100)
+    return build_mini_florence2(tmp_path_factory.mktemp("mini"), seed=0, image_size=64, tokenizer_scenes=100)
 
 
 def test_folder_loads_in_transformers(folder: Path) -> None:
@@ -265,7 +266,7 @@ def test_settings_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="<OCT>"):
         Florence2Training("x", tasks={"<OCT>": 1.0})
     with pytest.raises(ValueError, match="multiple of 32"):
-        florence2.build_mini_florence2(tmp_path / "m", image_size=100)
+        build_mini_florence2(tmp_path / "m", image_size=100)
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         florence2.export(tmp_path)
     recipe = tmp_path / "r.yaml"

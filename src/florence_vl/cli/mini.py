@@ -122,7 +122,7 @@ def assets(
 @app.command("build")
 def build(out: OutOption, seed: SeedOption = 0, size: Annotated[int, typer.Option(help="Pixels.")] = 256) -> None:
     """Write an untrained mini Florence-2 with tokenizer and processor."""
-    from florence_vl.train.florence2 import build_mini_florence2
+    from florence_vl.train.florence2_model import build_mini_florence2
 
     typer.echo(str(build_mini_florence2(out, seed, size)))
 

@@ -76,7 +76,7 @@ def florence2_path() -> Path:
         raise FileNotFoundError(
             f"florence-vl-mini carries no Florence-2 weights (looked for {path}/model.safetensors): "
             "train them with `florence-vl mini train recipes/mini/florence2.yaml`, or build an untrained one with "
-            "florence_vl.train.florence2.build_mini_florence2"
+            "florence_vl.train.florence2_model.build_mini_florence2"
         )
     return path
 
