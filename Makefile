@@ -78,7 +78,7 @@ mini-train: mini-data  ## Train the mini Florence-2 and the mini Florence-VL aga
 	$(BIN)/florence-vl mini release runs/mini/florence2-run --out runs/mini/florence2
 	$(BIN)/florence-vl train mini/pretrain --resume auto model.build.vision=runs/mini/florence2
 	$(BIN)/florence-vl train mini/finetune --resume auto
-	$(BIN)/florence-vl mini pack runs/mini/finetune/model --vision runs/mini/florence2 --out runs/mini/florence-vl
+	$(BIN)/florence-vl mini pack runs/mini/finetune/model --rank 96 --vision runs/mini/florence2 --out runs/mini/florence-vl
 
 clean:  ## Remove caches and build outputs (not runs/, not .venv).
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

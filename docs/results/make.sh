@@ -13,13 +13,14 @@ for part in ${*:-alignment features pca tables}; do
       florence-vl analyze alignment --encoders dinov2_small_focus:layer6+last dinov2_small_focus efficientnet_lite0 \
         florence2_mini --data $data/data.jsonl --out $out/alignment ;;
     features)
-      florence-vl analyze alignment --encoders florence2_mini --ablate --data $data/data.jsonl --out $out/features ;;
+      florence-vl analyze alignment --encoders florence2_mini --ablate --temperature 0.07 --center --data data/mini/known/data.jsonl \
+        --out $out/features ;;
     pca)
       # shellcheck disable=SC2086
       florence-vl analyze pca $photos --encoder florence2_mini dinov2_small_focus:layer6+last@448 \
         efficientnet_lite0:block10@448 --out $out/pca ;;
     tables)
-      for table in 1 4 5 6; do florence-vl ablate --table $table --scale mini --out $out/ablations; done ;;
+      for table in 1 4 5 6; do florence-vl ablate --table $table --scale mini --limit 30 --set precision=${PRECISION:-fp32} --out $out/ablations; done ;;
     *) echo "unknown part: $part (alignment, features, pca, tables)" >&2; exit 2 ;;
   esac
 done
