@@ -1,7 +1,7 @@
 """Training: packed against padded rows and a plain HF `Trainer`, the plan against measurement, MFU on a GPU.
 
     python benchmarks/train.py packing           supervised tokens/s of the same samples, laid out differently
-    python benchmarks/train.py plan              parameters, FLOPs and memory of mini/pretrain, planned and measured
+    python benchmarks/train.py plan [key=value]  memory of mini/pretrain, planned and measured
     python benchmarks/train.py mfu --recipe paper/3b-finetune-packed precision=bf16_pure compile.llm=true
 
 `packing` has the lengths of LLaVA-1.5's 665K mix (benchmarks/data.py); `--scale 9` divides image tokens (64 instead of
@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import torch
-from common import peak_memory
+from common import peak_memory, return_freed_memory
 
 from data import llava_665k_lengths
 from florence_vl.data.collate import PackedCollator, PaddedCollator
@@ -32,7 +32,7 @@ from florence_vl.data.layout import pack_first_fit
 from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
 from florence_vl.model.varlen_attention import SDPA_VARLEN
 from florence_vl.testing import tiny_config, tiny_florence2
-from florence_vl.train.optimizer import apply_parts
+from florence_vl.train.optimizer import apply_parts, build_optimizer, parameter_groups
 from florence_vl.train.parallel import LossModule
 from florence_vl.train.plan import Workload, plan_recipe
 from florence_vl.train.recipes import load_recipe
@@ -215,16 +215,20 @@ def bench_packing(count: int, batch: int, rounds: int, scale: Scale) -> None:
     print(f"packed against padded in the same engine: {ratio:.2f}x")
 
 
-def mini_step(tokens: int, images: int) -> Callable[[], None]:
+def mini_step(tokens: int, images: int, overrides: list[str]) -> Callable[[], None]:
     """Two accumulated steps of mini/pretrain, so that optimizer state, gradients and activations meet, as in a run."""
-    from florence_vl.train.setup import load_model
+    from florence_vl.train.setup import choose_attention, load_model
 
+    return_freed_memory()
     torch.set_num_threads(1)
-    recipe = load_recipe("mini/pretrain")
+    recipe = load_recipe("mini/pretrain", overrides)
+    device = torch.device("cpu")
     model, _ = load_model(recipe)
     apply_parts(model, recipe.parts)
+    choose_attention(model, recipe, device)
     module = LossModule(model, (IMAGE_SIZE, IMAGE_SIZE))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
+    groups = parameter_groups(model, recipe.parts, recipe.optimizer, recipe.schedule)
+    optimizer = build_optimizer(groups, recipe.optimizer, device)
     lengths = [tokens // images] * images
     ids = torch.cat([torch.cat([torch.full((64,), model.config.image_token_id), torch.randint(100, 1000, (n - 64,))])
                      for n in lengths])  # fmt: skip
@@ -249,12 +253,13 @@ def mini_step(tokens: int, images: int) -> Callable[[], None]:
     return run
 
 
-def bench_plan() -> None:
+def bench_plan(overrides: list[str]) -> None:
     """Print the plan's memory for mini/pretrain against the resident memory that a step adds."""
-    recipe = load_recipe("mini/pretrain", ["data.packing.max_images_per_row=4"])
+    recipe = load_recipe("mini/pretrain", overrides)
     plan = plan_recipe(recipe, workload=Workload(images=1, text_tokens=64, supervised=40))
     planned = sum(value for kind, value in plan.memory.items() if kind != "weights")
-    measured = peak_memory(mini_step, 512, 4) / 2**30
+    rows, images = recipe.data.packing.tokens_per_row, recipe.data.packing.max_images_per_row
+    measured = peak_memory(mini_step, rows, images, overrides) / 2**30
     print(f"parameters      {sum(total for total, _ in plan.parameters.values()):,}")
     print(f"planned memory  {planned:.2f} GiB besides weights: {plan.memory}")
     print(f"measured        {measured:.2f} GiB added by a step; planned / measured {planned / measured:.2f}")
@@ -327,7 +332,8 @@ def main() -> None:
     packing.add_argument("--batch", type=int, default=16)
     packing.add_argument("--rounds", type=int, default=3)
     packing.add_argument("--scale", type=int, choices=(1, 4, 9), default=9)
-    commands.add_parser("plan")
+    plan = commands.add_parser("plan")
+    plan.add_argument("overrides", nargs="*")
     mfu = commands.add_parser("mfu")
     mfu.add_argument("--recipe", default="paper/3b-finetune-packed")
     mfu.add_argument("--steps", type=int, default=12)
@@ -337,7 +343,7 @@ def main() -> None:
         torch.set_num_threads(1)
         bench_packing(arguments.samples, arguments.batch, arguments.rounds, Scale(arguments.scale))
     elif arguments.command == "plan":
-        bench_plan()
+        bench_plan(arguments.overrides)
     else:
         bench_mfu(arguments.recipe, arguments.overrides, arguments.steps)
 

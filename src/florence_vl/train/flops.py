@@ -308,12 +308,9 @@ class ActivationMeter:
         AttentionInterface.register(_PLANNED, _planned_attention)
         self.parts, self.dtype = parts, dtype
         self.width = config.get_text_config().hidden_size
-        self.model = build_shell(config).to(dtype)
-        plain = copy.deepcopy(parts)
-        if plain.llm.lora is not None:  # adapters keep next to nothing beyond what their base layers' inputs are
-            plain.llm.lora = None
-            plain.llm.train = False
-        apply_parts(self.model, plain)
+        self.model = build_shell(config)
+        apply_parts(self.model, parts)  # LoRA adapters too: each keeps its input, which its frozen base layer does not
+        self.model.to(dtype)
         _set_attention(self.model, _PLANNED)
 
     def measure(self, images: int, height: int, width: int, tokens: int) -> dict[str, SavedActivations]:
@@ -336,7 +333,8 @@ class ActivationMeter:
             with _watch_saved([], self.model, found["projector"]):
                 base.multi_modal_projector(base.fusion(features))
         embeds = torch.empty(1, tokens, self.width, **options)
-        embeds.requires_grad_(parts.tower.train or parts.projector.train or parts.llm.last_layers is None)
+        whole_llm = parts.llm.train and parts.llm.last_layers is None and parts.llm.lora is None
+        embeds.requires_grad_(parts.tower.train or parts.projector.train or whole_llm)
         positions = torch.arange(tokens, device="meta").unsqueeze(0)
         with _watch_saved(blocks(base.language_model), self.model, found["llm"]):
             base.language_model(inputs_embeds=embeds, position_ids=positions, attention_mask=None, use_cache=False)

@@ -299,9 +299,8 @@ def _memory(
         saved = meter.measure(images, *size, tokens)
         modes = {"tower": recipe.activation_checkpointing.tower, "llm": recipe.activation_checkpointing.llm}
         activations = sum(part.kept(modes.get(name, "none")) for name, part in saved.items())
-        # logits in the compute type, their fp32 copy, and the gradient of either
-        width = 2 * (4 + dtype.itemsize) if dtype != torch.float32 else 8
-        logits = supervised * config.get_text_config().vocab_size * width
+        # log-probabilities, their gradient and that of the logits, all of them fp32
+        logits = supervised * config.get_text_config().vocab_size * 3 * 4
         return {"activations": activations / GIB, "logits": logits / GIB}
 
     now, one, two = dynamic(recipe.micro_batch_size), dynamic(1), dynamic(2)
