@@ -18,6 +18,7 @@ from florence_vl.train.recipes import load_recipe
 from florence_vl.train.steps import count_pairs, count_samples, count_supervised, count_tokens
 
 STAGE_2 = PartsConfig(tower=PartConfig(train=False))
+ADAPTERS = PartsConfig(tower=PartConfig(train=False), llm=LLMPartConfig(lora=LoraConfig(rank=2)))
 
 
 def convolution_backward_flops(
@@ -61,12 +62,16 @@ def test_any_tower_is_counted_exactly(tiny_run: ModuleType, tower: str) -> None:
     assert count_flops(model.config, 64, 64).tower_per_image == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
-def test_saved_activations_match_what_autograd_keeps(tiny_run: ModuleType) -> None:
+@pytest.mark.parametrize(
+    "parts",
+    [PartsConfig(), ADAPTERS, PartsConfig(tower=PartConfig(train=False), llm=LLMPartConfig(last_layers=1))],
+    ids=["everything", "LoRA", "last layer"],
+)
+def test_saved_activations_match_what_autograd_keeps(tiny_run: ModuleType, parts: PartsConfig) -> None:
     model = tiny_run.tiny()
-    apply_parts(model, PartsConfig())
     batch = tiny_run.collate([tiny_run.make_sample(n) for n in range(4)], packed=True)
-    meter = ActivationMeter(model.config, PartsConfig(), torch.float32)
-    planned = meter.measure(4, 64, 64, batch["input_ids"].shape[1])
+    planned = ActivationMeter(model.config, parts, torch.float32).measure(4, 64, 64, batch["input_ids"].shape[1])
+    apply_parts(model, parts)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, tuple[torch.Tensor, int]] = {}
 
@@ -82,8 +87,12 @@ def test_saved_activations_match_what_autograd_keeps(tiny_run: ModuleType) -> No
     measured = sum(size for _, size in kept.values())
     assert states.requires_grad
     assert sum(part.total for part in planned.values()) == pytest.approx(measured, rel=0.2)
-    frozen = ActivationMeter(model.config, STAGE_2, torch.float32).measure(4, 64, 64, 60)
+
+
+def test_frozen_towers_keep_nothing_and_recomputation_keeps_less() -> None:
+    frozen = ActivationMeter(tiny_config(), STAGE_2, torch.float32).measure(4, 64, 64, 60)
     assert frozen["tower"].total == 0
+    planned = ActivationMeter(tiny_config(), PartsConfig(), torch.float32).measure(4, 64, 64, 60)
     for part in ("tower", "llm"):
         full, selective, none = (planned[part].kept(mode) for mode in ("full", "selective", "none"))
         assert full <= selective <= none
