@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 
-from florence_vl.analyze.alignment import AlignmentConfig, Groups, train_alignment
+from florence_vl.analyze.alignment import AlignmentConfig, train_alignment
 from florence_vl.analyze.compare import feature_subsets
 from florence_vl.analyze.encoders import load_encoder
 from florence_vl.analyze.features import PooledStore, pool_images
 from florence_vl.analyze.text import TextEncoder, pool_texts
 from florence_vl.data.scenes import SceneGenerator
 from florence_vl.parts import resolve_llm
+from florence_vl.train.contrastive import Groups
 
 
 def main() -> None:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from florence_vl.analyze.alignment import AlignmentConfig, AlignmentRun, Groups, train_alignment
+from florence_vl.analyze.alignment import AlignmentConfig, AlignmentRun, train_alignment
 from florence_vl.analyze.features import PooledStore, image_keys, pool_images
 from florence_vl.analyze.pairs import Pairs
 from florence_vl.analyze.statistics import Interval, interval, paired
 from florence_vl.analyze.text import TextEncoder, pool_texts
+from florence_vl.train.contrastive import Groups
 
 if TYPE_CHECKING:
     from pathlib import Path

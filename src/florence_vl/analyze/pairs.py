@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from florence_vl.analyze.alignment import Groups
+from florence_vl.train.contrastive import Groups
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from florence_vl.analyze.alignment import Groups, contrastive_loss
 from florence_vl.data.records import BadRecord, caption_of
 from florence_vl.model.image_processing import open_image
+from florence_vl.train.contrastive import Groups, contrastive_loss
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -50,7 +50,7 @@ class Sprite:
     def countable(self) -> bool:
         """Whether "two ...s" is good English."""
         return (
-            self.name not in _PLURAL
+            not is_plural(self.name)
             and self.name not in _MASS
             and not re.search(r" (with|of|in|and|behind|on) ", self.name)
         )
@@ -89,10 +89,15 @@ def with_article(name: str) -> str:
     bare = re.sub("^(large|small) ", "", name)
     if bare in _MASS:
         return f"some {name}"
-    if bare in _PLURAL:
+    if is_plural(bare):
         return name
     vowel = name[0] in "aeiou" and not name.startswith(("uni", "one", "eu", "use"))
     return f"an {name}" if vowel or name.startswith(("hour", "x-")) else f"a {name}"
+
+
+def is_plural(name: str) -> bool:
+    """Whether the name is a plural already ("scissors", "paw prints"), of which people may count one or many."""
+    return name in _PLURAL
 
 
 def plural(name: str) -> str:

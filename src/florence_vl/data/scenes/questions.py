@@ -245,8 +245,7 @@ def _count(rng: Random, scene: Scene, split: str) -> Question | None:
 
 
 def _count_all(rng: Random, scene: Scene, split: str) -> Question | None:
-    plurals = ("french fries", "scissors", "grapes", "cherries", "bow and arrow", "socks")
-    if scene.kind != "objects" or any(r.name in plurals or " and " in r.name for r in scene.regions):
+    if scene.kind != "objects" or any(assets.is_plural(r.name) or " and " in r.name for r in scene.regions):
         return None
     return Question(
         "vision_centric", "counting", "How many objects are in the picture, not counting text?", str(len(scene.regions))

@@ -31,6 +31,11 @@ class Table:
     labels: tuple[str, ...]
     columns: tuple[Column, ...]
 
+    @property
+    def has_row_names(self) -> bool:
+        """Whether the labels say something: the numbers of measured animals don't, years do."""
+        return self.kind != "pairs" or not all(label.isdigit() for label in self.labels)
+
 
 @dataclass(frozen=True)
 class Series:
@@ -111,8 +116,7 @@ def pick(
 
 def pick_table(rng: Random, split: str, rows: int) -> tuple[str, list[str], list[str], list[list[str]]]:
     """Name of the label column, `rows` labels, the names of two columns, and the numbers of each row as written."""
-    numbered = [t for t in tables(split) if t.label == "Bird"]  # rows that have no name
-    table = rng.choice([t for t in tables(split) if len(t.columns) > 1 and len(t.labels) >= rows and t not in numbered])
+    table = rng.choice([t for t in tables(split) if len(t.columns) > 1 and len(t.labels) >= rows and t.has_row_names])
     columns = sorted(rng.sample(range(len(table.columns)), 2))
     if table.kind == "series":
         start = rng.randint(0, len(table.labels) - rows)
