@@ -170,7 +170,12 @@ def test_a_step_counts_samples_tokens_and_pairs_alike_padded_and_packed(tiny_run
 
 
 @pytest.mark.slow
-def test_the_mini_recipe_is_planned_within_ten_percent(tiny_run: ModuleType) -> None:
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["parts.llm.last_layers=null", "parts.llm.lora.rank=16"], ["parts.llm.last_layers=null"]],
+    ids=["as it is", "LoRA", "whole LLM"],
+)
+def test_the_mini_recipe_is_planned_within_ten_percent(overrides: list[str]) -> None:
     pytest.importorskip("florence_vl_mini")
     from florence_vl.parts import SMOLLM2, is_converted
     from florence_vl.train.setup import load_model
@@ -178,7 +183,7 @@ def test_the_mini_recipe_is_planned_within_ten_percent(tiny_run: ModuleType) -> 
     if SMOLLM2.source() is None and not is_converted(SMOLLM2):
         pytest.skip(SMOLLM2.install)
 
-    recipe = load_recipe("mini/pretrain")
+    recipe = load_recipe("mini/pretrain", overrides)
     model, _ = load_model(recipe)
     apply_parts(model, recipe.parts)
     ids = torch.randint(100, 1000, (1, 244))
