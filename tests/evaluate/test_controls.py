@@ -47,6 +47,8 @@ def benchmark() -> Benchmark:
 
 def test_commonest_answer_is_of_the_same_skill_and_form(questions: list[Question]) -> None:
     assert commonest_answers(questions) == ["yes", "yes", "yes", "red", "red", "red"]
+    assert commonest_answers(questions[2:3]) == ["no"]
+    assert commonest_answers(questions[2:3], among=questions) == ["yes"]
 
 
 def test_pictures_are_taken_away_or_changed_and_nothing_else(questions: list[Question]) -> None:

@@ -224,8 +224,16 @@ def pack(
     save_file(adapter, out / "adapter.safetensors")
     llm, _ = mini_base(tower)
     apply_adapter(built, adapter)  # what is scored is what is shipped
-    sample = read_sample("mini", limit or 10**9)
-    scores = score_controls(built, processor, sample, llm.to(built.device).eval(), say=typer.echo)
+    whole = read_sample("mini", 10**9)
+    sample = read_sample("mini", limit) if limit else whole
+    scores = score_controls(
+        built,
+        processor,
+        sample,
+        llm.to(built.device).eval(),
+        say=typer.echo,
+        whole={benchmark.name: questions for benchmark, questions in whole},
+    )
     plain = {name: {condition: asdict(score) for condition, score in rows.items()} for name, rows in scores.items()}
     (out / "scores.json").write_text(json.dumps(plain, indent=1) + "\n")
     sizes = {part: sum(p.numel() for _, p in built.part_parameters(part)) / 1e6 for part in ("tower", "projector")}

@@ -124,17 +124,17 @@ def suite_sample(limit: int) -> tuple[Sample, dict[str, Score]]:
     """A fixed sample of the mini suite, about `limit` questions a group, and how far guessing goes on it.
 
     Returns:
-        The sample, and by title of group the score of `commonest_answers` to all its questions.
+        The sample, and by title of group the score of the whole suite's `commonest_answers`.
     """
     folder = mini_folder()
     sample = []
     guesses = {}
     for benchmark in choose("mini"):
         questions = benchmark.questions(folder)
-        commonest = {q.id: text for q, text in zip(questions, commonest_answers(questions), strict=True)}
         chosen = select(questions, benchmark.scorer, limit)
         sample.append((benchmark, chosen))
-        right = sum(benchmark.scorer.judge(commonest[q.id], q.reference).score for q in chosen)
+        commonest = zip(commonest_answers(chosen, questions), chosen, strict=True)
+        right = sum(benchmark.scorer.judge(text, question.reference).score for text, question in commonest)
         guesses[benchmark.group] = score(round(right), len(chosen))
     return sample, guesses | {"all": pooled(guesses)}
 

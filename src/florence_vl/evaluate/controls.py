@@ -6,7 +6,7 @@ control asks a benchmark's questions again with something taken away; what the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from random import Random
@@ -61,15 +61,21 @@ def with_other_images(questions: Sequence[Question], seed: int = 0) -> list[Ques
     return out
 
 
-def commonest_answers(questions: Sequence[Question]) -> list[str]:
-    """For each question the commonest right answer to the questions of its skill and form, known in hindsight."""
+def commonest_answers(questions: Sequence[Question], among: Sequence[Question] | None = None) -> list[str]:
+    """For each question the commonest right answer to the questions of its skill and form, known in hindsight.
+
+    Args:
+        questions: Those that are asked.
+        among: Those whose answers are counted, a whole benchmark's for example, as a small sample flatters a guess that
+            knows it; the questions themselves when None.
+    """
     counts: dict[Any, dict[str, int]] = {}
 
     def form(question: Question) -> Any:
         reference = question.reference
         return reference.get("skill"), bool(reference.get("choices")), reference["answer"].lower() in ("yes", "no")
 
-    for question in questions:
+    for question in questions if among is None else among:
         answers = counts.setdefault(form(question), {})
         answers[question.reference["answer"]] = answers.get(question.reference["answer"], 0) + 1
     return [max(counts[form(q)].items(), key=lambda pair: (pair[1], pair[0]))[0] for q in questions]
@@ -121,6 +127,7 @@ def score_controls(
     llm: Any = None,
     batch_size: int = 16,
     say: Callable[[str], None] = lambda _: None,
+    whole: Mapping[str, Sequence[Question]] | None = None,
 ) -> dict[str, dict[str, Score]]:
     """Score a model under every control.
 
@@ -131,6 +138,7 @@ def score_controls(
         llm: A Florence-VL with the untrained LLM, asked without pictures; left out when None.
         batch_size: Questions at a time.
         say: Hears what is asked next.
+        whole: Benchmark name -> all its questions, for the commonest answers; those of `sample` when None.
 
     Returns:
         Benchmark name -> condition -> score; the first condition is `full`.
@@ -149,7 +157,7 @@ def score_controls(
         return judged
 
     def guess(benchmark: Benchmark, questions: Sequence[Question]) -> list[Judged]:
-        texts = commonest_answers(questions)
+        texts = commonest_answers(questions, whole[benchmark.name] if whole else None)
         pairs = zip(texts, questions, strict=True)
         return [(benchmark.scorer.judge(text, q.reference), q.reference) for text, q in pairs]
 

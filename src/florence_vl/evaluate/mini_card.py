@@ -43,7 +43,7 @@ in training), 95 % bootstrap intervals.
 
 {table}
 
-- *commonest answer*: the commonest right answer to the questions of that skill and form, known in hindsight.
+- *commonest answer*: the commonest right answer to the whole suite's questions of that skill and form, in hindsight.
 - *no picture*, *another picture*: the same model, asked without one or about another question's.
 - *the LLM before training*: SmolLM2-135M-Instruct, asked without the picture.
 - *[V] alone*: the same model, the three prompts' features replaced by their mean over pictures.
