@@ -36,6 +36,17 @@ def test_the_background_is_cut_whatever_the_sign(sign):
     assert np.array_equal(flipped.foreground.flatten(), ~inside.numpy())
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(slice(0, 2), slice(3, 13)), (slice(7, 12), slice(9, 16))])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_subject_at_an_edge_or_in_a_corner_is_not_the_background(rows, columns, sign):
+    inside = torch.zeros(ROWS, COLUMNS, dtype=torch.bool)
+    inside[rows, columns] = True
+    noise = torch.randn(ROWS * COLUMNS, 32, generator=torch.Generator().manual_seed(0))
+    tokens = noise + 20 * sign * inside.flatten()[:, None]
+    (pca,) = pca_maps([tokens], [(ROWS, COLUMNS)])
+    assert np.array_equal(pca.foreground, inside.numpy())
+
+
 def test_colours_tell_the_parts_of_the_foreground_apart():
     tokens, _ = scene()
     (pca,) = pca_maps([tokens], [(ROWS, COLUMNS)])

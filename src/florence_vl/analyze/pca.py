@@ -30,7 +30,7 @@ class PCAConfig:
         threshold: Value of the first component, scaled to [0, 1] over the fit, above which a token is foreground; None
             takes Otsu's.
         flip: Take the other side of the first component as foreground. A principal component has no sign of its own; by
-            default the foreground is the side that the pictures' border has less of.
+            default the background is the side that most of the pictures' corners have.
         refit: Fit the three colour components on the foreground alone (DINOv2). Otherwise they are the first three of
             the first fit.
         standardize: Divide each channel by its standard deviation before the fit.
@@ -132,10 +132,9 @@ def pca_maps(
     mean, directions, explained = principal_components(tokens)
     scores = (tokens - mean) @ directions
     first = _unit(scores[:, 0])
-    border = torch.cat([_border(*grid) for grid in grids])
     threshold = config.threshold if config.threshold is not None else otsu(first)
     foreground = first > threshold
-    if foreground[border].double().mean() > foreground[~border].double().mean():
+    if _is_background(foreground, grids):
         first, foreground, threshold = 1 - first, first < threshold, 1 - threshold
     if config.flip:
         first, foreground, threshold = 1 - first, ~foreground, 1 - threshold
@@ -168,10 +167,23 @@ def _unit(values: Tensor, within: Tensor | None = None) -> Tensor:
     return ((values - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
 
 
-def _border(rows: int, columns: int) -> Tensor:
-    border = torch.ones(rows, columns, dtype=torch.bool)
-    border[1:-1, 1:-1] = False
-    return border.flatten()
+def _is_background(side: Tensor, grids: Sequence[tuple[int, int]]) -> bool:
+    """Whether a side of the first component is the background: most corners are, or most of the border."""
+    corners = torch.cat([_frame(r, c, max(1, min(r, c) // 8), corners=True) for r, c in grids])
+    share = float(side[corners].double().mean())
+    if share != 0.5:
+        return share > 0.5
+    border = torch.cat([_frame(r, c, 1) for r, c in grids])
+    return bool(side[border].double().mean() > side[~border].double().mean())
+
+
+def _frame(rows: int, columns: int, width: int, corners: bool = False) -> Tensor:
+    """(rows * columns,) whether a position lies within `width` of an edge, or of two edges that meet."""
+    row = torch.ones(rows, 1, dtype=torch.bool)
+    row[width : rows - width] = False
+    column = torch.ones(1, columns, dtype=torch.bool)
+    column[:, width : columns - width] = False
+    return (row & column if corners else row | column).flatten()
 
 
 def map_image(pca: PCAMap, size: tuple[int, int], preprocess: Preprocess, smooth: bool = False) -> Image.Image:

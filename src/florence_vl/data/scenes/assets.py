@@ -137,7 +137,7 @@ def _nameable(row: dict[str, Any]) -> bool:
         return name in _CLIP_ART
     if name in _OBSCURE or len(name) > 24 or len(name.split()) > 4 or not name.isascii():
         return False
-    if row["set"] in ("tuxpaint", "art4apps"):
+    if row["set"] in ("tuxpaint", "art4apps", "gcompris"):
         return True  # chosen where they were fetched
     folder = row["folder"].replace(" & ", "-").replace(" ", "-")
     return folder in _NAMEABLE or any(
