@@ -18,7 +18,10 @@ for part in ${*:-alignment features pca tables}; do
     pca)
       # shellcheck disable=SC2086
       florence-vl analyze pca $photos --encoder florence2_mini dinov2_small_focus:layer6+last@448 \
-        efficientnet_lite0:block10@448 --out $out/pca ;;
+        efficientnet_lite0:block10@448 --out $out/pca
+      scenes=$(for i in 4 60 92 144 170 254; do echo data/mini/known/images/train-50-$i-detailed_caption.jpg; done)
+      # shellcheck disable=SC2086
+      florence-vl analyze pca $scenes --encoder florence2_mini dinov2_small_focus:layer6+last@448 --out $out/pca-scenes ;;
     tables)
       for table in 1 4 5 6; do florence-vl ablate --table $table --scale mini --limit 30 --set precision=${PRECISION:-fp32} --out $out/ablations; done ;;
     *) echo "unknown part: $part (alignment, features, pca, tables)" >&2; exit 2 ;;
