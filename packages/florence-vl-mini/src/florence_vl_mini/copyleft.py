@@ -1,7 +1,8 @@
 """Pictures under copyleft licences, for training only: fetched into the user's cache, never part of the package.
 
-OpenMoji (CC-BY-SA-4.0), Tux Paint stamps (GPL-2) and Art4Apps (CC-BY-SA) from their npm and Debian archives, checked by
-SHA-256 like those of `build`. Nothing is taken whose name could be meant by a concept held out for validation or test.
+OpenMoji (CC-BY-SA-4.0), Tux Paint stamps (GPL-2), Art4Apps (CC-BY-SA) and GCompris' drawings (licence by file), from
+npm and Debian archives that are checked by SHA-256 like those of `build`. Nothing is taken whose name could be meant by
+a concept held out for validation or test.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFilter
 
 from florence_vl_mini import build as base
+from florence_vl_mini import gcompris
 from florence_vl_mini.build import Source
 
 Row = dict[str, Any]
@@ -38,6 +40,7 @@ SOURCES = {
     "art4apps": Source(
         "deb", "pysiogame", "4.20.01-1", "6b22766dfd8ef3a046c2665fe2598ac8a1ecee3d331bda38accf53de65bc59bf"
     ),
+    "gcompris": gcompris.SOURCE,
 }
 _HELPERS = ("emojibase", "wordnet")  # names of the emoji; which word is a kind of which
 
@@ -132,13 +135,14 @@ class _Kin:
         return None
 
 
-def _svg(path: Path) -> Image.Image | None:
+def _svg(path: Path | None = None, text: str | None = None) -> Image.Image | None:
     try:
         import resvg_py
     except ImportError:
         raise ValueError("drawing SVG needs resvg-py: pip install './packages/florence-vl-mini[build]'") from None
     try:
-        png = bytes(resvg_py.svg_to_bytes(svg_path=str(path), width=2 * base.SPRITE_SIDE, skip_system_fonts=True))
+        what = {"svg_string": text} if path is None else {"svg_path": str(path)}
+        png = bytes(resvg_py.svg_to_bytes(**what, width=2 * base.SPRITE_SIDE, skip_system_fonts=True))
         return base._sprite(Image.open(io.BytesIO(png)))
     except ValueError:
         return None  # a few are not valid SVG
@@ -251,6 +255,22 @@ def _art4apps(root: Path, kin: _Kin, emoji: dict[str, str | None]) -> Iterator[t
             yield f"{where}-{path.stem}", (entry, image)
 
 
+def _gcompris(root: Path, kin: _Kin, emoji: dict[str, str | None], taken: set[str]) -> Iterator[tuple[str, Item]]:
+    """Its drawings; those of Art4Apps (the word list) only for names that are not `taken`."""
+    for picture in gcompris.Archive(root).cut_outs():
+        activity, file = picture.path.split("/")[3], picture.path.rpartition("/")[2]
+        name = clean_name(picture.name)
+        if name is None or (activity == "lang" and name in taken):
+            continue
+        entry = _entry(name, activity, picture.known, kin, emoji)
+        if entry is None:
+            continue
+        svg = file.endswith(".svg")
+        image = _svg(text=picture.data.decode()) if svg else base._sprite(Image.open(io.BytesIO(picture.data)))
+        if image is not None:
+            yield f"{activity}-{file.rpartition('.')[0]}", (entry | {"licence": picture.licence}, image)
+
+
 def write_cache(
     target: Path, sets: dict[str, dict[str, Item]], licences: dict[str, tuple[str, str]], keep: Callable[[Row], bool]
 ) -> dict[str, int]:
@@ -344,13 +364,21 @@ def build_copyleft(sources: Path, target: Path, keep: Callable[[Row], bool]) -> 
         "tuxpaint": dict(_tuxpaint(roots["tuxpaint"], kin, categories)),
         "art4apps": dict(_art4apps(roots["art4apps"], kin, categories)),
     }
+    taken = {entry["caption"] for entry, _ in sets["art4apps"].values()}
+    sets["gcompris"] = dict(_gcompris(roots["gcompris"], kin, categories, taken))
     texts = {
         "openmoji": (roots["openmoji"] / "package/LICENSE.txt").read_text(),
         "tuxpaint": base._copyright(roots["tuxpaint"]),
         "art4apps": base._copyright(roots["art4apps"])
         + gzip.decompress((roots["art4apps"] / "usr/share/doc/pysiogame/CREDITS.txt.gz").read_bytes()).decode(),
+        "gcompris": base._copyright(roots["gcompris"]),
     }
-    licence = {"openmoji": "CC-BY-SA-4.0", "tuxpaint": "GPL-2", "art4apps": "CC-BY-SA"}
+    licence = {
+        "openmoji": "CC-BY-SA-4.0",
+        "tuxpaint": "GPL-2",
+        "art4apps": "CC-BY-SA",
+        "gcompris": "GPL-3, CC-BY-SA-3.0 or CC-BY-SA-4.0, as each row states",
+    }
     licences = {
         name: (
             texts[name],

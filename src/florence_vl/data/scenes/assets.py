@@ -169,6 +169,11 @@ def copyleft_dir() -> Path:
     return cache_dir() / "mini-copyleft"
 
 
+def figures_dir() -> Path:
+    """Where the captioned figures of `florence-vl mini assets --figures` lie once fetched."""
+    return cache_dir() / "mini-figures"
+
+
 @lru_cache
 def extra_rows() -> dict[str, dict[str, Any]]:
     """Rows of the fetched pictures by id.
@@ -190,6 +195,12 @@ def apart_from_held_out(row: dict[str, Any]) -> bool:
     """
     sprite = _sprite(row | {"keywords": row.get("synonyms", row["keywords"])})
     return not any(sprite.conflicts(held) for held in _held_out())
+
+
+def may_be_shown(name: str) -> bool:
+    """Whether a picture of a thing of this name shows no concept that is held out; see `apart_from_held_out`."""
+    row = {"id": name, "caption": name.lower(), "category": None, "set": "", "new_concept": False}
+    return apart_from_held_out(row | {"keywords": []})
 
 
 @lru_cache
