@@ -10,6 +10,8 @@ from florence_vl.model.configuration import FlorenceVLConfig
 from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from florence_vl.model.processing import FlorenceVLProcessor
 
 TINY_IMAGE_SIZE = 64  # pixels: a 2x2 grid, so 4 image tokens (5 with the mean token)
@@ -181,3 +183,26 @@ def tiny_processor(
         image_token="<image>",
         image_token_rule=ImageTokenRule.from_config(config or tiny_config()),
     )
+
+
+def tiny_recipe(output: str | Path, **changes: Any) -> dict[str, Any]:
+    """Values of a recipe of few steps on a CPU that prints nothing.
+
+    Args:
+        output: Folder of the run.
+        changes: Values besides these or instead of them, by key.
+    """
+    values = {
+        "name": "tiny",
+        "output": str(output),
+        "steps": 4,
+        "precision": "fp32",
+        "device": "cpu",
+        "threads": 1,
+        "batch_size": 2,
+        "micro_batch_size": 1,
+        "optimizer": {"lr": 1e-3},
+        "checkpoint": {"every_steps": 2, "export": False},
+        "logging": {"progress": "none"},
+    }
+    return values | changes

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from florence_vl.evaluate.sample import evaluate_sample
-from florence_vl.testing import tiny_model
+from florence_vl.testing import tiny_model, tiny_recipe
 from florence_vl.train import load_recipe, train
 from florence_vl.train.evaluation import check_suite
 from florence_vl.train.metrics import read_metrics
@@ -55,21 +55,14 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(records: Path, output: Path, evaluate: dict[str, Any] | None, **changes: Any) -> dict[str, Any]:
     base = {
-        "name": "evaluated",
-        "output": str(output),
         "steps": 5,
-        "precision": "fp32",
-        "device": "cpu",
-        "threads": 1,
-        "batch_size": 2,
-        "micro_batch_size": 1,
         "optimizer": {"lr": 1e-2},
         "checkpoint": {"every_steps": None, "export": False},
         "logging": {"progress": "none", "every_steps": 10},
         "data": {"sources": [{"path": str(records)}], "max_length": 160},
         "evaluate": evaluate,
     }
-    return base | changes
+    return tiny_recipe(output, **base | changes)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from florence_vl.testing import tiny_model
+from florence_vl.testing import tiny_model, tiny_recipe
 from florence_vl.train import load_recipe, train
 from florence_vl.train.data import TrainingData
 from florence_vl.train.metrics import read_metrics
@@ -48,25 +48,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(shards: Path | str, output: Path, packed: bool = True, **changes: Any) -> dict[str, Any]:
     packing = {"mode": "packed", "tokens_per_row": 160, "window": 6} if packed else {"mode": "padded", "window": 6}
-    base = {
-        "name": "stream",
-        "output": str(output),
-        "steps": 5,
-        "precision": "fp32",
-        "device": "cpu",
-        "threads": 1,
-        "batch_size": 2,
-        "micro_batch_size": 1,
-        "optimizer": {"lr": 1e-3},
-        "checkpoint": {"every_steps": 2, "export": False},
-        "logging": {"progress": "none"},
-        "data": {
-            "stream": {"path": str(shards), "shuffle_buffer": 4},
-            "max_length": 160,
-            "packing": packing,
-        },
-    }
-    return base | changes
+    data = {"stream": {"path": str(shards), "shuffle_buffer": 4}, "max_length": 160, "packing": packing}
+    return tiny_recipe(output, **{"steps": 5, "data": data} | changes)
 
 
 def losses(values: dict[str, Any], resume: str = "never", stop_at: int | None = None) -> list[float]:

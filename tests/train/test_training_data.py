@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from florence_vl.data.encode import Encoder
-from florence_vl.testing import tiny_model
+from florence_vl.testing import tiny_model, tiny_recipe
 from florence_vl.train import load_recipe, train
 from florence_vl.train.config import SourceConfig
 from florence_vl.train.data import TrainingData, open_source
@@ -40,26 +40,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(data: Path, output: Path, packed: bool, **changes: Any) -> dict[str, Any]:
     packing = {"mode": "packed", "tokens_per_row": 160, "window": 8} if packed else {"mode": "padded", "window": 8}
-    base = {
-        "name": "files",
-        "output": str(output),
-        "steps": 4,
-        "precision": "fp32",
-        "device": "cpu",
-        "threads": 1,
-        "batch_size": 2,
-        "micro_batch_size": 1,
-        "optimizer": {"lr": 1e-3},
-        "checkpoint": {"every_steps": 2, "export": False},
-        "logging": {"progress": "none"},
-        "data": {
-            "sources": [{"path": str(data / "data.json"), "name": "colours"}],
-            "max_length": 160,
-            "max_bad_share": 0.5,
-            "packing": packing,
-        },
+    sources = {
+        "sources": [{"path": str(data / "data.json"), "name": "colours"}],
+        "max_length": 160,
+        "max_bad_share": 0.5,
+        "packing": packing,
     }
-    return base | changes
+    return tiny_recipe(output, **{"data": sources} | changes)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -14,7 +14,7 @@ import torch
 
 from florence_vl.data.sampler import mix
 from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
-from florence_vl.testing import TINY_IMAGE_TOKEN_ID, tiny_config, tiny_model
+from florence_vl.testing import TINY_IMAGE_TOKEN_ID, tiny_config, tiny_model, tiny_recipe
 from florence_vl.train import train
 
 IMAGE_TOKENS = 4
@@ -93,20 +93,8 @@ class SyntheticBatches:
 
 def recipe(output: str | Path, **changes: Any) -> dict[str, Any]:
     """A quiet recipe for a CPU."""
-    base = {
-        "name": "tiny",
-        "output": str(output),
-        "steps": 6,
-        "precision": "fp32",
-        "device": "cpu",
-        "threads": 1,
-        "batch_size": 4,
-        "micro_batch_size": 2,
-        "optimizer": {"lr": 1e-3, "weight_decay": 0.1},
-        "checkpoint": {"every_steps": 2, "export": False},
-        "logging": {"progress": "none"},
-    }
-    return base | changes
+    base = {"steps": 6, "batch_size": 4, "micro_batch_size": 2, "optimizer": {"lr": 1e-3, "weight_decay": 0.1}}
+    return tiny_recipe(output, **base | changes)
 
 
 def run(
