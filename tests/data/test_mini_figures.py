@@ -138,6 +138,11 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_rcc: Callable[
                 f"{sphinx.format('sklearn')}_images/{n}.png": picture(40 + i, (1200, 900), mode="RGBA" if i else "RGB")
                 for i, n in enumerate(("sphx_glr_plot_canny_001", "user"))
             },
+            **{f"{sphinx.format('sklearn')}auto_examples/{n}/swirl.html": LONE.encode() for n in "ab"},  # ambiguous
+            **{
+                f"{sphinx.format('sklearn')}auto_examples/{n}/_images/sphx_glr_plot_swirl_001.png": picture(70)
+                for n in "ab"
+            },
             sphinx.format("sklearn") + "_images/plain.png": b"\x89PNG cut off",
             "usr/share/doc/python-sklearn-doc/copyright": b"BSD",
         },

@@ -282,7 +282,10 @@ def _documentation(name: str, root: Path) -> Iterator[Figure]:
     if not pages:
         raise ValueError(f"{SOURCES[name].name} has no pages in {folder}: another version?")
     find = gimp_figures if name == "gimp" else sphinx_figures
+    names = Counter(page.name for page in pages if "auto_examples" in page.parts)
     for page in pages:
+        if names[page.name] > 1:
+            continue  # sphinx-gallery wrote the pictures of both examples to the same files
         text = page.read_text(encoding="utf-8", errors="replace")
         for source, caption in find(parse_html(text)) if "<img" in text else ():
             path = (page.parent / source).resolve()
