@@ -2,6 +2,7 @@
 #   PYTHON=python3.12            another interpreter for the virtual environment
 #   TORCH="torch --index-url ADDRESS"    another build of PyTorch, such as the CPU builds of its own index (on Linux pip takes the CUDA build)
 #   PROCESSES=1                  of the mini Florence-2's training, 2 by default
+#   TRY=1                        make mini-train with little data and few steps, in data/mini-try and runs/mini-try: does all of it run?
 #   CONSTRAINTS=                 newest versions in the ranges of pyproject.toml instead of the pinned ones
 PYTHON ?= python3
 VENV ?= .venv
@@ -68,17 +69,24 @@ bench: $(VENV)/.dev  ## Run every benchmark; each prints ratios measured side by
 docs: $(VENV)/.dev  ## Check that every link in README.md and docs/ leads somewhere.
 	$(BIN)/python -m pytest tests/test_docs.py
 
-data/mini/%/data.jsonl: | setup
-	$(BIN)/florence-vl mini data --set $*
+# what TRY=1 makes smaller: the sets, and the steps of every training
+TRIED := $(if $(TRY),-try)
+RUNS := runs/mini$(TRIED)
+FLORENCE2_ARGS := out=$(RUNS)/florence2-run $(if $(TRY),steps=4 decay_steps=2 warmup_steps=1 second_mix_at=3)
+STAGE_ARGS := --resume auto $(if $(TRY),steps=2)
+export FLORENCE_VL_MINI_DATA := data/mini$(TRIED)
 
-mini-data: $(addsuffix /data.jsonl,$(addprefix data/mini/,captions regions questions))  ## Write captions, regions and questions of the mini stages to data/mini.
+data/mini$(TRIED)/%/data.jsonl: | setup
+	$(BIN)/florence-vl mini data --set $* --out data/mini$(TRIED)/$* $(if $(TRY),--samples 200)
+
+mini-data: $(addsuffix /data.jsonl,$(addprefix data/mini$(TRIED)/,captions regions questions))  ## Write captions, regions and questions of the mini stages to data/mini.
 
 mini-train: mini-data  ## Train the mini Florence-2 and the mini Florence-VL again (hours; every part resumes), with scores and cards.
-	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m florence_vl mini train recipes/mini/florence2.yaml
-	$(BIN)/florence-vl mini release runs/mini/florence2-run --out runs/mini/florence2
-	$(BIN)/florence-vl train mini/pretrain --resume auto model.build.vision=runs/mini/florence2
-	$(BIN)/florence-vl train mini/finetune --resume auto
-	$(BIN)/florence-vl mini pack runs/mini/finetune/model --rank 96 --vision runs/mini/florence2 --out runs/mini/florence-vl
+	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m florence_vl mini train recipes/mini/florence2.yaml $(FLORENCE2_ARGS)
+	$(BIN)/florence-vl mini release $(RUNS)/florence2-run --out $(RUNS)/florence2 $(if $(TRY),--scenes 20 --pictures 40)
+	$(BIN)/florence-vl train mini/pretrain $(STAGE_ARGS) output=$(RUNS)/pretrain model.build.vision=$(RUNS)/florence2 $(if $(TRY),warm_up.pairs=100 warm_up.steps=4)
+	$(BIN)/florence-vl train mini/finetune $(STAGE_ARGS) output=$(RUNS)/finetune model.path=$(RUNS)/pretrain/model
+	$(BIN)/florence-vl mini pack $(RUNS)/finetune/model --rank 96 --vision $(RUNS)/florence2 --out $(RUNS)/florence-vl $(if $(TRY),--limit 2)
 
 clean:  ## Remove caches and build outputs (not runs/, not .venv).
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

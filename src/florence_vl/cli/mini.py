@@ -46,7 +46,7 @@ def data(
         typer.Option("--set", help="captions, regions, questions, ...: what the mini recipes read; repeatable."),
     ] = None,
     format: Annotated[str, typer.Option(help="llava, parquet or webdataset.")] = "llava",
-    samples: Annotated[int, typer.Option(min=1, help="Number of records.")] = 1000,
+    samples: Annotated[int, typer.Option(min=1, help="Number of records; of a set, its own by default.")] = 1000,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "train",
     task: Annotated[
         Optional[list[str]],  # noqa: UP045
@@ -68,13 +68,14 @@ def data(
     from florence_vl.data.scenes.writers import write
 
     if set_:
-        decided = ("format", "samples", "split", "task", "size", "seed")
+        decided = ("format", "split", "task", "size", "seed")
         given = [name for name in decided if context.get_parameter_source(name) != ParameterSource.DEFAULT]
         if given:
             raise typer.BadParameter(f"a set decides that itself; leave out --{', --'.join(given)}")
         if out is not None and len(set_) > 1:
             raise typer.BadParameter("--out takes one set at a time")
-        for name, wanted in [(name, scene_set(name)) for name in set_]:
+        number = None if context.get_parameter_source("samples") == ParameterSource.DEFAULT else samples
+        for name, wanted in [(name, scene_set(name, number)) for name in set_]:
             path = wanted.write(out or Path("data/mini") / name, extra_sprites=copyleft)
             typer.echo(f"{wanted.samples} records in {path}")
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -45,12 +45,17 @@ def scene_sets() -> dict[str, SceneSet]:
     }
 
 
-def scene_set(name: str) -> SceneSet:
+def scene_set(name: str, samples: int | None = None) -> SceneSet:
     """A named set.
+
+    Args:
+        name: Its name in `sets.yaml`.
+        samples: Another number of records than its own.
 
     Raises:
         ValueError: No such set; near names are listed.
     """
     if name not in scene_sets():
         raise ValueError(f"no set {name!r}. {did_you_mean(name, scene_sets())}")
-    return scene_sets()[name]
+    found = scene_sets()[name]
+    return replace(found, samples=samples) if samples else found
