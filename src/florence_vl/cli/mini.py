@@ -61,20 +61,18 @@ def data(
     ] = False,
 ) -> None:
     """Write pictures composed of real sprites, with questions or captions, as a data set."""
-    from click.core import ParameterSource
-
     from florence_vl.data.scenes import SceneGenerator
     from florence_vl.data.scenes.sets import scene_set
     from florence_vl.data.scenes.writers import write
 
     if set_:
         decided = ("format", "split", "task", "size", "seed")
-        given = [name for name in decided if context.get_parameter_source(name) != ParameterSource.DEFAULT]
+        given = [name for name in decided if _is_given(context, name)]
         if given:
             raise typer.BadParameter(f"a set decides that itself; leave out --{', --'.join(given)}")
         if out is not None and len(set_) > 1:
             raise typer.BadParameter("--out takes one set at a time")
-        number = None if context.get_parameter_source("samples") == ParameterSource.DEFAULT else samples
+        number = samples if _is_given(context, "samples") else None
         for name, wanted in [(name, scene_set(name, number)) for name in set_]:
             path = wanted.write(out or Path("data/mini") / name, extra_sprites=copyleft)
             typer.echo(f"{wanted.samples} records in {path}")
@@ -83,6 +81,11 @@ def data(
         raise typer.BadParameter("give --out, the folder to write to, or --set")
     path = write(out, SceneGenerator(seed, split, size, extra_sprites=copyleft), samples, format, task or ["vqa"])
     typer.echo(f"{samples} records in {path}")
+
+
+def _is_given(context: typer.Context, option: str) -> bool:
+    source = context.get_parameter_source(option)  # an enum of click, or of the click inside newer typers
+    return source is not None and source.name != "DEFAULT"
 
 
 @app.command("assets")
