@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
@@ -50,6 +51,9 @@ def commands(monkeypatch):
     def run(words, **_):
         started.append(words)
         code = next((c for part, c in codes.items() if part in " ".join(words)), 0)
+        output = next((Path(word.removeprefix("output=")) for word in words if word.startswith("output=")), None)
+        for name in ("checkpoints", "model") if output else ():
+            (output / name).mkdir(parents=True, exist_ok=True)
         return subprocess.CompletedProcess(words, code)
 
     monkeypatch.setattr(ablation.subprocess, "run", run)
@@ -122,6 +126,9 @@ def test_tables_share_their_runs_and_go_on_where_they_stopped(recipes, tmp_path,
     codes["average-finetune"] = ablation.STOPPED
     with pytest.raises(Stopped, match="average"):
         execute(plan(one, one.choose(None), config), config, lambda _: None)
+    runs = tmp_path / "out/mini/average/seed-0"
+    assert sorted(p.name for p in (runs / "pretrain").iterdir() if p.is_dir()) == ["model"]  # done: checkpoints go
+    assert (runs / "finetune/checkpoints").is_dir()  # stopped: they stay
     codes.clear()
     before = len(started)
     execute(plan(one, one.choose(None), config), config, lambda _: None)

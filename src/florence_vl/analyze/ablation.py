@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -326,6 +327,8 @@ def execute(steps: Sequence[Step], config: AblationConfig, log: Callable[[str], 
             continue
         from florence_vl.analyze.plots import write_atomically
 
+        if step.kind in STAGES:  # its model is written: of a table's many runs the checkpoints would fill the disk
+            shutil.rmtree(step.folder / "checkpoints", ignore_errors=True)
         done = {"identity": step.identity, "command": shlex.join(["florence-vl", *step.command])}
         write_atomically(step.marker, json.dumps(done, indent=1) + "\n")
 
