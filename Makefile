@@ -74,7 +74,7 @@ TRIED := $(if $(TRY),-try)
 RUNS := runs/mini$(TRIED)
 FLORENCE2_ARGS := out=$(RUNS)/florence2-run $(if $(TRY),steps=4 decay_steps=2 warmup_steps=1 second_mix_at=3)
 STAGE_ARGS := --resume auto $(if $(TRY),steps=2)
-export FLORENCE_VL_MINI_DATA := data/mini$(TRIED)
+mini-train: export FLORENCE_VL_MINI_DATA := data/mini$(TRIED)
 
 data/mini$(TRIED)/%/data.jsonl: | setup
 	$(BIN)/florence-vl mini data --set $* --out data/mini$(TRIED)/$* $(if $(TRY),--samples 200)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import struct
+import tarfile
 import zlib
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,5 +56,23 @@ def make_rcc() -> Callable[..., bytes]:
         at_data = head + sum(map(len, nodes))
         header = b"qres" + struct.pack(">4I", version, head, at_data, at_data + len(data))
         return header + b"".join(nodes) + data + names
+
+    return write
+
+
+@pytest.fixture
+def make_archive() -> Callable[..., Any]:
+    """Writes an npm archive of version 1.0 (path -> content) and returns the source that it then is."""
+
+    def write(folder: Path, name: str, files: dict[str, bytes]) -> Any:
+        from florence_vl_mini.build import Source
+
+        path = folder / f"{name}-1.0.tgz"
+        with tarfile.open(path, "w:gz") as tar:
+            for file, content in files.items():
+                member = tarfile.TarInfo(file)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        return Source("npm", name, "1.0", hashlib.sha256(path.read_bytes()).hexdigest())
 
     return write

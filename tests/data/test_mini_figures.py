@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import sys
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -105,18 +104,10 @@ def picture(shade: int, size: tuple[int, int] = (80, 60), format: str = "PNG", m
     return buffer.getvalue()
 
 
-def archive(folder: Path, name: str, files: dict[str, bytes]) -> figures.Source:
-    path = folder / f"{name}-1.0.tgz"
-    with tarfile.open(path, "w:gz") as tar:
-        for file, content in files.items():
-            member = tarfile.TarInfo(file)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return figures.Source("npm", name, "1.0", hashlib.sha256(path.read_bytes()).hexdigest())
-
-
 @pytest.fixture
-def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_rcc: Callable[..., bytes]) -> Path:
+def sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_rcc: Callable[..., bytes], make_archive: Callable[..., Any]
+) -> Path:
     """A folder with small archives in place of those that are fetched."""
     folder = tmp_path / "archives"
     folder.mkdir()
@@ -168,7 +159,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_rcc: Callable[
             "usr/share/doc/gcompris-qt-data/copyright": COPYRIGHT.encode(),
         },
     }
-    found = {name: archive(folder, name, files) for name, files in made.items()}
+    found = {name: make_archive(folder, name, files) for name, files in made.items()}
     monkeypatch.setattr(figures, "SOURCES", found)
     return folder
 

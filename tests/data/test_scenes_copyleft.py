@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import json
 import sys
-import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image, ImageDraw
@@ -51,18 +50,10 @@ def encoded(image: Image.Image, format: str) -> bytes:
     return buffer.getvalue()
 
 
-def archive(folder: Path, name: str, files: dict[str, bytes]) -> copyleft.Source:
-    path = folder / f"{name}-1.0.tgz"
-    with tarfile.open(path, "w:gz") as tar:
-        for file, content in files.items():
-            member = tarfile.TarInfo(file)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return copyleft.Source("npm", name, "1.0", hashlib.sha256(path.read_bytes()).hexdigest())
-
-
 @pytest.fixture
-def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_rcc: Callable[..., bytes]) -> Path:
+def sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_rcc: Callable[..., bytes], make_archive: Callable[..., Any]
+) -> Path:
     """A folder with small archives in place of those that are fetched."""
     folder = tmp_path / "archives"
     folder.mkdir()
@@ -107,7 +98,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_rcc: Callable[
             ).encode(),
         },
     }
-    found = {name: archive(folder, name, files) for name, files in made.items()}
+    found = {name: make_archive(folder, name, files) for name, files in made.items()}
     monkeypatch.setattr(copyleft, "SOURCES", {n: found[n] for n in ("openmoji", "tuxpaint", "art4apps", "gcompris")})
     monkeypatch.setattr(copyleft.base, "SOURCES", {**copyleft.base.SOURCES, **found})
     return folder

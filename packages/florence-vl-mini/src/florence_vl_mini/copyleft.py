@@ -321,20 +321,8 @@ def read_cache(folder: Path) -> list[Row]:
         FileNotFoundError: Nothing was fetched yet.
         ValueError: A file is missing, cut off or of another version.
     """
-    manifest = folder / "manifest.json"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"the copyleft pictures were not fetched yet (looked for {folder}): run `{COMMAND}`")
-    try:
-        known = json.loads(manifest.read_text())
-        expected = known["files"]
-        current = known["version"] == VERSION and known["sources"] == {n: s.sha256 for n, s in SOURCES.items()}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"{folder} holds no complete copy of the copyleft pictures: run `{COMMAND}`, which makes it again"
-        ) from None
-    if not current:
-        raise ValueError(f"{folder} holds copyleft pictures of another version: run `{COMMAND}`, which makes it again")
-    for name, digest in expected.items():
+    known = base.read_manifest(folder, "copyleft pictures", COMMAND, VERSION, SOURCES)
+    for name, digest in known["files"].items():
         if not (folder / name).is_file() or _sha256(folder / name) != digest:
             raise ValueError(f"{folder / name} is missing or damaged: run `{COMMAND}`, which makes it again")
     return json.loads((folder / "index.json").read_text())

@@ -415,24 +415,13 @@ def read_figures(folder: Path) -> dict[str, int]:
         FileNotFoundError: Nothing was fetched yet.
         ValueError: A file is missing or cut off, or they are of another version.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"the figures were not fetched yet (looked for {folder}): run `{COMMAND}`")
-    try:
-        known = json.loads((folder / "manifest.json").read_text())
-        files, data, counts = known["files"], known["data"], known["counts"]
-        current = known["version"] == VERSION and known["sources"] == {n: s.sha256 for n, s in SOURCES.items()}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"{folder} holds no complete copy of the figures: run `{COMMAND}`, which makes it again"
-        ) from None
-    if not current:
-        raise ValueError(f"{folder} holds figures of another version: run `{COMMAND}`, which makes it again")
-    for name, size in files.items():
+    known = base.read_manifest(folder, "figures", COMMAND, VERSION, SOURCES, ("files", "data", "counts"))
+    for name, size in known["files"].items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
             raise ValueError(f"{folder / name} is missing or damaged: run `{COMMAND}`, which makes it again")
-    if hashlib.sha256((folder / "data.jsonl").read_bytes()).hexdigest() != data:
+    if hashlib.sha256((folder / "data.jsonl").read_bytes()).hexdigest() != known["data"]:
         raise ValueError(f"{folder / 'data.jsonl'} was changed: run `{COMMAND}`, which makes it again")
-    return counts
+    return known["counts"]
 
 
 def build_figures(sources: Path, target: Path, keep: Callable[[str], bool]) -> dict[str, int]:
