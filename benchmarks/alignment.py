@@ -21,9 +21,9 @@ from florence_vl.analyze.compare import feature_subsets
 from florence_vl.analyze.encoders import load_encoder
 from florence_vl.analyze.features import PooledStore, pool_images
 from florence_vl.analyze.text import TextEncoder, pool_texts
-from florence_vl.data.scenes import SceneGenerator
-from florence_vl.parts import resolve_llm
+from florence_vl.model.packaged import resolve
 from florence_vl.train.contrastive import Groups
+from florence_vl_mini.scenes import SceneGenerator
 
 
 def main() -> None:
@@ -89,7 +89,7 @@ def forward_seconds(encoder, batch: torch.Tensor, repeats: int = 4) -> tuple[flo
 
 def subsets(encoder, files: list[Path], captions: list[str], root: Path, options, device: str) -> None:
     """Time of all 15 subsets of four features against one subset, with the encoder's pass and without it."""
-    llm = TextEncoder.load(resolve_llm(options.llm))
+    llm = TextEncoder.load(resolve(options.llm, "llms"))
     text = pool_texts(llm, captions, PooledStore(llm.identity, root / "text"))
     start = time.perf_counter()
     store, report = pool_images(encoder, files, PooledStore(encoder.identity, root / "all"))

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
-from florence_vl.testing import tiny_config
+from florence_vl.model.tiny import tiny_config
 from florence_vl.train.checkpoint import CheckpointManager
 from florence_vl.train.config import CheckpointConfig
 

@@ -165,7 +165,7 @@ def bench_encode(records: int, pixels: int, workers: list[int]) -> None:
     from florence_vl.data.encode import Encoder
     from florence_vl.data.mixture import Mixture, MixtureSource
     from florence_vl.data.packing import PackingConfig, build_batches
-    from florence_vl.testing import tiny_processor
+    from florence_vl.model.tiny import tiny_processor
 
     torch.set_num_threads(1)
     encoder = Encoder(tiny_processor(image_size=pixels))

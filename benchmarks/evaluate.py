@@ -23,9 +23,9 @@ import torch
 
 from florence_vl.evaluate.benchmark import Generation
 from florence_vl.evaluate.local import LocalAnswerer
-from florence_vl.evaluate.mini import mini_folder
 from florence_vl.evaluate.question import Question
 from florence_vl.evaluate.suites import choose
+from florence_vl_mini.suite import mini_folder
 
 
 def main() -> None:
@@ -79,13 +79,13 @@ def main() -> None:
 
 
 def load(name: str | None, device: str) -> tuple[Any, Any]:
-    from florence_vl.serve.loading import choose_device, load_model
+    from florence_vl.model.loading import choose_device, load_model
 
     if name is not None:
         return load_model(name, device)
     from florence_vl import build_model
-    from florence_vl.parts import smollm2
-    from florence_vl.train.florence2_model import build_mini_florence2
+    from florence_vl_mini.models import smollm2
+    from florence_vl_mini.pretrain.model import build_mini_florence2
 
     with tempfile.TemporaryDirectory() as folder:
         build_mini_florence2(Path(folder))
@@ -146,8 +146,8 @@ def lmms_eval_loops(name: str, limit: int, batch_size: int) -> None:
     from lmms_eval.tasks import TaskManager
 
     from florence_vl.evaluate.lmms_eval_plugin import FlorenceVLAdapter
-    from florence_vl.evaluate.lmms_tasks import write_tasks
-    from florence_vl.serve.loading import check_folder, load_model
+    from florence_vl.model.loading import check_folder, load_model
+    from florence_vl_mini.lmms_tasks import write_tasks
 
     model, processor = load_model(name, "cpu", "float32")
 

@@ -30,8 +30,8 @@ from florence_vl.data.collate import PackedCollator, PaddedCollator
 from florence_vl.data.encode import Sample
 from florence_vl.data.layout import pack_first_fit
 from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+from florence_vl.model.tiny import tiny_config, tiny_florence2
 from florence_vl.model.varlen_attention import SDPA_VARLEN
-from florence_vl.testing import tiny_config, tiny_florence2
 from florence_vl.train.optimizer import apply_parts, build_optimizer, parameter_groups
 from florence_vl.train.parallel import LossModule
 from florence_vl.train.plan import Workload, plan_recipe

@@ -1,15 +1,25 @@
-"""What a built wheel must carry: every recipe folder is listed, as setuptools' data files know no folders."""
+"""What a built wheel must carry: recipes, templates, suites and reports are package data."""
 
-from pathlib import Path
+from importlib import resources
 
-ROOT = Path(__file__).parents[1]
+import pytest
+
+from florence_vl.train.recipes import list_recipes
 
 
-def test_every_recipe_folder_is_packaged():
-    listed = (ROOT / "pyproject.toml").read_text()
-    folders = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").rglob("*.yaml")}
-    assert folders
-    missing = [
-        folder for folder in sorted(folders) if f'"share/florence-vl/{folder}" = ["{folder}/*.yaml"]' not in listed
-    ]
-    assert not missing, f"add to [tool.setuptools.data-files] in pyproject.toml: {missing}"
+@pytest.mark.parametrize(
+    "path",
+    [
+        "recipes/_base/gpu.yaml",
+        "recipes/paper/8b-pretrain.yaml",
+        "model/templates/chatml.jinja",
+        "evaluate/report.html",
+    ],
+)
+def test_the_package_carries_its_data(path):
+    assert resources.files("florence_vl").joinpath(path).is_file()
+
+
+def test_recipes_are_found_without_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "paper/8b-pretrain" in list_recipes()

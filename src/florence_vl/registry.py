@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -72,3 +73,13 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """All registered names, in the order of registration."""
         return list(self._items)
+
+
+def plugins(kind: str) -> dict[str, EntryPoint]:
+    """What installed packages add to the library by entry points of the group `florence_vl.<kind>`, by name.
+
+    Args:
+        kind: `models`, `vision`, `llms` (see `florence_vl.model.packaged`), `suites`, `recipes`, `datasets` or
+            `commands`.
+    """
+    return {point.name: point for point in entry_points(group=f"florence_vl.{kind}")}

@@ -41,7 +41,7 @@ def tiny_florence2_folder(folder: Path) -> Path:
 
     from transformers import Florence2Config, Florence2ForConditionalGeneration
 
-    from florence_vl.testing import tiny_florence2
+    from florence_vl.model.tiny import tiny_florence2
 
     config = Florence2Config(**{k: v for k, v in tiny_florence2().items() if k != "model_type"})
     config.text_config.vocab_size = 50300

@@ -18,7 +18,7 @@ from florence_vl.cli.main import main
 def llm_folder(tmp_path):
     from transformers import LlamaConfig, LlamaModel
 
-    from florence_vl.testing import TINY_VOCAB_SIZE, tiny_tokenizer
+    from florence_vl.model.tiny import TINY_VOCAB_SIZE, tiny_tokenizer
 
     folder = tmp_path / "llm"
     torch.manual_seed(0)
@@ -74,7 +74,7 @@ def test_alignment_pca_attribution_and_report(own_cache, llm_folder, data, tiny_
         assert arrays[next(n for n in arrays if n.endswith("layer1/rgb"))].shape == (4, 4, 3)
     assert Image.open(out / "p/0_pca.png").width > 300
 
-    from florence_vl.testing import tiny_model
+    from florence_vl.model.tiny import tiny_model
 
     model, processor = tiny_model()
     model.save_pretrained(tmp_path / "model")

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from florence_vl.analyze.attribution import attribute, attribution_figure, first_layer_norms
-from florence_vl.testing import tiny_model
+from florence_vl.model.tiny import tiny_model
 
 QUESTION, ANSWER = "What is shown in the image?", "a red car"
 

@@ -78,7 +78,7 @@ def test_layers_are_those_of_the_model(tiny_weights, pictures):
 
 
 def test_florence_vl_tower_gives_the_features_that_the_model_uses(tmp_path, pictures):
-    from florence_vl.testing import tiny_model
+    from florence_vl.model.tiny import tiny_model
 
     model, _ = tiny_model(mean_token="all")
     model.save_pretrained(tmp_path)

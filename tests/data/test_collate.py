@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from florence_vl.data.collate import FlorenceVLCollator, PackedCollator, PaddedCollator, num_supervised
 from florence_vl.data.encode import Encoder, Sample
 from florence_vl.data.records import BadRecord, Record
-from florence_vl.testing import tiny_model
+from florence_vl.model.tiny import tiny_model
 
 
 def sample(length, seed=0, images=0, side=4):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from florence_vl.data.encode import Encoder
 from florence_vl.data.records import BadRecord, ImageRef, Record
-from florence_vl.testing import tiny_processor
+from florence_vl.model.tiny import tiny_processor
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from florence_vl.cli.main import main
 from florence_vl.data.encode import Encoder
 from florence_vl.data.inspect import collect_stats, histogram, html_page, inspect_records, plain_text, rich_text
 from florence_vl.data.readers import open_reader
-from florence_vl.testing import tiny_processor
+from florence_vl.model.tiny import tiny_processor
 
 
 @pytest.fixture(scope="module")

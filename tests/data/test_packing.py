@@ -24,7 +24,7 @@ from florence_vl.data.packing import (
     pack_first_fit,
 )
 from florence_vl.data.records import Record
-from florence_vl.testing import tiny_model
+from florence_vl.model.tiny import tiny_model
 
 
 @given(

@@ -18,7 +18,7 @@ from florence_vl.data.layout import PackingConfig
 from florence_vl.data.packing import merge_states
 from florence_vl.data.readers import Filter
 from florence_vl.data.stream import build_stream, prepare_shards
-from florence_vl.testing import tiny_processor
+from florence_vl.model.tiny import tiny_processor
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument")
 PACKED = PackingConfig(tokens_per_row=200, max_images_per_row=4, global_batch_size=2, window=8, max_bad_share=0.5)

@@ -15,7 +15,7 @@ from florence_vl.evaluate.controls import (
 )
 from florence_vl.evaluate.question import IMAGE, BytesPicture, Question
 from florence_vl.evaluate.suites import choose
-from florence_vl.testing import tiny_model
+from florence_vl.model.tiny import tiny_model
 
 
 def png(colour: str) -> bytes:

@@ -18,7 +18,7 @@ from florence_vl.evaluate.runner import Plan, open_results, plan
 from florence_vl.evaluate.scoring import compare_runs, score_folder
 from florence_vl.evaluate.store import ResultsFolder, append_lines
 from florence_vl.evaluate.suites import choose
-from florence_vl.testing import tiny_model
+from florence_vl.model.tiny import tiny_model
 
 
 def fake_run(folder: Path, made: Plan, say: Any, name: str = "fake") -> Path:
@@ -186,7 +186,7 @@ def test_processes_share_the_questions(saved_model: Path, benchmark_folder: Path
     [
         (["--suite", "pope"], "missing --model and --out"),
         (["--model", "x", "--out", "o", "--suite", "popee"], "Did you mean 'pope'"),
-        (["--model", "x", "--out", "o", "--suite", "pope"], "needs --data"),
+        (["--model", "x", "--out", "o", "--suite", "pope"], "needs a folder with its parquet files"),
         (["--model", "x", "--out", "o", "--suite", "pope", "--data", "nowhere"], "is no folder"),
         (["--model", "x", "--out", "o", "--paper-row", "LLaVA"], "the paper has no row 'LLaVA'"),
         (["--model", "x", "--out", "o", "--protocol", "old"], "unknown protocol 'old'"),

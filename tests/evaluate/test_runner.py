@@ -26,7 +26,7 @@ from florence_vl.evaluate.runner import Plan, describe, open_results, plan, run,
 from florence_vl.evaluate.scoring import score_folder
 from florence_vl.evaluate.store import ResultsFolder, append_lines, read_lines
 from florence_vl.evaluate.suites import choose
-from florence_vl.testing import tiny_model
+from florence_vl.model.tiny import tiny_model
 
 SMALL = "pope,mme,mmvp,docvqa_val,mmmu_val,cv_bench"
 
@@ -374,7 +374,7 @@ def llava_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    from florence_vl.testing import TINY_IMAGE_TOKEN_ID, TINY_VOCAB_SIZE, tiny_tokenizer
+    from florence_vl.model.tiny import TINY_IMAGE_TOKEN_ID, TINY_VOCAB_SIZE, tiny_tokenizer
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     torch.manual_seed(0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from florence_vl.model.adapter import apply_adapter, extract_adapter
-from florence_vl.testing import tiny_model
+from florence_vl.model.tiny import tiny_model
 
 
 @pytest.fixture

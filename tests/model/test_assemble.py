@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import florence_vl
-from florence_vl.testing import TINY_BACKBONES, TINY_LLMS, tiny_config, tiny_florence2, tiny_processor
+from florence_vl.model.tiny import TINY_BACKBONES, TINY_LLMS, tiny_config, tiny_florence2, tiny_processor
 
 
 @pytest.fixture(scope="module")

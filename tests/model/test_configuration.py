@@ -5,7 +5,7 @@ from transformers import AutoConfig
 
 from florence_vl import FlorenceVLConfig
 from florence_vl.model.configuration import FLORENCE2_PROMPT_IDS
-from florence_vl.testing import TINY_PROMPT_IDS, tiny_config, tiny_florence2
+from florence_vl.model.tiny import TINY_PROMPT_IDS, tiny_config, tiny_florence2
 
 
 def test_defaults_are_the_papers():

@@ -7,8 +7,8 @@ from PIL import Image
 from florence_vl import FlorenceVLForConditionalGeneration
 from florence_vl.data.collate import FlorenceVLCollator
 from florence_vl.data.encode import Encoder
-from florence_vl.testing import TINY_IMAGE_TOKEN_ID as IMG
-from florence_vl.testing import tiny_model
+from florence_vl.model.tiny import TINY_IMAGE_TOKEN_ID as IMG
+from florence_vl.model.tiny import tiny_model
 
 IDS = torch.tensor([[1, IMG, IMG, IMG, IMG, 20, 21, 22]])
 

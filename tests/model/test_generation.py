@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 from transformers import TextIteratorStreamer, TextStreamer, pipeline
 
-from florence_vl.testing import TINY_IMAGE_TOKEN_ID as IMG
-from florence_vl.testing import tiny_model
+from florence_vl.model.tiny import TINY_IMAGE_TOKEN_ID as IMG
+from florence_vl.model.tiny import tiny_model
 
 NEW = 6
 

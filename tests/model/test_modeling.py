@@ -6,8 +6,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoModelForImageTextToText
 
 from florence_vl import FlorenceVLForConditionalGeneration, FlorenceVLModel
-from florence_vl.testing import TINY_IMAGE_TOKEN_ID as IMG
-from florence_vl.testing import TINY_LLMS, tiny_config, tiny_model
+from florence_vl.model.tiny import TINY_IMAGE_TOKEN_ID as IMG
+from florence_vl.model.tiny import TINY_LLMS, tiny_config, tiny_model
 
 IDS = torch.tensor([[1, IMG, IMG, IMG, IMG, 20, 21, 22], [1, IMG, IMG, IMG, IMG, 30, 31, 32]])
 

@@ -9,7 +9,7 @@ from transformers import AutoImageProcessor, AutoProcessor
 from florence_vl.model.configuration import FlorenceVLConfig
 from florence_vl.model.image_processing import FlorenceVLImageProcessor
 from florence_vl.model.processing import BREAK, FlorenceVLProcessor, ImageTokenRule
-from florence_vl.testing import tiny_config, tiny_model, tiny_processor, tiny_tokenizer
+from florence_vl.model.tiny import tiny_config, tiny_model, tiny_processor, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +277,7 @@ def test_generate_takes_the_batch():
 def test_a_reserved_token_can_be_the_image_token():
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|reserved_7|>"]})
-    from florence_vl.data.chat_template import CHAT_TEMPLATES
+    from florence_vl.model.chat_template import CHAT_TEMPLATES
 
     processor = FlorenceVLProcessor(
         FlorenceVLImageProcessor(size=64),

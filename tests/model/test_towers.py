@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModel, Florence2Config, Florence2ForConditionalGeneration
 
+from florence_vl.model.tiny import TINY_BACKBONES, TINY_PROMPT_IDS, tiny_config, tiny_florence2
 from florence_vl.model.towers import TOWERS, Florence2Tower
-from florence_vl.testing import TINY_BACKBONES, TINY_PROMPT_IDS, tiny_config, tiny_florence2
 
 PROMPTS = ("caption", "ocr", "grounding")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from florence_vl.model.tiny import tiny_model
 from florence_vl.model.varlen_attention import SDPA_VARLEN, sample_bounds
-from florence_vl.testing import tiny_model
 
 LLMS = ["llama", "qwen2", "qwen3", "phi3", "mistral"]
 

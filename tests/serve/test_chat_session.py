@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from florence_vl.serve.chat import ChatSession, GenerationOptions, encode_images, stream_answer
-from florence_vl.serve.loading import check_folder, choose_device, load_model
-from florence_vl.testing import tiny_model
+from florence_vl.model.loading import check_folder, choose_device, load_model
+from florence_vl.model.tiny import tiny_model
+from florence_vl.serve.session import ChatSession, GenerationOptions, encode_images, stream_answer
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +205,9 @@ def test_folders_that_are_no_model(tmp_path, monkeypatch):
     embedded = tmp_path / "cache" / "embedded"
     embedded.mkdir(parents=True)
     (embedded / "config.json").write_text(json.dumps({"model_type": "florence_vl"}))
-    monkeypatch.setattr("florence_vl.parts.mini_florence_vl", lambda: embedded)
+    monkeypatch.setattr(
+        "florence_vl.model.loading.resolve", lambda name, kind: str(embedded) if name == "mini" else name
+    )
     assert check_folder("mini") == embedded
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "config.json").write_text("{}")

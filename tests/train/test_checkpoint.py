@@ -25,7 +25,7 @@ STEPS = 12
 def _context() -> Any:
     """Children are forked from a server that has everything imported, so that a run costs its steps only."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["florence_vl.train.loop", "florence_vl.train.export", "florence_vl.testing"])
+    context.set_forkserver_preload(["florence_vl.train.loop", "florence_vl.train.export", "florence_vl.model.tiny"])
     return context
 
 

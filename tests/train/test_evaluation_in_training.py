@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from florence_vl.evaluate.sample import evaluate_sample
-from florence_vl.testing import tiny_model, tiny_recipe
+from florence_vl.model.tiny import tiny_model, tiny_recipe
 from florence_vl.train import load_recipe, train
 from florence_vl.train.evaluation import check_suite
 from florence_vl.train.metrics import read_metrics

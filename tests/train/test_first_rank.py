@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from florence_vl import FlorenceVLForConditionalGeneration
-from florence_vl.testing import tiny_model
+from florence_vl.model.tiny import tiny_model
 from florence_vl.train import load_recipe
 from florence_vl.train.first_rank import FirstRankWeights, _slots
 from florence_vl.train.optimizer import apply_parts

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from florence_vl.testing import tiny_config
+from florence_vl.model.tiny import tiny_config
 from florence_vl.train.config import LLMPartConfig, LoraConfig, PartConfig, PartsConfig
 from florence_vl.train.flops import ActivationMeter, Multipliers, _set_attention, count_flops
 from florence_vl.train.optimizer import apply_parts
@@ -177,8 +177,9 @@ def test_a_step_counts_samples_tokens_and_pairs_alike_padded_and_packed(tiny_run
 )
 def test_the_mini_recipe_is_planned_within_ten_percent(overrides: list[str]) -> None:
     pytest.importorskip("florence_vl_mini")
-    from florence_vl.parts import SMOLLM2, is_converted
+    from florence_vl.model.packaged import is_converted
     from florence_vl.train.setup import load_model
+    from florence_vl_mini.models import SMOLLM2
 
     if SMOLLM2.source() is None and not is_converted(SMOLLM2):
         pytest.skip(SMOLLM2.install)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from florence_vl.testing import tiny_model, tiny_recipe
+from florence_vl.model.tiny import tiny_model, tiny_recipe
 from florence_vl.train import load_recipe, train
 from florence_vl.train.data import TrainingData
 from florence_vl.train.metrics import read_metrics

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from florence_vl.data.encode import Encoder
-from florence_vl.testing import tiny_model, tiny_recipe
+from florence_vl.model.tiny import tiny_model, tiny_recipe
 from florence_vl.train import load_recipe, train
 from florence_vl.train.config import SourceConfig
 from florence_vl.train.data import TrainingData, open_source

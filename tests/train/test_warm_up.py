@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from florence_vl.analyze.alignment import recall_at
-from florence_vl.testing import tiny_model
+from florence_vl.model.tiny import tiny_model
 from florence_vl.train.warm_up import cache_features, caption_vectors, parse_regions, tokens_in_boxes, warm_up
 
 COLOURS = ("red", "green", "blue", "black", "white", "yellow")

@@ -14,7 +14,7 @@ import torch
 
 from florence_vl.data.sampler import mix
 from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
-from florence_vl.testing import TINY_IMAGE_TOKEN_ID, tiny_config, tiny_model, tiny_recipe
+from florence_vl.model.tiny import TINY_IMAGE_TOKEN_ID, tiny_config, tiny_model, tiny_recipe
 from florence_vl.train import train
 
 IMAGE_TOKENS = 4

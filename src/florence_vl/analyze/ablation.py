@@ -237,18 +237,22 @@ def plan(table: AblationTable, rows: Sequence[Row], config: AblationConfig) -> l
 
 
 def _data(rows: Sequence[Row], config: AblationConfig) -> Iterator[Step]:
-    """What writes the mini recipes' data where it is absent."""
-    from florence_vl.data.scenes.sets import scene_sets
+    """What writes the recipes' data where it is absent and an installed package makes it."""
+    from florence_vl.registry import plugins
     from florence_vl.train.recipes import load_recipe
+
+    writers: dict[str, tuple[str, ...]] = {}
+    for point in plugins("datasets").values():
+        writers |= point.load()()
 
     seen: set[Path] = set()
     for stage in STAGES if rows else ():
         recipe = load_recipe(f"ablations/{config.scale}/{rows[0].variant}-{stage}")
         for source in (*recipe.data.sources, *(recipe.warm_up.regions if recipe.warm_up else ())):
             path = Path(source.path)
-            if source.name in scene_sets() and path.name == "data.jsonl" and not path.exists() and path not in seen:
+            if source.name in writers and path.name == "data.jsonl" and not path.exists() and path not in seen:
                 seen.add(path)
-                words = ("mini", "data", "--set", source.name, "--out", str(path.parent))
+                words = (*writers[source.name], "--out", str(path.parent))
                 yield Step("data", source.name, 0, path.parent, words, "")
 
 
@@ -361,7 +365,7 @@ class RowScores:
 
     def average(self, columns: Sequence[str]) -> list[float]:
         """The paper's average over these columns, by seed."""
-        from florence_vl.evaluate.statistics import paper_average
+        from florence_vl.statistics import paper_average
 
         return [paper_average(scores, columns) for scores in self.seeds.values()]
 
@@ -423,7 +427,7 @@ def build_table(table: AblationTable, scores: Sequence[RowScores], scale: str) -
 
 
 def _part(table: AblationTable, part: Part, scores: Sequence[RowScores], scale: str) -> dict[str, Any]:
-    from florence_vl.evaluate.statistics import paper_average
+    from florence_vl.statistics import paper_average
 
     reported = {row.name: paper_scores(part, row) for row in table.rows}
     wanted = list(part.mini) if scale == "mini" else list(next(iter(filter(None, reported.values()))))

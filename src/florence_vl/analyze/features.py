@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from florence_vl.analyze.encoders.base import Encoder, digest
-from florence_vl.cache import cache_dir
+from florence_vl.files import cache_dir
 
 if TYPE_CHECKING:
     from florence_vl.data.records import ImageSource

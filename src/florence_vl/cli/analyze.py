@@ -104,7 +104,7 @@ def alignment_command(
     from florence_vl.analyze.encoders import EncoderSpec, load_encoder
     from florence_vl.analyze.pairs import read_pairs
     from florence_vl.analyze.plots import table_rows, write_comparison
-    from florence_vl.serve.loading import choose_device
+    from florence_vl.model.loading import choose_device
 
     if seeds < 1:
         raise ValueError(f"--seeds is {seeds}; give 1 or more")
@@ -185,7 +185,7 @@ def pca_command(
     from florence_vl.analyze.pca import PCAConfig, encoder_maps, sheet
     from florence_vl.analyze.plots import save_figure, write_atomically
     from florence_vl.model.image_processing import open_image
-    from florence_vl.serve.loading import choose_device
+    from florence_vl.model.loading import choose_device
 
     config = PCAConfig(joint=joint, background=background, threshold=threshold, flip=flip, refit=refit)
     if len({path.stem for path in images}) != len(images):
@@ -246,7 +246,7 @@ def attribution_command(
     from florence_vl.analyze.attribution import attribute, attribution_figure
     from florence_vl.analyze.plots import save_figure, write_atomically
     from florence_vl.model.image_processing import open_image
-    from florence_vl.serve.loading import load_model
+    from florence_vl.model.loading import load_model
 
     if len({path.stem for path in image}) != len(image):
         raise ValueError("two images have the same name, so their figures would overwrite each other; rename one")
@@ -305,13 +305,13 @@ def load_llm(name: str, device: str, dtype: str = "float32") -> Any:
     import torch
 
     from florence_vl.analyze.text import TextEncoder
-    from florence_vl.parts import resolve_llm
+    from florence_vl.model.packaged import resolve
     from florence_vl.registry import did_you_mean
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in dtypes:
         raise ValueError(f"unknown --llm-dtype {dtype!r}. {did_you_mean(dtype, dtypes)}")
-    encoder = TextEncoder.load(resolve_llm(name), dtype=dtypes[dtype])
+    encoder = TextEncoder.load(resolve(name, "llms"), dtype=dtypes[dtype])
     _ = encoder.identity  # hashed before it moves
     encoder.model.to(device)
     return encoder

@@ -98,16 +98,16 @@ def command(
         "dtype": dtype,
         "seed": seed,
     }
-    from florence_vl.serve.loading import DTYPES
+    from florence_vl.model.loading import DTYPES
 
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: {', '.join(DTYPES)}")
     _check_out(out, overwrite)
 
     from florence_vl.model.assemble import build_model
-    from florence_vl.parts import resolve_llm, resolve_vision
+    from florence_vl.model.packaged import resolve
 
-    model, processor = build_model(resolve_vision(vision), resolve_llm(llm), **options)
+    model, processor = build_model(resolve(vision, "vision"), resolve(llm, "llms"), **options)
     save(model, processor, out)
     size = processor.image_processor.size
     config = model.config

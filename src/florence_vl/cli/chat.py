@@ -13,7 +13,7 @@ import typer
 from florence_vl.registry import did_you_mean
 
 if TYPE_CHECKING:
-    from florence_vl.serve.chat import ChatSession
+    from florence_vl.serve.session import ChatSession
 
 epilog = """[bold]Examples[/bold]
 
@@ -48,8 +48,8 @@ def command(
     dtype: str = typer.Option("auto", "--dtype", help="auto, float32, bfloat16, float16."),
 ) -> None:
     """Ask a model about an image, once or in a conversation."""
-    from florence_vl.serve.chat import ChatSession, GenerationOptions
-    from florence_vl.serve.loading import check_folder, load_model
+    from florence_vl.model.loading import check_folder, load_model
+    from florence_vl.serve.session import ChatSession, GenerationOptions
 
     options = GenerationOptions(
         max_new_tokens=max_new_tokens,

@@ -55,7 +55,7 @@ def command(
     folder = Path(source).expanduser()
     report: dict[str, Any] = {}
     if destination is not None:
-        from florence_vl.model.convert.conversion import convert
+        from florence_vl.convert.conversion import convert
 
         report = _with_progress(
             convert,
@@ -114,8 +114,8 @@ def _print_report(report: dict[str, Any], folder: Path) -> None:
 
 
 def _probe(folder: Path, references: Path, apply: bool, device: str, as_json: bool) -> dict[str, Any]:
-    from florence_vl.model.convert.layouts import LAYOUTS, read_config
-    from florence_vl.model.convert.probe import apply_reading, probe, read_references, template_of
+    from florence_vl.convert.layouts import LAYOUTS, read_config
+    from florence_vl.convert.probe import apply_reading, probe, read_references, template_of
 
     found = read_references(references.expanduser())
     if not folder.is_dir() or not LAYOUTS["florence-vl"].matches(read_config(folder), ()):
@@ -123,7 +123,7 @@ def _probe(folder: Path, references: Path, apply: bool, device: str, as_json: bo
             f"{folder} is no converted Florence-VL. Convert and probe in one go: florence-vl convert SOURCE DESTINATION"
             " --probe REFERENCES"
         )
-    from florence_vl.serve.loading import load_model
+    from florence_vl.model.loading import load_model
 
     model, processor = load_model(str(folder), device, "auto")
     result = probe(model, processor, found, template_of(folder, processor))

@@ -25,8 +25,8 @@ def command(
     as_json: bool = typer.Option(False, "--json", help="Print everything as JSON."),
 ) -> None:
     """Compare two checkpoints by part: equal, or the largest difference and where. Streams, one tensor at a time."""
-    from florence_vl.model.convert.conversion import open_source
-    from florence_vl.model.convert.diff import diff
+    from florence_vl.convert.conversion import open_source
+    from florence_vl.convert.diff import diff
 
     found = diff(open_source(a), open_source(b), part)
     if as_json:

@@ -16,12 +16,11 @@ from typing import Literal
 
 import typer
 
-from florence_vl.cache import cache_dir
+from florence_vl.files import cache_dir
 
 State = Literal["ok", "missing", "broken"]
 
 IMPORTED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "PIL")  # must import, not only be installed
-MINI = "florence_vl_mini"
 
 epilog = """[bold]Examples[/bold]
 
@@ -183,21 +182,24 @@ def _cpu_has_fast_bf16() -> bool:
 
 
 def check_parts() -> list[Check]:
-    """The embedded parts: SmolLM2 and the mini Florence-2."""
-    from florence_vl.parts import SMOLLM2, is_converted
+    """The models that installed packages offer by name."""
+    from florence_vl.model.packaged import KINDS, is_converted
+    from florence_vl.registry import plugins
 
-    if is_converted(SMOLLM2):
-        smollm2 = Check("parts", SMOLLM2.name, "ok", f"converted, {SMOLLM2.folder}")
-    elif SMOLLM2.source() is not None:
-        smollm2 = Check("parts", SMOLLM2.name, "ok", "installed, is converted at the first use (20 s, 540 MB)")
-    else:
-        smollm2 = Check("parts", SMOLLM2.name, "missing", "the embedded language model", SMOLLM2.install)
-    spec = importlib.util.find_spec(MINI)
-    if spec is None:
+    checks = []
+    for kind in KINDS:
+        for name, point in plugins(kind).items():
+            lacking = [p for p in point.load().parts if not is_converted(p) and p.source() is None]
+            if lacking:
+                found = f"needs {', '.join(part.requirement for part in lacking)}"
+                checks.append(Check("parts", f"{name} ({kind})", "missing", found, lacking[0].install))
+            else:
+                checks.append(Check("parts", f"{name} ({kind})", "ok", "installed"))
+    if not checks:
         in_checkout = (root := _editable_root()) and (root / "packages" / "florence-vl-mini").is_dir()
         mend = f"pip install {'-e packages/florence-vl-mini' if in_checkout else 'florence-vl-mini'}"
-        return [smollm2, Check("parts", "florence-vl-mini", "missing", "the mini Florence-2 and its images", mend)]
-    return [smollm2, Check("parts", "florence-vl-mini", "ok", "installed")]
+        checks.append(Check("parts", "florence-vl-mini", "missing", "the embedded models, pictures and demo", mend))
+    return checks
 
 
 def command(

@@ -180,36 +180,12 @@ def compare_command(
         write_text(json_file, json.dumps(values, indent=2) + "\n")
 
 
-@app.command("lmms-tasks")
-def lmms_tasks_command(folder: Path = typer.Argument(..., help="Folder to write.")) -> None:
-    """Write the mini suite as lmms-eval tasks (YAML over parquet), for its `--include_path`."""
-    from florence_vl.evaluate.lmms_tasks import write_tasks
-
-    names = write_tasks(folder)
-    typer.echo(
-        f"lmms-eval --include_path {folder} --tasks {','.join(names)} --model florence_vl --model_args pretrained=..."
-    )
-
-
 def _loader(data: Path | None) -> Any:
-    from florence_vl.evaluate.mini import is_mini, mini_folder
+    from florence_vl.evaluate.suites import data_folder
 
     if data is not None and not data.is_dir():
         raise FileNotFoundError(f"--data {data} is no folder")
-    made: list[Path] = []
-
-    def load(benchmark: Any) -> Any:
-        if is_mini(benchmark):
-            made[:] = made or [mini_folder()]
-            return benchmark.questions(made[0])
-        if data is None:
-            raise ValueError(
-                f"{benchmark.name!r} needs --data, a folder with its parquet files in {benchmark.name}/: "
-                f"hf download {benchmark.source.dataset} --repo-type dataset --local-dir DATA/{benchmark.name}"
-            )
-        return benchmark.questions(data)
-
-    return load
+    return lambda benchmark: benchmark.questions(data_folder(benchmark, data))
 
 
 def _answerer(

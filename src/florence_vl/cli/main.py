@@ -14,34 +14,31 @@ from types import ModuleType
 import typer
 
 import florence_vl
-from florence_vl.registry import did_you_mean
+from florence_vl.registry import did_you_mean, plugins
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
-# name -> (module, one-line help). A module exposes `app` (sub-commands) or `command` (a single command, with
-# `epilog`, its examples, beside it), and imports torch and transformers inside its functions only.
-COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("florence_vl.cli.demo", "See the method run offline: fine-tune the embedded model, ask, report."),
-    "doctor": ("florence_vl.cli.doctor", "Versions, devices, what is missing and the command that mends it."),
-    "build": ("florence_vl.cli.build", "Assemble a Florence-2 and an LLM into one Florence-VL."),
-    "chat": ("florence_vl.cli.chat", "Ask a model about an image, once or in a conversation."),
-    "data": ("florence_vl.cli.data", "Inspect and count training data."),
-    "recipes": ("florence_vl.cli.recipes", "List and show training recipes."),
-    "train": ("florence_vl.cli.train", "Train from a recipe."),
-    "plan": ("florence_vl.cli.plan", "Parameters, FLOPs, memory and GPU-hours of a recipe before it runs."),
-    "export": ("florence_vl.cli.export", "Write a training checkpoint as a folder that from_pretrained loads."),
-    "evaluate": ("florence_vl.cli.evaluate", "Score a model on benchmarks."),
-    "analyze": ("florence_vl.cli.analyze", "Alignment loss, PCA pictures, attribution."),
-    "ablate": ("florence_vl.cli.ablate", "Run the rows of the paper's ablation tables."),
-    "mini": ("florence_vl.cli.mini", "The small Florence-2 that runs offline: its data, pretraining, evaluation."),
-    "convert": ("florence_vl.cli.convert", "Convert released checkpoints to this layout and back."),
-    "diff": ("florence_vl.cli.diff", "Compare two checkpoints part by part."),
-}
-
-PANELS: dict[str, tuple[str, ...]] = {
-    "Start": ("demo", "doctor", "build", "chat"),
-    "Train": ("data", "recipes", "plan", "train", "export"),
-    "Measure": ("evaluate", "analyze", "ablate"),
+# name -> (module, one-line help, panel). Installed packages add more by entry points of the group
+# `florence_vl.commands` that lead to such a tuple. A module exposes `app` (sub-commands) or `command` (a single
+# command, with `epilog`, its examples, beside it), and imports torch and transformers inside its functions only.
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "doctor": ("florence_vl.cli.doctor", "Versions, devices, what is missing and the command that mends it.", "Start"),
+    "build": ("florence_vl.cli.build", "Assemble a Florence-2 and an LLM into one Florence-VL.", "Start"),
+    "chat": ("florence_vl.cli.chat", "Ask a model about an image, once or in a conversation.", "Start"),
+    "data": ("florence_vl.cli.data", "Inspect and count training data.", "Train"),
+    "recipes": ("florence_vl.cli.recipes", "List and show training recipes.", "Train"),
+    "train": ("florence_vl.cli.train", "Train from a recipe.", "Train"),
+    "plan": ("florence_vl.cli.plan", "Parameters, FLOPs, memory and GPU-hours of a recipe before it runs.", "Train"),
+    "export": (
+        "florence_vl.cli.export",
+        "Write a checkpoint as a folder that from_pretrained loads.",
+        "Train",
+    ),
+    "evaluate": ("florence_vl.cli.evaluate", "Score a model on benchmarks.", "Measure"),
+    "analyze": ("florence_vl.cli.analyze", "Alignment loss, PCA pictures, attribution.", "Measure"),
+    "ablate": ("florence_vl.cli.ablate", "Run the rows of the paper's ablation tables.", "Measure"),
+    "convert": ("florence_vl.cli.convert", "Convert released checkpoints to this layout and back.", "More"),
+    "diff": ("florence_vl.cli.diff", "Compare two checkpoints part by part.", "More"),
 }
 
 EPILOG = """[bold]Examples[/bold]
@@ -56,8 +53,9 @@ EPILOG = """[bold]Examples[/bold]
 USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
-def _panel(name: str) -> str:
-    return next((panel for panel, names in PANELS.items() if name in names), "More")
+def commands() -> dict[str, tuple[str, str, str]]:
+    """All commands, those of installed packages first in their panel: name -> (module, help, panel)."""
+    return {name: point.load() for name, point in plugins("commands").items()} | COMMANDS
 
 
 def _version(value: bool) -> None:
@@ -77,9 +75,7 @@ def _only_listed() -> None:
     raise AssertionError("a command that is only listed was called")
 
 
-def _attach(root: typer.Typer, name: str, module: ModuleType) -> None:
-    _, help_line = COMMANDS[name]
-    panel = _panel(name)
+def _attach(root: typer.Typer, name: str, module: ModuleType, help_line: str, panel: str) -> None:
     if hasattr(module, "app"):
         root.add_typer(module.app, name=name, rich_help_panel=panel)
         return
@@ -93,15 +89,16 @@ def build_app(called: str | None) -> typer.Typer:
     """The command tree: the called command in full, the others as one line of help, so that their modules stay unread.
 
     Args:
-        called: A name of `COMMANDS`, or None.
+        called: A name of `commands()`, or None.
     """
     root = typer.Typer(add_completion=False, rich_markup_mode="rich", epilog=EPILOG)
     root.callback()(_root)
-    for name, (module_name, help_line) in COMMANDS.items():
+    order = ("Start", "Train", "Measure", "More")
+    for name, (module, help_line, panel) in sorted(commands().items(), key=lambda item: order.index(item[1][2])):
         if name == called:
-            _attach(root, name, importlib.import_module(module_name))
+            _attach(root, name, importlib.import_module(module), help_line, panel)
         else:
-            root.command(name, help=help_line, rich_help_panel=_panel(name))(_only_listed)
+            root.command(name, help=help_line, rich_help_panel=panel)(_only_listed)
     return root
 
 
@@ -165,8 +162,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments:
         arguments = ["--help"]
     try:
-        if called is not None and called not in COMMANDS:
-            message = f"no command {called!r}. {did_you_mean(called, COMMANDS)}"
+        if called is not None and called not in commands():
+            message = f"no command {called!r}. {did_you_mean(called, commands())}"
             raise ValueError(message)
         if not debug:
             _quiet_libraries()

@@ -17,7 +17,7 @@ from florence_vl.evaluate.local import LocalAnswerer
 from florence_vl.evaluate.metrics import stratify
 from florence_vl.evaluate.metrics.base import Judged
 from florence_vl.evaluate.question import IMAGE, Picture, Question
-from florence_vl.evaluate.statistics import Comparison, compare, intervals
+from florence_vl.statistics import Comparison, compare, intervals
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -36,7 +36,7 @@ class FlorenceVLAdapter(lmms):
     Args:
         pretrained: Folder, name on the Hub, or `mini`.
         batch_size: Questions at a time.
-        device: See `florence_vl.serve.loading.choose_device`.
+        device: See `florence_vl.model.loading.choose_device`.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         answerer: A loaded one instead of `pretrained`.
 

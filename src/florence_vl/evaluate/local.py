@@ -326,7 +326,7 @@ def load_answerer(
 
     Args:
         model: Folder, name on the Hub, or `mini` for the embedded one.
-        device: See `florence_vl.serve.loading.choose_device`.
+        device: See `florence_vl.model.loading.choose_device`.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         batch_size: Questions at a time.
         share_prefix: See `LocalAnswerer`.
@@ -336,7 +336,7 @@ def load_answerer(
         FileNotFoundError: Nothing is there.
         ValueError: The folder holds no such model, or it has no chat template.
     """
-    from florence_vl.serve.loading import check_folder, choose_device, load_model
+    from florence_vl.model.loading import check_folder, choose_device, load_model
 
     folder = Path(model).expanduser()
     config = folder / "config.json"

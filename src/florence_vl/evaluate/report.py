@@ -15,8 +15,8 @@ from florence_vl.evaluate.benchmark import GROUPS
 from florence_vl.evaluate.metrics import KINDS
 from florence_vl.evaluate.question import Question
 from florence_vl.evaluate.scoring import BenchmarkScore, Scores, averages, reported_row
-from florence_vl.evaluate.statistics import Comparison
 from florence_vl.evaluate.store import write_text
+from florence_vl.statistics import Comparison
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

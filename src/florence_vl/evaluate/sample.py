@@ -10,10 +10,9 @@ from typing import Any
 from florence_vl.evaluate.benchmark import Benchmark, select
 from florence_vl.evaluate.local import LocalAnswerer
 from florence_vl.evaluate.metrics import stratify
-from florence_vl.evaluate.mini import is_mini, mini_folder
 from florence_vl.evaluate.question import Question
 from florence_vl.evaluate.store import append_lines
-from florence_vl.evaluate.suites import choose
+from florence_vl.evaluate.suites import choose, data_folder
 
 # Benchmarks with the questions that are asked of each.
 Sample = Sequence[tuple[Benchmark, Sequence[Question]]]
@@ -139,10 +138,4 @@ class SampleEvaluation:
 @lru_cache(maxsize=64)
 def _cached(name: str, limit: int, seed: int, data: Path | None) -> tuple[Question, ...]:
     (benchmark,) = choose(name)
-    if is_mini(benchmark):
-        folder = mini_folder()
-    elif data is None:
-        raise ValueError(f"{name!r} needs a folder with its files: give data (in a recipe, evaluate.data)")
-    else:
-        folder = data
-    return tuple(select(benchmark.questions(folder), benchmark.scorer, limit, seed))
+    return tuple(select(benchmark.questions(data_folder(benchmark, data)), benchmark.scorer, limit, seed))

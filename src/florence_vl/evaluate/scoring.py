@@ -16,9 +16,9 @@ from florence_vl.evaluate.metrics import METRICS, Units, Verdict, stratify
 from florence_vl.evaluate.metrics.base import Judged
 from florence_vl.evaluate.metrics.judged import JudgedMetric
 from florence_vl.evaluate.runner import load_judgements, verdict_of
-from florence_vl.evaluate.statistics import Comparison, compare, intervals, paper_average
 from florence_vl.evaluate.store import ResultsFolder
 from florence_vl.registry import did_you_mean
+from florence_vl.statistics import Comparison, compare, intervals, paper_average
 
 
 @dataclass

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from florence_vl.data.chat_template import CHAT_TEMPLATES, choose_template
+from florence_vl.model.chat_template import CHAT_TEMPLATES, choose_template
 from florence_vl.model.configuration import DBFUSION_FEATURES, FLORENCE2_PROMPT_IDS, FLORENCE2_PROMPTS, FlorenceVLConfig
 from florence_vl.model.fusion import FUSIONS
 from florence_vl.model.image_processing import FlorenceVLImageProcessor
@@ -84,7 +84,7 @@ def build_model(
         image_size: Pixels a side; by default what the vision model's own preprocessing says.
         image_token: Token of the LLM's vocabulary that stands for images; by default a reserved one, else a new one.
         chat_template: Name of a chat template; by default the one that fits the tokenizer.
-        chat_template_options: Options of the template; see `florence_vl.data.chat_template`.
+        chat_template_options: Options of the template; see `florence_vl.model.chat_template`.
         dtype: Of all weights; `auto` is the LLM's own.
         seed: Of the projector's initial weights.
 

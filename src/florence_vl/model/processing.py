@@ -94,7 +94,7 @@ class FlorenceVLProcessor(ProcessorMixin):
     Args:
         image_processor: A `FlorenceVLImageProcessor`.
         tokenizer: The LLM's, a fast one, whose vocabulary has `image_token` as one token.
-        chat_template: Jinja text, as `florence_vl.data.chat_template.CHAT_TEMPLATES[name].build(tokenizer)` gives it.
+        chat_template: Jinja text, as `florence_vl.model.chat_template.CHAT_TEMPLATES[name].build(tokenizer)` gives it.
         image_token: The placeholder, repeated once for each image token.
         image_token_rule: Counts the tokens of an image; an `ImageTokenRule` or its dict. Florence-2's 576 at 768 px by
             default.
@@ -313,7 +313,7 @@ class FlorenceVLProcessor(ProcessorMixin):
         if not template:
             raise ValueError(
                 "this processor has no chat template. Set processor.chat_template, e.g. to "
-                "florence_vl.data.chat_template.CHAT_TEMPLATES['chatml'].build(processor)"
+                "florence_vl.model.chat_template.CHAT_TEMPLATES['chatml'].build(processor)"
             )
         return template
 

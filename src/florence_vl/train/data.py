@@ -105,7 +105,7 @@ def apply_template(processor: Any, config: DataConfig) -> None:
     """
     if config.template is None:
         return
-    from florence_vl.data.chat_template import CHAT_TEMPLATES
+    from florence_vl.model.chat_template import CHAT_TEMPLATES
 
     template = CHAT_TEMPLATES[config.template]
     processor.chat_template = template.build(processor.tokenizer, processor.image_token, **config.template_options)

@@ -152,9 +152,9 @@ def _part_config(name: str, kind: str) -> tuple[Any, Path | None]:
     """Config of a part: a folder's, an embedded part's, a known one's, or a cached download's."""
     from transformers import AutoConfig
 
-    from florence_vl.parts import resolve_llm, resolve_vision
+    from florence_vl.model.packaged import resolve
 
-    resolved = resolve_vision(name) if kind == "vision" else resolve_llm(name)
+    resolved = resolve(name, "vision" if kind == "vision" else "llms")
     folder = Path(resolved).expanduser()
     if (folder / "config.json").is_file():
         return AutoConfig.from_pretrained(folder), folder

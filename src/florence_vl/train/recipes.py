@@ -6,19 +6,19 @@ import dataclasses
 import difflib
 import os
 import re
-import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from florence_vl.registry import did_you_mean
+from florence_vl.registry import did_you_mean, plugins
 from florence_vl.train import config
 from florence_vl.train.config import Recipe
 
@@ -42,15 +42,12 @@ class ResolvedRecipe:
 
 
 def recipe_folders() -> list[Path]:
-    """Where recipes are looked up by name: `$FLORENCE_VL_RECIPES`, `./recipes`, the project's, the installed."""
+    """Where recipes are looked up by name: `$FLORENCE_VL_RECIPES`, `./recipes`, the library's, packages'."""
     folders = []
     if explicit := os.environ.get("FLORENCE_VL_RECIPES"):
         folders.append(Path(explicit).expanduser())
-    folders += [
-        Path.cwd() / "recipes",
-        Path(__file__).resolve().parents[3] / "recipes",
-        Path(sys.prefix) / "share" / "florence-vl" / "recipes",
-    ]
+    folders += [Path.cwd() / "recipes", Path(str(resources.files("florence_vl") / "recipes"))]
+    folders += [point.load() for point in plugins("recipes").values()]
     unique: list[Path] = []
     for folder in folders:
         if folder.is_dir() and folder.resolve() not in unique:
@@ -67,7 +64,7 @@ def list_recipes() -> dict[str, Path]:
     for folder in recipe_folders():
         for path in sorted(folder.rglob("*.yaml")):
             relative = path.relative_to(folder)
-            if not any(piece.startswith("_") for piece in relative.parts) and _is_training_recipe(path):
+            if not any(piece.startswith("_") for piece in relative.parts):
                 found.setdefault(relative.with_suffix("").as_posix(), path)
     return found
 
@@ -336,12 +333,3 @@ def _display(path: Path) -> str:
         if path.is_relative_to(folder):
             return path.relative_to(folder).as_posix()
     return path.name
-
-
-def _is_training_recipe(path: Path) -> bool:
-    """Files of other commands lie beside these; a recipe of this one names a parent, a model, data or parts."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError):
-        return True  # loading it tells what is wrong
-    return isinstance(content, dict) and bool(content.keys() & {"extends", "model", "data", "parts"})

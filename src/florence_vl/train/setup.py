@@ -32,10 +32,10 @@ def load_model(recipe: Recipe) -> tuple[FlorenceVLForConditionalGeneration, Any]
         options["attn_implementation"] = config.attn_implementation
     if config.path is not None:
         from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+        from florence_vl.model.packaged import resolve
         from florence_vl.model.processing import FlorenceVLProcessor
-        from florence_vl.parts import resolve_model
 
-        path = Path(resolve_model(config.path)).expanduser()
+        path = Path(resolve(config.path, "models")).expanduser()
         if config.path.startswith((".", "/", "~", "runs/")) and not path.is_dir():
             raise FileNotFoundError(f"model.path {config.path!r}: no such folder")
         name = str(path) if path.is_dir() else config.path
@@ -43,10 +43,10 @@ def load_model(recipe: Recipe) -> tuple[FlorenceVLForConditionalGeneration, Any]
         processor = FlorenceVLProcessor.from_pretrained(name)
     elif config.build is not None:
         from florence_vl.model.assemble import build_model
-        from florence_vl.parts import resolve_llm, resolve_vision
+        from florence_vl.model.packaged import resolve
 
         parts = {key: value for key, value in vars(config.build).items() if value is not None}
-        vision, llm = resolve_vision(parts.pop("vision")), resolve_llm(parts.pop("llm"))
+        vision, llm = resolve(parts.pop("vision"), "vision"), resolve(parts.pop("llm"), "llms")
         model, processor = build_model(vision, llm, dtype="float32", seed=recipe.seed, **parts)
         if options:
             model.set_attn_implementation(config.attn_implementation)

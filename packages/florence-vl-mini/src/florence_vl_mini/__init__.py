@@ -10,12 +10,14 @@ import json
 import zipfile
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
+if TYPE_CHECKING:
+    from PIL import Image
 
 DATA = Path(__file__).parent / "data"
 WEIGHTS = Path(__file__).parent / "weights"
+RECIPES = Path(__file__).parent / "recipes"  # entry point of `florence_vl.recipes`
 _ARCHIVES: dict[str, zipfile.ZipFile] = {}
 
 
@@ -31,6 +33,8 @@ def load_index() -> list[dict[str, Any]]:
 
 def open_sprite(row: dict[str, Any]) -> Image.Image:
     """The RGBA picture of an index row, at most 112 px on a side, trimmed to what is visible."""
+    from PIL import Image
+
     archive = _ARCHIVES.get(row["set"])
     if archive is None:
         archive = _ARCHIVES[row["set"]] = zipfile.ZipFile(io.BytesIO((DATA / f"{row['set']}.zip").read_bytes()))
@@ -75,8 +79,8 @@ def florence2_path() -> Path:
     if not (path / "model.safetensors").is_file():
         raise FileNotFoundError(
             f"florence-vl-mini carries no Florence-2 weights (looked for {path}/model.safetensors): "
-            "train them with `florence-vl mini train recipes/mini/florence2.yaml`, or build an untrained one with "
-            "florence_vl.train.florence2_model.build_mini_florence2"
+            "train them with `florence-vl mini train`, or build an untrained one with "
+            "florence_vl_mini.pretrain.model.build_mini_florence2"
         )
     return path
 
@@ -84,7 +88,7 @@ def florence2_path() -> Path:
 def florence_vl_path() -> Path:
     """The file that makes a mini Florence-VL of the mini Florence-2 and SmolLM2-135M-Instruct (safetensors).
 
-    `florence_vl.parts.mini_florence_vl()` assembles the model; beside it lies its model card.
+    `florence_vl_mini.models.mini_florence_vl()` assembles the model; beside it lies its model card.
 
     Raises:
         FileNotFoundError: This build of the package carries no such weights.

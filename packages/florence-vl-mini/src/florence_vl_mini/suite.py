@@ -1,0 +1,110 @@
+"""The mini suite: about 1,000 questions on held-out pictures of the mini data, in the paper's four groups."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from florence_vl.evaluate.suites import PackagedSuite
+from florence_vl.files import cache_dir
+
+PICTURES = 260  # of the split `test`, whose sprites, fonts and words are in no training picture
+QUESTIONS_PER_GROUP = 300
+SEED = 0
+SIZE = 256  # px
+
+
+def mini_rows(pictures: int = PICTURES, per_group: int = QUESTIONS_PER_GROUP) -> dict[str, list[dict[str, Any]]]:
+    """Rows of the suite by benchmark name; the same on every machine.
+
+    Args:
+        pictures: How many pictures are asked about.
+        per_group: At most so many questions of each group.
+    """
+    from florence_vl_mini.scenes import GROUPS, SceneGenerator
+
+    scenes = SceneGenerator(seed=SEED, split="test", size=SIZE)
+    rows: dict[str, list[dict[str, Any]]] = {f"mini_{group}": [] for group in GROUPS}
+    for index in range(pictures):
+        scene = scenes[index]
+        image = None
+        for number, question in enumerate(scene.questions):
+            group = rows[f"mini_{question.group}"]
+            if len(group) >= per_group:
+                continue
+            image = image or _png(scene.image)
+            row = {"id": f"{index}-{number}", "picture": str(index), "image": {"bytes": image, "path": None}}
+            row |= {"skill": question.skill, "prompt": question.prompt, "answer": question.answer}
+            group.append(row | {"choices": list(question.choices or ())})
+    return rows
+
+
+def _png(image: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def mini_folder(folder: Path | None = None) -> Path:
+    """A folder with the suite's parquet files, made when it isn't there; in the cache unless named."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder, mini_rows())
+        return folder
+    folder = cache_dir() / "mini-suite" / _version()
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        _write(temporary, mini_rows())
+        temporary.chmod(0o755)
+        try:
+            os.replace(temporary, folder)
+        except OSError:  # another process was first
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+@lru_cache(maxsize=1)
+def _version() -> str:
+    """Digest of all that the suite is made of: this module, the generator's, and the package's data."""
+    import florence_vl_mini
+    import florence_vl_mini.scenes as scenes
+
+    assert scenes.__file__ is not None
+    code = [Path(__file__), *Path(scenes.__file__).parent.glob("*.py")]
+    data = [path for path in florence_vl_mini.DATA.rglob("*") if path.is_file()]
+    digest = hashlib.sha256()
+    for path in sorted([*code, *data]):
+        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def _write(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    schema = pa.schema([(k, pa.string()) for k in ("id", "picture", "skill", "prompt", "answer")])
+    schema = schema.append(pa.field("choices", pa.list_(pa.string()))).append(pa.field("image", image))
+    # The Hugging Face `datasets` library reads the column as images.
+    features = {name: {"dtype": "string", "_type": "Value"} for name in ("id", "picture", "skill", "prompt", "answer")}
+    choices = {"feature": features["id"], "_type": "List"}
+    known: dict[str, Any] = {**features, "choices": choices, "image": {"_type": "Image"}}
+    schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": known}})})
+    for name, group in rows.items():
+        pq.write_table(pa.Table.from_pylist(group, schema=schema), folder / f"{name}.parquet", row_group_size=128)
+
+
+SUITE = PackagedSuite(Path(__file__).parent / "suites", "florence-vl-mini", mini_folder)

@@ -1,0 +1,123 @@
+"""The mini suite: the same questions everywhere, and the same score through our runner and through lmms-eval."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from florence_vl.evaluate.local import LocalAnswerer
+from florence_vl.evaluate.metrics import METRICS
+from florence_vl.evaluate.metrics.short import short_normalise
+from florence_vl.evaluate.runner import open_results, plan, run
+from florence_vl.evaluate.scoring import score_folder
+from florence_vl.evaluate.store import ResultsFolder
+from florence_vl.evaluate.suites import choose
+from florence_vl.model.tiny import tiny_model
+from florence_vl_mini.suite import mini_rows
+
+pytest.importorskip("florence_vl_mini")
+
+
+@pytest.fixture(scope="module")
+def mini_small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The suite on its first pictures."""
+    from florence_vl_mini import suite as mini
+
+    folder = tmp_path_factory.mktemp("mini")
+    mini._write(folder, mini_rows(pictures=12))
+    return folder
+
+
+def test_rows_are_the_same_each_time() -> None:
+    first, second = mini_rows(pictures=4), mini_rows(pictures=4)
+    assert first == second
+    assert set(first) == {benchmark.name for benchmark in choose("mini")}
+
+
+def test_every_right_answer_is_read_as_right(mini_small: Path) -> None:
+    skills: Counter[str] = Counter()
+    for benchmark in choose("mini"):
+        for question in benchmark.questions(mini_small):
+            right = question.reference["answer"]
+            for form in (right, f"{right}.", right.capitalize()):
+                assert benchmark.scorer.judge(form, question.reference).score == 1
+            assert benchmark.scorer.judge(f"not {right}", question.reference).score == 0
+            skills[question.reference["skill"]] += 1
+    assert len(skills) >= 6
+
+
+def test_short_answers() -> None:
+    assert short_normalise("The red bus.") == "red bus"
+    assert short_normalise("$16.25") == "16.25" != short_normalise("1625")
+    assert short_normalise("three") == "3"
+    scorer = METRICS["short_answer"]
+    assert scorer.judge("Yes, it is", {"answer": "yes", "choices": []}).score == 1
+    assert scorer.judge("tiger", {"answer": "A", "choices": ["tiger", "cap"]}).score == 1
+    assert scorer.judge("7 objects", {"answer": "7", "choices": []}).score == 0
+
+
+def test_both_routes_give_the_same_score(mini_small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lmms_eval")
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    from lmms_eval import evaluator
+    from lmms_eval.tasks import TaskManager
+
+    from florence_vl.evaluate.lmms_eval_plugin import FlorenceVLAdapter
+    from florence_vl_mini import lmms_tasks
+
+    def only_small(folder: Path) -> Path:
+        for file in mini_small.glob("*.parquet"):
+            (folder / file.name).write_bytes(file.read_bytes())
+        return folder
+
+    monkeypatch.setattr(lmms_tasks, "mini_folder", only_small)
+    (tmp_path / "tasks").mkdir()
+    names = lmms_tasks.write_tasks(tmp_path / "tasks")
+    name = "florence_vl_mini_general"
+    assert name in names
+
+    model, processor = tiny_model(seed=3)
+    # A tiny random model never says yes; this one's likeliest words are put in its mouth.
+    answerer = LocalAnswerer(model, processor, 8)
+    plain = answerer._read
+    words = ["Yes.", "no", "A", "B", "two", "3", "red", ""]
+    from florence_vl.evaluate.answer import Answer
+
+    answerer._read = lambda generated: [  # type: ignore[method-assign]
+        Answer(words[(len(a.text) + sum(map(ord, a.text))) % len(words)]) for a in plain(generated)
+    ]
+
+    benchmarks = choose("mini_general")
+    made = plan(benchmarks, lambda benchmark: benchmark.questions(mini_small))
+    folder = ResultsFolder(tmp_path / "run")
+    open_results(folder, answerer, made)
+    run(answerer, made, folder)
+    ours = score_folder(folder.path, draws=0).benchmarks["mini_general"].scores["accuracy"]
+
+    manager = TaskManager("ERROR", include_path=str(tmp_path / "tasks"), include_defaults=False)
+    found: dict[str, Any] = evaluator.simple_evaluate(
+        model=FlorenceVLAdapter(answerer=answerer), tasks=[name], task_manager=manager, batch_size=8, bootstrap_iters=0
+    )
+    theirs = 100 * found["results"][name]["accuracy,none"]
+    assert theirs == pytest.approx(ours)
+    assert 0 < ours < 100
+
+
+def test_the_plugin_is_found_by_lmms_eval() -> None:
+    pytest.importorskip("lmms_eval")
+    from lmms_eval.models import MODEL_REGISTRY_V2
+
+    from florence_vl.evaluate.lmms_eval_plugin import FlorenceVLAdapter, manifest
+
+    assert manifest().model_id == "florence_vl"
+    assert "florence_vl" in MODEL_REGISTRY_V2.list_model_names()
+    assert MODEL_REGISTRY_V2.get_model_class("florence_vl") is FlorenceVLAdapter
+    with pytest.raises(ValueError, match="has no option dtipe"):
+        FlorenceVLAdapter(pretrained="x", dtipe="float32")
+    with pytest.raises(ValueError, match="pretrained=FOLDER"):
+        FlorenceVLAdapter()

@@ -1,0 +1,9 @@
+"""Weights of others: released Florence-VL checkpoints, every Florence-2, gguf LLMs; to this package and back."""
+
+from __future__ import annotations
+
+from florence_vl.convert.conversion import convert, open_source
+from florence_vl.convert.diff import Comparison, diff
+from florence_vl.convert.layouts import Source
+
+__all__ = ["Comparison", "Source", "convert", "diff", "open_source"]

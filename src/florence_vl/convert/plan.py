@@ -1,0 +1,246 @@
+"""A conversion as data: which tensor goes where, by which operation, and what is left out and why.
+
+A plan is checked whole (every source tensor accounted for, every target name and shape right) before a byte is written.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from florence_vl.convert.shards import (
+    Checkpoint,
+    Output,
+    Progress,
+    atomic_folder,
+    check_disk_space,
+    few,
+    write_json,
+    write_safetensors,
+    write_shards,
+)
+
+ORIGINAL_FOLDER = "original"  # inside a converted folder: what only the source's own layout has a place for
+DROPPED_FILE = "dropped_tensors.safetensors"
+LAYOUT_FILE = "layout.json"
+REPORT_FILE = "conversion.json"
+OTHER_FILES_BYTES = 64 * 1024**2  # tokenizer, configs, card
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The tensor as it is."""
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
+@dataclass(frozen=True)
+class Transpose:
+    """A matrix that the two layouts store the other way round."""
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape[::-1]
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.t()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The first `count` rows; rows beyond the last one are the mean row (of tokens that were never trained)."""
+
+    count: int
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (self.count, *shape[1:])
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        missing = self.count - tensor.shape[0]
+        if missing <= 0:
+            return tensor[: self.count]
+        mean = tensor.mean(0, keepdim=True, dtype=torch.float32 if tensor.itemsize < 4 else tensor.dtype)
+        return torch.cat([tensor, mean.to(tensor.dtype).expand(missing, *tensor.shape[1:])])
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Zeros of this shape; the source only lends its dtype."""
+
+    size: tuple[int, ...]
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return self.size
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.new_zeros(self.size)
+
+
+Op = Copy | Transpose | Rows | Zeros
+
+
+@dataclass(frozen=True)
+class Move:
+    """One tensor of the target and where it comes from."""
+
+    target: str
+    source: str
+    checkpoint: Checkpoint
+    op: Op = field(default_factory=Copy)
+
+    def output(self) -> Output:
+        info = self.checkpoint.tensors[self.source]
+        return Output(
+            self.target,
+            self.op.shape(info.shape),
+            info.dtype,
+            lambda: self.op(self.checkpoint.read(self.source)),
+        )
+
+
+@dataclass
+class Plan:
+    """What a conversion will do.
+
+    Attributes:
+        kind: What is written, for the report ("Florence-VL", "transformers Florence-2" ...).
+        source: What is read, in words.
+        layout: Name of the source's layout.
+        moves: Tensors that are written.
+        dropped: Source tensor -> reason.
+        copies: Dropped tensor -> the kept one it equals bit by bit; it needs no room to be restored.
+        side: Dropped tensors that are kept beside the model so that `--to original` can restore them.
+        settings: The parity switches that were set, for the report and the card.
+        notes: What the user should read.
+        files: Write the target's other files into a folder.
+    """
+
+    kind: str
+    source: str
+    layout: str
+    moves: list[Move] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
+    copies: dict[str, str] = field(default_factory=dict)
+    side: list[Move] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    layout_facts: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    files: list[Callable[[Path], None]] = field(default_factory=list)
+    keep_folder: Callable[[Path], None] | None = None
+
+    def drop(self, name: str, reason: str, checkpoint: Checkpoint | None = None, copy_of: str | None = None) -> None:
+        """Leave a tensor out; with `checkpoint` it goes to the side file."""
+        self.dropped[name] = reason
+        if copy_of is not None:
+            self.copies[name] = copy_of
+        elif checkpoint is not None:
+            self.side.append(Move(name, name, checkpoint))
+
+    def account(self, checkpoint: Checkpoint) -> None:
+        """Check that every tensor of the source is moved or dropped.
+
+        Raises:
+            ValueError: Some are neither; they are named.
+        """
+        used = {move.source for move in self.moves if move.checkpoint is checkpoint} | set(self.dropped)
+        unknown = [name for name in checkpoint.tensors if name not in used]
+        if unknown:
+            raise ValueError(
+                f"{checkpoint.folder}: {len(unknown)} tensors have no place in {self.kind}: {few(unknown)}. "
+                "Nothing was written; this is another architecture or version than the one known here"
+            )
+
+    def check(self, expected: Mapping[str, tuple[int, ...]], optional: tuple[str, ...] = ()) -> None:
+        """Check names and shapes against those of the model that will load the result.
+
+        Args:
+            expected: Target name -> shape.
+            optional: Prefixes that may be missing.
+
+        Raises:
+            ValueError: A tensor is missing, unexpected, named twice or has another shape.
+        """
+        found: dict[str, tuple[int, ...]] = {}
+        for move in self.moves:
+            if move.target in found:
+                raise ValueError(f"{move.target} would be written twice, the second time from {move.source}")
+            found[move.target] = move.op.shape(move.checkpoint.tensors[move.source].shape)
+        missing = [n for n in expected if n not in found and not n.startswith(optional or ("\0",))]
+        unexpected = [n for n in found if n not in expected]
+        wrong = [f"{n} {found[n]} instead of {expected[n]}" for n in found if n in expected and found[n] != expected[n]]
+        problems = [
+            f"{len(names)} {what}: {few(names)}"
+            for what, names in (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", wrong))
+            if names
+        ]
+        if problems:
+            raise ValueError(
+                f"{self.source} doesn't make a {self.kind}; tensors {'; '.join(problems)}. Nothing was written"
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors take when written."""
+        return sum(move.output().nbytes for move in [*self.moves, *self.side])
+
+    def report(self) -> dict[str, Any]:
+        """What was done, for `conversion.json`."""
+        return {
+            "source": self.source,
+            "source_layout": self.layout,
+            "written": self.kind,
+            "tensors": len(self.moves),
+            "settings": self.settings,
+            "dropped": self.dropped,
+            "notes": self.notes,
+        }
+
+    def write(
+        self,
+        destination: Path,
+        max_shard_bytes: int,
+        keep_dropped: bool,
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """Write the folder in one step: it is there whole or not at all.
+
+        Args:
+            destination: Folder.
+            max_shard_bytes: Largest file.
+            keep_dropped: Write the dropped tensors into the side file, too.
+            overwrite: Replace a folder that is there.
+            progress: Called with the bytes of each tensor when it is written.
+
+        Raises:
+            ValueError: The destination is taken or the disk too small.
+        """
+        self = copy.copy(self)
+        if not keep_dropped:
+            self.side = []
+        check_disk_space(destination, self.nbytes + OTHER_FILES_BYTES)
+        with atomic_folder(destination, overwrite) as folder:
+            for write in self.files:
+                write(folder)
+            write_shards(folder, [move.output() for move in self.moves], max_shard_bytes, progress)
+            if self.keep_folder is not None:
+                original = folder / ORIGINAL_FOLDER
+                original.mkdir()
+                self.keep_folder(original)
+                if self.side:
+                    side = [move.output() for move in self.side]
+                    write_safetensors(original / DROPPED_FILE, side, progress=progress)
+                complete = keep_dropped or not any(n not in self.copies for n in self.dropped)
+                facts = {"layout": self.layout, "copies": self.copies, "complete": complete, **self.layout_facts}
+                write_json(original / LAYOUT_FILE, facts)
+            write_json(folder / REPORT_FILE, self.report())
+        for checkpoint in {id(m.checkpoint): m.checkpoint for m in [*self.moves, *self.side]}.values():
+            checkpoint.close()

