@@ -1,16 +1,33 @@
-"""Links of the documentation lead somewhere, its commands exist, and make's targets are listed."""
+"""What README, docs and the code's own messages name exists: links, commands, flags, make targets, extras, files."""
 
 import re
+import shlex
 import shutil
 import subprocess
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
+import typer
 
-from florence_vl.cli.main import commands
+from florence_vl.cli.main import build_app, commands
+from florence_vl.train.recipes import list_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "packages/florence-vl-mini/README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "results").glob("*.md")),
+]
+CODE = [
+    *sorted((ROOT / "src").rglob("*.py")),
+    *sorted((ROOT / "src").rglob("*.yaml")),
+    *sorted((ROOT / "packages/florence-vl-mini/src").rglob("*.py")),
+    *sorted((ROOT / "packages/florence-vl-mini/src").rglob("*.yaml")),
+    ROOT / "Makefile",
+    *sorted((ROOT / "docs").rglob("*.sh")),
+]
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
@@ -18,13 +35,74 @@ FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text(encoding="utf-8"))):
         if "://" not in link and not link.startswith("#"):
-            assert (page.parent / link.partition("#")[0]).exists(), f"{page.name} links to {link}, which is not there"
+            assert (page.parent / link.partition("#")[0]).exists(), f"{page.name} links to {link}, which does not exist"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_exist(page):
-    for name in re.findall(r"^(?:\$ )?florence-vl ([a-z][\w-]*)", page.read_text(encoding="utf-8"), re.MULTILINE):
-        assert name in commands(), f"{page.name} shows `florence-vl {name}`, which is no command"
+def command_lines(text: str) -> list[str]:
+    """Every `florence-vl ...` of a text: lines of code blocks and of examples, spans in backticks."""
+    text = re.sub(r"\\\n\s*", " ", text)
+    lines = re.findall(r"^\s*(?:\$ |[\w:]+=\S+ |\S*/|.*-m )?florence[-_]vl ([a-z][\w-]*\b[^\n]*)", text, re.MULTILINE)
+    return lines + re.findall(r"`florence-vl ([a-z][\w-]*\b[^`\n]*)`", text)
+
+
+@lru_cache
+def command_tree(name: str):
+    return typer.main.get_command(build_app(name)).commands[name]
+
+
+def check_command(line: str) -> str | None:
+    """What is wrong with a command line; None when the command and all of its flags exist."""
+    line = re.split(r"\s+#\s|\s\|\s|\s>\s|\s&&\s|\.\s", line)[0]
+    try:
+        words = shlex.split(line, comments=True)
+    except ValueError:  # the closing quote of the code's own string
+        words = line.split()
+    words = [word.strip("`'\".,;:)") for word in words]
+    if words[0] not in commands():
+        return f"no command {words[0]!r}"
+    node, rest = command_tree(words[0]), words[1:]
+    path = words[0]
+    while getattr(node, "commands", None):
+        group = node.commands
+        if not rest or not re.fullmatch(r"[a-z][a-z0-9-]*", rest[0]):
+            break
+        if rest[0] not in group:
+            return f"`florence-vl {path}` has no command {rest[0]!r}"
+        path, node, rest = f"{path} {rest[0]}", group[rest[0]], rest[1:]
+    known = {flag for parameter in node.params for flag in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
+    known |= {"--debug", "--version"}
+    for word in rest:
+        flag = word.partition("=")[0]
+        if re.fullmatch(r"--?[a-z][\w-]*", flag) and flag not in known and len(flag) > 1:
+            return f"`florence-vl {path}` has no flag {flag!r}"
+    return None
+
+
+@pytest.mark.parametrize("page", [*PAGES, *CODE], ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_commands_and_flags_exist(page):
+    wrong = []
+    for line in command_lines(page.read_text(encoding="utf-8")):
+        if (problem := check_command(line)) is not None:
+            wrong.append(f"{line!r}: {problem}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_recipes_targets_extras_and_files_exist(page):
+    text = page.read_text(encoding="utf-8")
+    recipes = list_recipes()
+    for name in re.findall(r"florence[-_]vl (?:train|plan) (?:--[\w-]+ )*([a-z0-9_.-]+/[\w./-]+)", text):
+        if not name.endswith((".yaml", ".yml")):
+            assert name in recipes, f"{page.name} names the recipe {name}"
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"(?:^|`)make ([a-z][a-z-]*)", text, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page.name} names `make {target}`"
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for extras in re.findall(r"pip install [^\n`]*\[([\w,]+)\]", text):
+        for extra in extras.split(","):
+            assert re.search(rf"^{extra} = \[", project, re.MULTILINE), f"{page.name} names the extra [{extra}]"
+    for file in re.findall(r"\b((?:benchmarks|docs|src|tests|packages)/[\w./-]+\.(?:py|md|sh|yaml))\b", text):
+        assert (ROOT / file).is_file(), f"{page.name} names {file}, which does not exist"
 
 
 def test_index_names_every_page():
@@ -36,7 +114,7 @@ def test_index_names_every_page():
 
 
 def test_no_address_of_one_machine():
-    for page in PAGES:
+    for page in [*PAGES, *CODE]:
         assert not re.search(r"/(home|root|Users|work)/", page.read_text(encoding="utf-8")), page.name
 
 
