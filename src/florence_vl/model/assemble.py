@@ -22,7 +22,14 @@ from transformers import (
 )
 
 from florence_vl.model.chat_template import CHAT_TEMPLATES, choose_template
-from florence_vl.model.configuration import DBFUSION_FEATURES, FLORENCE2_PROMPT_IDS, FLORENCE2_PROMPTS, FlorenceVLConfig
+from florence_vl.model.configuration import (
+    DBFUSION_FEATURES,
+    FLORENCE2_PROMPT_IDS,
+    FLORENCE2_PROMPTS,
+    FlorenceVLConfig,
+    convolved_size,
+    davit_convolutions,
+)
 from florence_vl.model.fusion import FUSIONS
 from florence_vl.model.image_processing import FlorenceVLImageProcessor
 from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
@@ -58,6 +65,7 @@ def build_model(
     mean_token: str = "grid",
     prompt_padding: str = "masked",
     prompt_length: int | None = None,
+    positions: str = "resampled",
     image_size: int | None = None,
     image_token: str | None = None,
     chat_template: str | None = None,
@@ -81,6 +89,7 @@ def build_model(
         mean_token: `grid`, `all` or `grid_before_encoder`; see `FlorenceVLConfig`.
         prompt_padding: `masked` or `attended`.
         prompt_length: Pad prompts to that many tokens.
+        positions: `resampled` or `absolute`; see `FlorenceVLConfig`. At the vision model's own size they are the same.
         image_size: Pixels a side; by default what the vision model's own preprocessing says.
         image_token: Token of the LLM's vocabulary that stands for images; by default a reserved one, else a new one.
         chat_template: Name of a chat template; by default the one that fits the tokenizer.
@@ -106,7 +115,12 @@ def build_model(
     if vision_config.model_type == "florence2":
         if feature_layers is not None:
             raise ValueError("feature_layers is for a vision backbone; a Florence-2's features are davit and prompts")
-        fields |= {"prompt_padding": prompt_padding, "prompt_length": prompt_length}
+        fields |= {"prompt_padding": prompt_padding, "prompt_length": prompt_length, "positions": positions}
+        own_size = _preprocessor_settings(vision).get("pixels")
+        if own_size is not None:
+            fields["position_grid"] = convolved_size(
+                own_size, own_size, davit_convolutions(vision_config.vision_config)
+            )
         fields |= florence2_features(vision, vision_config, features, prompts or {})
     else:
         if prompts or prompt_padding != "masked" or prompt_length is not None:

@@ -36,11 +36,14 @@ FLORENCE2_PROMPT_IDS: dict[str, tuple[int, ...]] = {
     "proposals": (0, 574, 22486, 5, 976, 5327, 11, 5, 2274, 4, 2),
 }
 
+FLORENCE2_GRID = (24, 24)  # of the released Florence-2 weights, at 768 px
+
 DAVIT = "davit"
 DBFUSION_FEATURES: tuple[str, ...] = (DAVIT, "caption", "ocr", "grounding")
 
 MeanToken = Literal["grid", "all", "grid_before_encoder"]
 PromptPadding = Literal["masked", "attended"]
+Positions = Literal["absolute", "resampled"]
 
 
 @strict
@@ -64,6 +67,11 @@ class FlorenceVLConfig(PreTrainedConfig):
         mean_token: What happens to Florence-2's mean token: `grid` drops it after the encoder (576 tokens at 768 px),
             `all` keeps it (577), `grid_before_encoder` drops it before the encoder. For a `backbone` tower `grid` drops
             class and register tokens and `all` keeps them.
+        positions: How the Florence-2 tower numbers image positions at sizes other than the trained one: `absolute`
+            (transformers' own; exact at the trained size, degraded at others) or `resampled` (both position tables
+            are interpolated from `position_grid`; the same at the trained size).
+        position_grid: (rows, columns) of the trained size; Florence-2's 24x24 (768 px) when None. With `absolute`
+            positions it only warns of other sizes.
         feature_layers: For `backbone`: feature name -> index into the backbone's hidden states (-2 is LLaVA-1.5's).
         fusion: Registered name of the fusion: `channel`, `token` or `average` (paper section 3.3).
         projector_depth: Number of linear layers of the projector, 1 to 4.
@@ -90,6 +98,8 @@ class FlorenceVLConfig(PreTrainedConfig):
     prompt_token_ids: Any = None
     prompt_padding: str = "masked"
     prompt_length: int | None = None
+    positions: str = "absolute"
+    position_grid: Any = None
     mean_token: str = "grid"
     feature_layers: Any = None
     fusion: str = "channel"
@@ -119,6 +129,8 @@ class FlorenceVLConfig(PreTrainedConfig):
         if isinstance(self.features, str):
             raise ValueError(f"features is {self.features!r}, a text; give a list of names, e.g. ['davit', 'caption']")
         self.features = list(self.features)
+        if self.position_grid is not None:
+            self.position_grid = tuple(self.position_grid)
         self.prompt_token_ids = {name: list(ids) for name, ids in self.prompt_token_ids.items()}
         self._check()
 
@@ -129,6 +141,7 @@ class FlorenceVLConfig(PreTrainedConfig):
         _ = TOWERS[self.tower]
         _ = FUSIONS[self.fusion]
         _choice("mean_token", self.mean_token, MeanToken.__args__)  # type: ignore[attr-defined]
+        _choice("positions", self.positions, Positions.__args__)  # type: ignore[attr-defined]
         _choice("prompt_padding", self.prompt_padding, PromptPadding.__args__)  # type: ignore[attr-defined]
         if not 1 <= self.projector_depth <= 4:
             raise ValueError(f"projector_depth is {self.projector_depth}; it must be 1 to 4")
@@ -170,8 +183,20 @@ class FlorenceVLConfig(PreTrainedConfig):
                     "Florence-2. Tokenize the prompt with that Florence-2's own tokenizer (build_model does)"
                 )
             longest = max(longest, len(ids))
+        rows, columns = self.position_grid or FLORENCE2_GRID
+        tables = self.vision_config.vision_config.max_position_embeddings
+        if self.positions == "resampled" and not 0 < max(rows, columns) <= tables:
+            raise ValueError(
+                f"position_grid is {rows}x{columns}, but this Florence-2 has {tables} trained positions an axis: give "
+                "the grid of the size that it was trained at"
+            )
         if self.prompt_length is not None and self.prompt_length < longest:
             raise ValueError(f"prompt_length is {self.prompt_length}, but a prompt in use has {longest} tokens")
+
+    @property
+    def trained_grid(self) -> tuple[int, int] | None:
+        """The grid that position tables are resampled from; None with absolute positions."""
+        return (self.position_grid or FLORENCE2_GRID) if self.positions == "resampled" else None
 
     @property
     def prompt_names(self) -> list[str]:

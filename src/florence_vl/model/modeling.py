@@ -66,6 +66,25 @@ class FlorenceVLCausalLMOutputWithPast(ModelOutput):
     image_hidden_states: Tensor | None = None
 
 
+def group_by_size(pixel_values: Tensor, image_sizes: Tensor | None) -> list[tuple[tuple[int, int], list[int]]]:
+    """Images of one size: [((height, width), indices)], the sizes in order of their first image.
+
+    Raises:
+        ValueError: Other than one size per image, or a size beyond `pixel_values`.
+    """
+    count, limit = pixel_values.shape[0], tuple(pixel_values.shape[-2:])
+    if image_sizes is None:
+        return [(limit, list(range(count)))]  # type: ignore[list-item]
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, (height, width) in enumerate(image_sizes.tolist()):
+        if not (0 < height <= limit[0] and 0 < width <= limit[1]):
+            raise ValueError(f"image_sizes[{index}] is {height}x{width}, but pixel_values has {limit[0]}x{limit[1]}")
+        groups.setdefault((height, width), []).append(index)
+    if sum(map(len, groups.values())) != count:
+        raise ValueError(f"image_sizes has {len(image_sizes)} rows, but pixel_values has {count} images")
+    return list(groups.items())
+
+
 class FlorenceVLPreTrainedModel(PreTrainedModel):
     """Weights, checkpointing and attention conventions of both classes."""
 
@@ -152,25 +171,50 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: Tensor, output_features: bool = False, **kwargs: Any
+        self,
+        pixel_values: Tensor,
+        image_sizes: Tensor | None = None,
+        output_features: bool = False,
+        **kwargs: Any,
     ) -> FlorenceVLImageFeatures:
         """Encode images once, for `forward(mm_encoder_outputs={"image": ...})` as often as wanted.
 
         Args:
-            pixel_values: (I, 3, height, width), normalised by the processor.
+            pixel_values: (I, 3, height, width), normalized by the processor. Images of different sizes stand in the
+                top left corner of one height and width.
+            image_sizes: (I, 2), height and width of each image in pixels; None when all fill `pixel_values`. Images of
+                one size share a pass through the tower.
             output_features: Also return the tower's features by name.
             **kwargs: transformers' common keywords; none changes the result.
 
+        Returns:
+            `last_hidden_state` is (I, N, H), or None when images differ in size.
+
         Raises:
-            ValueError: `pixel_values` isn't (I, 3, height, width) or too large for the tower.
+            ValueError: `pixel_values` isn't (I, 3, height, width) or too large for the tower, or `image_sizes` don't
+                fit it.
         """
-        features = self.vision_tower(pixel_values.to(self.dtype))
-        tokens_INH = self.multi_modal_projector(self.fusion(features))
-        return FlorenceVLImageFeatures(
-            last_hidden_state=tokens_INH,
-            pooler_output=list(tokens_INH),
-            features=features if output_features else None,
-        )
+        pixel_values = pixel_values.to(self.dtype)
+        groups = group_by_size(pixel_values, image_sizes)
+        if len(groups) == 1:
+            (height, width), _ = groups[0]
+            features = self.vision_tower(pixel_values[..., :height, :width])
+            tokens_INH = self.multi_modal_projector(self.fusion(features))
+            return FlorenceVLImageFeatures(
+                last_hidden_state=tokens_INH,
+                pooler_output=list(tokens_INH),
+                features=features if output_features else None,
+            )
+        if output_features:
+            raise ValueError(
+                f"output_features needs images of one size, found {len(groups)}: encode images of each size apart"
+            )
+        tokens: list[Tensor] = [pixel_values] * len(pixel_values)
+        for (height, width), images in groups:
+            features = self.vision_tower(pixel_values[images][..., :height, :width])
+            for image, tokens_NH in zip(images, self.multi_modal_projector(self.fusion(features)), strict=True):
+                tokens[image] = tokens_NH
+        return FlorenceVLImageFeatures(pooler_output=tokens)  # type: ignore[arg-type]
 
     def get_placeholder_mask(
         self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor
@@ -204,6 +248,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         mm_encoder_outputs: dict[str, FlorenceVLImageFeatures] | None = None,
         **kwargs: Any,
     ) -> FlorenceVLModelOutputWithPast:
@@ -216,6 +261,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
             position_ids: (B, L).
             past_key_values: Key-value cache.
             inputs_embeds: (B, L, H) instead of `input_ids`.
+            image_sizes: (I, 2) pixels; see `get_image_features`.
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`.
             **kwargs: Passed on to the LLM.
 
@@ -231,7 +277,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         image = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
-            image = self.get_image_features(pixel_values, return_dict=True)
+            image = self.get_image_features(pixel_values, image_sizes, return_dict=True)
         image_tokens = None
         if image is not None:
             image_tokens = torch.cat(list(image.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
@@ -321,6 +367,7 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         logits_to_keep: int | Tensor = 0,
+        image_sizes: Tensor | None = None,
         mm_encoder_outputs: dict[str, FlorenceVLImageFeatures] | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -338,6 +385,7 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
             num_items_in_batch: What the summed loss is divided by (supervised tokens over all ranks and accumulation
                 steps); by default the number in this batch.
             logits_to_keep: Number of last positions, or positions, to return logits for; 0 means all.
+            image_sizes: (I, 2) pixels; see `FlorenceVLModel.get_image_features`.
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`.
             return_dict: `False` returns a tuple.
             **kwargs: Passed on to the LLM.
@@ -354,6 +402,7 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
             **kwargs,

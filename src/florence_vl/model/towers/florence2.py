@@ -17,9 +17,13 @@ from transformers.models.florence2.modeling_florence2 import (
     Florence2VisionBlock,
     Florence2VisionChannelAttention,
 )
+from transformers.utils import logging
 
 from florence_vl.model.configuration import DAVIT, FlorenceVLConfig, convolved_size, davit_convolutions
 from florence_vl.model.towers import TOWERS, VisionTower, check_pixels
+from florence_vl.model.towers.positions import EncoderPositions, Grid2D
+
+logger = logging.get_logger(__name__)
 
 
 class DaViTBlock(GradientCheckpointingLayer, Florence2VisionBlock):
@@ -67,7 +71,12 @@ class Florence2Tower(VisionTower):
             elif type(module) is Florence2VisionChannelAttention:
                 module.__class__ = DaViTChannelAttention
         self.image_projector = Florence2MultiModalProjector(florence2)
+        self.trained_grid = config.trained_grid
+        self.image_projector.image_position_embed.__class__ = Grid2D
+        self.image_projector.image_position_embed.trained = self.trained_grid
         self.encoder = BartEncoder._from_config(florence2.text_config) if config.prompt_names else None
+        if self.encoder is not None:
+            self.encoder.embed_positions.__class__ = EncoderPositions
         self.prompt_ids: Tensor
         self.prompt_mask: Tensor
         self.register_buffer("prompt_ids", torch.empty(0), persistent=False)
@@ -100,15 +109,23 @@ class Florence2Tower(VisionTower):
 
     def num_tokens(self, height: int, width: int) -> int:
         rows, columns = self.grid_size(height, width)
+        if min(rows, columns) < 1:
+            stride = _product(self.config.vision_config.vision_config.patch_stride)
+            raise ValueError(f"an image of {height}x{width} pixels is too small: this Florence-2 needs {stride} a side")
+        if self.trained_grid is None:
+            self._check_absolute(height, width)
+        return rows * columns + (self.config.mean_token == "all")
+
+    def _check_absolute(self, height: int, width: int) -> None:
+        rows, columns = self.grid_size(height, width)
         florence2 = self.config.vision_config
         limit = florence2.vision_config.max_position_embeddings
         stride = _product(florence2.vision_config.patch_stride)
-        if min(rows, columns) < 1:
-            raise ValueError(f"an image of {height}x{width} pixels is too small: this Florence-2 needs {stride} a side")
+        other = "Resize the image (processor size=...), or set positions='resampled' in the model's config"
         if max(rows, columns) > limit:
             raise ValueError(
                 f"an image of {height}x{width} pixels gives {rows}x{columns} positions, but this Florence-2 has "
-                f"{limit} an axis: at most {limit * stride} pixels a side. Resize the image (processor size=...)"
+                f"{limit} an axis: at most {limit * stride} pixels a side. {other}"
             )
         inside = rows * columns + (self.config.mean_token != "grid_before_encoder")
         if self.encoder is not None:
@@ -117,24 +134,36 @@ class Florence2Tower(VisionTower):
                 raise ValueError(
                     f"an image of {height}x{width} pixels gives {inside} image tokens and the prompts have "
                     f"{self.prompt_ids.shape[1]}, but the encoder of this Florence-2 has {encoder_limit} positions. "
-                    "Use smaller images (processor size=...), or features=['davit'] which needs no encoder"
+                    f"{other}; features=['davit'] needs no encoder"
                 )
-        return rows * columns + (self.config.mean_token == "all")
+        trained = self.config.position_grid
+        if trained is not None and (rows, columns) != trained and not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"images of {height}x{width} pixels give {rows}x{columns} positions, but the position tables were "
+                f"trained for {trained[0]}x{trained[1]}: prompt features degrade. Set "
+                "positions='resampled' in the model's config"
+            )
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
         check_pixels(pixel_values)
-        num_tokens = self.num_tokens(*pixel_values.shape[-2:])
+        height, width = pixel_values.shape[-2:]
+        num_tokens = self.num_tokens(height, width)
         image_BND = self.image_projector(self.davit(pixel_values).last_hidden_state)
         if self.config.mean_token == "grid_before_encoder":
             image_BND = image_BND[:, 1:]
         features = {DAVIT: image_BND[:, -num_tokens:]}
         if self.encoder is not None:
-            prompted_BPND = self.encode_prompts(image_BND)[:, :, -num_tokens:]
+            prompted_BPND = self.encode_prompts(image_BND, self.grid_size(height, width))[:, :, -num_tokens:]
             features.update(zip(self.config.prompt_names, prompted_BPND.unbind(1), strict=True))
         return {name: features[name] for name in self.config.features}
 
-    def encode_prompts(self, image_BND: Tensor) -> Tensor:
-        """The encoder's outputs at the image positions, for all prompts: (B, N, D) -> (B, P, N, D)."""
+    def encode_prompts(self, image_BND: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The encoder's outputs at the image positions, for all prompts: (B, N, D) -> (B, P, N, D).
+
+        Args:
+            image_BND: DaViT's projected tokens, with the mean token in front unless the config drops it.
+            grid: Rows and columns of the tokens behind the mean token.
+        """
         assert self.encoder is not None
         batch, num_image, _ = image_BND.shape
         prompts = self.prompt_ids.shape[0]
@@ -146,6 +175,13 @@ class Florence2Tower(VisionTower):
             ],
             dim=2,
         )
+        positions_SD = self.encoder.embed_positions(
+            grid=grid,
+            trained=self.trained_grid,
+            num_prefix=num_image - grid[0] * grid[1],
+            num_prompt=text_PTD.shape[1],
+        )
+        inputs_BPSD = inputs_BPSD + positions_SD.to(inputs_BPSD.device)
         mask = None
         if self.masks_padding:
             mask_PS = nn.functional.pad(self.prompt_mask, (num_image, 0), value=True)
