@@ -98,13 +98,14 @@ def mixed_batch(model):
 def test_a_batch_of_mixed_sizes_equals_single_images():
     model, _ = tiny_model(positions="resampled", position_grid=[2, 2])
     sizes, pixels, images, rows = mixed_batch(model)
+    ids_BL = torch.tensor([[token for row in rows for token in row]])
     features = model.get_image_features(pixels, image_sizes=sizes)
     for image, found in zip(images, features.pooler_output, strict=True):
         torch.testing.assert_close(found, model.get_image_features(image).pooler_output[0])
-    logits = model(input_ids=torch.tensor([sum(rows, [])]), pixel_values=pixels, image_sizes=sizes).logits
+    logits = model(input_ids=ids_BL, pixel_values=pixels, image_sizes=sizes).logits
     alone = [model.get_image_features(image).pooler_output[0] for image in images]
     given = model(
-        input_ids=torch.tensor([sum(rows, [])]),
+        input_ids=ids_BL,
         mm_encoder_outputs={"image": type(features)(pooler_output=alone)},
     ).logits
     torch.testing.assert_close(logits, given)

@@ -163,7 +163,13 @@ def build_model(
         chat_template=template.build(tokenizer, image_token=image_token, **(chat_template_options or {})),
     )
     size = processor.image_processor.size
-    model.num_image_tokens(size.height, size.width)  # refuses a size that the tower can't take
+    tokens = model.num_image_tokens(size.height, size.width)  # refuses a size that the tower can't take
+    context = getattr(config.text_config, "max_position_embeddings", None)
+    if context is not None and tokens >= context:
+        raise ValueError(
+            f"an image of {size.height}x{size.width} pixels takes {tokens} tokens, but the context of {llm} has "
+            f"{context}: choose a smaller image_size, or another fusion"
+        )
     model.generation_config = _generation_config(language_model, tokenizer, template.end_text(tokenizer))
     return model, processor
 
