@@ -120,6 +120,14 @@ def test_missing_packages_name_the_command(monkeypatch, own_cache):
     assert dinov2_small_focus.PART.source() is None
 
 
+def test_the_mini_florence2_is_found_through_its_package_or_the_command_is_named(monkeypatch):
+    from florence_vl.model import packaged
+
+    monkeypatch.setattr(packaged, "plugins", lambda kind: {})
+    with pytest.raises(MissingWeights, match=r"florence2_mini: .*pip install florence-vl-mini"):
+        load_encoder("florence2_mini")
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -156,7 +164,7 @@ def test_preprocess_places_the_picture(fit):
     if fit == "pad":
         assert (left, top, right, bottom) == (0, 5, 20, 15)
         assert white == 0.5
-        assert pixels[0, 0, 0].abs() < 0.01  # the mean colour
+        assert pixels[0, 0, 0].abs() < 0.01  # the mean color
     else:
         assert white == 1
         assert (left, right) == ((0, 20) if fit == "squash" else (-10, 30))

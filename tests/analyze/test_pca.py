@@ -1,4 +1,4 @@
-"""PCA pictures: threshold, sign, colours, and the way back onto the picture."""
+"""PCA pictures: threshold, sign, colors, and the way back onto the picture."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_subject_at_an_edge_or_in_a_corner_is_not_the_background(rows, columns
     assert np.array_equal(pca.foreground, inside.numpy())
 
 
-def test_colours_tell_the_parts_of_the_foreground_apart():
+def test_colors_tell_the_parts_of_the_foreground_apart():
     tokens, _ = scene()
     (pca,) = pca_maps([tokens], [(ROWS, COLUMNS)])
     y, x = np.mgrid[:ROWS, :COLUMNS]
@@ -60,7 +60,7 @@ def test_colours_tell_the_parts_of_the_foreground_apart():
     assert kept.foreground.all()
 
 
-def test_a_joint_fit_gives_the_same_thing_the_same_colour():
+def test_a_joint_fit_gives_the_same_thing_the_same_color():
     tokens, _ = scene()
     both = pca_maps([tokens, tokens], [(ROWS, COLUMNS)] * 2)
     np.testing.assert_allclose(both[0].rgb, both[1].rgb)

@@ -1,9 +1,9 @@
 """The alignment loss: how well a trained projection alone brings an encoder's features to an LLM's (paper section 4).
 
-Stated by the paper and done here: features mean-pooled over tokens, L2-normalised over channels; only the projection
+Stated by the paper and done here: features mean-pooled over tokens, L2-normalized over channels; only the projection
 trains; cross-entropy of the vision-text similarity matrix with the identity as target, vision to text.
 Left open by it, with the default here: projection (linear), temperature (1, as none is mentioned), batch (all pairs up
-to 20,000), optimiser (Adam, 3e-3, 300 steps, cosine to 0), held-out pairs (the paper shows training loss only).
+to 20,000), optimizer (Adam, 3e-3, 300 steps, cosine to 0), held-out pairs (the paper shows training loss only).
 
 Two facts for reading the figures. With unit vectors and temperature 1 the loss of N pairs can't fall below
 log(1 + (N - 1) e^-2), and text features of an LLM lie close together, which leaves less: `best_loss` is what no vision
@@ -38,7 +38,7 @@ class AlignmentConfig:
     Args:
         projection: `linear`, or `mlp` (linear, GELU, linear; hidden width T). Features are pooled before the
             projection: for `linear` that equals projecting every token and pooling after; for `mlp` it does not.
-        steps: Optimiser steps.
+        steps: Optimizer steps.
         batch_size: Pairs in a batch; None takes all training pairs up to 20,000 and 8,192 beyond.
         learning_rate: Of Adam, at the start of a cosine decay to 0.
         weight_decay: Decoupled.
@@ -46,7 +46,7 @@ class AlignmentConfig:
         symmetric: Add the text-to-vision direction (mean of both), as CLIP does.
         standardize: Shift and scale each vision channel by the training pairs' mean and standard deviation. A linear
             projection can express the same, so this only conditions the optimisation.
-        center: Subtract the training pairs' mean text feature before normalising. Off, as the paper has no such step.
+        center: Subtract the training pairs' mean text feature before normalizing. Off, as the paper has no such step.
         heldout: Share of pairs that is never trained on; half of it chooses the step, the other half is reported.
         max_heldout: At most so many pairs in each half.
         duplicates: Pairs with the same caption or the same image break identity targets. `share` spreads the target
@@ -90,7 +90,7 @@ class AlignmentRun:
     """One projection trained with one seed.
 
     Args:
-        seed: Of the split, the initialisation and the batches.
+        seed: Of the split, the initialization and the batches.
         steps: Step of each point of the curves.
         train_loss: Loss on as many training pairs as there are held-out pairs (so that both have the same log N).
         heldout_loss: Loss on the held-out pairs that are reported.
@@ -179,7 +179,7 @@ def split_pairs(groups: Groups, config: AlignmentConfig, seed: int) -> Split:
 
 
 def build_projection(kind: str, in_dim: int, out_dim: int, seed: int) -> nn.Module:
-    """The trained projection, initialised from `seed` alone."""
+    """The trained projection, initialized from `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if kind == "linear":
@@ -333,7 +333,7 @@ def train_alignment(
         text_NT: (N, T) pooled text features of the same pairs.
         config: Settings; the defaults of `AlignmentConfig` when None.
         groups: Which pairs say the same; None when all captions and images differ.
-        seed: Of split, initialisation and batches. Two encoders with the same seed see the same split.
+        seed: Of split, initialization and batches. Two encoders with the same seed see the same split.
         width: Channels after `reduce_width`; None leaves the features as they are.
         width_control: How, see `reduce_width`.
         device: Where to compute.

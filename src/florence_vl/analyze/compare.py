@@ -24,7 +24,7 @@ from florence_vl.train.contrastive import Groups
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from florence_vl.analyze.encoders import Encoder
+    from florence_vl.analyze.encoders import VisionEncoder
 
 Log = Callable[[str], None]
 
@@ -57,7 +57,7 @@ class Features:
 
 
 def collect(
-    encoders: Sequence[tuple[str, Callable[[], Encoder]]],
+    encoders: Sequence[tuple[str, Callable[[], VisionEncoder]]],
     llm: TextEncoder,
     pairs: Pairs,
     *,
@@ -176,7 +176,7 @@ class Row:
 
 
 @dataclass
-class Comparison:
+class AlignmentComparison:
     """All lines, with what they were made from.
 
     Args:
@@ -219,7 +219,7 @@ class Comparison:
         }
 
 
-def _row_dict(row: Row, comparison: Comparison) -> dict[str, Any]:
+def _row_dict(row: Row, comparison: AlignmentComparison) -> dict[str, Any]:
     rows = comparison.rows if row.width_control == "none" else comparison.equal_width
     reference = next(r for r in rows if r.name == comparison.reference)
     return {
@@ -282,14 +282,14 @@ def compare(
     width_control: str = "pca",
     device: str = "cpu",
     log: Log = lambda _: None,
-) -> Comparison:
+) -> AlignmentComparison:
     """Train a projection for every encoder, or every subset of the one encoder's features, and every seed.
 
     Args:
         features: From `collect`.
         config: Settings of the alignment.
         subsets: Label -> features of the one encoder; None compares encoders with all their features.
-        seeds: Seeds of split, initialisation and batches, the same for every row.
+        seeds: Seeds of split, initialization and batches, the same for every row.
         width: Channels of the equal-width control; `default_width` when None.
         width_control: `pca`, `random`, or `none` to leave the control out.
         device: Where to compute.
@@ -332,7 +332,7 @@ def compare(
             ]
             made[control].append(Row(label, runs, list(names), control))
             log(f"{label} ({runs[0].width} channels): held-out loss {made[control][-1].loss.text()}")
-    return Comparison(
+    return AlignmentComparison(
         kind="encoders" if subsets is None else "features",
         rows=made["none"],
         equal_width=made[width_control] if width_control != "none" else [],

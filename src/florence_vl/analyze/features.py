@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from florence_vl.analyze.encoders.base import Encoder, digest
+from florence_vl.analyze.encoders.base import VisionEncoder, digest
 from florence_vl.files import cache_dir
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ class PoolingReport:
 
 
 def pool_images(
-    encoder: Encoder,
+    encoder: VisionEncoder,
     images: Sequence[ImageSource],
     store: PooledStore | None = None,
     *,

@@ -1,7 +1,7 @@
-"""PCA pictures: the first three principal components of an encoder's token features as colours (paper Figure 3).
+"""PCA pictures: the first three principal components of an encoder's token features as colors (paper Figure 3).
 
 The background is cut by a threshold on the first component, as in DINOv2 (arXiv 2304.07193): the components that become
-colours are then fitted on the foreground alone. Shape letters: M images, N = rows x columns tokens, D channels.
+colors are then fitted on the foreground alone. Shape letters: M images, N = rows x columns tokens, D channels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from florence_vl.analyze.encoders.base import Encoder, Preprocess
+from florence_vl.analyze.encoders.base import Preprocess, VisionEncoder
 
 BACKGROUND = (255, 255, 255)
 
@@ -25,13 +25,13 @@ class PCAConfig:
     """Settings of the pictures.
 
     Args:
-        joint: One fit for all pictures, so that colours mean the same in each; otherwise a fit for each picture.
-        background: Cut the background by the first component. Off: all tokens are coloured.
+        joint: One fit for all pictures, so that colors mean the same in each; otherwise a fit for each picture.
+        background: Cut the background by the first component. Off: all tokens are colored.
         threshold: Value of the first component, scaled to [0, 1] over the fit, above which a token is foreground; None
             takes Otsu's.
         flip: Take the other side of the first component as foreground. A principal component has no sign of its own; by
             default the background is the side that most of the pictures' corners have.
-        refit: Fit the three colour components on the foreground alone (DINOv2). Otherwise they are the first three of
+        refit: Fit the three color components on the foreground alone (DINOv2). Otherwise they are the first three of
             the first fit.
         standardize: Divide each channel by its standard deviation before the fit.
     """
@@ -53,11 +53,11 @@ class PCAMap:
     """The picture of one feature of one image.
 
     Args:
-        rgb: (rows, columns, 3) colours in [0, 1].
+        rgb: (rows, columns, 3) colors in [0, 1].
         foreground: (rows, columns) which tokens are foreground.
         first: (rows, columns) first component of the first fit, scaled to [0, 1], foreground high.
         threshold: Value of `first` that was the border.
-        explained: Share of variance of the three components that became colours.
+        explained: Share of variance of the three components that became colors.
     """
 
     rgb: np.ndarray
@@ -143,14 +143,14 @@ def pca_maps(
     if config.background and config.refit and int(foreground.sum()) >= 4:
         mean, directions, explained = principal_components(tokens[foreground])
         scores = (tokens - mean) @ directions
-    colours = torch.stack([_unit(c, within=foreground) for c in scores.T], dim=1)
+    colors = torch.stack([_unit(c, within=foreground) for c in scores.T], dim=1)
     maps, start = [], 0
     for rows, columns in grids:
         part = slice(start, start + rows * columns)
         start += rows * columns
         maps.append(
             PCAMap(
-                rgb=colours[part].view(rows, columns, 3).float().numpy(),
+                rgb=colors[part].view(rows, columns, 3).float().numpy(),
                 foreground=foreground[part].view(rows, columns).numpy(),
                 first=first[part].view(rows, columns).float().numpy(),
                 threshold=float(threshold),
@@ -195,9 +195,9 @@ def map_image(pca: PCAMap, size: tuple[int, int], preprocess: Preprocess, smooth
         preprocess: How the image was brought to the encoder's input.
         smooth: Interpolate between tokens instead of showing them as squares.
     """
-    colours = pca.rgb * 255
-    colours[~pca.foreground] = BACKGROUND
-    return to_image_frame(Image.fromarray(colours.round().astype(np.uint8)), size, preprocess, smooth)
+    colors = pca.rgb * 255
+    colors[~pca.foreground] = BACKGROUND
+    return to_image_frame(Image.fromarray(colors.round().astype(np.uint8)), size, preprocess, smooth)
 
 
 def to_image_frame(picture: Image.Image, size: tuple[int, int], preprocess: Preprocess, smooth: bool) -> Image.Image:
@@ -220,15 +220,15 @@ def to_image_frame(picture: Image.Image, size: tuple[int, int], preprocess: Prep
 
 def overlay(image: Image.Image, pca: PCAMap, preprocess: Preprocess, strength: float = 0.6) -> Image.Image:
     """The map laid over its image; the background shows the image in grey."""
-    colours = map_image(pca, image.size, preprocess, smooth=True)
+    colors = map_image(pca, image.size, preprocess, smooth=True)
     mask = Image.fromarray((pca.foreground * np.uint8(255)).astype(np.uint8)).convert("RGB")
     mask = to_image_frame(mask, image.size, preprocess, smooth=False).convert("L")
     grey = image.convert("L").convert("RGB")
-    return Image.composite(Image.blend(image, colours, strength), grey, mask)
+    return Image.composite(Image.blend(image, colors, strength), grey, mask)
 
 
 def encoder_maps(
-    encoder: Encoder, images: Sequence[Image.Image], config: PCAConfig | None = None, batch_size: int = 8
+    encoder: VisionEncoder, images: Sequence[Image.Image], config: PCAConfig | None = None, batch_size: int = 8
 ) -> dict[str, list[PCAMap]]:
     """PCA pictures of every feature of an encoder, one list entry an image."""
     tokens: dict[str, list[Tensor]] = {name: [] for name in encoder.feature_dims}

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from florence_vl.analyze.compare import Comparison, Row
+from florence_vl.analyze.compare import AlignmentComparison, Row
 from florence_vl.analyze.statistics import interval
 
-# Okabe and Ito's colours, told apart by readers with any colour vision; line styles repeat them.
+# Okabe and Ito's colors, told apart by readers with any color vision; line styles repeat them.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")
 STYLES = ("-", "--", "-.", ":")
 
@@ -55,17 +55,15 @@ def curves(rows: Sequence[Row], chance: float, title: str = "") -> Any:
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.subplots()
     for index, row in enumerate(rows):
-        colour, style = COLOURS[index % len(COLOURS)], STYLES[index // len(COLOURS) % len(STYLES)]
+        color, style = COLOURS[index % len(COLOURS)], STYLES[index // len(COLOURS) % len(STYLES)]
         steps = row.runs[0].steps
         held = [interval(values) for values in zip(*(run.heldout_loss for run in row.runs), strict=True)]
         train = [interval(values).mean for values in zip(*(run.train_loss for run in row.runs), strict=True)]
         label = f"{row.name} ({row.loss.text()})"
-        axes.plot(steps, [i.mean for i in held], color=colour, linestyle=style, linewidth=1.8, label=label)
+        axes.plot(steps, [i.mean for i in held], color=color, linestyle=style, linewidth=1.8, label=label)
         if held[0].half is not None:
-            axes.fill_between(
-                steps, [i.low for i in held], [i.high for i in held], color=colour, alpha=0.1, linewidth=0
-            )
-        axes.plot(steps, train, color=colour, linestyle=style, linewidth=0.7, alpha=0.6)
+            axes.fill_between(steps, [i.low for i in held], [i.high for i in held], color=color, alpha=0.1, linewidth=0)
+        axes.plot(steps, train, color=color, linestyle=style, linewidth=0.7, alpha=0.6)
     axes.axhline(chance, color="grey", linewidth=0.8, linestyle=":")
     axes.annotate("guessing", (0, chance), fontsize=7, color="grey", va="bottom")
     axes.set_xlabel("step")
@@ -113,7 +111,7 @@ def table_rows(rows: Sequence[Row], reference: str) -> tuple[list[str], list[lis
     return header, cells
 
 
-def write_comparison(comparison: Comparison, folder: Path, command: str = "") -> list[Path]:
+def write_comparison(comparison: AlignmentComparison, folder: Path, command: str = "") -> list[Path]:
     """Write `NAME.json`, `NAME.csv`, `NAME.png`, `NAME.svg` and the same figure at equal width.
 
     Args:

@@ -118,7 +118,7 @@ def pca_section(record: dict[str, Any], folder: Path) -> Section:
     return Section(
         title="PCA of the features",
         text=(
-            f"First three principal components as colours, fitted on {fit}; the background is cut by a threshold on "
+            f"First three principal components as colors, fitted on {fit}; the background is cut by a threshold on "
             "the first component (paper Figure 3). Below each map it lies over the image."
         ),
         command=record.get("command", ""),

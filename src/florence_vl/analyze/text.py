@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from florence_vl.analyze.encoders.backbone import local_weights
 from florence_vl.analyze.encoders.base import state_hash
+from florence_vl.analyze.encoders.tower import local_weights
 from florence_vl.analyze.features import PooledStore, content_key
 
 FEATURE = "last"

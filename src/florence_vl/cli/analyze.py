@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from florence_vl.analyze.encoders import Encoder, EncoderSpec
+    from florence_vl.analyze.encoders import EncoderSpec, VisionEncoder
 
 app = typer.Typer(
     help="Alignment loss, PCA pictures, attribution: choose encoder, features and fusion by measurement.",
@@ -78,14 +78,14 @@ def alignment_command(
     ablate: bool = typer.Option(False, "--ablate", help="Leave each feature of the one encoder out, and each alone."),
     subsets: str = typer.Option("leave-one-out", "--subsets", help="With --ablate: leave-one-out, or all subsets."),
     projection: str = typer.Option("linear", "--projection", help="linear, or mlp (pools first, then projects)."),
-    steps: int = typer.Option(300, "--steps", help="Optimiser steps."),
+    steps: int = typer.Option(300, "--steps", help="Optimizer steps."),
     batch_size: int | None = typer.Option(
         None, "--batch-size", help="Pairs in a batch. All up to 20,000, else 8,192, by default."
     ),
     learning_rate: float = typer.Option(3e-3, "--learning-rate", help="Of Adam; cosine decay to 0."),
     temperature: float = typer.Option(1.0, "--temperature", help="Divides similarities; 1 is the paper's loss."),
     symmetric: bool = typer.Option(False, "--symmetric", help="Add the text-to-image direction."),
-    center: bool = typer.Option(False, "--center", help="Subtract the mean text feature before normalising."),
+    center: bool = typer.Option(False, "--center", help="Subtract the mean text feature before normalizing."),
     heldout: float = typer.Option(0.2, "--heldout", help="Share held out; half of it chooses the step."),
     duplicates: str = typer.Option("share", "--duplicates", help="Same captions: share the target, or keep the first."),
     seeds: int = typer.Option(3, "--seeds", help="Number of seeds; intervals are over them."),
@@ -130,7 +130,7 @@ def alignment_command(
     found = read_pairs(data, pairs, **options)
     say(f"{len(found)} pairs from {data}")
 
-    def loader(spec: EncoderSpec) -> Callable[[], Encoder]:
+    def loader(spec: EncoderSpec) -> Callable[[], VisionEncoder]:
         return lambda: load_encoder(spec, fit)
 
     features = collect(
@@ -167,18 +167,18 @@ def pca_command(
     images: list[Path] = typer.Argument(..., help="Image files, before --encoder.", metavar="IMAGES..."),
     encoder: list[str] = typer.Option(..., "--encoder", "-e", help=f"One or several: {ENCODERS_HELP}"),
     out: Path = typer.Option(Path("pca"), "--out", help="Folder for one sheet an image (PNG) and the arrays (NPZ)."),
-    joint: bool = typer.Option(False, "--joint", help="One fit over all images: the same colour means the same."),
+    joint: bool = typer.Option(False, "--joint", help="One fit over all images: the same color means the same."),
     threshold: float | None = typer.Option(
         None, "--threshold", help="Foreground above this value of the first component in [0, 1]; Otsu's by default."
     ),
     flip: bool = typer.Option(False, "--flip", help="Take the other side of the first component as foreground."),
     background: bool = typer.Option(True, "--cut-background/--keep-background", help="Cut the background."),
-    refit: bool = typer.Option(True, "--refit/--no-refit", help="Fit the colours on the foreground alone."),
+    refit: bool = typer.Option(True, "--refit/--no-refit", help="Fit the colors on the foreground alone."),
     fit: str = typer.Option("squash", "--fit", help=FIT_HELP),
     svg: bool = typer.Option(False, "--svg", help="Write each sheet as SVG too."),
     device: str = typer.Option("auto", "--device", help="cpu, cuda, cuda:1, mps or auto."),
 ) -> None:
-    """First three principal components of the features as colours, one sheet an image (paper Figure 3)."""
+    """First three principal components of the features as colors, one sheet an image (paper Figure 3)."""
     import numpy as np
 
     from florence_vl.analyze.encoders import EncoderSpec, load_encoder

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from florence_vl.analyze.encoders import (  # noqa: F401  (each registers its encoders)
-    backbone,
-    clip,
-    dinov2,
     dinov2_small_focus,
     efficientnet_lite0,
-    florence2,
-    siglip,
     stable_diffusion,
+    tower,
 )
-from florence_vl.analyze.encoders.base import Encoder, MissingWeights, Preprocess, digest, state_hash
+from florence_vl.analyze.encoders.base import MissingWeights, Preprocess, VisionEncoder, digest, state_hash
 from florence_vl.analyze.encoders.registry import ENCODERS, EncoderSpec
 
-__all__ = ["ENCODERS", "Encoder", "EncoderSpec", "MissingWeights", "Preprocess", "digest", "load_encoder", "state_hash"]
+__all__ = [
+    "ENCODERS",
+    "EncoderSpec",
+    "MissingWeights",
+    "Preprocess",
+    "VisionEncoder",
+    "digest",
+    "load_encoder",
+    "state_hash",
+]
 
 
-def load_encoder(spec: str | EncoderSpec, fit: str | None = None) -> Encoder:
+def load_encoder(spec: str | EncoderSpec, fit: str | None = None) -> VisionEncoder:
     """An encoder by its spec, `name[=weights][:feature+feature][@size]`.
 
     Args:

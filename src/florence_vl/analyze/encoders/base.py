@@ -35,7 +35,7 @@ class Preprocess:
         std: Standard deviation of each channel.
         fit: `squash` resizes both sides and changes the aspect ratio (Florence-2's own way, and the default, as
             every encoder then sees the whole picture and nothing else); `pad` pads to the input's aspect ratio with the
-            mean colour (LLaVA-1.5); `crop` fills the input and cuts what overhangs (CLIP's own way).
+            mean color (LLaVA-1.5); `crop` fills the input and cuts what overhangs (CLIP's own way).
 
     Raises:
         ValueError: `fit` is unknown or a side is not positive.
@@ -64,7 +64,7 @@ class Preprocess:
         return left, top, left + new_width, top + new_height
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """An RGB picture -> (3, height, width), fp32, normalised. Bicubic, by Pillow."""
+        """An RGB picture -> (3, height, width), fp32, normalized. Bicubic, by Pillow."""
         if image.mode != "RGB":
             image = image.convert("RGB")
         left, top, right, bottom = self.placed(*image.size)
@@ -78,7 +78,7 @@ class Preprocess:
         return pixels_HWC.permute(2, 0, 1).contiguous()
 
 
-class Encoder(ABC):
+class VisionEncoder(ABC):
     """One vision encoder: `encoder(images) -> {feature name: (B, N, D)}`.
 
     Features hold grid tokens only, row by row (class and register tokens would not belong to a place in the picture),
@@ -112,7 +112,7 @@ class Encoder(ABC):
 
     @abstractmethod
     def encode(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W), normalised -> feature name -> (B, N, D)."""
+        """(B, 3, H, W), normalized -> feature name -> (B, N, D)."""
 
     @property
     @abstractmethod
@@ -137,7 +137,7 @@ class Encoder(ABC):
         """Data type of the weights."""
         return next(self.module.parameters()).dtype
 
-    def to(self, device: str | torch.device) -> Encoder:
+    def to(self, device: str | torch.device) -> VisionEncoder:
         """Move the weights; the identity does not change."""
         _ = self.identity  # hashed where the weights were loaded
         self.module.to(device)
@@ -179,7 +179,7 @@ class Encoder(ABC):
             "settings": self.settings,
         }
 
-    def resized(self, size: int | None, fit: str | None) -> Encoder:
+    def resized(self, size: int | None, fit: str | None) -> VisionEncoder:
         """The same encoder with another input size (square) and fit."""
         if size is not None:
             self.preprocess = replace(self.preprocess, height=size, width=size)

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from florence_vl.analyze.encoders.base import Encoder, missing
+from florence_vl.analyze.encoders.base import VisionEncoder, missing
 from florence_vl.analyze.encoders.registry import ENCODERS
 from florence_vl.model.packaged import PackagedPart, converted, is_converted
 
@@ -157,9 +157,8 @@ def weights_folder() -> Path:
 @ENCODERS.register(NAME)
 def dinov2_small_focus(
     weights: str | None = None, features: Sequence[str] = (), size: int | None = None, fit: str | None = None
-) -> Encoder:
+) -> VisionEncoder:
     """DINOv2-S backbone from a saliency model: any layer, any multiple of 14 px; 224 px by default."""
-    from florence_vl.analyze.encoders.backbone import BackboneEncoder
+    from florence_vl.analyze.encoders.tower import load_backbone
 
-    folder = Path(weights) if weights else weights_folder()
-    return BackboneEncoder.load(NAME, folder, features, size=size or 224, fit=fit, install=INSTALL)
+    return load_backbone(NAME, weights or weights_folder(), features, size or 224, fit, INSTALL)

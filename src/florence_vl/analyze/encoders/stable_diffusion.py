@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from florence_vl.analyze.encoders.backbone import local_weights
-from florence_vl.analyze.encoders.base import Encoder, Preprocess, missing
+from florence_vl.analyze.encoders.base import Preprocess, VisionEncoder, missing
 from florence_vl.analyze.encoders.registry import ENCODERS
+from florence_vl.analyze.encoders.tower import local_weights
 from florence_vl.registry import did_you_mean
 
 HALF = (0.5, 0.5, 0.5)
 
 
-class StableDiffusionEncoder(Encoder):
+class StableDiffusionEncoder(VisionEncoder):
     """Activations of a latent-diffusion UNet.
 
     Args:
@@ -156,7 +156,7 @@ def load_stable_diffusion(
 @ENCODERS.register("stable_diffusion_2_1")
 def stable_diffusion_2_1(
     weights: str | None = None, features: Sequence[str] = (), size: int | None = None, fit: str | None = None
-) -> Encoder:
+) -> VisionEncoder:
     """Stable Diffusion 2.1 at 768 px."""
     hub_name = "stabilityai/stable-diffusion-2-1"
     return load_stable_diffusion("stable_diffusion_2_1", weights or hub_name, features, size, fit)
@@ -165,7 +165,7 @@ def stable_diffusion_2_1(
 @ENCODERS.register("stable_diffusion_1_5")
 def stable_diffusion_1_5(
     weights: str | None = None, features: Sequence[str] = (), size: int | None = None, fit: str | None = None
-) -> Encoder:
+) -> VisionEncoder:
     """Stable Diffusion 1.5 at 512 px."""
     hub_name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     return load_stable_diffusion("stable_diffusion_1_5", weights or hub_name, features, size, fit, default_size=512)
