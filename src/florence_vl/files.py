@@ -1,9 +1,24 @@
-"""Where downloaded and converted parts are kept between runs."""
+"""Files and folders: the cache, writing whole or not at all, digests, and what a name on the command line means."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import re
+import shutil
+import socket
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from florence_vl.registry import did_you_mean
+
+MARK = ".florence-vl.json"
+"""File in every folder that `atomic_folder` wrote: the names of its files. Only such a folder may be replaced."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def cache_dir() -> Path:
@@ -12,3 +27,199 @@ def cache_dir() -> Path:
     if explicit:
         return Path(explicit).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "florence-vl"
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Hexadecimal SHA-256 digest of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def locate(name: str | os.PathLike[str], what: str = "model") -> Path | str:
+    """A file or folder of this machine, or an id on the Hugging Face Hub. Nothing is fetched here.
+
+    What exists here is a path. What does not exist is an id when it has the form `owner/name` and its first part is
+    no folder here (then it is a mistyped path).
+
+    Args:
+        name: What the user gave.
+        what: What it has to be, for the error text, e.g. `LLM`.
+
+    Returns:
+        A `Path` that exists, or a hub id as `str`.
+
+    Raises:
+        FileNotFoundError: Nothing of that name exists here and it cannot be a hub id.
+    """
+    text = os.fspath(name)
+    path = Path(text).expanduser()
+    if path.exists():
+        return path
+    if _HUB_ID.fullmatch(text) and not path.parent.exists():
+        return text
+    parent = path.parent
+    while not parent.exists():
+        path, parent = parent, parent.parent
+    near = [str(child.name) for child in parent.iterdir()] if parent.is_dir() and text else []
+    hint = did_you_mean(path.name, near) if near else ""
+    hint = f" {hint}" if hint.startswith("Did") else ""
+    raise FileNotFoundError(
+        f"no {what} {text!r}: there is no such file or folder in {parent.resolve()}, and an id on the Hugging Face Hub "
+        f"has the form owner/name.{hint}"
+    )
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its name when the block ends well, and is removed otherwise.
+
+    The temporary path has the suffix of `path`. Missing parent folders are made.
+
+    Example:
+        >>> with atomic_file(folder / "state.pt") as temporary:
+        ...     torch.save(state, temporary)
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}{target.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str, errors: str = "strict") -> None:
+    """Write a UTF-8 file whole or not at all.
+
+    Args:
+        path: The file; missing parent folders are made.
+        text: Its content.
+        errors: What happens to lone surrogates, see `str.encode`.
+    """
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8", errors))
+
+
+@contextmanager
+def atomic_folder(
+    destination: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    sources: Iterable[str | os.PathLike[str]] = (),
+    owned: Callable[[Path], bool] | None = None,
+) -> Iterator[Path]:
+    """A temporary folder that takes the place of `destination` when the block ends well, and is removed otherwise.
+
+    A link is followed: the folder that it leads to is written. What a killed process left behind is removed.
+
+    Args:
+        destination: The folder to write.
+        overwrite: Whether a folder that `atomic_folder` wrote earlier may be replaced.
+        sources: Files and folders that the block reads; the destination may neither hold them nor lie inside them.
+        owned: Says of a folder without the mark whether it may be replaced all the same, e.g. because the caller made
+            the folder around it.
+
+    Raises:
+        ValueError: See `check_destination`.
+    """
+    target = check_destination(destination, overwrite=overwrite, sources=sources, owned=owned)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target)
+    partial = target.with_name(f".{target.name}.{_process()}-{uuid.uuid4().hex[:8]}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        names = sorted(str(file.relative_to(partial)) for file in partial.rglob("*") if not file.is_dir())
+        (partial / MARK).write_text(json.dumps({"files": names}, indent=1) + "\n", encoding="utf-8")
+        if target.exists():
+            old = partial.with_suffix(".old")
+            os.replace(target, old)
+            os.replace(partial, target)
+            shutil.rmtree(old)
+        else:
+            os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_destination(
+    destination: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    sources: Iterable[str | os.PathLike[str]] = (),
+    owned: Callable[[Path], bool] | None = None,
+) -> Path:
+    """The folder that `destination` leads to, refused unless it may be written. Arguments as for `atomic_folder`.
+
+    Call it before long work whose result `atomic_folder` will write.
+
+    Raises:
+        ValueError: It is a file or a device; it holds something and `overwrite` is false; it holds something that
+            `atomic_folder` did not write; or it holds a source or lies inside one.
+    """
+    target = Path(destination).expanduser().resolve()
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{destination} is not a folder: name a new or empty folder")
+    for source in sources:
+        origin = Path(source).expanduser().resolve()
+        if target == origin or target in origin.parents or origin in target.parents:
+            raise ValueError(f"{destination} and the source {source} are the same or one lies inside the other")
+    if not target.exists() or not any(target.iterdir()):
+        return target
+    if not overwrite:
+        raise ValueError(f"{destination} exists and is not empty: name another folder, or pass --overwrite")
+    if not (owned is not None and owned(target)):
+        foreign = _foreign(target)
+        if foreign:
+            raise ValueError(
+                f"{destination} holds {foreign}, which florence-vl did not write there: it will not be deleted. Name "
+                "another folder, or remove it yourself"
+            )
+    return target
+
+
+def _foreign(folder: Path) -> str | None:
+    """The first file of the folder that the mark does not name; all are foreign where there is no mark."""
+    try:
+        known = {MARK, *json.loads((folder / MARK).read_text(encoding="utf-8"))["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        known = set()
+    for path in sorted(folder.rglob("*")):
+        if (path.is_symlink() or not path.is_dir()) and str(path.relative_to(folder)) not in known:
+            return str(path.relative_to(folder))
+    return None if known else "folders"
+
+
+def _process() -> str:
+    host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+    return f"{host}-{os.getpid()}"
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed processes of this machine left beside `target`; put back what one was about to replace."""
+    host = _process().partition("-")[0]
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.{host}-(\d+)-[0-9a-f]{{8}}\.(partial|old)")
+    for left in list(target.parent.iterdir()):
+        match = pattern.fullmatch(left.name)
+        if match is None or _alive(int(match[1])):
+            continue
+        if match[2] == "old" and not target.exists():
+            os.replace(left, target)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    if os.name == "nt":
+        return True  # there os.kill(pid, 0) ends the process
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

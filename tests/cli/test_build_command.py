@@ -86,7 +86,7 @@ def test_a_folder_that_holds_something_is_kept(parts, tmp_path, capsys):
     notes.mkdir()
     (notes / "thesis.txt").write_text("x")
     assert build(parts, notes, "--overwrite") == 2
-    assert "no model" in capsys.readouterr().err
+    assert "thesis.txt, which florence-vl did not write" in capsys.readouterr().err
     assert build(parts, notes / "thesis.txt") == 2
 
 
@@ -120,5 +120,7 @@ def test_wrong_usage_is_one_line_and_2(parts, tmp_path, capsys, arguments, messa
 
 
 def test_a_folder_without_a_model_is_named(parts, tmp_path, capsys):
-    assert build(parts, tmp_path / "out", "--vision", str(tmp_path)) == 2
-    assert f"{tmp_path} is no vision model" in capsys.readouterr().err
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert build(parts, tmp_path / "out", "--vision", str(empty)) == 2
+    assert f"{empty} is no vision model" in capsys.readouterr().err

@@ -326,9 +326,9 @@ def test_too_little_disk(released, tmp_path, monkeypatch):
 
 def test_destination_is_written_whole_or_not_at_all(released, tmp_path, monkeypatch):
     dst = tmp_path / "dst"
-    dst.mkdir()
-    (dst / "mine.txt").write_text("keep")
-    with pytest.raises(ValueError, match="isn't empty; pass --overwrite"):
+    convert(released[0], dst)
+    earlier = {path.name: path.stat().st_mtime_ns for path in dst.iterdir()}
+    with pytest.raises(ValueError, match="not empty: name another folder, or pass --overwrite"):
         convert(released[0], dst)
 
     real, calls = shards.write_safetensors, []
@@ -342,13 +342,26 @@ def test_destination_is_written_whole_or_not_at_all(released, tmp_path, monkeypa
     monkeypatch.setattr(shards, "write_safetensors", fails)
     with pytest.raises(OSError, match="No space left"):
         convert(released[0], dst, overwrite=True, max_shard_size="4MB")
-    assert [p.name for p in dst.iterdir()] == ["mine.txt"]
+    assert {path.name: path.stat().st_mtime_ns for path in dst.iterdir()} == earlier
     assert [p.name for p in tmp_path.iterdir()] == ["dst"]
     monkeypatch.setattr(shards, "write_safetensors", real)
     convert(released[0], dst, overwrite=True)
-    assert not (dst / "mine.txt").exists()
-    assert (dst / "model.safetensors").exists()
+    assert (dst / "model.safetensors").stat().st_mtime_ns > earlier["model.safetensors"]
     assert [p.name for p in tmp_path.iterdir()] == ["dst"]
+
+
+def test_what_is_not_ours_is_never_deleted(released, tmp_path):
+    zoo = tmp_path / "zoo"
+    mine, sibling = zoo / "mine", zoo / "sibling"
+    shutil.copytree(released[0], mine)
+    shutil.copytree(released[0], sibling)
+    for destination in (zoo, mine, mine / "inside"):
+        with pytest.raises(ValueError, match=r"inside the other|did not write"):
+            convert(mine, destination, overwrite=True)
+    with pytest.raises(ValueError, match="did not write"):
+        convert(mine, sibling, overwrite=True)
+    assert sorted(path.name for path in zoo.iterdir()) == ["mine", "sibling"]
+    assert (sibling / "config.json").is_file()
 
 
 def test_options_without_meaning_are_errors(released, tmp_path):

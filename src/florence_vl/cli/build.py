@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, Optional
 
 import typer
+
+from florence_vl.files import atomic_folder, check_destination
 
 epilog = """[bold]Examples[/bold]
 
@@ -102,13 +101,15 @@ def command(
 
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: {', '.join(DTYPES)}")
-    _check_out(out, overwrite)
+    check_destination(out, overwrite=overwrite, sources=[part for part in (vision, llm) if Path(part).exists()])
 
     from florence_vl.model.assemble import build_model
     from florence_vl.model.packaged import resolve
 
     model, processor = build_model(resolve(vision, "vision"), resolve(llm, "llms"), **options)
-    save(model, processor, out)
+    with atomic_folder(out, overwrite=overwrite) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
     size = processor.image_processor.size
     config = model.config
     typer.echo(f"features   {', '.join(config.features or ())} ({config.fusion} fusion)")
@@ -117,29 +118,3 @@ def command(
         count = sum(parameter.numel() for _, parameter in model.part_parameters(part))
         typer.echo(f"{part:10} {count / 1e6:,.1f} M parameters")
     typer.echo(f"saved      {out}")
-
-
-def _check_out(out: Path, overwrite: bool) -> None:
-    if out.is_file():
-        raise NotADirectoryError(f"--out {out} is a file: give a folder")
-    if not out.exists() or not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise ValueError(f"--out {out} is not empty: choose another folder, or --overwrite")
-    if not (out / "config.json").is_file():
-        raise ValueError(f"--out {out} holds something that is no model; --overwrite replaces models only")
-
-
-def save(model: Any, processor: Any, out: Path) -> None:
-    """Write model and processor to a folder that appears whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        model.save_pretrained(scratch)
-        processor.save_pretrained(scratch)
-        scratch.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(scratch, out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

@@ -14,7 +14,8 @@ from florence_vl.convert.layouts import LAYOUTS, Source, detect, read_config
 from florence_vl.convert.llm import convert_gguf, find_gguf
 from florence_vl.convert.plan import Plan
 from florence_vl.convert.processors import ReleasedProcessor
-from florence_vl.convert.shards import Checkpoint, Progress, check_destination, parse_size
+from florence_vl.convert.shards import Checkpoint, Progress, parse_size
+from florence_vl.files import check_destination
 from florence_vl.registry import did_you_mean
 
 TARGETS = ("native", "original", "vision-tower")
@@ -116,8 +117,9 @@ def convert(
         raise ValueError(f"unknown target {to!r}. {did_you_mean(to, TARGETS)}")
     target = Path(destination).expanduser()
     max_bytes = parse_size(max_shard_size)
-    check_destination(target, overwrite)
+    check_destination(target, overwrite=overwrite)
     path = resolve(source, revision)
+    check_destination(target, overwrite=overwrite, sources=[path])
     gguf = find_gguf(path)
     if gguf is not None:
         if to != "native":
@@ -126,8 +128,6 @@ def convert(
         convert_gguf(gguf, target, overwrite, license)
         return {"source": str(gguf), "source_layout": "gguf", "written": "transformers LLM, float32", "dropped": {}}
     opened = open_source(path)
-    if path.resolve() == target.resolve():
-        raise ValueError(f"source and destination are the same folder, {path}")
     plan = make_plan(opened, to, tower, decoder, tokenizer, template)
     plan.source = str(source)
     is_florence_vl = plan.kind == "Florence-VL"

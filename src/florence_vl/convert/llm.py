@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from florence_vl.convert.card import write_llm_card
-from florence_vl.convert.shards import atomic_folder, check_destination, check_disk_space
+from florence_vl.convert.shards import check_disk_space
+from florence_vl.files import atomic_folder, check_destination
 
 MAGIC = b"GGUF"
 
@@ -45,7 +46,7 @@ def convert_gguf(source: Path, destination: Path, overwrite: bool = False, licen
 
     from florence_vl.model.packaged import convert_gguf_llm
 
-    check_destination(destination, overwrite)
+    check_destination(destination, overwrite=overwrite, sources=[source])
     try:
         reader = gguf.GGUFReader(source)
         parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
@@ -56,7 +57,7 @@ def convert_gguf(source: Path, destination: Path, overwrite: bool = False, licen
             f"{source}: truncated or damaged gguf ({error}); it has {source.stat().st_size} bytes, fetch it again"
         ) from error
     check_disk_space(destination, 4 * parameters)
-    with atomic_folder(destination, overwrite) as folder:
+    with atomic_folder(destination, overwrite=overwrite, sources=[source]) as folder:
         try:
             convert_gguf_llm(source, folder)
         except (ValueError, KeyError) as error:

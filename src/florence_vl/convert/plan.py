@@ -17,13 +17,13 @@ from florence_vl.convert.shards import (
     Checkpoint,
     Output,
     Progress,
-    atomic_folder,
     check_disk_space,
     few,
     write_json,
     write_safetensors,
     write_shards,
 )
+from florence_vl.files import atomic_folder
 
 ORIGINAL_FOLDER = "original"  # inside a converted folder: what only the source's own layout has a place for
 DROPPED_FILE = "dropped_tensors.safetensors"
@@ -227,7 +227,7 @@ class Plan:
         if not keep_dropped:
             self.side = []
         check_disk_space(destination, self.nbytes + OTHER_FILES_BYTES)
-        with atomic_folder(destination, overwrite) as folder:
+        with atomic_folder(destination, overwrite=overwrite) as folder:
             for write in self.files:
                 write(folder)
             write_shards(folder, [move.output() for move in self.moves], max_shard_bytes, progress)

@@ -12,10 +12,8 @@ import pickle
 import re
 import shutil
 import struct
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -391,42 +389,6 @@ def check_disk_space(folder: Path, needed: int) -> None:
         raise ValueError(
             f"{folder}: too little disk: {needed / GIB:.2f} GiB are needed, {free / GIB:.2f} GiB are free under {place}"
         )
-
-
-@contextmanager
-def atomic_folder(destination: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `destination` that takes its name when the block ends well, and vanishes otherwise.
-
-    Raises:
-        ValueError: The destination exists, isn't an empty folder and `overwrite` is false.
-    """
-    check_destination(destination, overwrite)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = destination.parent / f".{destination.name}.{uuid.uuid4().hex[:8]}.partial"
-    partial.mkdir()
-    try:
-        yield partial
-        if destination.exists():
-            old = partial.with_suffix(".old")
-            os.replace(destination, old)
-            os.replace(partial, destination)
-            shutil.rmtree(old)
-        else:
-            os.replace(partial, destination)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def check_destination(destination: Path, overwrite: bool = False) -> None:
-    """Refuse a destination that is taken.
-
-    Raises:
-        ValueError: It is a file, or a folder with content and `overwrite` is false.
-    """
-    if destination.is_file():
-        raise ValueError(f"{destination} is a file; name a folder")
-    if destination.is_dir() and any(destination.iterdir()) and not overwrite:
-        raise ValueError(f"{destination} exists and isn't empty; pass --overwrite or name another folder")
 
 
 def few(names: Sequence[str], limit: int = 5) -> str:

@@ -6,18 +6,14 @@ Groups: `florence_vl.models` (whole Florence-VLs), `florence_vl.vision`, `floren
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from florence_vl.files import cache_dir
+from florence_vl.files import atomic_folder, cache_dir, sha256
 from florence_vl.registry import plugins
 
 MARKER = "converted.json"  # written last: a folder without it was interrupted
@@ -61,15 +57,6 @@ class PackagedPart:
             if path.is_file():
                 return path
         return None
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def is_converted(part: PackagedPart) -> bool:
@@ -133,20 +120,13 @@ def cached(folder: Path, source_sha256: str, about: dict[str, str], make: Callab
     with FileLock(folder.with_name(folder.name + ".lock")):
         if _is_whole(folder, source_sha256):
             return folder
-        scratch = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
-        try:
+        with atomic_folder(folder, overwrite=True, owned=lambda _: True) as scratch:
             make(scratch)
             for path in scratch.iterdir():
                 path.chmod(0o644)
             files = {path.name: path.stat().st_size for path in sorted(scratch.iterdir())}
             marker = {**about, "source_sha256": source_sha256, "files": files}
             (scratch / MARKER).write_text(json.dumps(marker, indent=2))
-            scratch.chmod(0o755)
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(scratch, folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import florence_vl_mini
-from florence_vl.files import cache_dir
-from florence_vl.model.packaged import MARKER, Packaged, PackagedPart, cached, convert_gguf_llm, converted, sha256
+from florence_vl.files import cache_dir, sha256
+from florence_vl.model.packaged import MARKER, Packaged, PackagedPart, cached, convert_gguf_llm, converted
 
 if TYPE_CHECKING:
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
