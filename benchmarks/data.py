@@ -162,13 +162,13 @@ def bench_encode(records: int, pixels: int, workers: list[int]) -> None:
     import torch
     from PIL import Image
 
-    from florence_vl.data.encode import Encoder
+    from florence_vl.data.encode import RecordEncoder
     from florence_vl.data.mixture import Mixture, MixtureSource
-    from florence_vl.data.packing import PackingConfig, build_batches
+    from florence_vl.data.packing import BatchLayout, build_batches
     from florence_vl.model.tiny import tiny_processor
 
     torch.set_num_threads(1)
-    encoder = Encoder(tiny_processor(image_size=pixels))
+    encoder = RecordEncoder(tiny_processor(image_size=pixels))
     made = JpegRecords(records)
     sample = [made[i] for i in range(min(records, 32))]
 
@@ -194,7 +194,7 @@ def bench_encode(records: int, pixels: int, workers: list[int]) -> None:
         print(f"{name:30} {len(sample) / seconds:9.1f} records a CPU second  {base / seconds:6.2f} of PIL alone")
     first = None
     for number in workers:
-        config = PackingConfig(tokens_per_row=4096, global_batch_size=1, window=64)
+        config = BatchLayout(tokens_per_row=4096, global_batch_size=1, window=64)
         batches = build_batches(Mixture([MixtureSource("made", made)]), encoder, config, num_workers=number)
         next(batches)
         start, count = time.perf_counter(), 0

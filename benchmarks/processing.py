@@ -16,7 +16,7 @@ from common import side_by_side
 from PIL import Image
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from florence_vl.data.encode import Encoder
+from florence_vl.data.encode import RecordEncoder
 from florence_vl.data.records import Record
 from florence_vl.model.image_processing import FlorenceVLImageProcessor, open_image
 from florence_vl.model.tiny import tiny_processor
@@ -71,7 +71,7 @@ def main() -> None:
     buffer = io.BytesIO()
     picture(800, 600).save(buffer, "JPEG", quality=85)
     processor = tiny_processor(image_size=768)
-    encode = Encoder(processor)
+    encode = RecordEncoder(processor)
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe the image in detail."}]}
     answer = {"role": "assistant", "content": "The image shows a house and a car on a street. " * 10}
     record = Record("1", "benchmark", [user, answer], [buffer.getvalue()])

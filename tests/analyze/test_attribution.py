@@ -52,14 +52,14 @@ def test_a_feature_that_the_projector_ignores_contributes_nothing(picture, fusio
 def test_likelihood_is_the_models_own(picture):
     model, processor = tiny_model()
     result = attribute(model, processor, picture, QUESTION, ANSWER)
-    from florence_vl.data.encode import Encoder
+    from florence_vl.data.encode import RecordEncoder
     from florence_vl.data.records import Record, image_part, text_part
 
     messages = [
         {"role": "user", "content": [image_part(), text_part(QUESTION)]},
         {"role": "assistant", "content": [text_part(ANSWER)]},
     ]
-    sample = Encoder(processor)(Record("r", "s", messages, [picture]))
+    sample = RecordEncoder(processor)(Record("r", "s", messages, [picture]))
     ids, labels = (torch.as_tensor(x)[None] for x in (sample.input_ids, sample.labels))
     with torch.no_grad():
         logits = model(input_ids=ids, pixel_values=sample.pixel_values).logits[0, :-1].log_softmax(-1)

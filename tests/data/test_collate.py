@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from florence_vl.data.collate import FlorenceVLCollator, PackedCollator, PaddedCollator, num_supervised
-from florence_vl.data.encode import Encoder, Sample
+from florence_vl.data.encode import RecordEncoder, Sample
 from florence_vl.data.records import BadRecord, Record
 from florence_vl.model.tiny import tiny_model
 
@@ -169,7 +169,7 @@ def test_wrong_use(make, message):
 
 def test_packed_and_padded_images_through_the_model(tiny):
     model, processor = tiny
-    samples = [Encoder(processor)(record) for record in records(1, 0, 2)]
+    samples = [RecordEncoder(processor)(record) for record in records(1, 0, 2)]
     pad = processor.tokenizer.pad_token_id
     with torch.no_grad():
         alone = [model(input_ids=s.input_ids[None], pixel_values=s.pixel_values).logits[0] for s in samples]
@@ -185,7 +185,7 @@ def test_packed_and_padded_images_through_the_model(tiny):
 
 def test_collator_of_raw_records(tiny):
     model, processor = tiny
-    encode = Encoder(processor)
+    encode = RecordEncoder(processor)
     raw = records(1, 0, 2)
     batch = FlorenceVLCollator(encode)(raw)
     expected = PaddedCollator(processor.tokenizer.pad_token_id)([encode(record) for record in raw])
@@ -212,7 +212,7 @@ def test_collator_of_table_rows(tiny):
         for record in raw
     ]
     table = Dataset.from_list(rows, features=features)
-    collate = FlorenceVLCollator(Encoder(processor))
+    collate = FlorenceVLCollator(RecordEncoder(processor))
     expected = collate(raw)
     for got in (
         collate([table[0], table[1]]),
@@ -242,12 +242,12 @@ def test_bad_rows_raise_or_are_reported(tiny):
     good = records(1)[0]
     bad = Record("x", "s", good.messages, [b"broken"])
     with pytest.raises(BadRecord, match="record 'x'"):
-        FlorenceVLCollator(Encoder(processor))([good, bad])
+        FlorenceVLCollator(RecordEncoder(processor))([good, bad])
     seen = []
-    collate = FlorenceVLCollator(Encoder(processor), on_bad=seen.append)
+    collate = FlorenceVLCollator(RecordEncoder(processor), on_bad=seen.append)
     assert len(collate([bad, good])["input_ids"]) == 1
     assert [error.kind for error in seen] == ["image"]
     with pytest.raises(BadRecord, match="all 2 rows"):
         collate([bad, bad])
     with pytest.raises(BadRecord, match="no 'messages'"):
-        FlorenceVLCollator(Encoder(processor))([{"text": "hello"}])
+        FlorenceVLCollator(RecordEncoder(processor))([{"text": "hello"}])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from florence_vl.data.encode import Encoder
+from florence_vl.data.encode import RecordEncoder
 from florence_vl.data.records import BadRecord, ImageRef, Record
 from florence_vl.model.tiny import tiny_processor
 
@@ -35,7 +35,7 @@ def turns(*pairs, images=0):
 
 def test_sample(processor):
     record = Record("7", "set", turns(("What?", "A car."), images=2), [png(), png((0, 0, 255))])
-    sample = Encoder(processor)(record)
+    sample = RecordEncoder(processor)(record)
     assert (sample.id, sample.source, sample.num_images) == ("7", "set", 2)
     assert sample.input_ids.dtype == sample.labels.dtype == torch.int64
     assert len(sample) == len(sample.input_ids) == len(sample.labels)
@@ -43,7 +43,7 @@ def test_sample(processor):
     assert sample.num_supervised == len(processor.tokenizer("A car.<|im_end|>")["input_ids"])
     expected = processor.image_processor([Image.open(io.BytesIO(i)) for i in record.images], return_tensors="pt")
     assert torch.equal(sample.pixel_values, expected["pixel_values"])
-    text_only = Encoder(processor)(Record("8", "set", turns(("What?", "A car.")), []))
+    text_only = RecordEncoder(processor)(Record("8", "set", turns(("What?", "A car.")), []))
     assert text_only.pixel_values is None
     assert text_only.num_images == 0
 
@@ -55,7 +55,7 @@ def test_image_tokens_stand_where_the_images_do(processor):
         {"role": "user", "content": [{"type": "image"}, {"type": "image"}]},
         {"role": "assistant", "content": "d"},
     ]
-    ids = Encoder(processor).tokenize(Record("1", "s", messages, [png()] * 3))[0]
+    ids = RecordEncoder(processor).tokenize(Record("1", "s", messages, [png()] * 3))[0]
     image = "<image>" * 4 + "\n"
     assert processor.tokenizer.decode(ids) == (
         f"<|im_start|>user\na{image}b<|im_end|>\n<|im_start|>assistant\nc<|im_end|>\n"
@@ -69,7 +69,7 @@ def test_image_sources(processor, tmp_path):
     (tmp_path / "all.tar").write_bytes(b"head" + data + b"tail")
     sources = [data, tmp_path / "a.png", str(tmp_path / "a.png"), Image.open(io.BytesIO(data))]
     sources.append(ImageRef(str(tmp_path / "all.tar"), 4, len(data)))
-    encode = Encoder(processor)
+    encode = RecordEncoder(processor)
     expected = encode(Record("1", "s", turns(("?", "!"), images=1), [data])).pixel_values
     for source in sources:
         assert torch.equal(encode(Record("1", "s", turns(("?", "!"), images=1), [source])).pixel_values, expected)
@@ -77,10 +77,10 @@ def test_image_sources(processor, tmp_path):
 
 def test_named_template_leaves_the_processors_alone(processor):
     before = processor.chat_template
-    plain = Encoder(processor, template="plain")
+    plain = RecordEncoder(processor, template="plain")
     ids = plain.tokenize(Record("1", "s", turns(("Describe it.", "A car."), images=1), [png()]))[0]
     assert processor.tokenizer.decode(ids) == "<image>" * 4 + "A car.<|im_end|>"
-    newline = Encoder(processor, template="plain", template_options={"end": "newline"})
+    newline = RecordEncoder(processor, template="plain", template_options={"end": "newline"})
     ids = newline.tokenize(Record("1", "s", turns(("Describe it.", "A car."), images=1), [png()]))[0]
     assert processor.tokenizer.decode(ids) == "<image>" * 4 + "A car.\n"
     assert processor.chat_template == before
@@ -112,7 +112,7 @@ def test_named_template_leaves_the_processors_alone(processor):
 )
 def test_bad_records_have_a_kind_and_name_the_record(processor, kind, messages, images, text):
     with pytest.raises(BadRecord, match=text) as caught:
-        Encoder(processor)(Record("r9", "set", messages, images))
+        RecordEncoder(processor)(Record("r9", "set", messages, images))
     assert caught.value.kind == kind
     assert "r9" in str(caught.value)
     assert pickle.loads(pickle.dumps(caught.value)).kind == kind  # crosses worker processes
@@ -126,7 +126,7 @@ def test_unknown_kind_of_bad_record():
 def test_the_record_is_not_changed(processor):
     record = Record("1", "s", turns(("a", "b"), images=1), [png()])
     before = repr(record.messages)
-    Encoder(processor)(record)
+    RecordEncoder(processor)(record)
     assert repr(record.messages) == before
 
 
@@ -137,22 +137,22 @@ LONG = turns(("First question", "First answer"), ("Second", "Second answer"), ("
 
 def test_on_long_error_stops_with_both_numbers(processor):
     record = Record("1", "s", LONG, [png()])
-    length = Encoder(processor).length(record)
-    assert Encoder(processor, max_length=length).length(record) == length
+    length = RecordEncoder(processor).length(record)
+    assert RecordEncoder(processor, max_length=length).length(record) == length
     with pytest.raises(ValueError, match=f"{length} tokens, more than max_length={length - 1}") as caught:
-        Encoder(processor, max_length=length - 1)(record)
+        RecordEncoder(processor, max_length=length - 1)(record)
     assert not isinstance(caught.value, BadRecord)
 
 
 def test_on_long_drop_is_a_bad_record(processor):
     with pytest.raises(BadRecord) as caught:
-        Encoder(processor, max_length=20, on_long="drop")(Record("1", "s", LONG, [png()]))
+        RecordEncoder(processor, max_length=20, on_long="drop")(Record("1", "s", LONG, [png()]))
     assert caught.value.kind == "too_long"
 
 
 def test_truncate_turns_drops_whole_last_turns(processor):
     record = Record("1", "s", LONG, [png()])
-    lengths = [Encoder(processor).length(Record("1", "s", LONG[: 2 * n], [png()])) for n in (1, 2, 3)]
+    lengths = [RecordEncoder(processor).length(Record("1", "s", LONG[: 2 * n], [png()])) for n in (1, 2, 3)]
     for limit, expected in [
         (lengths[2], 3),
         (lengths[2] - 1, 2),
@@ -160,20 +160,20 @@ def test_truncate_turns_drops_whole_last_turns(processor):
         (lengths[1] - 1, 1),
         (lengths[0], 1),
     ]:
-        sample = Encoder(processor, max_length=limit, on_long="truncate_turns")(record)
-        whole = Encoder(processor)(Record("1", "s", LONG[: 2 * expected], [png()]))
+        sample = RecordEncoder(processor, max_length=limit, on_long="truncate_turns")(record)
+        whole = RecordEncoder(processor)(Record("1", "s", LONG[: 2 * expected], [png()]))
         assert sample.input_ids.tolist() == whole.input_ids.tolist()
         assert sample.labels.tolist() == whole.labels.tolist()
     with pytest.raises(BadRecord, match="max_length") as caught:
-        Encoder(processor, max_length=lengths[0] - 1, on_long="truncate_turns")(record)
+        RecordEncoder(processor, max_length=lengths[0] - 1, on_long="truncate_turns")(record)
     assert caught.value.kind == "too_long"
 
 
 def test_images_of_dropped_turns_are_dropped_and_not_read(processor):
     messages = [*turns(("One", "1"), images=1), *turns(("Two", "2" * 60), images=2)]
     record = Record("1", "s", messages, [png((1, 2, 3)), b"broken", b"broken"])
-    limit = Encoder(processor).length(Record("1", "s", messages[:2], [png()]))
-    sample = Encoder(processor, max_length=limit, on_long="truncate_turns")(record)
+    limit = RecordEncoder(processor).length(Record("1", "s", messages[:2], [png()]))
+    sample = RecordEncoder(processor, max_length=limit, on_long="truncate_turns")(record)
     assert sample.num_images == 1
     assert int((sample.input_ids == processor.image_token_id).sum()) == 4
     assert torch.equal(
@@ -194,18 +194,18 @@ def test_images_of_dropped_turns_are_dropped_and_not_read(processor):
 )
 def test_wrong_options(processor, options, text):
     with pytest.raises(ValueError, match=text):
-        Encoder(processor, **options)
+        RecordEncoder(processor, **options)
 
 
 def test_templates_without_generation_marks_are_refused():
     processor = tiny_processor()
     processor.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(ValueError, match="generation"):
-        Encoder(processor)
+        RecordEncoder(processor)
 
 
 def test_threads_and_processes(processor):
-    encode = Encoder(processor)
+    encode = RecordEncoder(processor)
     records = [Record(str(i), "s", turns((f"Q{i}" * i, f"A{i}")), []) for i in range(24)]
     alone = [encode(record) for record in records]
     with ThreadPoolExecutor(4) as pool:

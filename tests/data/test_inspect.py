@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from florence_vl.cli.main import main
-from florence_vl.data.encode import Encoder
+from florence_vl.data.encode import RecordEncoder
 from florence_vl.data.inspect import collect_stats, histogram, html_page, inspect_records, plain_text, rich_text
 from florence_vl.data.readers import open_reader
 from florence_vl.model.tiny import tiny_processor
@@ -19,7 +19,7 @@ from florence_vl.model.tiny import tiny_processor
 
 @pytest.fixture(scope="module")
 def encoder():
-    return Encoder(tiny_processor(), max_length=120, on_long="drop")
+    return RecordEncoder(tiny_processor(), max_length=120, on_long="drop")
 
 
 @pytest.fixture(autouse=True)

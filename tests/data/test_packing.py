@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from florence_vl.data.encode import Encoder
+from florence_vl.data.encode import RecordEncoder
 from florence_vl.data.mixture import Mixture, MixtureSource
 from florence_vl.data.packing import (
-    PackingConfig,
+    BatchLayout,
     WindowPlanner,
     build_batches,
     estimate_steps,
@@ -56,26 +60,33 @@ def test_first_fit_on_known_lengths():
         pack_first_fit([1, 11], [0, 0], 10, 2)
 
 
-def png(color):
+def png(color: tuple[int, int, int]) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (9, 5), color).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 class Made:
-    """Records of varied length with 0, 1 or 2 images; some are bad in the ways given."""
+    """A reader of records of varied length with 0, 1 or 2 images; some are bad in the ways given.
 
-    def __init__(self, size=60, bad=None, offset=0):
-        self.size, self.bad, self.offset = size, bad or {}, offset
+    Args:
+        size: Number of records.
+        bad: Index -> kind of bad record.
+        offset: Number of the first record.
+        block: Records that should be read together.
+    """
 
-    def __len__(self):
+    def __init__(self, size: int = 60, bad: dict[int, str] | None = None, offset: int = 0, block: int = 1) -> None:
+        self.size, self.bad, self.offset, self.block = size, bad or {}, offset, block
+
+    def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Any:
         number = index + self.offset
-        images = [png((number % 256, i, 7)) for i in range(number % 3)]
+        images: list[Any] = [png((number % 256, i, 7)) for i in range(number % 3)]
         words = "car house dog " * (1 + number * 7 % 11)
-        messages = [
+        messages: list[dict[str, Any]] = [
             {"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": f"Q{number}?"}]},
             {"role": "assistant", "content": [{"type": "text", "text": f"{words}{number}"}]},
         ]
@@ -97,20 +108,69 @@ def parts():
 
 @pytest.fixture(scope="module")
 def encoder(parts):
-    return Encoder(parts[1], max_length=200, on_long="drop")
+    return RecordEncoder(parts[1], max_length=200, on_long="drop")
 
 
-def mixture_of(**options):
-    return Mixture([MixtureSource("a", Made(**options)), MixtureSource("b", Made(31, offset=1000), 2.0)], seed=5)
+def mixture_of(weighting="repeats", shuffle=True, **options):
+    sources = [MixtureSource("a", Made(**options)), MixtureSource("b", Made(31, offset=1000), 2.0)]
+    return Mixture(sources, weighting, seed=5, shuffle=shuffle)
 
 
-PACKED = PackingConfig(tokens_per_row=200, max_images_per_row=3, batch_size=1, global_batch_size=4, window=16)
-PADDED = PackingConfig(mode="padded", batch_size=2, global_batch_size=8, window=16)
+PACKED = BatchLayout(tokens_per_row=200, max_images_per_row=3, batch_size=1, global_batch_size=4, window=16)
+PADDED = BatchLayout(mode="padded", batch_size=2, global_batch_size=8, window=16)
+
+
+SMALL_PACKED = {"tokens_per_row": 200, "max_images_per_row": 3, "batch_size": 2, "global_batch_size": 4, "window": 16}
+SMALL_PADDED = {"mode": "padded", "batch_size": 2, "global_batch_size": 8, "window": 16}
+BAD = {3: "image", 4: "unsupervised", 5: "too_long", 9: "image"}
+
+ORDER_STEPS = 6
+# name -> (layout, arguments of `mixture_of`, rank, processes, first step)
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int, int, int]] = {
+    "packed": (SMALL_PACKED, {}, 0, 1, 0),
+    "packed, rank 1 of 2": (SMALL_PACKED, {}, 1, 2, 0),
+    "packed, from step 3": (SMALL_PACKED, {}, 0, 1, 3),
+    "packed, fixed length": ({**SMALL_PACKED, "pad_to_max_length": True}, {}, 0, 1, 0),
+    "packed, bad records": ({**SMALL_PACKED, "max_bad_share": 0.5}, {"bad": BAD}, 0, 1, 0),
+    "packed, proportions": (SMALL_PACKED, {"weighting": "proportions"}, 0, 1, 0),
+    "packed, blocks": (SMALL_PACKED, {"block": 8}, 0, 1, 0),
+    "padded": (SMALL_PADDED, {}, 0, 1, 0),
+    "padded, rank 3 of 4": (SMALL_PADDED, {}, 3, 4, 0),
+    "padded, from step 3": (SMALL_PADDED, {}, 0, 1, 3),
+    "padded, not grouped": ({**SMALL_PADDED, "group_by_length": False}, {}, 0, 1, 0),
+    "padded, not shuffled": ({**SMALL_PADDED, "group_by_length": False}, {"shuffle": False}, 0, 1, 0),
+    "padded, bad records": ({**SMALL_PADDED, "max_bad_share": 0.5}, {"bad": BAD}, 0, 1, 0),
+}
+
+
+def digest(batches: Iterable[tuple[dict[str, Any], list[tuple[str, str]]]]) -> str:
+    """Of batches and the names of their samples: ids, labels, positions, masks and the images' shapes."""
+    state = hashlib.sha256()
+    for batch, ids in batches:
+        state.update(repr(ids).encode())
+        for name in sorted(batch):
+            value = batch[name]
+            state.update(f"{name} {tuple(value.shape)}".encode())
+            if name != "pixel_values":
+                state.update(value.numpy().tobytes())
+    return state.hexdigest()[:16]
 
 
 def take(batches, steps):
     """[(batch, ids)] of so many steps."""
     return [(next(batches), list(batches.ids)) for _ in range(steps * batches.batches_per_rank)]
+
+
+@pytest.mark.parametrize(("name", "workers"), [*((name, 0) for name in CASES), ("packed", 2), ("padded", 2)])
+def test_the_order_of_the_stream_is_written_down(encoder, name, workers):
+    """A change of these digests breaks the resuming of every run."""
+    layout, mixed, rank, world, start = CASES[name]
+    batches = build_batches(
+        mixture_of(**mixed), encoder, BatchLayout(**layout), 3, rank, world, start, num_workers=workers
+    )
+    found = digest(take(batches, ORDER_STEPS))
+    batches.close()
+    assert found == json.loads(Path(__file__).with_name("stream_order.json").read_text())[name]
 
 
 def equal(left, right):
@@ -192,7 +252,7 @@ def test_a_step_holds_the_same_samples_for_every_world_size(encoder, config, wor
 def test_bad_records_are_counted_listed_and_skipped(encoder, tmp_path):
     bad = {3: "image", 4: "unsupervised", 5: "too_long", 9: "image"}
     path = tmp_path / "run" / "bad.jsonl"
-    config = PackingConfig(
+    config = BatchLayout(
         tokens_per_row=200, global_batch_size=2, window=16, bad_records_file=str(path), max_bad_share=0.5
     )
     mixture = Mixture([MixtureSource("set", Made(48, bad))])
@@ -218,7 +278,7 @@ def test_bad_records_are_counted_listed_and_skipped(encoder, tmp_path):
 
 def test_too_much_bad_data_stops_the_run(encoder, tmp_path):
     bad = dict.fromkeys(range(0, 60, 4), "unsupervised")
-    config = PackingConfig(tokens_per_row=200, window=16, max_bad_share=0.1, min_records=40)
+    config = BatchLayout(tokens_per_row=200, window=16, max_bad_share=0.1, min_records=40)
     batches = build_batches(Mixture([MixtureSource("set", Made(60, bad))]), encoder, config)
     with pytest.raises(ValueError, match=r"of \d+ records are bad .*allows 10\.0%.*unsupervised in set.*The last"):
         take(batches, 30)
@@ -226,8 +286,8 @@ def test_too_much_bad_data_stops_the_run(encoder, tmp_path):
 
 
 def test_a_batch_whose_images_are_all_broken_teaches_nothing_but_comes(encoder):
-    config = PackingConfig(tokens_per_row=200, global_batch_size=1, window=4, max_bad_share=1.0)
-    for mode in (config, PackingConfig(mode="padded", batch_size=1, global_batch_size=1, window=4, max_bad_share=1.0)):
+    config = BatchLayout(tokens_per_row=200, global_batch_size=1, window=4, max_bad_share=1.0)
+    for mode in (config, BatchLayout(mode="padded", batch_size=1, global_batch_size=1, window=4, max_bad_share=1.0)):
         mixture = Mixture([MixtureSource("set", Made(4, dict.fromkeys(range(4), "image")))])
         batch = next(build_batches(mixture, encoder, mode))
         assert batch["input_ids"].shape == (1, 1)
@@ -238,21 +298,21 @@ def test_a_batch_whose_images_are_all_broken_teaches_nothing_but_comes(encoder):
 def test_endless_bad_windows_end(encoder):
     mixture = Mixture([MixtureSource("set", Made(4, dict.fromkeys(range(4), "unsupervised")))])
     with pytest.raises(ValueError, match="100 records in a row are bad; the last: "):
-        next(build_batches(mixture, encoder, PackingConfig(tokens_per_row=200, window=1, min_records=10**9)))
+        next(build_batches(mixture, encoder, BatchLayout(tokens_per_row=200, window=1, min_records=10**9)))
 
 
 def test_samples_longer_than_a_row(parts, encoder):
-    config = PackingConfig(tokens_per_row=60, global_batch_size=1, window=16, max_bad_share=1.0)
-    strict = Encoder(parts[1])
+    config = BatchLayout(tokens_per_row=60, global_batch_size=1, window=16, max_bad_share=1.0)
+    strict = RecordEncoder(parts[1])
     mixture = mixture_of()
     with pytest.raises(ValueError, match=r"tokens, more than packing\.tokens_per_row=60\. Raise it"):
         take(build_batches(mixture, strict, config), 20)
-    dropping = build_batches(mixture, Encoder(parts[1], on_long="drop"), config)
+    dropping = build_batches(mixture, RecordEncoder(parts[1], on_long="drop"), config)
     take(dropping, 5)
     assert {kind for kind, _ in dropping.report().bad} == {"too_long"}
     with pytest.raises(ValueError, match=r"max_length 200 exceeds packing\.tokens_per_row 60"):
         build_batches(mixture, encoder, config)
-    images = PackingConfig(tokens_per_row=200, max_images_per_row=1, global_batch_size=1, max_bad_share=1.0, window=16)
+    images = BatchLayout(tokens_per_row=200, max_images_per_row=1, global_batch_size=1, max_bad_share=1.0, window=16)
     limited = build_batches(mixture, encoder, images)
     assert all("pixel_values" not in b or len(b["pixel_values"]) == 1 for b, _ in take(limited, 5))
     assert limited.report().num_bad > 0
@@ -260,8 +320,8 @@ def test_samples_longer_than_a_row(parts, encoder):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_user_errors_in_workers_arrive_as_they_are(parts, workers):
-    config = PackingConfig(tokens_per_row=60, global_batch_size=1, window=16)
-    batches = build_batches(mixture_of(), Encoder(parts[1]), config, num_workers=workers)
+    config = BatchLayout(tokens_per_row=60, global_batch_size=1, window=16)
+    batches = build_batches(mixture_of(), RecordEncoder(parts[1]), config, num_workers=workers)
     with pytest.raises(
         ValueError, match=r"^record .* more than packing\.tokens_per_row=60\. Raise it, or set on_long to drop$"
     ):
@@ -272,7 +332,7 @@ def test_user_errors_in_workers_arrive_as_they_are(parts, workers):
 def test_length_grouping_pads_less(encoder):
     efficiency = {}
     for group in (True, False):
-        config = PackingConfig(mode="padded", batch_size=4, global_batch_size=4, window=64, group_by_length=group)
+        config = BatchLayout(mode="padded", batch_size=4, global_batch_size=4, window=64, group_by_length=group)
         batches = build_batches(mixture_of(), encoder, config)
         take(batches, 16)
         efficiency[group] = batches.report().efficiency
@@ -280,7 +340,7 @@ def test_length_grouping_pads_less(encoder):
 
 
 def test_fixed_shapes_for_compilers(encoder):
-    config = PackingConfig(tokens_per_row=256, global_batch_size=2, batch_size=2, window=16, pad_to_max_length=True)
+    config = BatchLayout(tokens_per_row=256, global_batch_size=2, batch_size=2, window=16, pad_to_max_length=True)
     assert {tuple(b["input_ids"].shape) for b, _ in take(build_batches(mixture_of(), encoder, config), 4)} == {(2, 256)}
 
 
@@ -290,7 +350,7 @@ def test_fixed_shapes_for_compilers(encoder):
 def test_other_samples_logits_do_not_move(encoder, attention):
     model, _ = tiny_model()
     model.set_attn_implementation({"text_config": attention})
-    config = PackingConfig(tokens_per_row=400, max_images_per_row=6, global_batch_size=1, window=16)
+    config = BatchLayout(tokens_per_row=400, max_images_per_row=6, global_batch_size=1, window=16)
     batch = next(build_batches(mixture_of(), encoder, config))
     starts = [*(batch["position_ids"][0] == 0).nonzero()[:, 0].tolist(), batch["input_ids"].shape[1]]
     assert len(starts) >= 4
@@ -339,7 +399,7 @@ def test_the_data_does_not_touch_the_random_state(encoder):
 )
 def test_wrong_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        PackingConfig(**options)
+        BatchLayout(**options)
 
 
 def test_wrong_worlds_and_states_are_refused(encoder):
@@ -354,7 +414,7 @@ def test_wrong_worlds_and_states_are_refused(encoder):
         build_batches(
             mixture_of(),
             encoder,
-            PackingConfig(tokens_per_row=220, max_images_per_row=3, global_batch_size=4, window=16),
+            BatchLayout(tokens_per_row=220, max_images_per_row=3, global_batch_size=4, window=16),
             start_step=1,
             state=state,
         )

@@ -13,21 +13,21 @@ from PIL import Image
 
 pytest.importorskip("megatron.energon", reason="needs the extra [stream]")
 
-from florence_vl.data.encode import Encoder
-from florence_vl.data.layout import PackingConfig
+from florence_vl.data.encode import RecordEncoder
+from florence_vl.data.layout import BatchLayout
 from florence_vl.data.packing import merge_states
 from florence_vl.data.readers import Filter
 from florence_vl.data.stream import build_stream, prepare_shards
 from florence_vl.model.tiny import tiny_processor
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument")
-PACKED = PackingConfig(tokens_per_row=200, max_images_per_row=4, global_batch_size=2, window=8, max_bad_share=0.5)
-PADDED = PackingConfig(mode="padded", batch_size=2, global_batch_size=4, window=8, max_bad_share=0.5)
+PACKED = BatchLayout(tokens_per_row=200, max_images_per_row=4, global_batch_size=2, window=8, max_bad_share=0.5)
+PADDED = BatchLayout(mode="padded", batch_size=2, global_batch_size=4, window=8, max_bad_share=0.5)
 
 
 @pytest.fixture(scope="module")
 def encoder():
-    return Encoder(tiny_processor(), max_length=200, on_long="drop")
+    return RecordEncoder(tiny_processor(), max_length=200, on_long="drop")
 
 
 @pytest.fixture(scope="module")

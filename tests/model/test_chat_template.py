@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from florence_vl.data.encode import Encoder
+from florence_vl.data.encode import RecordEncoder
 from florence_vl.data.records import Record
 from florence_vl.model.chat_template import (
     CHAT_TEMPLATES,
@@ -90,7 +90,7 @@ def answers(messages):
 def test_supervised_text_is_exactly_the_answers(name, case):
     messages = CONVERSATIONS[case]
     processor = tiny_processor(template=name)
-    sample = Encoder(processor)(record(*messages))
+    sample = RecordEncoder(processor)(record(*messages))
     template = CHAT_TEMPLATES[name]
     end = template.end_text(processor.tokenizer)
     got = processor.tokenizer.decode(sample.labels[sample.labels != -100])
@@ -137,7 +137,7 @@ def sentencepiece_processor(name):
 def test_sentencepiece_tokenizers(name, case):
     messages = CONVERSATIONS[case]
     processor = sentencepiece_processor(name)
-    sample = Encoder(processor)(record(*messages))
+    sample = RecordEncoder(processor)(record(*messages))
     end = CHAT_TEMPLATES[name].end
     end_id = processor.tokenizer.convert_tokens_to_ids(end)
     got, answer = [], []
@@ -165,7 +165,7 @@ def test_encoder_equals_transformers_chat_template(name, case):
     out = processor.apply_chat_template(
         shown, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
     )
-    sample = Encoder(processor)(record(*messages))
+    sample = RecordEncoder(processor)(record(*messages))
     assert out["input_ids"][0].tolist() == sample.input_ids.tolist()
     assert out["assistant_masks"][0].tolist() == (sample.labels != -100).int().tolist()
 
@@ -177,7 +177,7 @@ def test_training_text_starts_with_the_generation_prompt(name, case):
     processor = tiny_processor(template=name)
     messages = CONVERSATIONS[case]
     last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
-    encode = Encoder(processor)
+    encode = RecordEncoder(processor)
     ids = encode(record(*messages[: last + 1])).input_ids.tolist()
     shown = [
         {**m, "content": [{**p, "image": picture()} if p["type"] == "image" else p for p in m["content"]]}
@@ -201,7 +201,7 @@ ANY_TEXT = st.lists(
 def test_any_text_survives(name, texts):
     processor = PROCESSORS[name]
     messages = [text("assistant" if i % 2 else "user", t) for i, t in enumerate(texts)]
-    sample = Encoder(processor)(record(*messages))
+    sample = RecordEncoder(processor)(record(*messages))
     end = CHAT_TEMPLATES[name].end_text(processor.tokenizer)
     prefix = CHAT_TEMPLATES[name].answer_prefix
     expected = "".join(prefix + answer.replace(BREAK, "") + end for answer in answers(messages))
@@ -236,7 +236,7 @@ def test_released_quirks_are_options():
     once = tiny_processor(template="llama3").apply_chat_template(TWO_TURNS)
     quirky = tiny_processor(template="llama3", double_bos=True, newline_after_image=False)
     assert quirky.apply_chat_template(TWO_TURNS) == "<|begin_of_text|>" + once.replace("<image>\n", "<image>")
-    ids = Encoder(quirky).tokenize(record(*TWO_TURNS))[0].tolist()
+    ids = RecordEncoder(quirky).tokenize(record(*TWO_TURNS))[0].tolist()
     begin = quirky.tokenizer.convert_tokens_to_ids("<|begin_of_text|>")
     assert ids[:2] == [begin, begin]
     assert begin not in ids[2:]
@@ -310,7 +310,7 @@ def test_a_template_of_ones_own():
     processor = tiny_processor()
     processor.chat_template = template.build(processor.tokenizer)
     assert processor.apply_chat_template(TWO_TURNS) == "Q: <image>Q1 A: A1<|im_end|>Q: Q2 A: A2<|im_end|>"
-    labels = Encoder(processor)(record(*TWO_TURNS)).labels
+    labels = RecordEncoder(processor)(record(*TWO_TURNS)).labels
     assert processor.tokenizer.decode(labels[labels != -100]) == "A1<|im_end|>A2<|im_end|>"
 
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 from florence_vl import FlorenceVLForConditionalGeneration
 from florence_vl.data.collate import FlorenceVLCollator
-from florence_vl.data.encode import Encoder
+from florence_vl.data.encode import RecordEncoder
 from florence_vl.model.tiny import TINY_IMAGE_TOKEN_ID as IMG
 from florence_vl.model.tiny import tiny_model
 
@@ -79,7 +79,7 @@ def test_trainer(tmp_path):
         args=TrainingArguments(output_dir=str(tmp_path), gradient_checkpointing=True, **TRAINING),
         train_dataset=Rows(),
         eval_dataset=Rows(),
-        data_collator=FlorenceVLCollator(Encoder(processor)),
+        data_collator=FlorenceVLCollator(RecordEncoder(processor)),
     )
     trainer.train()
     assert losses(trainer)[-1] < 0.7 * losses(trainer)[0]
@@ -101,7 +101,7 @@ def test_trl_sft_trainer(tmp_path):
             output_dir=str(tmp_path), dataset_kwargs={"skip_prepare_dataset": True}, bf16=False, **TRAINING
         ),
         train_dataset=datasets.Dataset.from_list(list(rows())),
-        data_collator=FlorenceVLCollator(Encoder(processor)),
+        data_collator=FlorenceVLCollator(RecordEncoder(processor)),
         processing_class=processor,
     )
     trainer.train()

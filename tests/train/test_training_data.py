@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from florence_vl.data.encode import Encoder
+from florence_vl.data.encode import RecordEncoder
 from florence_vl.model.tiny import tiny_model, tiny_recipe
 from florence_vl.train import load_recipe, train
 from florence_vl.train.config import SourceConfig
@@ -108,7 +108,7 @@ def test_held_out_loss_is_a_mean_over_supervised_tokens(data: Path, tmp_path: Pa
     world = World(torch.device("cpu"))
     mean = HeldOut(loaded, loaded.evaluate, processor, world).loss(LossModule(model, (64, 64)))
     assert mean == pytest.approx(rows[-1]["eval/loss"], rel=1e-5)
-    encoder, reader = Encoder(processor, max_length=160), open_source(loaded.evaluate.sources[0])
+    encoder, reader = RecordEncoder(processor, max_length=160), open_source(loaded.evaluate.sources[0])
     losses, tokens = 0.0, 0
     for index in range(5):  # one by one, through the public forward pass
         sample = encoder(reader[index])

@@ -147,7 +147,7 @@ def attribute(
     Raises:
         ValueError: One feature only, an unknown replacement, or an empty answer.
     """
-    from florence_vl.data.encode import Encoder
+    from florence_vl.data.encode import RecordEncoder
     from florence_vl.data.records import Record, image_part, text_part
     from florence_vl.model.image_processing import open_image
     from florence_vl.model.modeling import FlorenceVLImageFeatures
@@ -169,7 +169,7 @@ def attribute(
         {"role": "user", "content": [image_part(), text_part(question)]},
         {"role": "assistant", "content": [text_part(answer)]},
     ]
-    sample = Encoder(processor)(Record("attribution", "attribution", messages, [picture]))
+    sample = RecordEncoder(processor)(Record("attribution", "attribution", messages, [picture]))
     assert sample.pixel_values is not None  # the record has an image
     device = model.device
     ids_1L, labels_1L = (torch.as_tensor(x).unsqueeze(0).to(device) for x in (sample.input_ids, sample.labels))

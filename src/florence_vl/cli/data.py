@@ -246,11 +246,11 @@ def _open(
         source = open_reader(data, reader, **options)
     encoder = None
     if model is not None:
-        from florence_vl.data.encode import Encoder
+        from florence_vl.data.encode import RecordEncoder
         from florence_vl.model.processing import FlorenceVLProcessor
 
         processor = FlorenceVLProcessor.from_pretrained(_model_name(model))
-        encoder = Encoder(processor, template, max_length, on_long="drop")
+        encoder = RecordEncoder(processor, template, max_length, on_long="drop")
     elif template is not None or max_length is not None:
         raise ValueError("--template and --max-length need --model: there is no tokenizer without it")
     return source, encoder

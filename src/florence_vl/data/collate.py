@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from florence_vl.data.encode import IGNORE, Encoder, Sample
+from florence_vl.data.encode import IGNORE, RecordEncoder, Sample
 from florence_vl.data.records import BadRecord, Record
 
 Batch = dict[str, Tensor]
@@ -187,7 +187,7 @@ class FlorenceVLCollator:
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: RecordEncoder,
         padding_side: str = "right",
         pad_to_multiple_of: int | None = None,
         on_bad: Callable[[BadRecord], None] | None = None,

@@ -59,7 +59,7 @@ class Sample:
         return int((self.labels != IGNORE).sum())
 
 
-class Encoder:
+class RecordEncoder:
     """Turns records into samples, deterministically and without padding.
 
     Labels come from the template's generation marks: each answer and its end token. The text is tokenized once.

@@ -18,7 +18,7 @@ from florence_vl.data.records import BadRecord, Record
 from florence_vl.data.sampler import Permutation
 
 if TYPE_CHECKING:
-    from florence_vl.data.encode import Encoder, Sample
+    from florence_vl.data.encode import RecordEncoder, Sample
 
 KINDS = ("supervised", "context", "image")
 
@@ -88,7 +88,7 @@ def segments_of(sample: Sample, processor: Any) -> list[Segment]:
 
 
 def inspect_records(
-    records: MapReader, indices: Iterable[int], encoder: Encoder | None = None, check_images: bool = True
+    records: MapReader, indices: Iterable[int], encoder: RecordEncoder | None = None, check_images: bool = True
 ) -> Iterator[Inspected]:
     """Read, and with an encoder encode, some records.
 
@@ -197,7 +197,7 @@ class DataStats:
 
 
 def collect_stats(
-    records: MapReader, limit: int | None = 10_000, encoder: Encoder | None = None, check_images: bool = False
+    records: MapReader, limit: int | None = 10_000, encoder: RecordEncoder | None = None, check_images: bool = False
 ) -> DataStats:
     """Figures of a data set, over a uniform sample when it is larger than `limit`.
 

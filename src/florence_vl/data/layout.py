@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from florence_vl.data.collate import PackedCollator, PaddedCollator
-from florence_vl.data.encode import IGNORE, Encoder, Sample
+from florence_vl.data.encode import IGNORE, RecordEncoder, Sample
 from florence_vl.data.records import BadRecord, Record
 from florence_vl.registry import did_you_mean
 
@@ -17,7 +17,7 @@ MODES = ("packed", "padded")
 
 
 @dataclass(frozen=True)
-class PackingConfig:
+class BatchLayout:
     """How records become batches.
 
     Args:
@@ -119,7 +119,7 @@ def pack_first_fit(
     return [sorted(row) for row in rows]
 
 
-def arrange(lengths: Sequence[int], images: Sequence[int], config: PackingConfig, seed: int) -> list[list[int]]:
+def arrange(lengths: Sequence[int], images: Sequence[int], config: BatchLayout, seed: int) -> list[list[int]]:
     """Rows (packed) or batches (padded) of the samples of a window, in the order of use.
 
     Args:
@@ -140,11 +140,11 @@ def arrange(lengths: Sequence[int], images: Sequence[int], config: PackingConfig
     return [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
 
 
-def measure(encoder: Encoder, record: Record) -> tuple[int, int]:
+def measure(encoder: RecordEncoder, record: Record) -> tuple[int, int]:
     """(tokens, images) of a record's sample, after turns that are too many were cut; no image is read.
 
     Raises:
-        BadRecord: As `Encoder.__call__`, but for unreadable images.
+        BadRecord: As `RecordEncoder.__call__`, but for unreadable images.
     """
     ids, _ = encoder.tokenize(record)
     if not record.images:
@@ -153,7 +153,7 @@ def measure(encoder: Encoder, record: Record) -> tuple[int, int]:
     return len(ids), int((ids == processor.image_token_id).sum()) // processor.num_image_tokens()
 
 
-def check_fits(encoder: Encoder, config: PackingConfig, record: Record, tokens: int, images: int) -> None:
+def check_fits(encoder: RecordEncoder, config: BatchLayout, record: Record, tokens: int, images: int) -> None:
     """Refuse a sample that no packed row can hold.
 
     Raises:
@@ -180,7 +180,7 @@ class RowCollator:
         config: The layout.
     """
 
-    def __init__(self, encoder: Encoder, config: PackingConfig) -> None:
+    def __init__(self, encoder: RecordEncoder, config: BatchLayout) -> None:
         self.packed = config.mode == "packed"
         pad = encoder.processor.tokenizer.pad_token_id
         self._pad = PaddedCollator(pad)

@@ -59,8 +59,8 @@ class Mixture:
     Args:
         sources: The sources; names must differ.
         weighting: "repeats": a weight is how often the source is passed in one epoch (1 = every record once).
-            "proportions": a weight is the source's share of the stream, whatever its size.
-        epoch_size: Records an epoch under "proportions" (default: the sum of the sources' sizes).
+            "proportions": a weight is the source's share of the stream, whatever its size; an epoch is as long as the
+            sources together.
         seed: Chooses the shuffles.
         shuffle: False keeps every source's own order (evaluation, debugging).
 
@@ -72,7 +72,6 @@ class Mixture:
         self,
         sources: Sequence[MixtureSource],
         weighting: str = "repeats",
-        epoch_size: int | None = None,
         seed: int = 0,
         shuffle: bool = True,
     ) -> None:
@@ -84,8 +83,6 @@ class Mixture:
         if len(set(names)) != len(names):
             twice = sorted({name for name in names if names.count(name) > 1})
             raise ValueError(f"source names must differ, found twice: {', '.join(twice)}")
-        if epoch_size is not None and weighting == "repeats":
-            raise ValueError("epoch_size goes with weighting='proportions'; under 'repeats' weights set the epoch")
         for source in sources:
             if not (source.weight > 0 and math.isfinite(source.weight)):
                 raise ValueError(f"weight of {source.name!r} must be positive and finite, got {source.weight}")
@@ -97,7 +94,7 @@ class Mixture:
         if weighting == "repeats":
             self.draws = [max(1, round(n * s.weight)) for n, s in zip(self.sizes, sources, strict=True)]
         else:
-            self.draws = _apportion([s.weight for s in sources], epoch_size or sum(self.sizes))
+            self.draws = _apportion([s.weight for s in sources], sum(self.sizes))
         self._root = _tree([_Node(draws, index) for index, draws in enumerate(self.draws)])
 
     def __len__(self) -> int:
@@ -156,8 +153,6 @@ def _shuffle(size: int, seed: int, block: int) -> Permutation | BlockPermutation
 
 def _apportion(weights: Sequence[float], total: int) -> list[int]:
     """Whole numbers in the proportion of the weights that add up to `total` (largest remainders), each at least 1."""
-    if total < len(weights):
-        raise ValueError(f"epoch_size {total} is smaller than the number of sources, {len(weights)}")
     exact = [weight / math.fsum(weights) * total for weight in weights]
     counts = [max(1, math.floor(x)) for x in exact]
     order = sorted(range(len(weights)), key=lambda i: (counts[i] - exact[i], i))

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from florence_vl.data.encode import Encoder
-from florence_vl.data.layout import MODES, PackingConfig, RowCollator, arrange, check_fits, measure, pack_first_fit
+from florence_vl.data.encode import RecordEncoder
+from florence_vl.data.layout import MODES, BatchLayout, RowCollator, arrange, check_fits, measure, pack_first_fit
 from florence_vl.data.mixture import Mixture
 from florence_vl.data.records import BadRecord
 from florence_vl.data.report import BadEntry, DataReport, rank_file
@@ -73,12 +73,12 @@ class WindowPlanner(Dataset):
 
     Args:
         mixture: Gives the records by position.
-        encoder: `Encoder`; its `tokenize` counts without decoding images.
+        encoder: `RecordEncoder`; its `tokenize` counts without decoding images.
         config: The layout.
         seed: Shuffles the order of a window's rows.
     """
 
-    def __init__(self, mixture: Mixture, encoder: Encoder, config: PackingConfig, seed: int = 0) -> None:
+    def __init__(self, mixture: Mixture, encoder: RecordEncoder, config: BatchLayout, seed: int = 0) -> None:
         self.mixture, self.encoder, self.config, self.seed = mixture, encoder, config, seed
 
     def __getitem__(self, window: int) -> WindowPlan:
@@ -130,7 +130,7 @@ class _Answer:
 class _BatchEncoder(Dataset):
     """Encodes the records of a request and collates them; runs in workers."""
 
-    def __init__(self, mixture: Mixture, encoder: Encoder, config: PackingConfig) -> None:
+    def __init__(self, mixture: Mixture, encoder: RecordEncoder, config: BatchLayout) -> None:
         self.mixture, self.encoder = mixture, encoder
         self.collate = RowCollator(encoder, config)
 
@@ -281,7 +281,7 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
         """The next micro-batch.
 
         Raises:
-            ValueError: Too many records are bad, see `PackingConfig.max_bad_share`.
+            ValueError: Too many records are bad, see `BatchLayout.max_bad_share`.
         """
         if self._iterator is None:
             assert self._loader is not None
@@ -365,8 +365,8 @@ def _identity(item: Any) -> Any:
 
 def build_batches(
     mixture: Mixture,
-    encoder: Encoder,
-    packing: PackingConfig,
+    encoder: RecordEncoder,
+    packing: BatchLayout,
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
@@ -411,7 +411,7 @@ def build_batches(
     )
 
 
-def check_sizes(encoder: Encoder, packing: PackingConfig, rank: int, world_size: int, start_step: int) -> None:
+def check_sizes(encoder: RecordEncoder, packing: BatchLayout, rank: int, world_size: int, start_step: int) -> None:
     """Refuse processes that cannot share a step evenly, and samples that cannot fit a row.
 
     Raises:
@@ -482,7 +482,7 @@ def _fingerprint(planner: WindowPlanner) -> dict[str, Any]:
 
 
 def estimate_steps(
-    mixture: Mixture, encoder: Encoder, packing: PackingConfig, epochs: float = 1.0, seed: int = 0, windows: int = 8
+    mixture: Mixture, encoder: RecordEncoder, packing: BatchLayout, epochs: float = 1.0, seed: int = 0, windows: int = 8
 ) -> int:
     """Optimizer steps of so many epochs.
 
@@ -509,8 +509,8 @@ def estimate_steps(
 
 __all__ = [
     "MODES",
+    "BatchLayout",
     "Batches",
-    "PackingConfig",
     "WindowPlan",
     "WindowPlanner",
     "arrange",

@@ -1,6 +1,6 @@
 """Stateless shuffles: the i-th record of a shuffle of any size is computed from (seed, i), nothing is stored.
 
-A shuffle of n records is a keyed bijection of [0, n): a generalised Feistel network over Z_a x Z_b with a * b >= n and
+A shuffle of n records is a keyed bijection of [0, n): a generalized Feistel network over Z_a x Z_b with a * b >= n and
 cycle walking (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002). Memory is O(1), so ten million
 records need no permutation array, and a run resumes at any position without replaying a random generator.
 """
@@ -8,17 +8,13 @@ records need no permutation array, and a run resumes at any position without rep
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-
-import numpy as np
-from torch.utils.data import Sampler
 
 _MASK = (1 << 64) - 1
 _ROUNDS = 6
 
 
 def mix(*words: int) -> int:
-    """A 64-bit hash of integers (splitmix64 finaliser after every word); equal on every machine and version.
+    """A 64-bit hash of integers (splitmix64 finalizer after every word); equal on every machine and version.
 
     Args:
         words: Any integers; their order matters.
@@ -31,15 +27,6 @@ def mix(*words: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
         state ^= state >> 31
     return state
-
-
-def _mix_array(x: np.ndarray, key: int) -> np.ndarray:
-    """`mix` of one word with a ready key, for uint64 arrays."""
-    with np.errstate(over="ignore"):
-        x = (x ^ np.uint64(key)) + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
 
 
 class Permutation:
@@ -82,24 +69,6 @@ class Permutation:
             if value < self.size:
                 return value
 
-    def map(self, indices: np.ndarray) -> np.ndarray:
-        """The same for an integer array, vectorised: int64 array of the same shape."""
-        out = np.asarray(indices, dtype=np.int64).astype(np.uint64).ravel()
-        if out.size and int(out.max()) >= self.size:
-            raise IndexError(f"index {int(out.max())} outside a permutation of {self.size}")
-        todo = np.arange(out.size)
-        a, b = np.uint64(self._a), np.uint64(self._b)
-        while todo.size:
-            x, y = out[todo] // b, out[todo] % b
-            for round_, key in enumerate(self._keys):
-                if round_ % 2 == 0:
-                    x = (x + _mix_array(y, key) % a) % a
-                else:
-                    y = (y + _mix_array(x, key) % b) % b
-            out[todo] = x * b + y
-            todo = todo[out[todo] >= self.size]
-        return out.astype(np.int64).reshape(np.shape(indices))
-
 
 def _mix_word(x: int, key: int) -> int:
     x = ((x ^ key) + 0x9E3779B97F4A7C15) & _MASK
@@ -109,7 +78,7 @@ def _mix_word(x: int, key: int) -> int:
 
 
 class BlockPermutation:
-    """A shuffle that keeps neighbours together: for files where reading one record costs as much as reading its block.
+    """A shuffle that keeps neighbors together, for files where reading one record costs as much as reading its block.
 
     Blocks of `block` consecutive records (a parquet row group) are shuffled; then every run of `span` shuffled blocks
     is shuffled record by record. A reader that keeps `span` blocks in memory reads each block once a pass.
@@ -146,47 +115,6 @@ class BlockPermutation:
         while value >= self.size:  # the last block may be short: walk the cycle back into range
             value = self._once(value)
         return value
-
-
-class StatelessSampler(Sampler[int]):
-    """Positions of one rank, for a plain `DataLoader` or the HF `Trainer`: position = f(step, rank, world size).
-
-    Step s of the run covers positions [s * G, (s + 1) * G) with G = `batch_size` * `world_size`; rank r takes every
-    `world_size`-th of them. Shuffling is the `Mixture`'s work (it maps a position to a record), so with another world
-    size and the same G the batches hold the same records.
-
-    Args:
-        batch_size: Records a step of one rank.
-        num_steps: Steps until the sampler ends; None never ends.
-        rank: This process.
-        world_size: Number of processes.
-        start_step: First step to give.
-    """
-
-    def __init__(
-        self, batch_size: int, num_steps: int | None, rank: int = 0, world_size: int = 1, start_step: int = 0
-    ) -> None:
-        check_rank(rank, world_size)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.batch_size, self.num_steps = batch_size, num_steps
-        self.rank, self.world_size, self.start_step = rank, world_size, start_step
-
-    def positions(self, step: int) -> list[int]:
-        """The positions of this rank at `step`."""
-        first = step * self.batch_size * self.world_size + self.rank
-        return list(range(first, first + self.batch_size * self.world_size, self.world_size))
-
-    def __iter__(self) -> Iterator[int]:
-        step = self.start_step
-        while self.num_steps is None or step < self.num_steps:
-            yield from self.positions(step)
-            step += 1
-
-    def __len__(self) -> int:
-        if self.num_steps is None:
-            raise TypeError("this sampler never ends: give num_steps")
-        return max(0, self.num_steps - self.start_step) * self.batch_size
 
 
 def check_rank(rank: int, world_size: int) -> None:

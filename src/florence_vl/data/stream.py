@@ -37,8 +37,8 @@ from megatron.energon.flavors.webdataset import BaseWebdatasetFactory
 from megatron.energon.state import FlexState
 from megatron.energon.task_encoder.cooking import basic_sample_keys
 
-from florence_vl.data.encode import Encoder, Sample
-from florence_vl.data.layout import PackingConfig, RowCollator, arrange, check_fits, measure
+from florence_vl.data.encode import RecordEncoder, Sample
+from florence_vl.data.layout import BatchLayout, RowCollator, arrange, check_fits, measure
 from florence_vl.data.packing import check_fingerprint, check_sizes
 from florence_vl.data.readers import Filter, files
 from florence_vl.data.readers.base import Caption, as_prompts
@@ -110,7 +110,7 @@ class RecordTaskEncoder(TaskEncoder):
     decoder = None  # members stay bytes
 
     def __init__(
-        self, encoder: Encoder, packing: PackingConfig, name: str, caption: Caption, filters: Sequence[Filter] = ()
+        self, encoder: RecordEncoder, packing: BatchLayout, name: str, caption: Caption, filters: Sequence[Filter] = ()
     ) -> None:
         self.encoder, self.packing, self.name = encoder, packing, name
         self.caption, self.filters = caption, tuple(filters)
@@ -280,7 +280,7 @@ class StreamBatches(Iterator[dict[str, torch.Tensor]]):
     def __init__(
         self,
         loader: Any,
-        packing: PackingConfig,
+        packing: BatchLayout,
         fingerprint: dict[str, Any],
         rank: int,
         world_size: int,
@@ -317,7 +317,7 @@ class StreamBatches(Iterator[dict[str, torch.Tensor]]):
         """The next micro-batch.
 
         Raises:
-            ValueError: Too many records are bad, see `PackingConfig.max_bad_share`.
+            ValueError: Too many records are bad, see `BatchLayout.max_bad_share`.
         """
         batch = next(self._iterator)
         self.ids = batch.ids
@@ -363,8 +363,8 @@ class StreamBatches(Iterator[dict[str, torch.Tensor]]):
 
 def build_stream(
     path: str | Path,
-    encoder: Encoder,
-    packing: PackingConfig,
+    encoder: RecordEncoder,
+    packing: BatchLayout,
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from florence_vl.data.layout import PackingConfig as BatchPlan
+from florence_vl.data.layout import BatchLayout
 from florence_vl.data.mixture import Mixture, MixtureSource
 from florence_vl.data.packing import Batches, build_batches, estimate_steps
 from florence_vl.data.readers import Filter, Reader, open_reader
@@ -123,7 +123,7 @@ class TrainingData:
     """
 
     def __init__(self, recipe: Recipe, processor: Any) -> None:
-        from florence_vl.data.encode import Encoder
+        from florence_vl.data.encode import RecordEncoder
 
         config = recipe.data
         apply_template(processor, config)
@@ -133,9 +133,9 @@ class TrainingData:
             require_energon()
         else:
             self._mixture = build_mixture(config.sources, config, recipe.seed)
-        self.encoder = Encoder(processor, max_length=config.max_length, on_long=config.on_long)
+        self.encoder = RecordEncoder(processor, max_length=config.max_length, on_long=config.on_long)
         packing = config.packing
-        self.plan = BatchPlan(
+        self.plan = BatchLayout(
             mode=packing.mode,
             tokens_per_row=packing.tokens_per_row,
             max_images_per_row=packing.max_images_per_row,

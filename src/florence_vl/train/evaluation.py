@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from florence_vl.data.collate import PaddedCollator
-from florence_vl.data.encode import IGNORE, Encoder
+from florence_vl.data.encode import IGNORE, RecordEncoder
 from florence_vl.data.records import BadRecord
 from florence_vl.train.config import EvaluateConfig, Recipe
 from florence_vl.train.data import build_mixture
@@ -39,7 +39,7 @@ class HeldOut:
         data = recipe.data
         self.config, self.world = config, world
         self.mixture = build_mixture(config.sources, data, recipe.seed, shuffle=False)
-        self.encoder = Encoder(processor, max_length=data.max_length, on_long="drop")
+        self.encoder = RecordEncoder(processor, max_length=data.max_length, on_long="drop")
         self.collate = PaddedCollator(processor.tokenizer.pad_token_id)
         self.size = recipe.micro_batch_size
 
