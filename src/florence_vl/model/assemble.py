@@ -30,7 +30,7 @@ from florence_vl.model.configuration import (
     convolved_size,
     davit_convolutions,
 )
-from florence_vl.model.fusion import FUSIONS
+from florence_vl.model.fusion import FUSIONS, build_fusion
 from florence_vl.model.image_processing import FlorenceVLImageProcessor
 from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
 from florence_vl.model.processing import FlorenceVLProcessor, ImageTokenRule
@@ -61,6 +61,7 @@ def build_model(
     prompts: Mapping[str, str] | None = None,
     feature_layers: Mapping[str, int] | None = None,
     fusion: str = "channel",
+    gate: Mapping[str, Any] | None = None,
     projector_depth: int = 3,
     mean_token: str = "grid",
     prompt_padding: str = "masked",
@@ -84,7 +85,8 @@ def build_model(
         prompts: More prompts by feature name, or other wordings; tokenized with the Florence-2's own tokenizer.
         feature_layers: For a backbone: feature name -> index into its hidden states. Default `{"last": -2}`, which is
             LLaVA-1.5's choice.
-        fusion: `channel`, `token` or `average`.
+        fusion: `channel`, `token`, `average` or `gated`.
+        gate: Options of `gated` fusion; see `FlorenceVLConfig`.
         projector_depth: Linear layers of the projector, 1 to 4.
         mean_token: `grid`, `all` or `grid_before_encoder`; see `FlorenceVLConfig`.
         prompt_padding: `masked` or `attended`.
@@ -111,7 +113,12 @@ def build_model(
     tokenizer, language_model = _load_llm(llm, dtype)
     weights_dtype = language_model.dtype
     image_token = _prepare_vocabulary(tokenizer, language_model, image_token)
-    fields: dict[str, Any] = {"mean_token": mean_token, "fusion": fusion, "projector_depth": projector_depth}
+    fields: dict[str, Any] = {
+        "mean_token": mean_token,
+        "fusion": fusion,
+        "gate": gate,
+        "projector_depth": projector_depth,
+    }
     if vision_config.model_type == "florence2":
         if feature_layers is not None:
             raise ValueError("feature_layers is for a vision backbone; a Florence-2's features are davit and prompts")
@@ -141,6 +148,7 @@ def build_model(
     with torch.device("meta"):
         model = FlorenceVLForConditionalGeneration(config)
     model.model.vision_tower = type(model.model.vision_tower)(config)
+    model.model.fusion = build_fusion(config.fusion, model.model.vision_tower.feature_dims, **config.fusion_options)
     model.model.multi_modal_projector.to_empty(device="cpu")
     for module in model.model.multi_modal_projector.modules():
         if isinstance(module, nn.Linear):  # LLaVA's projector: torch's own initialisation of a linear layer
@@ -148,6 +156,7 @@ def build_model(
     torch.random.set_rng_state(state)
     _load_tower(model, vision)
     model.model.vision_tower.to(weights_dtype)
+    model.model.fusion.to(weights_dtype)
     model.model.multi_modal_projector.to(weights_dtype)
     model.model.language_model = language_model.base_model
     model.lm_head = language_model.get_output_embeddings()

@@ -73,7 +73,8 @@ class FlorenceVLConfig(PreTrainedConfig):
         position_grid: (rows, columns) of the trained size; Florence-2's 24x24 (768 px) when None. With `absolute`
             positions it only warns of other sizes.
         feature_layers: For `backbone`: feature name -> index into the backbone's hidden states (-2 is LLaVA-1.5's).
-        fusion: Registered name of the fusion: `channel`, `token` or `average` (paper section 3.3).
+        fusion: Registered name of the fusion: `channel`, `token` or `average` (paper section 3.3), or `gated`.
+        gate: Options of `gated` fusion: `context` (`none`, `image` or `question`, the default), `per_token`, `hidden`.
         projector_depth: Number of linear layers of the projector, 1 to 4.
         projector_hidden_act: Activation between them.
         image_token_id: Id of the image placeholder in the LLM's vocabulary.
@@ -103,6 +104,7 @@ class FlorenceVLConfig(PreTrainedConfig):
     mean_token: str = "grid"
     feature_layers: Any = None
     fusion: str = "channel"
+    gate: Any = None
     projector_depth: int = 3
     projector_hidden_act: str = "gelu"
     image_token_id: int = 3
@@ -136,10 +138,14 @@ class FlorenceVLConfig(PreTrainedConfig):
 
     def _check(self) -> None:
         from florence_vl.model.fusion import FUSIONS
+        from florence_vl.model.gated import check_gate
         from florence_vl.model.towers import TOWERS
 
         _ = TOWERS[self.tower]
         _ = FUSIONS[self.fusion]
+        if self.gate is not None and self.fusion != "gated":
+            raise ValueError(f"gate is for fusion='gated', and the fusion is {self.fusion!r}")
+        check_gate(self.gate or {})
         _choice("mean_token", self.mean_token, MeanToken.__args__)  # type: ignore[attr-defined]
         _choice("positions", self.positions, Positions.__args__)  # type: ignore[attr-defined]
         _choice("prompt_padding", self.prompt_padding, PromptPadding.__args__)  # type: ignore[attr-defined]
@@ -192,6 +198,13 @@ class FlorenceVLConfig(PreTrainedConfig):
             )
         if self.prompt_length is not None and self.prompt_length < longest:
             raise ValueError(f"prompt_length is {self.prompt_length}, but a prompt in use has {longest} tokens")
+
+    @property
+    def fusion_options(self) -> dict[str, Any]:
+        """Arguments of the fusion besides the features."""
+        if self.fusion != "gated":
+            return {}
+        return {"context_dim": self.text_config.hidden_size, "context": "question", **(self.gate or {})}
 
     @property
     def trained_grid(self) -> tuple[int, int] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +34,21 @@ class Fusion(nn.Module, ABC):
     def out_dim(self) -> int:
         """Channels C of the result."""
 
+    @property
+    def uses_context(self) -> bool:
+        """Whether the result depends on the question; what does is never cached by the image alone."""
+        return False
+
     def num_tokens(self, num_feature_tokens: int) -> int:
         """Tokens N' of the result for features of `num_feature_tokens` tokens."""
         return num_feature_tokens
+
+    def _check_context(self, context: Tensor | None) -> None:
+        if context is None:
+            raise ValueError(
+                "this fusion depends on the question, and none was given: pass question_ids and question_mask, as the "
+                "processor returns them, beside pixel_values (a mask of zeros says that there is no text)"
+            )
 
     @abstractmethod
     def forward(self, features: Mapping[str, Tensor], context: Tensor | None = None) -> Tensor:
@@ -43,7 +56,8 @@ class Fusion(nn.Module, ABC):
 
         Args:
             features: Name -> (B, N, D).
-            context: (B, H) state of the question, for fusions that adapt to it; the three of the paper ignore it.
+            context: (B, H) state of the question for fusions with `uses_context`, a row of zeros where there is no
+                text. Other fusions ignore it.
 
         Returns:
             (B, N', C).
@@ -114,10 +128,18 @@ class AverageFusion(Fusion):
         return torch.stack(self.ordered(features)).mean(dim=0)
 
 
-def build_fusion(name: str, feature_dims: Mapping[str, int]) -> Fusion:
+def build_fusion(name: str, feature_dims: Mapping[str, int], **options: Any) -> Fusion:
     """The fusion of that exact name.
+
+    Args:
+        name: Registered name.
+        feature_dims: Channels of each feature by name, in the order of fusion.
+        **options: Further arguments of the class, such as the gate's.
 
     Raises:
         ValueError: No such fusion (near names listed), or the features do not fit it.
     """
-    return FUSIONS[name](feature_dims)
+    return FUSIONS[name](feature_dims, **options)
+
+
+from florence_vl.model import gated  # noqa: E402, F401  registers "gated"

@@ -22,6 +22,7 @@ from transformers.utils import can_return_tuple, torch_compilable_check
 
 from florence_vl.model.configuration import FlorenceVLConfig
 from florence_vl.model.fusion import build_fusion
+from florence_vl.model.gated import GatedFusion, ZeroLinear
 from florence_vl.model.projector import Projector
 from florence_vl.model.towers import TOWERS, Florence2Tower
 
@@ -101,10 +102,16 @@ class FlorenceVLPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _keys_to_ignore_on_load_missing = [r"\.fusion\."]  # a gate starts as channel fusion, whose checkpoints load
 
     def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, ZeroLinear):
+            module.reset_parameters()
+            return
         super()._init_weights(module)
-        if isinstance(module, Florence2Tower):
+        if isinstance(module, GatedFusion):
+            module.reset_constants()
+        elif isinstance(module, Florence2Tower):
             module.reset_buffers()
         elif isinstance(module, Florence2VisionPositionalEmbeddingCosine1D):
             table = torch.empty_like(module.pos_idx_to_embed)
@@ -123,7 +130,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
     def __init__(self, config: FlorenceVLConfig) -> None:
         super().__init__(config)
         self.vision_tower = TOWERS[config.tower](config)
-        self.fusion = build_fusion(config.fusion, self.vision_tower.feature_dims)
+        self.fusion = build_fusion(config.fusion, self.vision_tower.feature_dims, **config.fusion_options)
         width = config.text_config.hidden_size
         self.multi_modal_projector = Projector(
             self.fusion.out_dim, width, config.projector_depth, config.projector_hidden_act
@@ -174,6 +181,8 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         self,
         pixel_values: Tensor,
         image_sizes: Tensor | None = None,
+        question_ids: Tensor | None = None,
+        question_mask: Tensor | None = None,
         output_features: bool = False,
         **kwargs: Any,
     ) -> FlorenceVLImageFeatures:
@@ -184,6 +193,9 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
                 top left corner of one height and width.
             image_sizes: (I, 2), height and width of each image in pixels; None when all fill `pixel_values`. Images of
                 one size share a pass through the tower.
+            question_ids: (I, Q) token ids of the user turn that holds each image, for a fusion with `uses_context`;
+                others ignore them.
+            question_mask: (I, Q), 1 where `question_ids` counts.
             output_features: Also return the tower's features by name.
             **kwargs: transformers' common keywords; none changes the result.
 
@@ -196,10 +208,11 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         """
         pixel_values = pixel_values.to(self.dtype)
         groups = group_by_size(pixel_values, image_sizes)
+        context_IH = self.question_context(question_ids, question_mask)
         if len(groups) == 1:
             (height, width), _ = groups[0]
             features = self.vision_tower(pixel_values[..., :height, :width])
-            tokens_INH = self.multi_modal_projector(self.fusion(features))
+            tokens_INH = self.multi_modal_projector(self.fusion(features, context_IH))
             return FlorenceVLImageFeatures(
                 last_hidden_state=tokens_INH,
                 pooler_output=list(tokens_INH),
@@ -212,9 +225,28 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         tokens: list[Tensor] = [pixel_values] * len(pixel_values)
         for (height, width), images in groups:
             features = self.vision_tower(pixel_values[images][..., :height, :width])
-            for image, tokens_NH in zip(images, self.multi_modal_projector(self.fusion(features)), strict=True):
+            fused_GNC = self.fusion(features, None if context_IH is None else context_IH[images])
+            for image, tokens_NH in zip(images, self.multi_modal_projector(fused_GNC), strict=True):
                 tokens[image] = tokens_NH
         return FlorenceVLImageFeatures(pooler_output=tokens)  # type: ignore[arg-type]
+
+    def question_context(self, question_ids: Tensor | None, question_mask: Tensor | None) -> Tensor | None:
+        """The question as the fusion sees it: the mean of the LLM's input embeddings, detached.
+
+        Args:
+            question_ids: (I, Q).
+            question_mask: (I, Q); all of `question_ids` counts when None.
+
+        Returns:
+            (I, H), zero where there is no text; None when the fusion does not depend on the question.
+        """
+        if not self.fusion.uses_context or question_ids is None:
+            return None
+        if question_mask is None:
+            question_mask = torch.ones_like(question_ids)
+        embeddings_IQH = self.get_input_embeddings()(question_ids).detach()
+        weights_IQ1 = question_mask.unsqueeze(-1).to(embeddings_IQH.dtype)
+        return (embeddings_IQH * weights_IQ1).sum(1) / weights_IQ1.sum(1).clamp(min=1)
 
     def get_placeholder_mask(
         self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor
@@ -249,6 +281,8 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        question_ids: Tensor | None = None,
+        question_mask: Tensor | None = None,
         mm_encoder_outputs: dict[str, FlorenceVLImageFeatures] | None = None,
         **kwargs: Any,
     ) -> FlorenceVLModelOutputWithPast:
@@ -261,7 +295,9 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
             position_ids: (B, L).
             past_key_values: Key-value cache.
             inputs_embeds: (B, L, H) instead of `input_ids`.
-            image_sizes: (I, 2) pixels; see `get_image_features`.
+            image_sizes: (I, 2) pixels; see `get_image_features`, also for the next two.
+            question_ids: (I, Q).
+            question_mask: (I, Q).
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`.
             **kwargs: Passed on to the LLM.
 
@@ -277,7 +313,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         image = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
-            image = self.get_image_features(pixel_values, image_sizes, return_dict=True)
+            image = self.get_image_features(pixel_values, image_sizes, question_ids, question_mask, return_dict=True)
         image_tokens = None
         if image is not None:
             image_tokens = torch.cat(list(image.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
@@ -368,6 +404,8 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
         num_items_in_batch: Tensor | int | None = None,
         logits_to_keep: int | Tensor = 0,
         image_sizes: Tensor | None = None,
+        question_ids: Tensor | None = None,
+        question_mask: Tensor | None = None,
         mm_encoder_outputs: dict[str, FlorenceVLImageFeatures] | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -385,7 +423,9 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
             num_items_in_batch: What the summed loss is divided by (supervised tokens over all ranks and accumulation
                 steps); by default the number in this batch.
             logits_to_keep: Number of last positions, or positions, to return logits for; 0 means all.
-            image_sizes: (I, 2) pixels; see `FlorenceVLModel.get_image_features`.
+            image_sizes: (I, 2) pixels; see `FlorenceVLModel.get_image_features`, also for the next two.
+            question_ids: (I, Q).
+            question_mask: (I, Q).
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`.
             return_dict: `False` returns a tuple.
             **kwargs: Passed on to the LLM.
@@ -403,6 +443,8 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             image_sizes=image_sizes,
+            question_ids=question_ids,
+            question_mask=question_mask,
             mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
             **kwargs,

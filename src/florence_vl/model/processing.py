@@ -62,7 +62,7 @@ class ImageTokenRule:
             convolutions = ((vision.patch_size, vision.patch_size, 0),)
             prefix = 0 if "siglip" in vision.model_type else 1 + getattr(vision, "num_register_tokens", 0)
             additional = prefix if config.mean_token == "all" else 0
-        fusion = build_fusion(config.fusion, dict.fromkeys(config.features or (), 1))
+        fusion = build_fusion(config.fusion, dict.fromkeys(config.features or (), 1), **config.fusion_options)
         one, two, many = (fusion.num_tokens(n) for n in (1, 2, 577))
         scale, offset = two - one, 2 * one - two
         if many != scale * 577 + offset:
