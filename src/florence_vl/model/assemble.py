@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -315,7 +316,11 @@ def _image_processor(vision: str | Path, config: FlorenceVLConfig, image_size: i
     settings = _preprocessor_settings(vision)
     own_size = settings.pop("pixels", None) or getattr(config.vision_config, "image_size", None) or 768
     size = image_size or own_size
-    return FlorenceVLImageProcessor(size={"height": size, "width": size}, **settings)
+    if config.tower == "florence2":
+        stride = math.prod(config.vision_config.vision_config.patch_stride)
+    else:
+        stride = config.vision_config.patch_size
+    return FlorenceVLImageProcessor(size={"height": size, "width": size}, stride=stride, **settings)
 
 
 def _preprocessor_settings(vision: str | Path) -> dict[str, Any]:

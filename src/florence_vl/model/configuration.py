@@ -134,9 +134,14 @@ class FlorenceVLConfig(PreTrainedConfig):
         if self.position_grid is not None:
             self.position_grid = tuple(self.position_grid)
         self.prompt_token_ids = {name: list(ids) for name, ids in self.prompt_token_ids.items()}
-        self._check()
+        self.check()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Check the fields against each other.
+
+        Raises:
+            ValueError: See the class.
+        """
         from florence_vl.model.fusion import FUSIONS
         from florence_vl.model.gated import check_gate
         from florence_vl.model.towers import TOWERS

@@ -15,6 +15,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
+from florence_vl.model.resolution import MAX_UPSCALE, native_size
 from florence_vl.registry import did_you_mean
 
 MAX_PIXELS = 178_956_970
@@ -23,7 +24,7 @@ MAX_PIXELS = 178_956_970
 TRANSPARENT_ON = (255, 255, 255)
 """Colour behind transparent pixels: white, the page that figures with an alpha channel are drawn for."""
 
-ASPECT_RATIOS = ("pad", "squash")
+ASPECT_RATIOS = ("pad", "squash", "native")
 
 _CHUNK_PIXELS = 1 << 24  # padded pixels that are held at once while a tall image is resized
 
@@ -194,9 +195,12 @@ def pad_and_resize(
 
 
 class FlorenceVLImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
-    """transformers' image keywords and `image_aspect_ratio` ("pad" or "squash")."""
+    """transformers' image keywords, and this processor's own; see `FlorenceVLImageProcessor`."""
 
-    image_aspect_ratio: Literal["pad", "squash"] | None
+    image_aspect_ratio: Literal["pad", "squash", "native"] | None
+    token_budget: int | None
+    stride: int | None
+    max_upscale: float | None
 
 
 class FlorenceVLImageProcessor(PilBackend):
@@ -205,8 +209,12 @@ class FlorenceVLImageProcessor(PilBackend):
     Args:
         image_aspect_ratio: `pad` centres the image on a square of the mean colour, `int(mean * 255)`, before resizing
             (LLaVA's and Florence-VL's second stage and inference); `squash` resizes to the square directly (the
-            released first stage).
+            released first stage); `native` keeps each image's own aspect ratio (see
+            `florence_vl.model.resolution.native_size`).
         size: Output height and width, 768 px by default.
+        token_budget: For `native`: tokens an image at most, by default as many as `size` has.
+        stride: Pixels a side of one token.
+        max_upscale: For `native`: how much a small image is enlarged at most.
         resample: Pillow's filter, bicubic by default.
         image_mean: Channel means in [0, 1]; ImageNet's by default. CLIP and SigLIP towers bring their own.
         image_std: Channel standard deviations.
@@ -226,11 +234,44 @@ class FlorenceVLImageProcessor(PilBackend):
     do_rescale = True
     do_normalize = True
     do_convert_rgb = True
-    model_input_names = ["pixel_values"]
+    token_budget: int | None = None
+    stride = 32
+    max_upscale = MAX_UPSCALE
+    model_input_names = ["pixel_values", "image_sizes"]
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.check()
+
+    def check(self) -> None:
+        """Check the settings.
+
+        Raises:
+            ValueError: An unknown `image_aspect_ratio`, a `size` without height and width, or a budget below 1.
+        """
         self._check(self.image_aspect_ratio, self.size)
+        if self.token_budget is not None and self.token_budget < 1:
+            raise ValueError(f"token_budget is {self.token_budget}; it must be at least 1")
+
+    def output_size(self, height: int, width: int, **settings: Any) -> tuple[int, int]:
+        """Height and width in pixels at which an image of `height` x `width` is encoded.
+
+        Args:
+            height: The image's, px.
+            width: The image's, px.
+            **settings: Instead of this processor's own: `image_aspect_ratio`, `size`, `token_budget`, `stride`,
+                `max_upscale`.
+        """
+
+        def setting(name: str) -> Any:
+            value = settings.get(name)
+            return getattr(self, name) if value is None else value
+
+        size, stride = setting("size"), setting("stride")
+        if setting("image_aspect_ratio") != "native":
+            return size["height"], size["width"]
+        budget = setting("token_budget") or (size["height"] // stride) * (size["width"] // stride)
+        return native_size(height, width, stride, budget, setting("max_upscale"))
 
     @staticmethod
     def _check(image_aspect_ratio: str | None, size: SizeDict) -> None:
@@ -284,6 +325,9 @@ class FlorenceVLImageProcessor(PilBackend):
         image_mean: Any,
         image_std: Any,
         image_aspect_ratio: str = "pad",
+        token_budget: int | None = None,
+        stride: int | None = None,
+        max_upscale: float | None = None,
         return_tensors: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
@@ -298,10 +342,33 @@ class FlorenceVLImageProcessor(PilBackend):
             if do_resize and image_aspect_ratio == "pad":
                 image = pad_and_resize(image, (size.height, size.width), (red, green, blue), filter_)
             elif do_resize:
-                image = image.resize((size.width, size.height), filter_)
+                height, width = self.output_size(
+                    image.height,
+                    image.width,
+                    image_aspect_ratio=image_aspect_ratio,
+                    size=size,
+                    token_budget=token_budget,
+                    stride=stride,
+                    max_upscale=max_upscale,
+                )
+                image = image.resize((width, height), filter_)
             pixels_HWC = np.asarray(image)
             stack.append(np.stack([levels[c].take(pixels_HWC[..., c]) for c in range(3)]))
-        return BatchFeature(data={"pixel_values": stack}, tensor_type=return_tensors)
+        if image_aspect_ratio != "native":
+            return BatchFeature(data={"pixel_values": stack}, tensor_type=return_tensors)
+        data = {"pixel_values": stack_sizes(stack), "image_sizes": [pixels.shape[-2:] for pixels in stack]}
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+
+def stack_sizes(images: list[np.ndarray]) -> np.ndarray:
+    """Images (3, h, w) in the top left corners of one array (n, 3, H, W), zero elsewhere."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+    if all(image.shape[1:] == (height, width) for image in images):
+        return np.stack(images)
+    stack = np.zeros((len(images), 3, height, width), dtype=images[0].dtype)
+    for slot, image in zip(stack, images, strict=True):
+        slot[:, : image.shape[1], : image.shape[2]] = image
+    return stack
 
 
 @lru_cache(maxsize=16)

@@ -144,17 +144,33 @@ class FlorenceVLProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any) -> str:
         """The placeholder of one processed image, repeated once for each of its tokens."""
-        height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
+        if "image_sizes" in image_inputs:
+            height, width = (int(side) for side in image_inputs["image_sizes"][image_idx])
+        else:
+            height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
         return self.image_token * self.num_image_tokens(height, width)
+
+    def image_tokens(self, height: int, width: int, **settings: Any) -> int:
+        """Tokens that an image file of `height` x `width` pixels takes, whatever size it is encoded at.
+
+        Args:
+            height: The image's own, px.
+            width: The image's own, px.
+            **settings: As of `FlorenceVLImageProcessor.output_size`.
+        """
+        return self.num_image_tokens(*self.image_processor.output_size(height, width, **settings))
 
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
     ) -> MultiModalData:
         if image_sizes is None:
             return MultiModalData()
-        size = kwargs.get("size") or kwargs.get("images_kwargs", {}).get("size") or self.image_processor.size
-        count = self.num_image_tokens(size["height"], size["width"])
-        return MultiModalData(num_image_tokens=[count] * len(image_sizes), num_image_patches=[1] * len(image_sizes))
+        given = {**kwargs.get("images_kwargs", {}), **kwargs}
+        settings = {key: given[key] for key in FlorenceVLImagesKwargs.__annotations__ if key in given}
+        if given.get("size"):
+            settings["size"] = given["size"]
+        counts = [self.image_tokens(height, width, **settings) for height, width in image_sizes]
+        return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
 
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
         """Check that every prompt has as many placeholders as images.

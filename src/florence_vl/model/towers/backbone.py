@@ -49,6 +49,11 @@ class BackboneTower(VisionTower):
             return 0
         return 1 + getattr(vision, "num_register_tokens", 0)
 
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of an image of that many pixels."""
+        patch = self.config.vision_config.patch_size
+        return height // patch, width // patch
+
     def num_tokens(self, height: int, width: int) -> int:
         vision = self.config.vision_config
         patch = vision.patch_size

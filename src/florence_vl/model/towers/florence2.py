@@ -71,9 +71,8 @@ class Florence2Tower(VisionTower):
             elif type(module) is Florence2VisionChannelAttention:
                 module.__class__ = DaViTChannelAttention
         self.image_projector = Florence2MultiModalProjector(florence2)
-        self.trained_grid = config.trained_grid
         self.image_projector.image_position_embed.__class__ = Grid2D
-        self.image_projector.image_position_embed.trained = self.trained_grid
+        self.set_positions(config.positions)
         self.encoder = BartEncoder._from_config(florence2.text_config) if config.prompt_names else None
         if self.encoder is not None:
             self.encoder.embed_positions.__class__ = EncoderPositions
@@ -102,6 +101,21 @@ class Florence2Tower(VisionTower):
         mask = [[1] * len(i) + [0] * (length - len(i)) for i in ids]
         self.prompt_mask = torch.tensor(mask, dtype=torch.bool, device=device)
         self.masks_padding = self.config.prompt_padding == "masked" and any(len(i) < length for i in ids)
+
+    def set_positions(self, positions: str) -> None:
+        """Choose how positions are numbered at other sizes than the trained one; see `FlorenceVLConfig.positions`.
+
+        Raises:
+            ValueError: Neither `absolute` nor `resampled`, or a trained grid beyond the tables.
+        """
+        before, self.config.positions = self.config.positions, positions
+        try:
+            self.config.check()
+        except ValueError:
+            self.config.positions = before
+            raise
+        self.trained_grid = self.config.trained_grid
+        self.image_projector.image_position_embed.trained = self.trained_grid
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of DaViT's last map for an image of that many pixels."""

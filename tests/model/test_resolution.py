@@ -1,0 +1,99 @@
+"""Native aspect ratio within a token budget; other resolutions for a trained model."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from florence_vl.model.image_processing import FlorenceVLImageProcessor
+from florence_vl.model.resolution import native_size, set_resolution
+from florence_vl.model.tiny import tiny_model
+
+SIDE = st.integers(1, 20_000)
+
+
+@given(SIDE, SIDE, st.integers(1, 4), st.integers(1, 2000))
+@settings(max_examples=300, deadline=None)
+def test_native_sizes_stay_within_the_budget(height, width, stride, budget):
+    stride *= 16
+    out_height, out_width = native_size(height, width, stride, budget)
+    assert out_height % stride == out_width % stride == 0
+    assert 1 <= out_height // stride * (out_width // stride) <= budget
+    for out, side in ((out_height, height), (out_width, width)):
+        assert out <= max(stride, math.ceil(2.0 * side / stride) * stride)
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [((768, 768), (768, 768)), ((1080, 1920), (576, 1024)), ((1920, 1080), (1024, 576)), ((100, 100), (192, 192))],
+)
+def test_native_sizes_of_usual_images(image, expected):
+    assert native_size(*image, stride=32, token_budget=576) == expected
+
+
+def test_a_wide_picture_uses_its_budget():
+    height, width = native_size(1080, 1920, stride=32, token_budget=576)
+    assert height // 32 * (width // 32) == 576, "padding to a square would leave 44 % of the tokens empty"
+
+
+@pytest.mark.parametrize("arguments", [(0, 5, 32, 10), (5, 5, 32, 0), (5, 5, 0, 10)])
+def test_bad_sizes_and_budgets(arguments):
+    with pytest.raises(ValueError, match=r"pixels|at least 1"):
+        native_size(*arguments)
+
+
+def picture(height, width):
+    rng = np.random.default_rng(height * width)
+    return Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def test_images_of_several_sizes_stand_in_one_tensor():
+    images = FlorenceVLImageProcessor(size=64, image_aspect_ratio="native", stride=32, max_upscale=1.0)
+    out = images([picture(64, 64), picture(32, 128)], return_tensors="pt")
+    assert out["image_sizes"].tolist() == [[64, 64], [32, 128]]
+    assert out["pixel_values"].shape == (2, 3, 64, 128)
+    alone = images([picture(32, 128)], return_tensors="pt")["pixel_values"]
+    assert torch.equal(out["pixel_values"][1, :, :32], alone[0])
+
+
+def test_processor_and_model_count_the_same_tokens_for_every_image():
+    model, processor = tiny_model(positions="resampled", position_grid=[2, 2])
+    set_resolution(model, processor, aspect="native", token_budget=6)
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "image": picture(*size)}, {"type": "text", "text": "What?"}]}]
+        for size in [(64, 64), (40, 200), (300, 100)]
+    ]
+    inputs = processor.apply_chat_template(
+        chats, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True, padding=True
+    )
+    counts = [processor.image_tokens(*size) for size in [(64, 64), (40, 200), (300, 100)]]
+    assert len(set(counts)) > 1
+    found = (inputs["input_ids"] == processor.image_token_id).sum(1).tolist()
+    assert found == counts
+    hook = processor._get_num_multimodal_tokens([(64, 64), (40, 200), (300, 100)])
+    assert list(hook["num_image_tokens"]) == counts
+    together = model.generate(**inputs, max_new_tokens=5, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    for row, chat in zip(together, chats, strict=True):
+        one = processor.apply_chat_template(
+            chat, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        )
+        alone = model.generate(**one, max_new_tokens=5, do_sample=False)[0, one["input_ids"].shape[1] :]
+        assert row[: len(alone)].tolist() == alone.tolist()
+
+
+def test_another_size_resamples_positions_and_refuses_what_does_not_fit():
+    model, processor = tiny_model()
+    set_resolution(model, processor, image_size=96)
+    assert model.config.positions == "resampled"
+    assert model.config.position_grid == (2, 2)
+    assert processor.num_image_tokens() == model.num_image_tokens(96, 96) == 9
+    with pytest.raises(ValueError, match="context has 1024"):
+        set_resolution(model, processor, image_size=1024)
+    with pytest.raises(ValueError, match="Did you mean 'native'"):
+        set_resolution(model, processor, aspect="nativ")
+    with pytest.raises(ValueError, match="Did you mean 'absolute'"):
+        set_resolution(model, processor, positions="absolut")
