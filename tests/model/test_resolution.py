@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from florence_vl.model.fusion import merge_tokens
 from florence_vl.model.image_processing import FlorenceVLImageProcessor
 from florence_vl.model.resolution import native_size, set_resolution
 from florence_vl.model.tiny import tiny_model
@@ -97,3 +98,31 @@ def test_another_size_resamples_positions_and_refuses_what_does_not_fit():
         set_resolution(model, processor, aspect="nativ")
     with pytest.raises(ValueError, match="Did you mean 'absolute'"):
         set_resolution(model, processor, positions="absolut")
+
+
+def test_merged_tokens_hold_their_neighbors():
+    grid = torch.arange(4 * 6).float().view(1, 24, 1)
+    merged = merge_tokens(grid, (4, 6), 2)
+    assert merged.shape == (1, 6, 4)
+    assert merged[0, 0].tolist() == [0, 1, 6, 7]
+    assert merged[0, -1].tolist() == [16, 17, 22, 23]
+    assert merge_tokens(grid, (4, 6), 1) is grid
+
+
+@pytest.mark.parametrize("fusion", ["channel", "token", "average", "gated"])
+def test_merge_quarters_the_tokens(fusion):
+    one, _ = tiny_model(fusion=fusion, positions="resampled", position_grid=[2, 2])
+    model, processor = tiny_model(fusion=fusion, merge=2, positions="resampled", position_grid=[2, 2])
+    assert 4 * model.num_image_tokens(128, 64) == one.num_image_tokens(128, 64)
+    chat = [{"role": "user", "content": [{"type": "image", "image": picture(64, 64)}, {"type": "text", "text": "A?"}]}]
+    inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+    assert int((inputs["input_ids"] == processor.image_token_id).sum()) == model.num_image_tokens(64, 64)
+    assert model(**inputs).logits.isfinite().all()
+    for count in (model.num_image_tokens, processor.num_image_tokens):
+        with pytest.raises(ValueError, match="merge=2 does not"):
+            count(96, 64)
+
+
+def test_merge_and_the_mean_token_contradict():
+    with pytest.raises(ValueError, match="can't be combined with mean_token='all'"):
+        tiny_model(merge=2, mean_token="all")

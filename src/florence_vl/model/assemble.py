@@ -68,6 +68,7 @@ def build_model(
     prompt_padding: str = "masked",
     prompt_length: int | None = None,
     positions: str = "resampled",
+    merge: int = 1,
     image_size: int | None = None,
     image_token: str | None = None,
     chat_template: str | None = None,
@@ -93,6 +94,7 @@ def build_model(
         prompt_padding: `masked` or `attended`.
         prompt_length: Pad prompts to that many tokens.
         positions: `resampled` or `absolute`; see `FlorenceVLConfig`. At the vision model's own size they are the same.
+        merge: 1, or 2 to join squares of 2x2 tokens; see `FlorenceVLConfig`.
         image_size: Pixels a side; by default what the vision model's own preprocessing says.
         image_token: Token of the LLM's vocabulary that stands for images; by default a reserved one, else a new one.
         chat_template: Name of a chat template; by default the one that fits the tokenizer.
@@ -118,6 +120,7 @@ def build_model(
         "mean_token": mean_token,
         "fusion": fusion,
         "gate": gate,
+        "merge": merge,
         "projector_depth": projector_depth,
     }
     if vision_config.model_type == "florence2":
@@ -149,7 +152,7 @@ def build_model(
     with torch.device("meta"):
         model = FlorenceVLForConditionalGeneration(config)
     model.model.vision_tower = type(model.model.vision_tower)(config)
-    model.model.fusion = build_fusion(config.fusion, model.model.vision_tower.feature_dims, **config.fusion_options)
+    model.model.fusion = build_fusion(config.fusion, model.model.fusion.feature_dims, **config.fusion_options)
     model.model.multi_modal_projector.to_empty(device="cpu")
     for module in model.model.multi_modal_projector.modules():
         if isinstance(module, nn.Linear):  # LLaVA's projector: torch's own initialisation of a linear layer
@@ -170,6 +173,7 @@ def build_model(
         tokenizer=tokenizer,
         image_token=image_token,
         image_token_rule=ImageTokenRule.from_config(config),
+        question_context=model.model.fusion.uses_context,
         chat_template=template.build(tokenizer, image_token=image_token, **(chat_template_options or {})),
     )
     size = processor.image_processor.size
@@ -320,6 +324,7 @@ def _image_processor(vision: str | Path, config: FlorenceVLConfig, image_size: i
         stride = math.prod(config.vision_config.vision_config.patch_stride)
     else:
         stride = config.vision_config.patch_size
+    stride *= config.merge
     return FlorenceVLImageProcessor(size={"height": size, "width": size}, stride=stride, **settings)
 
 

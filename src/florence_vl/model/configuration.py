@@ -72,6 +72,8 @@ class FlorenceVLConfig(PreTrainedConfig):
             are interpolated from `position_grid`; the same at the trained size).
         position_grid: (rows, columns) of the trained size; Florence-2's 24x24 (768 px) when None. With `absolute`
             positions it only warns of other sizes.
+        merge: Side of the square of neighboring tokens that become one before fusion, 1 or 2. With 2, an image of
+            1536 px takes as many tokens as one of 768 px with 1, each four times as wide.
         feature_layers: For `backbone`: feature name -> index into the backbone's hidden states (-2 is LLaVA-1.5's).
         fusion: Registered name of the fusion: `channel`, `token` or `average` (paper section 3.3), or `gated`.
         gate: Options of `gated` fusion: `context` (`none`, `image` or `question`, the default), `per_token`, `hidden`.
@@ -101,6 +103,7 @@ class FlorenceVLConfig(PreTrainedConfig):
     prompt_length: int | None = None
     positions: str = "absolute"
     position_grid: Any = None
+    merge: int = 1
     mean_token: str = "grid"
     feature_layers: Any = None
     fusion: str = "channel"
@@ -154,6 +157,10 @@ class FlorenceVLConfig(PreTrainedConfig):
         _choice("mean_token", self.mean_token, MeanToken.__args__)  # type: ignore[attr-defined]
         _choice("positions", self.positions, Positions.__args__)  # type: ignore[attr-defined]
         _choice("prompt_padding", self.prompt_padding, PromptPadding.__args__)  # type: ignore[attr-defined]
+        if self.merge not in (1, 2):
+            raise ValueError(f"merge is {self.merge}; it must be 1 or 2")
+        if self.merge > 1 and self.mean_token == "all":
+            raise ValueError("merge=2 joins tokens of the grid; it can't be combined with mean_token='all'")
         if not 1 <= self.projector_depth <= 4:
             raise ValueError(f"projector_depth is {self.projector_depth}; it must be 1 to 4")
         names = list(self.features)

@@ -128,6 +128,21 @@ class AverageFusion(Fusion):
         return torch.stack(self.ordered(features)).mean(dim=0)
 
 
+def merge_tokens(x_BND: Tensor, grid: tuple[int, int], merge: int) -> Tensor:
+    """Join squares of `merge` x `merge` neighboring tokens: (B, R C, D) -> (B, R C / merge^2, D merge^2).
+
+    Args:
+        x_BND: Tokens of a grid, row by row.
+        grid: Rows R and columns C, multiples of `merge`.
+        merge: Side of the square.
+    """
+    if merge == 1:
+        return x_BND
+    rows, columns = grid
+    x_BrmcmD = x_BND.unflatten(1, (rows // merge, merge, columns // merge, merge))
+    return x_BrmcmD.transpose(2, 3).flatten(3).flatten(1, 2)
+
+
 def build_fusion(name: str, feature_dims: Mapping[str, int], **options: Any) -> Fusion:
     """The fusion of that exact name.
 

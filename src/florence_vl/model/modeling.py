@@ -21,7 +21,7 @@ from transformers.models.florence2.modeling_florence2 import Florence2VisionPosi
 from transformers.utils import can_return_tuple, torch_compilable_check
 
 from florence_vl.model.configuration import FlorenceVLConfig
-from florence_vl.model.fusion import build_fusion
+from florence_vl.model.fusion import build_fusion, merge_tokens
 from florence_vl.model.gated import GatedFusion, ZeroLinear
 from florence_vl.model.projector import Projector
 from florence_vl.model.towers import TOWERS, Florence2Tower
@@ -130,7 +130,8 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
     def __init__(self, config: FlorenceVLConfig) -> None:
         super().__init__(config)
         self.vision_tower = TOWERS[config.tower](config)
-        self.fusion = build_fusion(config.fusion, self.vision_tower.feature_dims, **config.fusion_options)
+        dims = {name: dim * config.merge**2 for name, dim in self.vision_tower.feature_dims.items()}
+        self.fusion = build_fusion(config.fusion, dims, **config.fusion_options)
         width = config.text_config.hidden_size
         self.multi_modal_projector = Projector(
             self.fusion.out_dim, width, config.projector_depth, config.projector_hidden_act
@@ -146,7 +147,34 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
 
     def num_image_tokens(self, height: int, width: int) -> int:
         """Tokens that an image of that many pixels takes in the LLM's sequence."""
-        return self.fusion.num_tokens(self.vision_tower.num_tokens(height, width))
+        rows, columns = self.vision_tower.grid_size(height, width)
+        merge = self.config.merge
+        if rows % merge or columns % merge:
+            raise ValueError(
+                f"an image of {height}x{width} pixels gives {rows}x{columns} positions, which merge={merge} does not "
+                "divide: choose a size with an even number of positions on both sides"
+            )
+        return self.fusion.num_tokens(self.vision_tower.num_tokens(height, width) // merge**2)
+
+    def encode_images(self, pixel_values: Tensor, context: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Tower, merge, fusion and projector for images of one size.
+
+        Args:
+            pixel_values: (I, 3, height, width).
+            context: (I, H), see `question_context`.
+
+        Returns:
+            The projected tokens, (I, N, H), and the tower's features by name.
+        """
+        features = self.vision_tower(pixel_values)
+        merge = self.config.merge
+        merged = features
+        if merge > 1:
+            height, width = pixel_values.shape[-2:]
+            self.num_image_tokens(height, width)
+            grid = self.vision_tower.grid_size(height, width)
+            merged = {name: merge_tokens(x_BND, grid, merge) for name, x_BND in features.items()}
+        return self.multi_modal_projector(self.fusion(merged, context)), features
 
     def part_modules(self, part: Part) -> list[nn.Module]:
         """Modules of a part: `tower`, `projector` (with the fusion) or `llm`."""
@@ -211,8 +239,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         context_IH = self.question_context(question_ids, question_mask)
         if len(groups) == 1:
             (height, width), _ = groups[0]
-            features = self.vision_tower(pixel_values[..., :height, :width])
-            tokens_INH = self.multi_modal_projector(self.fusion(features, context_IH))
+            tokens_INH, features = self.encode_images(pixel_values[..., :height, :width], context_IH)
             return FlorenceVLImageFeatures(
                 last_hidden_state=tokens_INH,
                 pooler_output=list(tokens_INH),
@@ -224,9 +251,9 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
             )
         tokens: list[Tensor] = [pixel_values] * len(pixel_values)
         for (height, width), images in groups:
-            features = self.vision_tower(pixel_values[images][..., :height, :width])
-            fused_GNC = self.fusion(features, None if context_IH is None else context_IH[images])
-            for image, tokens_NH in zip(images, self.multi_modal_projector(fused_GNC), strict=True):
+            context_GH = None if context_IH is None else context_IH[images]
+            tokens_GNH, _ = self.encode_images(pixel_values[images][..., :height, :width], context_GH)
+            for image, tokens_NH in zip(images, tokens_GNH, strict=True):
                 tokens[image] = tokens_NH
         return FlorenceVLImageFeatures(pooler_output=tokens)  # type: ignore[arg-type]
 

@@ -30,19 +30,21 @@ _FLORENCE2_CONVOLUTIONS = ((7, 4, 3), (3, 2, 1), (3, 2, 1), (3, 2, 1))
 
 @dataclass(frozen=True)
 class ImageTokenRule:
-    """How many tokens an image of a given size becomes: `scale * (rows * columns + additional) + offset`.
+    """How many tokens an image of a given size becomes: `scale * (rows * columns / merge^2 + additional) + offset`.
 
     Args:
         convolutions: (kernel, stride, padding) of the tower's patch convolutions, px, which give rows and columns.
         additional: Tokens beside the grid that are kept (mean, class or register tokens).
         scale: Tokens after fusion for each token of one feature (the number of features for `token` fusion).
         offset: Tokens after fusion whatever the image's size.
+        merge: Side of the square of neighboring tokens that become one before fusion.
     """
 
     convolutions: tuple[tuple[int, int, int], ...] = _FLORENCE2_CONVOLUTIONS
     additional: int = 0
     scale: int = 1
     offset: int = 0
+    merge: int = 1
 
     @classmethod
     def from_config(cls, config: FlorenceVLConfig) -> ImageTokenRule:
@@ -70,18 +72,23 @@ class ImageTokenRule:
                 f"fusion {config.fusion!r} gives {one}, {two} and {many} tokens for features of 1, 2 and 577: an "
                 "ImageTokenRule describes fusions with a linear number of tokens only"
             )
-        return cls(convolutions, additional, scale, offset)
+        return cls(convolutions, additional, scale, offset, config.merge)
 
     def num_tokens(self, height: int, width: int) -> int:
         """Tokens of an image of `height` x `width` pixels.
 
         Raises:
-            ValueError: The image is smaller than one patch.
+            ValueError: The image is smaller than one patch, or `merge` does not divide its rows and columns.
         """
         rows, columns = convolved_size(height, width, self.convolutions)
         if rows < 1 or columns < 1:
             raise ValueError(f"an image of {height}x{width} pixels is smaller than one patch of the vision tower")
-        return self.scale * (rows * columns + self.additional) + self.offset
+        if rows % self.merge or columns % self.merge:
+            raise ValueError(
+                f"an image of {height}x{width} pixels gives {rows}x{columns} positions, which merge={self.merge} does "
+                "not divide"
+            )
+        return self.scale * (rows * columns // self.merge**2 + self.additional) + self.offset
 
 
 class FlorenceVLProcessor(ProcessorMixin):
@@ -98,6 +105,7 @@ class FlorenceVLProcessor(ProcessorMixin):
         image_token: The placeholder, repeated once for each image token.
         image_token_rule: Counts the tokens of an image; an `ImageTokenRule` or its dict. Florence-2's 576 at 768 px by
             default.
+        question_context: Also return `question_ids` and `question_mask` for a fusion that depends on the question.
 
     Raises:
         ValueError: The tokenizer has no such image token or is not a fast one.
@@ -110,6 +118,7 @@ class FlorenceVLProcessor(ProcessorMixin):
         chat_template: str | dict[str, str] | None = None,
         image_token: str = "<image>",
         image_token_rule: ImageTokenRule | Mapping[str, Any] | None = None,
+        question_context: bool = False,
         **kwargs: Any,
     ) -> None:
         if tokenizer is None or image_processor is None:
@@ -130,6 +139,7 @@ class FlorenceVLProcessor(ProcessorMixin):
         if isinstance(rule, Mapping):
             rule = ImageTokenRule(**{**rule, "convolutions": tuple(tuple(c) for c in rule["convolutions"])})
         self._rule = rule
+        self.question_context = question_context
         self.image_token_rule = asdict(rule)
         self._control_patterns: dict[str, re.Pattern[str]] = {}
         tokenizer.padding_side = "left"
@@ -261,6 +271,31 @@ class FlorenceVLProcessor(ProcessorMixin):
             result.append({**message, "content": parts})
         return result
 
+    def question_inputs(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, list[list[int]]]:
+        """The question that belongs to each image: the text of the message that holds it, and nothing else.
+
+        Args:
+            conversations: Chats of messages, whose images are taken in reading order.
+
+        Returns:
+            `question_ids` and `question_mask`, a row an image, padded on the right; both empty without images. The
+            mask is all zero where a message has no text.
+        """
+        pattern = self.control_pattern(self.template_text())
+        rows: list[list[int]] = []
+        for message in (message for conversation in conversations for message in conversation):
+            parts = message.get("content")
+            parts = parts if isinstance(parts, (list, tuple)) else []
+            images = sum(part.get("type") in ("image", "image_url") for part in parts)
+            if images:
+                text = "\n".join(part["text"] for part in parts if part.get("type") == "text")
+                rows += [self.tokenize(_break_tokens(text, pattern))[0] if text else []] * images
+        length = max(map(len, rows), default=0) or 1
+        return {
+            "question_ids": [ids + [0] * (length - len(ids)) for ids in rows],
+            "question_mask": [[1] * len(ids) + [0] * (length - len(ids)) for ids in rows],
+        }
+
     def tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a rendered text and the characters [start, end) that each covers.
 
@@ -300,20 +335,24 @@ class FlorenceVLProcessor(ProcessorMixin):
             ValueError: A malformed conversation, or one that the template refuses.
         """
         template = self.template_text(chat_template)
+        return_tensors = kwargs.get("return_tensors") or (processor_kwargs or {}).get("return_tensors")
         batched = isinstance(conversation, (list, tuple)) and bool(conversation)
         batched = batched and isinstance(conversation[0], (list, tuple))
+        chats = [getattr(c, "messages", c) for c in (conversation if batched else [conversation])]
         if sanitize_control_tokens:
-            chats = [getattr(c, "messages", c) for c in (conversation if batched else [conversation])]
             cleaned = [self.sanitize(chat, template) for chat in chats]
             conversation = cleaned if batched else cleaned[0]
         moved = {key: kwargs.pop(key) for key in list(kwargs) if key in _CALL_KWARGS}
         processor_kwargs = {"add_special_tokens": False, **moved, **(processor_kwargs or {})}
         try:
-            return super().apply_chat_template(
+            out = super().apply_chat_template(
                 conversation, template, tokenize=tokenize, processor_kwargs=processor_kwargs, **kwargs
             )
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
+        if self.question_context and isinstance(out, BatchFeature) and "pixel_values" in out:
+            out.update(BatchFeature(self.question_inputs(chats), tensor_type=return_tensors))
+        return out
 
     def template_text(self, chat_template: str | None = None) -> str:
         """The Jinja text of a named template of this processor, of a text itself, or of the default template.

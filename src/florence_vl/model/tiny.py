@@ -182,6 +182,7 @@ def tiny_processor(
         chat_template=CHAT_TEMPLATES[template].build(tokenizer, "<image>", **options),
         image_token="<image>",
         image_token_rule=ImageTokenRule.from_config(config or tiny_config()),
+        question_context=(config or tiny_config()).fusion_options.get("context") == "question",
     )
 
 
