@@ -19,8 +19,9 @@ import torch
 from florence_vl.analyze.alignment import AlignmentConfig, train_alignment
 from florence_vl.analyze.compare import feature_subsets
 from florence_vl.analyze.encoders import load_encoder
-from florence_vl.analyze.features import PooledStore, pool_images
+from florence_vl.analyze.pooling import pool_images
 from florence_vl.analyze.text import TextEncoder, pool_texts
+from florence_vl.model.features import FeatureStore
 from florence_vl.model.packaged import resolve
 from florence_vl.train.contrastive import Groups
 from florence_vl_mini.scenes import SceneGenerator
@@ -60,7 +61,7 @@ def caching(encoder, files: list[Path], root: Path, batch_size: int, rounds: int
         times = [forward_seconds(encoder, batch)]
         cpu = time.process_time()
         _, report = pool_images(
-            encoder, part, PooledStore(encoder.identity, root / f"round-{index}"), batch_size=batch_size
+            encoder, part, FeatureStore(encoder.identity, root / f"round-{index}"), batch_size=batch_size
         )
         cpu = time.process_time() - cpu
         times.append(forward_seconds(encoder, batch))
@@ -90,9 +91,9 @@ def forward_seconds(encoder, batch: torch.Tensor, repeats: int = 4) -> tuple[flo
 def subsets(encoder, files: list[Path], captions: list[str], root: Path, options, device: str) -> None:
     """Time of all 15 subsets of four features against one subset, with the encoder's pass and without it."""
     llm = TextEncoder.load(resolve(options.llm, "llms"))
-    text = pool_texts(llm, captions, PooledStore(llm.identity, root / "text"))
+    text = pool_texts(llm, captions, FeatureStore(llm.identity, root / "text"))
     start = time.perf_counter()
-    store, report = pool_images(encoder, files, PooledStore(encoder.identity, root / "all"))
+    store, report = pool_images(encoder, files, FeatureStore(encoder.identity, root / "all"))
     encoding = time.perf_counter() - start
     names = list(encoder.feature_dims)[:4]
     groups = Groups.of(captions, [key for key in report.keys if key is not None])

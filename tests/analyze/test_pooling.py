@@ -10,9 +10,10 @@ from PIL import Image
 
 from florence_vl.analyze.compare import collect, compare, default_width, feature_subsets
 from florence_vl.analyze.encoders import load_encoder
-from florence_vl.analyze.features import PooledStore, image_key, pool_images
 from florence_vl.analyze.pairs import read_pairs
+from florence_vl.analyze.pooling import image_key, pool_images
 from florence_vl.analyze.text import TextEncoder, pool_texts
+from florence_vl.model.features import FeatureStore
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def llm():
 
 
 def test_pooled_features_are_the_mean_over_tokens(encoder, pictures, tmp_path):
-    store, report = pool_images(encoder, pictures, PooledStore(encoder.identity, tmp_path), batch_size=2)
+    store, report = pool_images(encoder, pictures, FeatureStore(encoder.identity, tmp_path), batch_size=2)
     expected = encoder(pictures)
     assert report.computed == 3
     torch.testing.assert_close(store.matrix(report.keys, ["last"]), expected["last"].mean(1), rtol=1e-4, atol=1e-5)
@@ -45,37 +46,37 @@ def test_pooled_features_are_the_mean_over_tokens(encoder, pictures, tmp_path):
 
 
 def test_a_second_run_computes_nothing_and_a_longer_one_the_rest(encoder, pictures, tmp_path, monkeypatch):
-    pool_images(encoder, pictures[:2], PooledStore(encoder.identity, tmp_path))
+    pool_images(encoder, pictures[:2], FeatureStore(encoder.identity, tmp_path))
     calls = []
     original = encoder.encode_batch
     monkeypatch.setattr(encoder, "encode_batch", lambda x: calls.append(len(x)) or original(x))
-    _, again = pool_images(encoder, pictures[:2], PooledStore(encoder.identity, tmp_path))
+    _, again = pool_images(encoder, pictures[:2], FeatureStore(encoder.identity, tmp_path))
     assert (again.computed, calls) == (0, [])
-    _, longer = pool_images(encoder, [*pictures, pictures[0]], PooledStore(encoder.identity, tmp_path))
+    _, longer = pool_images(encoder, [*pictures, pictures[0]], FeatureStore(encoder.identity, tmp_path))
     assert (longer.computed, calls) == (1, [1])
 
 
 def test_another_preprocessing_is_another_cache(encoder, tiny_weights, pictures, tmp_path):
     weights, _, _ = tiny_weights("dinov2_small")
     other = load_encoder(f"dinov2_small={weights}:layer1+last@32", fit="crop")
-    store, first = pool_images(encoder, pictures, PooledStore(encoder.identity, tmp_path))
-    other_store, second = pool_images(other, pictures, PooledStore(other.identity, tmp_path))
+    store, first = pool_images(encoder, pictures, FeatureStore(encoder.identity, tmp_path))
+    other_store, second = pool_images(other, pictures, FeatureStore(other.identity, tmp_path))
     assert store.folder != other_store.folder
     assert second.computed == 3
     assert not torch.allclose(store.matrix(first.keys, ["last"]), other_store.matrix(second.keys, ["last"]))
 
 
 def test_a_tampered_or_damaged_cache_is_refused(encoder, pictures, tmp_path):
-    store, _ = pool_images(encoder, pictures, PooledStore(encoder.identity, tmp_path))
+    store, _ = pool_images(encoder, pictures, FeatureStore(encoder.identity, tmp_path))
     shard = next(store.folder.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(ValueError, match=f"{shard.name}.*delete it"):
-        PooledStore(encoder.identity, tmp_path)
+        FeatureStore(encoder.identity, tmp_path)
     shard.unlink()
     identity = store.folder / "identity.json"
     identity.write_text(json.dumps({**json.loads(identity.read_text()), "encoder": "another"}))
     with pytest.raises(ValueError, match="does not hold the identity"):
-        PooledStore(encoder.identity, tmp_path)
+        FeatureStore(encoder.identity, tmp_path)
 
 
 def test_unreadable_images_are_counted(encoder, pictures, tmp_path):
@@ -84,12 +85,12 @@ def test_unreadable_images_are_counted(encoder, pictures, tmp_path):
     sources = [pictures[0], broken, tmp_path / "absent.png", pictures[1]]
     from collections import Counter
 
-    from florence_vl.analyze.features import image_keys
+    from florence_vl.analyze.pooling import image_keys
 
     problems: Counter[str] = Counter()
     keys = image_keys(sources, problems)
     assert [key is None for key in keys] == [False, False, True, False]
-    _, report = pool_images(encoder, sources, PooledStore(encoder.identity, tmp_path / "c"), keys=keys)
+    _, report = pool_images(encoder, sources, FeatureStore(encoder.identity, tmp_path / "c"), keys=keys)
     assert [key is None for key in report.keys] == [False, True, True, False]
     assert report.computed == 2
     assert any("broken.png" in problem for problem in report.problems)
@@ -108,14 +109,14 @@ def test_image_key_is_of_the_content(tmp_path):
 
 def test_text_features_are_the_mean_of_the_last_layer(llm, tmp_path):
     texts = ["a red car", "people walk with a dog on the street", "tree"]
-    pooled = pool_texts(llm, texts, PooledStore(llm.identity, tmp_path), batch_size=2)
+    pooled = pool_texts(llm, texts, FeatureStore(llm.identity, tmp_path), batch_size=2)
     for text, row in zip(texts, pooled, strict=True):
         ids = torch.tensor([llm.tokenizer(text)["input_ids"]])
         keep = [i for i, t in enumerate(ids[0].tolist()) if t not in llm.tokenizer.all_special_ids]
         with torch.no_grad():
             states = llm.model(input_ids=ids).last_hidden_state[0]
         torch.testing.assert_close(row, states[keep].mean(0), rtol=1e-4, atol=1e-5)
-    assert torch.equal(pooled, pool_texts(llm, texts, PooledStore(llm.identity, tmp_path)))
+    assert torch.equal(pooled, pool_texts(llm, texts, FeatureStore(llm.identity, tmp_path)))
     with pytest.raises(ValueError, match="no token"):
         llm([""])
 
@@ -180,7 +181,7 @@ def test_feature_subsets():
 
 
 def test_features_of_an_input_may_come_from_several_shards(tmp_path):
-    store = PooledStore({"encoder": "x"}, tmp_path)
+    store = FeatureStore({"encoder": "x"}, tmp_path)
     keys = [bytes([i]) * 16 for i in range(4)]
     tables = {"a": torch.arange(8.0).view(4, 2), "b": 10 + torch.arange(4.0).view(4, 1)}
     store.add(keys[:2], {"a": tables["a"][:2]})
@@ -190,7 +191,7 @@ def test_features_of_an_input_may_come_from_several_shards(tmp_path):
     store.flush()
     store.add(keys[:2], {"b": tables["b"][:2]})
     store.flush()
-    again = PooledStore({"encoder": "x"}, tmp_path)
+    again = FeatureStore({"encoder": "x"}, tmp_path)
     expected = torch.cat([tables["b"], tables["a"]], dim=1)
     assert torch.equal(again.matrix(keys, ["b", "a"]), expected)
     assert torch.equal(again.matrix(keys[::-1], ["b", "a"]), expected.flip(0))

@@ -5,8 +5,9 @@ import torch
 from PIL import Image
 
 from florence_vl.analyze.alignment import recall_at
+from florence_vl.model.features import tower_features
 from florence_vl.model.tiny import tiny_model
-from florence_vl.train.warm_up import cache_features, caption_vectors, parse_regions, tokens_in_boxes, warm_up
+from florence_vl.train.warm_up import caption_vectors, parse_regions, tokens_in_boxes, warm_up
 
 COLOURS = ("red", "green", "blue", "black", "white", "yellow")
 
@@ -15,7 +16,7 @@ COLOURS = ("red", "green", "blue", "black", "white", "yellow")
 def setting():
     model, processor = tiny_model()
     images = [Image.new("RGB", (64, 64), colour) for colour in COLOURS]
-    features = cache_features(model, processor, images, batch_size=4)
+    features = tower_features(model, processor, images, batch_size=4)
     return model, processor, images, features, caption_vectors(model, processor, COLOURS)
 
 
@@ -91,7 +92,7 @@ def test_regions_teach_what_lies_where():
             shown += [len(images)] * 2
             boxes += [(0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)]
             images.append(image)
-    features = cache_features(model, processor, images)
+    features = tower_features(model, processor, images)
     targets = caption_vectors(model, processor, texts)
     inside = tokens_in_boxes(boxes, model.model.vision_tower.grid_size(64, 64), model.num_image_tokens(64, 64))
     rows = warm_up(model, features, targets, torch.tensor(shown), inside, steps=150, batch_size=48, lr=3e-3)

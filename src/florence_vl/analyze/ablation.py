@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
-from florence_vl.analyze.encoders.base import digest
 from florence_vl.analyze.statistics import Interval, interval, paired
+from florence_vl.model.features import identity_digest
 from florence_vl.registry import did_you_mean
 
 SCALES = ("mini", "llava15")
@@ -231,7 +231,7 @@ def plan(table: AblationTable, rows: Sequence[Row], config: AblationConfig) -> l
             command += ["--data", str(config.data)] if config.data else []
             command += ["--limit", str(config.limit)] if config.limit else []
             protocol = {b.name: b.fingerprint for b in choose(suite)}
-            identity = digest({"of": steps[-1].identity, "benchmarks": protocol, "limit": config.limit})
+            identity = identity_digest({"of": steps[-1].identity, "benchmarks": protocol, "limit": config.limit})
             steps.append(Step("evaluate", variant, seed, folder / "evaluate", tuple(command), identity))
     return steps
 
@@ -296,7 +296,7 @@ def _training(
     settings = (*mine, *overrides, f"seed={seed}", f"output={folder}", "checkpoint.keep_last=1")
     recipe = load_recipe(name, settings).to_dict()
     command = ("train", name, *settings, "--resume", "auto")
-    return Step(stage, variant, seed, folder, command, digest(json.loads(json.dumps(recipe, default=str))))
+    return Step(stage, variant, seed, folder, command, identity_digest(json.loads(json.dumps(recipe, default=str))))
 
 
 def execute(steps: Sequence[Step], config: AblationConfig, log: Callable[[str], None]) -> None:

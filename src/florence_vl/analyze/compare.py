@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from florence_vl.analyze.alignment import AlignmentConfig, AlignmentRun, train_alignment
-from florence_vl.analyze.features import PooledStore, image_keys, pool_images
 from florence_vl.analyze.pairs import Pairs
+from florence_vl.analyze.pooling import image_keys, pool_images
 from florence_vl.analyze.statistics import Interval, interval, paired
 from florence_vl.analyze.text import TextEncoder, pool_texts
+from florence_vl.model.features import FeatureStore
 from florence_vl.train.contrastive import Groups
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def collect(
     """
     problems: Counter[str] = Counter()
     keys = image_keys(pairs.images, problems)
-    stores: dict[str, tuple[PooledStore, dict[str, int]]] = {}
+    stores: dict[str, tuple[FeatureStore, dict[str, int]]] = {}
     identities: dict[str, Any] = {}
     speed: dict[str, tuple[int, float]] = {}
     for label, load in encoders:
@@ -90,7 +91,7 @@ def collect(
         store, report = pool_images(
             encoder,
             pairs.images,
-            PooledStore(encoder.identity, root),
+            FeatureStore(encoder.identity, root),
             batch_size=batch_size,
             keys=keys,
             progress=_progress(log, label),
@@ -110,7 +111,7 @@ def collect(
         first = next(iter(problems), "")
         raise ValueError(f"none of the {len(pairs)} images can be read; the first error: {first}")
     pairs, found = pairs.keep(rows), [key for key in keys if key is not None]
-    text = pool_texts(llm, pairs.captions, PooledStore(llm.identity, root), progress=_progress(log, "captions"))
+    text = pool_texts(llm, pairs.captions, FeatureStore(llm.identity, root), progress=_progress(log, "captions"))
     return Features(
         dims={label: dims for label, (_, dims) in stores.items()},
         table=lambda label, names: stores[label][0].matrix(found, names),

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from florence_vl.analyze.encoders.base import state_hash
 from florence_vl.analyze.encoders.tower import local_weights
-from florence_vl.analyze.features import PooledStore, content_key
+from florence_vl.model.features import FeatureStore, content_key, state_hash
 
 FEATURE = "last"
 
@@ -95,13 +94,13 @@ class TextEncoder:
 def pool_texts(
     encoder: TextEncoder,
     texts: Sequence[str],
-    store: PooledStore | None = None,
+    store: FeatureStore | None = None,
     *,
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Pooled states of all texts, (n, D), computing only what the cache does not hold. Sorted by length for speed."""
-    store = store or PooledStore(encoder.identity)
+    store = store or FeatureStore(encoder.identity)
     keys = [content_key(text.encode()) for text in texts]
     todo = {key: text for key, text in zip(keys, texts, strict=True) if not store.has(key, [FEATURE])}
     order = sorted(todo, key=lambda key: len(todo[key]))

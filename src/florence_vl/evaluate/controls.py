@@ -112,11 +112,11 @@ def mean_features(
     model: FlorenceVLForConditionalGeneration, processor: FlorenceVLProcessor, questions: Sequence[Question]
 ) -> dict[str, Tensor]:
     """Mean of each feature over the questions' pictures, (N, D) by name."""
+    from florence_vl.model.features import tower_features
     from florence_vl.model.image_processing import open_image
-    from florence_vl.train.warm_up import cache_features
 
     pictures = {image.key: image for question in questions for image in question.images}
-    features = cache_features(model, processor, (open_image(p.read()) for p in pictures.values()))
+    features = tower_features(model, processor, (open_image(p.read()) for p in pictures.values()))
     return {name: value.mean(0) for name, value in features.items()}
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from florence_vl.data.records import BadRecord, caption_of
+from florence_vl.model.features import tower_features
 from florence_vl.model.image_processing import open_image
 from florence_vl.train.contrastive import Groups, contrastive_loss
 
@@ -98,37 +99,6 @@ def tokens_in_boxes(boxes: Sequence[Box], grid: tuple[int, int], num_tokens: int
 
 
 @torch.inference_mode()
-def cache_features(
-    model: FlorenceVLForConditionalGeneration,
-    processor: FlorenceVLProcessor,
-    images: Iterable[Image.Image],
-    batch_size: int = 32,
-    progress: Callable[[int], None] | None = None,
-) -> dict[str, Tensor]:
-    """The tower's features of all images by name, (I, N, D) each, on the tower's device.
-
-    Args:
-        model: Whose tower.
-        processor: Its processor.
-        images: Opened one batch at a time, so a generator holds few of them in memory.
-        batch_size: Images of a forward pass.
-        progress: Hears how many are done.
-    """
-    place = next(model.model.vision_tower.parameters())
-    parts: dict[str, list[Tensor]] = {}
-    left, done = iter(images), 0
-    while batch := list(itertools.islice(left, batch_size)):
-        pixels = processor.image_processor(batch, return_tensors="pt")
-        features = model.model.vision_tower(pixels["pixel_values"].to(place.device, place.dtype))
-        for name, value in features.items():
-            parts.setdefault(name, []).append(value)
-        done += len(batch)
-        if progress is not None:
-            progress(done)
-    return {name: torch.cat(values).clone() for name, values in parts.items()}
-
-
-@torch.inference_mode()
 def caption_vectors(
     model: FlorenceVLForConditionalGeneration, processor: FlorenceVLProcessor, captions: Sequence[str]
 ) -> Tensor:
@@ -175,7 +145,7 @@ def warm_up(
 
     Args:
         model: Its fusion and projector are changed.
-        features: `cache_features`.
+        features: `tower_features`.
         targets_PH: `caption_vectors`.
         images_P: Number of each text's image; by default the texts are the images' captions in their order.
         inside_PN: `tokens_in_boxes` of each text; by default all tokens.
@@ -315,7 +285,7 @@ def warm_up_for(
             if progress is not None:
                 progress(f"warm-up: features of {done} of {len(images)} images")
 
-        features = cache_features(model, processor, _opened(images, sizes), progress=count)
+        features = tower_features(model, processor, _opened(images, sizes), progress=count)
         targets = caption_vectors(model, processor, [phrase.text for phrase in phrases])
         images_P = torch.tensor([phrase.image for phrase in phrases])
         inside_PN = _inside(model, processor, phrases, sizes) if config.regions else None

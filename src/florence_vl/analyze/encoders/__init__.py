@@ -8,7 +8,7 @@ from florence_vl.analyze.encoders import (  # noqa: F401  (each registers its en
     stable_diffusion,
     tower,
 )
-from florence_vl.analyze.encoders.base import MissingWeights, Preprocess, VisionEncoder, digest, state_hash
+from florence_vl.analyze.encoders.base import MissingWeights, Preprocess, VisionEncoder
 from florence_vl.analyze.encoders.registry import ENCODERS, EncoderSpec
 
 __all__ = [
@@ -17,9 +17,7 @@ __all__ = [
     "MissingWeights",
     "Preprocess",
     "VisionEncoder",
-    "digest",
     "load_encoder",
-    "state_hash",
 ]
 
 

@@ -5,8 +5,6 @@ Shape letters: B images, N tokens of a feature, D its channels.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from florence_vl.model.features import state_hash
 from florence_vl.registry import did_you_mean
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -186,21 +185,6 @@ class VisionEncoder(ABC):
         if fit is not None:
             self.preprocess = replace(self.preprocess, fit=fit)
         return self
-
-
-def digest(identity: Mapping[str, Any]) -> str:
-    """Short name of an identity: the same for equal content, whatever the order of keys."""
-    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
-
-
-def state_hash(module: nn.Module) -> str:
-    """Hash of all weights and buffers of a module: names, shapes, data types and bytes."""
-    total = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(module.state_dict().items()):
-        total.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
-        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
 
 
 class MissingWeights(ValueError):

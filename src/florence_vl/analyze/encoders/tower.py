@@ -26,12 +26,12 @@ from florence_vl.analyze.encoders.base import (
     MissingWeights,
     Preprocess,
     VisionEncoder,
-    digest,
     missing,
 )
 from florence_vl.analyze.encoders.registry import ENCODERS
 from florence_vl.model.assemble import florence2_features, read_config
 from florence_vl.model.configuration import DAVIT, DBFUSION_FEATURES, FLORENCE2_PROMPTS, FlorenceVLConfig
+from florence_vl.model.features import identity_digest
 from florence_vl.model.packaged import resolve
 from florence_vl.model.towers import BackboneTower, Florence2Tower, VisionTower
 from florence_vl.registry import did_you_mean
@@ -166,7 +166,7 @@ def load_florence2(
         tower = florence2_tower(folder, FlorenceVLConfig(vision_config=raw, **chosen))
     settings = {
         # of every prompt that these weights know, used or not, so that subsets of the features share one cache
-        "prompts": digest({prompt: list(ids) for prompt, ids in known.items()}),
+        "prompts": identity_digest({prompt: list(ids) for prompt, ids in known.items()}),
         "prompt_padding": tower.config.prompt_padding,
         "prompt_length": tower.config.prompt_length,
         "mean_token": tower.config.mean_token,
