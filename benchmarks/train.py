@@ -36,7 +36,7 @@ from florence_vl.train.optimizer import apply_parts, build_optimizer, parameter_
 from florence_vl.train.parallel import LossModule
 from florence_vl.train.plan import Workload, plan_recipe
 from florence_vl.train.recipes import load_recipe
-from florence_vl.train.steps import count_supervised
+from florence_vl.train.step import count_supervised
 
 IMAGE_SIZE, VOCABULARY = 256, 8192
 
@@ -132,7 +132,7 @@ def engine_epoch(batches: list[dict[str, torch.Tensor]], image_size: int) -> Cal
 
     def run() -> None:
         for batch in batches:
-            module(batch, torch.tensor(float(count_supervised(batch)))).backward()
+            module(batch, count_supervised(batch)).backward()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -246,7 +246,7 @@ def mini_step(tokens: int, images: int, overrides: list[str]) -> Callable[[], No
     def run() -> None:
         for _ in range(2):
             for _ in range(2):
-                module(batch, torch.tensor(float(count_supervised(batch)))).backward()
+                module(batch, count_supervised(batch)).backward()
             optimizer.step()
             optimizer.zero_grad()
 

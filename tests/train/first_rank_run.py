@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 from florence_vl.train import load_recipe
 from florence_vl.train.first_rank import load_on_first_rank
 from florence_vl.train.optimizer import apply_parts
-from florence_vl.train.parallel import init_world, parallelise
+from florence_vl.train.parallel import parallelise
+from florence_vl.train.world import init_world
 
 
 def main(cases: list[dict]) -> None:

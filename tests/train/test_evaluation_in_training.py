@@ -20,9 +20,9 @@ from PIL import Image
 from florence_vl.evaluate.sample import evaluate_sample
 from florence_vl.model.tiny import tiny_model, tiny_recipe
 from florence_vl.train import load_recipe, train
-from florence_vl.train.evaluation import check_suite
+from florence_vl.train.evaluation import read_suite
 from florence_vl.train.metrics import read_metrics
-from florence_vl.train.parallel import World
+from florence_vl.train.world import World
 
 
 @pytest.fixture(scope="module")

@@ -15,14 +15,13 @@ import torch
 
 from florence_vl.train.config import ActivationCheckpointingConfig, CompileConfig, ParallelConfig
 from florence_vl.train.parallel import (
-    World,
     apply_activation_checkpointing,
     apply_compile,
     blocks,
     part_blocks,
-    pick_device,
     resolve_strategy,
 )
+from florence_vl.train.world import World, pick_device
 
 BASE: dict[str, Any] = {"steps": 3, "micro": 1, "checkpoint": {"every_steps": None, "export": False}}
 # DropPath and dropout draw per process, so parts that have them are frozen: parallelism must be the only difference

@@ -30,12 +30,13 @@ def command(
 ) -> None:
     """Train from a recipe. SIGTERM, SIGUSR1 and Ctrl-C save and leave with exit code 75."""
     _check_overrides(overrides or [])
+    from florence_vl.evaluate.sample import suite_scorer
     from florence_vl.train.checkpoint import CheckpointError
     from florence_vl.train.guards import TrainingError
     from florence_vl.train.loop import train
 
     try:
-        result = train(recipe, resume=resume, overrides=overrides or [])
+        result = train(recipe, resume=resume, overrides=overrides or [], suite_reader=suite_scorer)
     except (TrainingError, CheckpointError) as error:
         print(f"florence-vl: stopped: {error}", file=sys.stderr)
         raise typer.Exit(1) from None

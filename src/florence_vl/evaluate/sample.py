@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,24 @@ def score_sample(model: Any, processor: Any, sample: Sample, batch_size: int = 1
     return found
 
 
+def suite_scorer(
+    suite: str, limit: int, data: Path | None, batch_size: int
+) -> Callable[[Any, Any], dict[str, float]]:
+    """What `florence_vl.train.train` takes as `suite_reader`: reads a sample now, scores models on it later.
+
+    Args:
+        suite: As of `evaluate_sample`, like the rest.
+        limit: About so many questions of each benchmark.
+        data: Folder with the benchmarks' files.
+        batch_size: Questions at a time.
+
+    Returns:
+        A function of a model and its processor that gives scores by name, as `evaluate_sample` does.
+    """
+    sample = read_sample(suite, limit, data=data)
+    return lambda model, processor: score_sample(model, processor, sample, batch_size)
+
+
 class SampleEvaluation:
     """A callback of `florence_vl.train.train` that scores the model every so many steps.
 
@@ -131,7 +149,7 @@ class SampleEvaluation:
         scores = evaluate_sample(trainer.model, trainer.processor, **self.sample)
         self.history.append({"step": trainer.step, **scores})
         append_lines(trainer.run_dir / "evaluation.jsonl", self.history[-1:])
-        for tracker in trainer.trackers:
+        for tracker in trainer.reporter.trackers:
             tracker.log(scores, trainer.step)
 
 

@@ -15,7 +15,6 @@ import logging
 import os
 import re
 import shutil
-import time
 import warnings
 from concurrent.futures import Future
 from pathlib import Path
@@ -133,7 +132,6 @@ class CheckpointManager:
         # The background writer has collectives of its own, which must not mix with the training thread's.
         self._group = dist.new_group(backend="gloo") if self.distributed else None
         self._pending: tuple[int, Path, Future] | None = None
-        self.stall_seconds = 0.0
         self.last_saved_step: int | None = None
         if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -154,7 +152,6 @@ class CheckpointManager:
             CheckpointError: `blocking` and the write failed. In the background a failure is reported and the run
                 goes on: the earlier checkpoints are untouched.
         """
-        began = time.perf_counter()
         self.finish(strict=False)
         temporary = self.folder / f".saving-{checkpoint_name(step)}"
         try:
@@ -174,7 +171,6 @@ class CheckpointManager:
                 self._publish(step, temporary)
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
             self._failed(step, temporary, error, strict=blocking)
-        self.stall_seconds += time.perf_counter() - began
 
     def poll(self) -> None:
         """Publish a background save that is done; call it once a step.

@@ -305,16 +305,12 @@ class ParallelConfig:
         strategy: `none` (one process), `ddp`, `fsdp` (FSDP2 over all processes), `hsdp` (sharded inside groups of
             `shard_size`, replicated between them). `auto` is none for one process and fsdp for several.
         shard_size: Processes of a sharding group; None is those of one node.
-        reshard_after_forward: Free gathered weights between forward and backward.
-        cpu_offload: Keep weights, gradients and optimizer state in main memory.
     """
 
     __pydantic_config__ = STRICT
 
     strategy: Strategy = "auto"
     shard_size: int | None = None
-    reshard_after_forward: bool = True
-    cpu_offload: bool = False
 
 
 @dataclass
@@ -350,7 +346,6 @@ class CheckpointConfig:
 
     Attributes:
         every_steps: Save each so many steps.
-        every_minutes: And each so many minutes.
         keep_last: Newest checkpoints kept.
         keep_every: Checkpoints at multiples of this step are kept for good.
         asynchronous: Write in the background while training goes on.
@@ -360,7 +355,6 @@ class CheckpointConfig:
     __pydantic_config__ = STRICT
 
     every_steps: int | None = 500
-    every_minutes: float | None = None
     keep_last: int = 2
     keep_every: int | None = None
     asynchronous: bool = True
@@ -392,20 +386,14 @@ class LoggingConfig:
 
 @dataclass
 class GuardsConfig:
-    """What stops a run, or warns.
+    """What is shown so that a wrong run is seen early.
 
     Attributes:
-        non_finite: Stop before the optimizer step when loss or gradient is not finite, and write the batch down.
-        first_loss_factor: Warn when the first loss is above this many times log(vocabulary).
-        spike_factor: Report a gradient norm above this many times its moving average.
         show_sample: Print a decoded sample and its label mask before step 1.
     """
 
     __pydantic_config__ = STRICT
 
-    non_finite: bool = True
-    first_loss_factor: float = 1.2
-    spike_factor: float = 5.0
     show_sample: bool = True
 
 

@@ -6,9 +6,10 @@ Neither changes the run: nothing is drawn that training would draw, and modes ar
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -18,11 +19,12 @@ from florence_vl.data.encode import IGNORE, RecordEncoder
 from florence_vl.data.records import BadRecord
 from florence_vl.train.config import EvaluateConfig, Recipe
 from florence_vl.train.data import build_mixture
-from florence_vl.train.steps import count_supervised, to_device
+from florence_vl.train.parallel import resolve_strategy
+from florence_vl.train.step import count_supervised, to_device
+from florence_vl.train.world import World
 
 if TYPE_CHECKING:
-    from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
-    from florence_vl.train.parallel import Parallelised, World
+    from florence_vl.train.parallel import Parallelised
 
 
 class HeldOut:
@@ -69,54 +71,44 @@ class HeldOut:
         for first in range(0, total, per_round):
             start = min(total, first + self.world.rank * self.size)
             batch = self._batch(range(start, min(total, start + self.size)))
-            loss += module(to_device(batch, self.world.device), torch.ones((), device=self.world.device)).item()
+            loss += module(to_device(batch, self.world.device), 1).item()
             count += count_supervised(batch)
         sums = self.world.gather([loss, count]).sum(0)
         return float(sums[0] / sums[1].clamp(min=1))
 
 
-class SuiteScores:
-    """Scores of the model on a fixed sample of a suite; the main process asks while the others wait.
+# (model, processor) -> scores by name, as `eval/<benchmark>`
+Scorer = Callable[[Any, Any], dict[str, float]]
 
-    Args:
-        config: `suite`, `limit`, `data` and `batch_size` of it are used.
-        world: The processes.
+
+class SuiteReader(Protocol):
+    """Reads the questions of `evaluate.suite`; `florence_vl.evaluate.sample.suite_scorer` is one.
+
+    The caller of `train` passes it in: training knows nothing of benchmarks.
+    """
+
+    def __call__(self, suite: str, limit: int, data: Path | None, batch_size: int) -> Scorer: ...
+
+
+def read_suite(recipe: Recipe, world: World, reader: SuiteReader | None) -> Scorer | None:
+    """Read the sample of `evaluate.suite`, before a model is loaded. Every process calls it.
+
+    Returns:
+        What scores the model; on the main process alone, which asks while the others wait.
 
     Raises:
         FileNotFoundError: A benchmark's file isn't there.
-        ValueError: Unknown suite or benchmark, or one that needs a judge.
+        ValueError: Unknown names, a benchmark that needs a judge, no reader, or a model that will be sharded.
     """
-
-    def __init__(self, config: EvaluateConfig, world: World) -> None:
-        from florence_vl.evaluate.sample import choose_scorable, read_sample  # training knows no more of evaluate/
-
-        assert config.suite is not None
-        self.config, self.world = config, world
-        choose_scorable(config.suite)
-        folder = None if config.data is None else Path(config.data).expanduser()
-        self.sample = read_sample(config.suite, config.limit, data=folder) if world.is_main else []
-
-    def scores(self, model: FlorenceVLForConditionalGeneration, processor: Any) -> dict[str, float]:
-        """Scores by name, the same on every process. Every process calls it, with a model that is whole there."""
-        found: dict[str, float] = {}
-        if self.world.is_main:
-            from florence_vl.evaluate.sample import score_sample
-
-            found = score_sample(model, processor, self.sample, self.config.batch_size)
-        return self.world.gather_objects(found)[0]
-
-
-def check_suite(recipe: Recipe, world: World) -> SuiteScores | None:
-    """Read the sample of `evaluate.suite`, before a model is loaded.
-
-    Raises:
-        FileNotFoundError: A benchmark's file isn't there.
-        ValueError: Unknown names, a benchmark that needs a judge, or a model that will be sharded.
-    """
-    from florence_vl.train.parallel import resolve_strategy
-
-    if recipe.evaluate is None or recipe.evaluate.suite is None:
+    config = recipe.evaluate
+    if config is None or config.suite is None:
         return None
+    suite = config.suite
+    if reader is None:
+        raise ValueError(
+            f"evaluate.suite is {suite!r}, but nothing was passed that scores suites: "
+            "train(..., suite_reader=florence_vl.evaluate.sample.suite_scorer), as the command line does"
+        )
     strategy = resolve_strategy(recipe.parallel, world)
     if strategy not in ("none", "ddp"):
         raise ValueError(
@@ -124,7 +116,14 @@ def check_suite(recipe: Recipe, world: World) -> SuiteScores | None:
             f"{strategy} here. Use parallel.strategy=ddp, or evaluate.sources (the loss on held-out records) alone and "
             "score exports: florence-vl export RUN, florence-vl evaluate --model RUN/model"
         )
-    return SuiteScores(recipe.evaluate, world)
+    folder = None if config.data is None else Path(config.data).expanduser()
+    scorer: list[Scorer] = []
+
+    def read() -> None:
+        scorer.append(reader(suite, config.limit, folder, config.batch_size))
+
+    world.decide(read)
+    return scorer[0] if scorer else None
 
 
 class RunEvaluation:
@@ -134,17 +133,18 @@ class RunEvaluation:
         recipe: The recipe; its `evaluate` is set.
         processor: The model's, with the recipe's chat template.
         world: The processes.
-        suite: Of `check_suite`.
+        suite: Of `read_suite`.
 
     Raises:
         ValueError: There is no processor, or as the sources' readers.
     """
 
-    def __init__(self, recipe: Recipe, processor: Any, world: World, suite: SuiteScores | None) -> None:
+    def __init__(self, recipe: Recipe, processor: Any, world: World, suite: Scorer | None) -> None:
         assert recipe.evaluate is not None
         if processor is None:
             raise ValueError("`evaluate` needs the model's processor")
         self.config, self.processor, self.suite = recipe.evaluate, processor, suite
+        self.world = world
         self.held_out = HeldOut(recipe, self.config, processor, world) if self.config.sources else None
         self._recipe, self._device_type = recipe, world.device.type
 
@@ -163,9 +163,12 @@ class RunEvaluation:
         try:
             if self.held_out is not None:
                 found["eval/loss"] = self.held_out.loss(parallel.module)
-            if self.suite is not None:
-                with self._as_trained():
-                    found |= self.suite.scores(parallel.model, self.processor)
+            if self.config.suite is not None:
+                scores: dict[str, float] = {}
+                if self.suite is not None:
+                    with self._as_trained():
+                        scores = self.suite(parallel.model, self.processor)
+                found |= self.world.gather_objects(scores)[0]
         finally:
             for module, training in modes:  # one by one: frozen parts stay as they were
                 module.training = training

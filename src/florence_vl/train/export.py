@@ -15,7 +15,7 @@ from florence_vl.train.recipes import load_recipe
 
 if TYPE_CHECKING:
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
-    from florence_vl.train.parallel import World
+    from florence_vl.train.world import World
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -21,7 +21,7 @@ from florence_vl.train.setup import load_model
 
 if TYPE_CHECKING:
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
-    from florence_vl.train.parallel import World
+    from florence_vl.train.world import World
 
 
 def load_on_first_rank(recipe: Recipe, world: World) -> tuple[FlorenceVLForConditionalGeneration, Any]:

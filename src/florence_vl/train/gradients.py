@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from florence_vl.train.optimizer import Group
-from florence_vl.train.parallel import World
+from florence_vl.train.world import World
 
 
 def fill_missing_gradients(groups: Sequence[Group]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,29 +11,48 @@ from typing import Any
 
 import torch
 
+from florence_vl.files import atomic_file
+
 
 class TrainingError(RuntimeError):
     """The run stopped itself; the message says why and where the evidence lies."""
 
 
+_LOST_PEER = re.compile(r"gloo|nccl|ProcessGroup|peer|Broken pipe|Socket", re.IGNORECASE)
+
+
+def blame(error: Exception) -> str | None:
+    """What to say of an error that another process caused; None when it is this process's own.
+
+    A process whose partner is gone sees its own collective fail. Its batch has nothing to do with it.
+    """
+    text = str(error).strip().splitlines()[-1] if str(error).strip() else ""
+    if not isinstance(error, torch.distributed.DistError) and not _LOST_PEER.search(text):
+        return None
+    return (
+        f"another process of the run failed or was lost ({text}); its own message says why. "
+        "Go on with --resume auto when the cause is removed"
+    )
+
+
 def dump_batch(
     run_dir: Path, step: int, rank: int, micro_batches: list[dict[str, Any]], notes: Mapping[str, Any]
-) -> Path:
+) -> Path | str:
     """Write one step's batches down for a post-mortem; `torch.load(path, weights_only=True)` reads them.
 
     Returns:
-        The file.
+        The file, or why there is none.
     """
-    folder = run_dir / "failures"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{step}-rank-{rank}.pt"
+    path = run_dir / "failures" / f"step-{step}-rank-{rank}.pt"
     plain = [
         {key: value.cpu() if isinstance(value, torch.Tensor) else _plain(value) for key, value in batch.items()}
         for batch in micro_batches
     ]
-    temporary = path.with_suffix(".tmp")
-    torch.save({"step": step, "rank": rank, "notes": dict(notes), "micro_batches": plain}, temporary)
-    os.replace(temporary, path)
+    try:
+        with atomic_file(path) as temporary:
+            torch.save({"step": step, "rank": rank, "notes": dict(notes), "micro_batches": plain}, temporary)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        return f"no file: {path} can't be written ({error})"
     return path
 
 
@@ -50,16 +69,19 @@ def check_finite(loss: float, grad_norm: float, grad_norms: Mapping[str, float])
     return " and ".join(found) or None
 
 
-def first_loss_warning(loss: float, vocab_size: int, factor: float) -> str | None:
+FIRST_LOSS_FACTOR = 1.2  # times log(vocabulary)
+
+
+def first_loss_warning(loss: float, vocab_size: int) -> str | None:
     """A warning when the first loss is worse than guessing: then labels, template or weights are wrong.
 
     Guessing uniformly costs log(vocabulary); a pretrained LLM stays below that even on images that it can't read yet.
     """
-    limit = factor * math.log(vocab_size)
+    limit = FIRST_LOSS_FACTOR * math.log(vocab_size)
     if loss <= limit:
         return None
     return (
-        f"the first loss is {loss:.2f}, above {factor:g} x log(vocabulary {vocab_size}) = {limit:.2f}: worse than "
+        f"the first loss is {loss:.2f}, above {FIRST_LOSS_FACTOR:g} x log(vocabulary {vocab_size}) = {limit:.2f}: worse than "
         "guessing. Check chat template and labels (florence-vl data inspect), and that the LLM's weights were loaded"
     )
 

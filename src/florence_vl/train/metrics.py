@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import math
@@ -9,17 +11,28 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+import torch
+
+from florence_vl.files import write_text
 from florence_vl.registry import Registry
 from florence_vl.train.config import LoggingConfig, Recipe
+from florence_vl.train.flops import Multipliers, count_flops, peak_tflops
+from florence_vl.train.step import StepCounts
+
+if TYPE_CHECKING:
+    from florence_vl.train.setup import Run
 
 log = logging.getLogger("florence_vl.train")
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a step, flushed at once.
+    """`metrics.jsonl`: one JSON object a step, written at once.
+
+    A disk that is full does not end a run: rows are kept and written when there is room again.
 
     Args:
         path: The file.
@@ -30,16 +43,30 @@ class MetricsFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             kept = [json.dumps(row) for row in read_metrics(path) if row["step"] <= resume_step] if resume_step else []
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            os.replace(temporary, path)
-        self._file = path.open("a", encoding="utf-8")
+            write_text(path, "".join(line + "\n" for line in kept))
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
+        self._failing = False
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append a row. Non-finite numbers become null: the file is strict JSON."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        self._waiting += json.dumps(clean).encode() + b"\n"
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(self._waiting) < len(self._waiting):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)  # no half a row
+            if not self._failing:
+                log.error("%s can't be written (%s); the run goes on, and its rows are kept", self._path, error)
+            self._failing = True
+            return
+        if self._failing:
+            log.warning("%s is written again, with the rows that were kept", self._path)
+        self._waiting, self._failing = b"", False
 
     def close(self) -> None:
         """Close the file."""
@@ -124,8 +151,92 @@ class WandbTracker(_RunTracker):
     module = "wandb"
 
 
+class FlopsMeter:
+    """Model FLOPs utilization, where the peak of the device is known.
+
+    Args:
+        run: The run.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._peak = run.recipe.logging.peak_tflops or peak_tflops(run.world.device)
+        self._devices = run.world.size
+        if self._peak is not None:
+            self._flops = count_flops(run.parallel.model.config, *run.image_size)
+            self._multipliers = Multipliers.of(run.recipe.parts, self._flops.num_layers)
+
+    def mfu(self, counts: StepCounts, seconds: float) -> float | None:
+        """Share of the devices' peak that the model's own arithmetic used; padding and recomputation don't count."""
+        if self._peak is None:
+            return None
+        flops = self._flops.step(
+            self._multipliers, counts.images, counts.tokens, counts.pairs, counts.supervised
+        )
+        return sum(flops.values()) / (seconds * self._devices * self._peak * 1e12)
+
+
+class Reporter:
+    """Metrics file, trackers and progress of the main process; on the others it is silent.
+
+    Nothing here ends a run: what can't be written is logged once.
+
+    Args:
+        run: The run.
+    """
+
+    def __init__(self, run: Run) -> None:
+        recipe, is_main = run.recipe, run.world.is_main
+        self.every_steps, self.total_steps = recipe.logging.every_steps, run.total_steps
+        self.metrics = MetricsFile(recipe.run_dir / "metrics.jsonl", run.state.step) if is_main else None
+        names = recipe.logging.trackers if is_main else []
+        self.trackers: list[Tracker] = [TRACKERS[name](recipe, recipe.run_dir) for name in names]
+        shown = recipe.logging if is_main else replace(recipe.logging, progress="none")
+        self.progress = Progress(run.total_steps, run.state.step, shown)
+        self._failed: set[int] = set()
+
+    def report(self, row: Mapping[str, Any], fraction: float, extra: bool) -> None:
+        """Take a step's row.
+
+        Args:
+            row: `step` and the step's numbers.
+            fraction: Of the run that is done, by steps or by the clock.
+            extra: The row has more than every step's numbers, so trackers get it whatever the step.
+        """
+        if self.metrics is None:
+            return
+        self.metrics.write(row)
+        step = row["step"]
+        if step % self.every_steps == 0 or step == self.total_steps or extra:
+            numbers = {k: v for k, v in row.items() if k != "step" and isinstance(v, (int, float))}
+            for tracker in self.trackers:
+                self._try(tracker, numbers, step)
+        self.progress.update(row, fraction)
+
+    def _try(self, tracker: Tracker, numbers: Mapping[str, float], step: int) -> None:
+        try:
+            tracker.log(numbers, step)
+        except Exception as error:  # a tracker's server may be gone, or its disk full
+            if id(tracker) not in self._failed:
+                log.error("%s failed at step %d (%s); the run goes on", type(tracker).__name__, step, error)
+            self._failed.add(id(tracker))
+
+    def message(self, text: str) -> None:
+        """A line for people, from the main process."""
+        if self.metrics is not None:
+            self.progress.message(text)
+
+    def close(self) -> None:
+        """Close the files and leave the bar as it stands."""
+        self.progress.close()
+        if self.metrics is not None:
+            self.metrics.close()
+        for tracker in self.trackers:
+            with contextlib.suppress(Exception):
+                tracker.close()
+
+
 class Notices:
-    """Prints a line of those that it hears every few seconds.
+    """Prints one of the lines that it is given every few seconds.
 
     Args:
         file: Where to.
@@ -229,8 +340,6 @@ class Progress:
 
 def memory_gib(device_type: str) -> float:
     """Peak memory of this process in GiB: of the accelerator, or resident memory on a CPU."""
-    import torch
-
     if device_type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     try:

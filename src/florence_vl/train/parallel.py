@@ -1,4 +1,4 @@
-"""One code path from one process to many: process groups, DDP, FSDP2, HSDP, activation checkpointing, compile.
+"""One code path from one process to many: DDP, FSDP2, HSDP, activation checkpointing, compile.
 
 The model knows nothing of this; everything is applied to it from here. Order matters: activation checkpointing, then
 compile, then sharding.
@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from datetime import timedelta
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,137 +20,10 @@ from torch import Tensor, nn
 from florence_vl.registry import did_you_mean
 from florence_vl.train.config import ActivationCheckpointingConfig, CompileConfig, ParallelConfig, Precision
 from florence_vl.train.first_rank import FirstRankWeights
+from florence_vl.train.world import World
 
 if TYPE_CHECKING:
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
-
-
-@dataclass
-class World:
-    """The processes of a run.
-
-    Attributes:
-        device: Of this process.
-        rank: Number of this process among all.
-        size: Number of processes.
-        local_rank: Number of this process on its node.
-        local_size: Processes on this node.
-    """
-
-    device: torch.device
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-    owns_group: bool = field(default=False, repr=False)
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes files and speaks."""
-        return self.rank == 0
-
-    def gather(self, values: list[float]) -> Tensor:
-        """All processes' values as a (size, len(values)) float64 table on the CPU."""
-        row = torch.tensor(values, dtype=torch.float64)
-        if self.size == 1:
-            return row.unsqueeze(0)
-        rows = [torch.empty_like(row) for _ in range(self.size)]
-        dist.all_gather(rows, row)
-        return torch.stack(rows)
-
-    def gather_objects(self, item: Any) -> list[Any]:
-        """All processes' objects, in the order of ranks."""
-        if self.size == 1:
-            return [item]
-        items: list[Any] = [None] * self.size
-        dist.all_gather_object(items, item)
-        return items
-
-    def decide(self, question: Callable[[], Any]) -> Any:
-        """The first process's answer, or its error, on every process.
-
-        For what each might see differently, such as which files are there while another one is still renaming them, and
-        for what one process does for all. An error that cannot be sent is a FileNotFoundError, ValueError or
-        RuntimeError with its message on the others.
-        """
-        if self.size == 1:
-            return question()
-        told: list[Any] = [None, None]  # answer, error
-        raised: Exception | None = None
-        if self.is_main:
-            try:
-                told = [question(), None]
-            except Exception as error:
-                raised, told = error, [None, _sendable(error)]
-        dist.broadcast_object_list(told, device=torch.device("cpu"))
-        failed = raised or told[1]
-        if failed is not None:
-            raise failed
-        return told[0]
-
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        if self.size > 1:
-            dist.barrier()
-
-    def close(self) -> None:
-        """Leave the process group, if this run made it."""
-        if self.owns_group and dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def _sendable(error: Exception) -> Exception:
-    """The error if it survives pickling, else one of the nearest built-in kind."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        kind = next((k for k in (FileNotFoundError, ValueError) if isinstance(error, k)), RuntimeError)
-        return kind(str(error))
-    return error
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is cuda, then mps, then cpu.
-
-    Raises:
-        ValueError: The device isn't there.
-    """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
-    if not available.get(name, False):
-        raise ValueError(f"device {name!r} is not available here; available: {[k for k, v in available.items() if v]}")
-    return torch.device(name)
-
-
-def init_world(device: str = "auto", timeout_minutes: float = 30) -> World:
-    """Join the process group that torchrun (or any launcher that sets RANK, WORLD_SIZE, ...) describes.
-
-    Raises:
-        ValueError: The device isn't there, or more processes than devices on this node.
-    """
-    kind = pick_device(device)
-    if "RANK" not in os.environ and not dist.is_initialized():
-        if kind.type == "cuda":
-            kind = torch.device("cuda", torch.cuda.current_device())
-        return World(kind)
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-    backend = "gloo"
-    if kind.type == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"{local_size} processes on this node but {torch.cuda.device_count()} GPUs: set --nproc-per-node"
-            )
-        kind = torch.device("cuda", local_rank)
-        torch.cuda.set_device(kind)
-        backend = "cpu:gloo,cuda:nccl"
-    elif kind.type == "mps":
-        raise ValueError("several processes do not run on mps; use device=cpu")
-    owns = not dist.is_initialized()
-    if owns:
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
-    return World(kind, dist.get_rank(), dist.get_world_size(), local_rank, local_size, owns)
 
 
 def resolve_strategy(config: ParallelConfig, world: World) -> str:
@@ -174,7 +44,7 @@ def resolve_strategy(config: ParallelConfig, world: World) -> str:
 
 
 class LossModule(nn.Module):
-    """The model as a function from a batch to its summed, globally normalised loss: the unit that is parallelised.
+    """The model as a function from a batch to its summed, globally normalized loss: the unit that is parallelized.
 
     Text-only batches still run one dummy image through tower and projector, times zero, so that every process takes
     part in every collective and every trainable parameter gets a gradient. Without it a process without images hangs.
@@ -184,6 +54,7 @@ class LossModule(nn.Module):
         image_size: Height and width of the dummy image in pixels.
         always_images: Run the dummy; needed with several processes only.
         autocast: Compute type, when weights are kept in fp32 and nothing else casts them.
+        pixel_dtype: What pixels are cast to, when weights are cast and inputs are not (FSDP2).
     """
 
     def __init__(
@@ -192,17 +63,19 @@ class LossModule(nn.Module):
         image_size: tuple[int, int],
         always_images: bool = False,
         autocast: torch.dtype | None = None,
+        pixel_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.model = model
-        self.image_size, self.always_images, self.autocast = image_size, always_images, autocast
+        self.image_size, self.always_images = image_size, always_images
+        self.autocast, self.pixel_dtype = autocast, pixel_dtype
 
-    def forward(self, batch: Mapping[str, Any], num_items: Tensor) -> Tensor:
+    def forward(self, batch: Mapping[str, Any], num_items: int) -> Tensor:
         """Loss of a batch.
 
         Args:
             batch: Of a collator: `input_ids`, `labels`, ...; goes into the model as it is.
-            num_items: What the summed loss is divided by.
+            num_items: What the summed loss is divided by, a plain number.
 
         Returns:
             Scalar.
@@ -211,7 +84,9 @@ class LossModule(nn.Module):
         device_type = inputs["input_ids"].device.type
         context = torch.autocast(device_type, self.autocast) if self.autocast else nullcontext()
         with context:
-            if self.always_images and "pixel_values" not in inputs:
+            if "pixel_values" in inputs:
+                inputs["pixel_values"] = inputs["pixel_values"].to(self.pixel_dtype)
+            elif self.always_images:
                 inputs["inputs_embeds"] = self._embed_with_dummy_image(inputs.pop("input_ids"))
             states_BLH = self.model.model(**inputs, use_cache=False, return_dict=True).last_hidden_state
             return self.model.supervised_loss(states_BLH, batch["labels"], num_items)
@@ -223,7 +98,7 @@ class LossModule(nn.Module):
         a collective when it is reached.
         """
         embeds_BLH = self.model.get_input_embeddings()(input_ids)
-        pixels = torch.zeros(1, 3, *self.image_size, device=embeds_BLH.device)
+        pixels = torch.zeros(1, 3, *self.image_size, device=embeds_BLH.device, dtype=self.pixel_dtype)
         tokens = self.model.get_image_features(pixels, return_dict=True).pooler_output
         return embeds_BLH + (0.0 * sum(t.float().sum() for t in tokens)).to(embeds_BLH.dtype)
 
@@ -383,7 +258,9 @@ def parallelise(
     apply_compile(model, compile_config)
     sharded = strategy in ("fsdp", "hsdp")
     autocast = torch.bfloat16 if precision == "bf16" and not sharded else None
-    module: nn.Module = LossModule(model, image_size, always_images=world.size > 1, autocast=autocast)
+    casts = precision == "bf16_pure" or (precision == "bf16" and sharded)
+    pixel_dtype = torch.bfloat16 if casts else torch.float32
+    module: nn.Module = LossModule(model, image_size, world.size > 1, autocast, pixel_dtype)
     if sharded:
         _shard(module, model, world, parallel, precision, strategy, weights_on_first)
     else:
@@ -420,7 +297,7 @@ def _shard(
 ) -> None:
     """`fully_shard` every block, the head, the token embeddings, and the rest as the root unit."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     device_type = world.device.type
     if strategy == "hsdp":
@@ -433,12 +310,10 @@ def _shard(
         mesh = init_device_mesh(device_type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh(device_type, (world.size,), mesh_dim_names=("shard",))
-    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": parallel.reshard_after_forward}
+    options: dict[str, Any] = {"mesh": mesh}
     if precision != "fp32":
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         _cast_outputs_of_buffers(model.model.vision_tower, torch.bfloat16)
-    if parallel.cpu_offload:
-        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device_type == "cuda")
     weights = FirstRankWeights(module, world) if weights_on_first else None
     # Units move to the device one after the other as they are sharded, so the whole model never has to fit on it.
     units = [block for found in part_blocks(model).values() for block in found]
@@ -448,4 +323,7 @@ def _shard(
     for unit in [*units, module]:
         if weights is not None:
             weights.receive(unit)
+        if unit is module and "mp_policy" in options:
+            # The root's inputs are a batch and a divisor: cast to bf16, 335 supervised tokens would count as 336.
+            options["mp_policy"] = replace(options["mp_policy"], cast_forward_inputs=False)
         fully_shard(unit, **options)

@@ -22,6 +22,15 @@ from florence_vl.registry import did_you_mean, plugins
 from florence_vl.train import config
 from florence_vl.train.config import Recipe
 
+# Keys of earlier versions: key -> the only value that it may still have, which changes nothing.
+RETIRED: dict[str, Any] = {
+    "parallel.reshard_after_forward": True,
+    "parallel.cpu_offload": False,
+    "checkpoint.every_minutes": None,
+    "guards.non_finite": True,
+    "guards.first_loss_factor": 1.2,
+    "guards.spike_factor": 5.0,
+}
 OVERRIDE = "command line"
 DEFAULT = "default"
 
@@ -121,6 +130,7 @@ def resolve_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[s
     for override in overrides:
         _apply_override(values, origins, override)
     values = _expand_variables(values)
+    _drop_retired(values, origins)
     if not values.get("name"):
         values["name"] = default_name
     recipe = _validate(values)
@@ -204,6 +214,18 @@ def _apply_override(values: dict, origins: dict[str, str], override: str) -> Non
     for old in [k for k in origins if k == path or k.startswith(f"{path}.")]:
         del origins[old]
     origins[path] = OVERRIDE
+
+
+def _drop_retired(values: dict, origins: dict[str, str]) -> None:
+    """Runs of earlier versions name these keys in their recipe.yaml."""
+    for path, old in RETIRED.items():
+        section, key = path.split(".")
+        node = values.get(section)
+        if not isinstance(node, dict) or key not in node:
+            continue
+        if (found := node.pop(key)) != old:
+            raise ValueError(f"`{path}` is no longer a key, and {found!r} asks for what is no longer done: remove it")
+        origins.pop(path, None)
 
 
 def _list_index(node: list, piece: str, override: str) -> int:

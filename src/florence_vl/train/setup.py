@@ -1,4 +1,4 @@
-"""What a run starts from: the recipe's model, and a description of the machine that it ran on."""
+"""What a run starts from: the recipe's model and data, parallelized, at the step of its checkpoint."""
 
 from __future__ import annotations
 
@@ -6,17 +6,273 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import yaml
 
+from florence_vl.files import write_text
 from florence_vl.model.varlen_attention import SDPA_VARLEN
+from florence_vl.train.checkpoint import CheckpointManager
 from florence_vl.train.config import Recipe
+from florence_vl.train.evaluation import RunEvaluation, SuiteReader, read_suite
+from florence_vl.train.guards import SpikeDetector
+from florence_vl.train.metrics import Notices
+from florence_vl.train.optimizer import Group, apply_parts, build_optimizer, parameter_groups
+from florence_vl.train.parallel import Parallelised, parallelise, resolve_strategy
+from florence_vl.train.step import Batch, StepCounts, seed_everything
+from florence_vl.train.world import World
 
 if TYPE_CHECKING:
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+
+
+class BatchStream(Protocol):
+    """Endless micro-batches of one process, `batches_per_rank` to a step (`florence_vl.data.packing.build_batches`)."""
+
+    batches_per_rank: int
+
+    def __next__(self) -> Batch: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def close(self) -> None: ...
+
+
+# (first step, rank, processes, data state of the checkpoint or None) -> stream
+BatchFactory = Callable[[int, int, int, "Mapping[str, Any] | None"], BatchStream]
+
+
+@dataclass
+class RunState:
+    """What a run has done so far, over all its sessions and processes.
+
+    Attributes:
+        step: Optimizer steps.
+        samples: Samples trained on; likewise `tokens`, `supervised_tokens` and `images`.
+        tokens: Without padding.
+        supervised_tokens: That were learned.
+        images: Images.
+        minutes: Wall time of training.
+        metrics: The last step's row.
+        spikes: The gradient norm's moving average.
+    """
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    images: int = 0
+    minutes: float = 0.0
+    metrics: dict[str, Any] = field(default_factory=dict)
+    spikes: SpikeDetector = field(default_factory=SpikeDetector)
+
+    def add(self, counts: StepCounts) -> None:
+        """Count a step that is done."""
+        self.step += 1
+        self.samples += counts.samples
+        self.tokens += counts.tokens
+        self.supervised_tokens += counts.supervised
+        self.images += counts.images
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types, for a checkpoint."""
+        return {**asdict(self), "spikes": self.spikes.state_dict()}
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> RunState:
+        """The state that a checkpoint holds."""
+        state = cls(**{name: saved[name] for name in asdict(cls()) if name != "spikes"})
+        state.spikes.load_state_dict(saved["spikes"])
+        return state
+
+
+@dataclass
+class Run:
+    """A run that is ready for its next step; `prepare_run` makes it.
+
+    Attributes:
+        recipe: What to do.
+        world: The processes.
+        processor: The model's; None when batches were given without one.
+        parallel: The model, ready to train.
+        groups: Trainable parameters by part.
+        optimizer: AdamW over `groups`.
+        checkpoints: Writes and reads the run's checkpoints.
+        stream: This process's micro-batches from the next step on.
+        total_steps: Steps of the whole run.
+        evaluation: What `recipe.evaluate` asks for; None when nothing.
+        image_size: Height and width of images in pixels.
+        state: What was done before.
+    """
+
+    recipe: Recipe
+    world: World
+    processor: Any
+    parallel: Parallelised
+    groups: list[Group]
+    optimizer: torch.optim.Optimizer
+    checkpoints: CheckpointManager
+    stream: BatchStream
+    total_steps: int
+    evaluation: RunEvaluation | None
+    image_size: tuple[int, int]
+    state: RunState
+
+
+def prepare_run(
+    recipe: Recipe,
+    world: World,
+    model: FlorenceVLForConditionalGeneration | None = None,
+    processor: Any = None,
+    batches: BatchFactory | None = None,
+    checkpoint: Path | None = None,
+    suite_reader: SuiteReader | None = None,
+) -> Run:
+    """Set up a run. Every process calls it.
+
+    Args:
+        recipe: What to do.
+        world: The processes.
+        model: As in `train`, as the next two.
+        processor: The model's.
+        batches: Instead of the recipe's data.
+        checkpoint: Where the run goes on; None begins it.
+        suite_reader: As in `train`.
+
+    Raises:
+        ValueError: The recipe, the data or the checkpoint can't be used.
+        FileNotFoundError: A file that the recipe names isn't there.
+    """
+    _refuse_early(recipe, batches)
+    suite = read_suite(recipe, world, suite_reader)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    seed_everything(recipe.seed)
+    warms_up = recipe.warm_up is not None and checkpoint is None
+    sharded = resolve_strategy(recipe.parallel, world) in ("fsdp", "hsdp")
+    weights_on_first = sharded and world.size > 1 and (model is None or warms_up)
+    if model is None and weights_on_first:
+        from florence_vl.train.first_rank import load_on_first_rank
+
+        model, processor = load_on_first_rank(recipe, world)
+    elif model is None:
+        model, processor = load_model(recipe)
+    choose_attention(model, recipe, world.device)
+    data = None
+    if batches is None:
+        from florence_vl.train.data import TrainingData
+
+        if processor is None:
+            raise ValueError("pass the model's processor too: the recipe's data is encoded with it")
+        data = TrainingData(recipe, processor)
+        batches = data.batches
+        total_steps = recipe.steps or data.steps(recipe.epochs or 1.0)
+    elif recipe.steps is None:
+        raise ValueError("give `steps`: `epochs` needs the recipe's own data")
+    else:
+        total_steps = recipe.steps
+    if warms_up:
+        warm_up(recipe, world, model, processor, data)
+    apply_parts(model, recipe.parts)
+    image_size = _image_size(model, processor)
+    parallel = parallelise(
+        model,
+        world,
+        recipe.parallel,
+        recipe.precision,
+        recipe.activation_checkpointing,
+        recipe.compile,
+        image_size,
+        weights_on_first,
+    )
+    groups = parameter_groups(parallel.model, recipe.parts, recipe.optimizer, recipe.schedule)
+    optimizer = build_optimizer(groups, recipe.optimizer, world.device)
+    checkpoints = CheckpointManager(recipe.run_dir, recipe.checkpoint, parallel.model, optimizer)
+    state, data_state = RunState(), None
+    if checkpoint is not None:
+        state, data_state = _restore(recipe, checkpoints.load(checkpoint))
+        checkpoints.last_saved_step = state.step
+    # Only now: a resume that failed must leave the description of the run that it failed to resume.
+    world.decide(lambda: describe_run(recipe, model, processor))
+    evaluation = None
+    if recipe.evaluate is not None:
+        evaluation = RunEvaluation(recipe, processor, world, suite)
+    stream = batches(state.step, world.rank, world.size, data_state)
+    return Run(
+        recipe,
+        world,
+        processor,
+        parallel,
+        groups,
+        optimizer,
+        checkpoints,
+        stream,
+        total_steps,
+        evaluation,
+        image_size,
+        state,
+    )
+
+
+def _refuse_early(recipe: Recipe, batches: BatchFactory | None) -> None:
+    """Refuse what can be refused before a model is loaded."""
+    if recipe.data.stream is not None and batches is None:
+        from florence_vl.train.data import require_energon
+
+        require_energon()
+
+
+def _restore(recipe: Recipe, saved: Mapping[str, Any]) -> tuple[RunState, Mapping[str, Any] | None]:
+    """The state of a checkpoint, and where its data stands."""
+    from florence_vl.data.packing import merge_states
+
+    if saved["seed"] != recipe.seed:
+        raise ValueError(
+            f"the checkpoint is of a run with seed {saved['seed']}, the recipe has {recipe.seed}: the data's order "
+            "would differ. Restore the seed"
+        )
+    states = [state for state in saved["data"] if state]
+    return RunState.from_dict(saved), merge_states(states) if states else None
+
+
+def warm_up(
+    recipe: Recipe, world: World, model: FlorenceVLForConditionalGeneration, processor: Any, data: Any
+) -> None:
+    """Place the projector before the first step; the other processes receive it with the weights.
+
+    Raises:
+        ValueError: There is no data of the recipe to take pairs from.
+    """
+    if data is None:
+        raise ValueError("warm_up takes its pairs from the recipe's own data; it can't see given batches")
+    if not world.is_main:
+        return
+    from florence_vl.train.warm_up import warm_up_for
+
+    assert recipe.warm_up is not None
+    say = None
+    if recipe.logging.progress != "none":
+        print(f"warm-up of the projector on {recipe.warm_up.pairs} pairs ...", file=sys.stderr, flush=True)
+        say = Notices(sys.stderr)
+    rows = warm_up_for(recipe, model, processor, data.mixture, world.device, say)
+    if say is not None:
+        ends = f"loss {rows[0]['loss']:.2f} to {rows[-1]['loss']:.2f}"
+        print(f"warm-up done in {rows[-1]['seconds']:.0f} s: {ends}", file=sys.stderr, flush=True)
+    recipe.run_dir.mkdir(parents=True, exist_ok=True)
+    write_text(recipe.run_dir / "warm_up.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _image_size(model: FlorenceVLForConditionalGeneration, processor: Any) -> tuple[int, int]:
+    """Height and width of the dummy image of text-only batches, in pixels."""
+    size = getattr(getattr(processor, "image_processor", None), "size", None)
+    if size is not None:
+        return int(size["height"]), int(size["width"])
+    side = int(getattr(model.config.vision_config, "image_size", None) or 64)
+    return side, side
 
 
 def load_model(recipe: Recipe) -> tuple[FlorenceVLForConditionalGeneration, Any]:
@@ -93,19 +349,12 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def describe_run(recipe: Recipe, model: FlorenceVLForConditionalGeneration, processor: Any) -> None:
     """Make a run's folder tell what it is: recipe, environment, and what an export needs besides weights."""
     folder = recipe.run_dir
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
-    write_atomically(folder / "environment.json", json.dumps(describe_environment(), indent=1))
+    write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))
+    write_text(folder / "environment.json", json.dumps(describe_environment(), indent=1))
     model.config.save_pretrained(folder / "model_config")
     if processor is not None:
         processor.save_pretrained(folder / "model_config")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from florence_vl.registry import did_you_mean
-from florence_vl.train.parallel import World, init_world
+from florence_vl.train.world import World, init_world
 from florence_vl_mini.pretrain.data import Batches, SceneTasks, collate, encode_prompt, normalize
 from florence_vl_mini.pretrain.grid import GridHeads, grid_classes, token_loss
 from florence_vl_mini.pretrain.model import build_mini_florence2

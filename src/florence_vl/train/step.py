@@ -1,22 +1,35 @@
-"""What an optimizer step knows of itself: counts of a batch, seeds, signals that ask the loop to leave."""
+"""The parts of an optimizer step: what is counted, how it is seeded, its forward and backward passes."""
 
 from __future__ import annotations
 
 import random
-import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from florence_vl.train.parallel import Parallelised
 
 Batch = dict[str, Any]
 
 
 @dataclass
 class StepCounts:
-    """Sums over all processes of one optimizer step."""
+    """What a step holds: of one process, or summed over all.
+
+    Attributes:
+        supervised: Positions whose next token is learned.
+        tokens: Tokens that are not padding.
+        slots: Tokens with padding.
+        images: Images.
+        samples: Samples.
+        pairs: Sum of the samples' squared lengths: what attention costs.
+    """
 
     supervised: int
     tokens: int
@@ -24,7 +37,37 @@ class StepCounts:
     images: int
     samples: int
     pairs: int
-    data_wait: float
+
+    @classmethod
+    def of(cls, micro_batches: Sequence[Batch]) -> StepCounts:
+        """Counts of one process's micro-batches."""
+        counters = (count_supervised, count_tokens, _count_slots, count_images, count_samples, count_pairs)
+        return cls(*(sum(count(batch) for batch in micro_batches) for count in counters))
+
+
+def forward_backward(
+    parallel: Parallelised, micro_batches: Sequence[Batch], num_items: int, device: torch.device
+) -> Tensor:
+    """Forward and backward passes of one process's micro-batches; gradients add up.
+
+    Args:
+        parallel: The model.
+        micro_batches: Of this process, as collated.
+        num_items: Supervised tokens of the step over all processes, which the summed loss is divided by. A plain
+            number: FSDP2 casts the floating-point tensors among a module's inputs to the compute type.
+        device: Where the batches go.
+
+    Returns:
+        This process's part of the step's loss: a float32 scalar on the device.
+    """
+    loss_sum = torch.zeros((), device=device)
+    for index, batch in enumerate(micro_batches):
+        with parallel.accumulate(last=index == len(micro_batches) - 1):
+            loss = parallel.module(to_device(batch, device), num_items)
+            if loss.requires_grad:  # text alone reaches nothing that trains where the LLM is frozen
+                (loss * parallel.grad_scale).backward()
+        loss_sum += loss.detach().float()
+    return loss_sum
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -46,6 +89,10 @@ def count_tokens(batch: Batch) -> int:
     if mask is not None:
         return int(mask.sum())
     return batch["input_ids"].numel() - int(count_row_padding(batch).sum())
+
+
+def _count_slots(batch: Batch) -> int:
+    return batch["input_ids"].numel()
 
 
 def count_row_padding(batch: Batch) -> torch.Tensor:
@@ -121,30 +168,3 @@ class StepProfiler:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._profiler.export_chrome_trace(str(self.path))
             self._profiler = None
-
-
-class StopSignals:
-    """SIGTERM, SIGUSR1 (what Slurm sends before the end) and Ctrl-C ask the loop to save and leave; twice is abrupt."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        self.names = [n for n in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, n)]
-        self.previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        try:
-            for name in self.names:
-                number = getattr(signal, name)
-                self.previous[number] = signal.signal(number, self._handle)
-        except ValueError:  # not the main thread: whoever runs us there handles signals
-            self.previous.clear()
-        return self
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)

@@ -1,0 +1,33 @@
+"""Signals that ask a run to save and leave."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+
+class StopSignals:
+    """SIGTERM, SIGUSR1 (what Slurm sends before the end) and Ctrl-C ask the loop to save and leave; twice is abrupt."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.names = [n for n in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, n)]
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        try:
+            for name in self.names:
+                number = getattr(signal, name)
+                self.previous[number] = signal.signal(number, self._handle)
+        except ValueError:  # not the main thread: whoever runs us there handles signals
+            self.previous.clear()
+        return self
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
