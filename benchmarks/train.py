@@ -217,7 +217,7 @@ def bench_packing(count: int, batch: int, rounds: int, scale: Scale) -> None:
 
 def mini_step(tokens: int, images: int, overrides: list[str]) -> Callable[[], None]:
     """Two accumulated steps of mini/pretrain, so that optimizer state, gradients and activations meet, as in a run."""
-    from florence_vl.train.setup import choose_attention, load_model
+    from florence_vl.train.model import choose_attention, load_model
 
     return_freed_memory()
     torch.set_num_threads(1)

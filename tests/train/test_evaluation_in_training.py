@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from florence_vl.evaluate.sample import evaluate_sample
+from florence_vl.evaluate.sample import evaluate_sample, suite_scorer
 from florence_vl.model.tiny import tiny_model, tiny_recipe
 from florence_vl.train import load_recipe, train
 from florence_vl.train.evaluation import read_suite
@@ -77,7 +77,7 @@ def test_scores_are_logged_and_the_run_is_the_same_without_them(
             modes.add(tuple(module.training for module in model.modules()))
 
         values = recipe(records, tmp_path / name, evaluate, precision=precision)
-        train(values, model=model, processor=processor, callbacks=[look])
+        train(values, model=model, processor=processor, callbacks=[look], suite_reader=suite_scorer)
         assert len(modes) == 1
         return read_metrics(tmp_path / name / "metrics.jsonl"), model.state_dict()
 
@@ -107,7 +107,7 @@ def test_scores_are_those_of_the_model_at_that_step(records: Path, pope: Path, t
         assert torch.equal(torch.get_rng_state(), state)
 
     values = recipe(records, tmp_path, {"suite": "pope", "data": str(pope), "every_steps": 1, "limit": 4}, steps=3)
-    train(values, model=model, processor=processor, callbacks=[again])
+    train(values, model=model, processor=processor, callbacks=[again], suite_reader=suite_scorer)
     for row in read_metrics(tmp_path / "metrics.jsonl"):
         assert {key: row[key] for key in found[row["step"]]} == found[row["step"]]
 
@@ -120,7 +120,8 @@ def test_trackers_hear_of_every_evaluation_and_people_too(
     model, processor = tiny_model()
     asked = {"suite": "pope", "data": str(pope), "every_steps": 2, "limit": 2}
     logging = {"progress": "plain", "every_steps": 100, "trackers": ["tensorboard"]}
-    train(recipe(records, tmp_path, asked, steps=3, logging=logging), model=model, processor=processor)
+    values = recipe(records, tmp_path, asked, steps=3, logging=logging)
+    train(values, model=model, processor=processor, suite_reader=suite_scorer)
     assert "step 2: evaluation: pope " in capsys.readouterr().err
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -144,7 +145,7 @@ def test_what_cannot_be_evaluated_is_refused_before_a_model_is_loaded(
 ) -> None:
     values = recipe(records, tmp_path / "run", {"every_steps": 2} | asked, model={"path": str(tmp_path / "none")})
     with pytest.raises(ValueError, match=message):
-        train(values)
+        train(values, suite_reader=suite_scorer)
     assert not (tmp_path / "run").exists()
 
 
@@ -152,10 +153,11 @@ def test_a_sharded_model_is_refused_and_a_missing_file_named(records: Path, pope
     values = recipe(records, tmp_path, {"suite": "pope", "data": str(pope), "every_steps": 2})
     several = World(torch.device("cpu"), rank=0, size=4)
     with pytest.raises(ValueError, match=r"parallel.strategy is fsdp here. Use parallel.strategy=ddp"):
-        check_suite(load_recipe(values), several)
-    assert check_suite(load_recipe(values, ["parallel.strategy=ddp"]), several) is not None
+        read_suite(load_recipe(values), several, suite_scorer)
+    with pytest.raises(ValueError, match=r"evaluate.suite is 'pope', but nothing was passed that scores suites"):
+        train(values)
     with pytest.raises(FileNotFoundError, match="pope"):
-        check_suite(load_recipe(values, [f"evaluate.data={tmp_path}"]), World(torch.device("cpu")))
+        read_suite(load_recipe(values, [f"evaluate.data={tmp_path}"]), World(torch.device("cpu")), suite_scorer)
 
 
 def test_two_unsharded_processes_train_as_without_it(

@@ -18,9 +18,9 @@ from florence_vl import FlorenceVLForConditionalGeneration
 from florence_vl.model.tiny import tiny_model
 from florence_vl.train import load_recipe
 from florence_vl.train.first_rank import FirstRankWeights, _slots
+from florence_vl.train.model import load_model
 from florence_vl.train.optimizer import apply_parts
 from florence_vl.train.world import World
-from florence_vl.train.setup import load_model
 
 SCRIPT = Path(__file__).with_name("first_rank_run.py")
 MODELS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from florence_vl.train.flops import ActivationMeter, Multipliers, _set_attention
 from florence_vl.train.optimizer import apply_parts
 from florence_vl.train.plan import Workload, count_parameters, plan_recipe
 from florence_vl.train.recipes import load_recipe
-from florence_vl.train.steps import count_pairs, count_samples, count_supervised, count_tokens
+from florence_vl.train.step import count_pairs, count_samples, count_supervised, count_tokens
 
 STAGE_2 = PartsConfig(tower=PartConfig(train=False))
 ADAPTERS = PartsConfig(tower=PartConfig(train=False), llm=LLMPartConfig(lora=LoraConfig(rank=2)))
@@ -178,7 +178,7 @@ def test_a_step_counts_samples_tokens_and_pairs_alike_padded_and_packed(tiny_run
 def test_the_mini_recipe_is_planned_within_ten_percent(overrides: list[str]) -> None:
     pytest.importorskip("florence_vl_mini")
     from florence_vl.model.packaged import is_converted
-    from florence_vl.train.setup import load_model
+    from florence_vl.train.model import load_model
     from florence_vl_mini.models import SMOLLM2
 
     if SMOLLM2.source() is None and not is_converted(SMOLLM2):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from florence_vl.data.sampler import mix
+from florence_vl.evaluate.sample import suite_scorer
 from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
 from florence_vl.model.tiny import TINY_IMAGE_TOKEN_ID, tiny_config, tiny_model, tiny_recipe
 from florence_vl.train import train
@@ -139,6 +140,7 @@ def run(
         batches=None if tiny_data else batches,
         resume=resume,
         callbacks=[maybe_die],
+        suite_reader=suite_scorer,
     )
     return losses(output)
 

@@ -276,7 +276,7 @@ def _open_recipe(data: str, overrides: list[str], model: str | None, *file_optio
 
         processor: Any = FlorenceVLProcessor.from_pretrained(_model_name(name))
     else:
-        from florence_vl.train.setup import load_model
+        from florence_vl.train.model import load_model
 
         processor = load_model(recipe)[1]
     training = TrainingData(recipe, processor)

@@ -97,9 +97,7 @@ def score_sample(model: Any, processor: Any, sample: Sample, batch_size: int = 1
     return found
 
 
-def suite_scorer(
-    suite: str, limit: int, data: Path | None, batch_size: int
-) -> Callable[[Any, Any], dict[str, float]]:
+def suite_scorer(suite: str, limit: int, data: Path | None, batch_size: int) -> Callable[[Any, Any], dict[str, float]]:
     """What `florence_vl.train.train` takes as `suite_reader`: reads a sample now, scores models on it later.
 
     Args:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from florence_vl.train.config import Recipe
-from florence_vl.train.setup import load_model
+from florence_vl.train.model import load_model
 
 if TYPE_CHECKING:
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration

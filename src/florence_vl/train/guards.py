@@ -81,8 +81,9 @@ def first_loss_warning(loss: float, vocab_size: int) -> str | None:
     if loss <= limit:
         return None
     return (
-        f"the first loss is {loss:.2f}, above {FIRST_LOSS_FACTOR:g} x log(vocabulary {vocab_size}) = {limit:.2f}: worse than "
-        "guessing. Check chat template and labels (florence-vl data inspect), and that the LLM's weights were loaded"
+        f"the first loss is {loss:.2f}, above {FIRST_LOSS_FACTOR:g} x log(vocabulary {vocab_size}) = {limit:.2f}: "
+        "worse than guessing. Check chat template and labels (florence-vl data inspect), and that the LLM's weights "
+        "were loaded"
     )
 
 

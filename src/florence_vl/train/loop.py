@@ -246,9 +246,7 @@ class Trainer:
                 f"step {self.step + 1}: {problem}. Nothing was updated; the batch is in {path}. The last checkpoint is "
                 f"of step {self.checkpoints.last_saved_step or 0}"
             )
-        if self.step == 0 and (
-            warning := first_loss_warning(loss, self.model.config.get_text_config().vocab_size)
-        ):
+        if self.step == 0 and (warning := first_loss_warning(loss, self.model.config.get_text_config().vocab_size)):
             self.reporter.message(f"warning: {warning}")
         if report := self.state.spikes.update(norm):
             self.reporter.message(f"step {self.step + 1}: {report}")
@@ -290,7 +288,8 @@ class Trainer:
         seconds: float,
     ) -> dict[str, Any]:
         """The step's line of metrics.jsonl."""
-        rates = {group.part: settings["lr"] for group, settings in zip(self.groups, self.optimizer.param_groups)}
+        settings = self.optimizer.param_groups
+        rates = {group.part: one["lr"] for group, one in zip(self.groups, settings, strict=True)}
         return {
             "step": self.step,
             "loss": loss,

@@ -169,9 +169,7 @@ class FlopsMeter:
         """Share of the devices' peak that the model's own arithmetic used; padding and recomputation don't count."""
         if self._peak is None:
             return None
-        flops = self._flops.step(
-            self._multipliers, counts.images, counts.tokens, counts.pairs, counts.supervised
-        )
+        flops = self._flops.step(self._multipliers, counts.images, counts.tokens, counts.pairs, counts.supervised)
         return sum(flops.values()) / (seconds * self._devices * self._peak * 1e12)
 
 

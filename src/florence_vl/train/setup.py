@@ -15,12 +15,12 @@ import torch
 import yaml
 
 from florence_vl.files import write_text
-from florence_vl.model.varlen_attention import SDPA_VARLEN
 from florence_vl.train.checkpoint import CheckpointManager
 from florence_vl.train.config import Recipe
 from florence_vl.train.evaluation import RunEvaluation, SuiteReader, read_suite
 from florence_vl.train.guards import SpikeDetector
 from florence_vl.train.metrics import Notices
+from florence_vl.train.model import choose_attention, load_model
 from florence_vl.train.optimizer import Group, apply_parts, build_optimizer, parameter_groups
 from florence_vl.train.parallel import Parallelised, parallelise, resolve_strategy
 from florence_vl.train.step import Batch, StepCounts, seed_everything
@@ -239,9 +239,7 @@ def _restore(recipe: Recipe, saved: Mapping[str, Any]) -> tuple[RunState, Mappin
     return RunState.from_dict(saved), merge_states(states) if states else None
 
 
-def warm_up(
-    recipe: Recipe, world: World, model: FlorenceVLForConditionalGeneration, processor: Any, data: Any
-) -> None:
+def warm_up(recipe: Recipe, world: World, model: FlorenceVLForConditionalGeneration, processor: Any, data: Any) -> None:
     """Place the projector before the first step; the other processes receive it with the weights.
 
     Raises:
@@ -273,56 +271,6 @@ def _image_size(model: FlorenceVLForConditionalGeneration, processor: Any) -> tu
         return int(size["height"]), int(size["width"])
     side = int(getattr(model.config.vision_config, "image_size", None) or 64)
     return side, side
-
-
-def load_model(recipe: Recipe) -> tuple[FlorenceVLForConditionalGeneration, Any]:
-    """The recipe's model and processor, fp32: loaded from `model.path`, or assembled from `model.build`.
-
-    Raises:
-        ValueError: The recipe names none, or a part can't be used.
-        FileNotFoundError: The folder isn't there.
-    """
-    config = recipe.model
-    options: dict[str, Any] = {}
-    if config.attn_implementation is not None:
-        options["attn_implementation"] = config.attn_implementation
-    if config.path is not None:
-        from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
-        from florence_vl.model.packaged import resolve
-        from florence_vl.model.processing import FlorenceVLProcessor
-
-        path = Path(resolve(config.path, "models")).expanduser()
-        if config.path.startswith((".", "/", "~", "runs/")) and not path.is_dir():
-            raise FileNotFoundError(f"model.path {config.path!r}: no such folder")
-        name = str(path) if path.is_dir() else config.path
-        model = FlorenceVLForConditionalGeneration.from_pretrained(name, dtype=torch.float32, **options)
-        processor = FlorenceVLProcessor.from_pretrained(name)
-    elif config.build is not None:
-        from florence_vl.model.assemble import build_model
-        from florence_vl.model.packaged import resolve
-
-        parts = {key: value for key, value in vars(config.build).items() if value is not None}
-        vision, llm = resolve(parts.pop("vision"), "vision"), resolve(parts.pop("llm"), "llms")
-        model, processor = build_model(vision, llm, dtype="float32", seed=recipe.seed, **parts)
-        if options:
-            model.set_attn_implementation(config.attn_implementation)
-    else:
-        raise ValueError("the recipe names no model: set model.path (a saved one) or model.build (its parts)")
-    images = processor.image_processor
-    if config.image_aspect_ratio is not None:
-        images.image_aspect_ratio = config.image_aspect_ratio
-    if config.image_size is not None:
-        images.size = type(images.size)(height=config.image_size, width=config.image_size)
-        model.num_image_tokens(config.image_size, config.image_size)  # refuses sizes that the tower can't take
-    return model, processor
-
-
-def choose_attention(model: FlorenceVLForConditionalGeneration, recipe: Recipe, device: torch.device) -> None:
-    """Give the LLM `sdpa_varlen` for packed rows on a CPU, unless the recipe names a backend or compiles the LLM."""
-    packed = recipe.data.packing.mode == "packed"
-    free = recipe.model.attn_implementation is None and not recipe.compile.llm
-    if packed and free and device.type == "cpu" and model.config.get_text_config()._attn_implementation == "sdpa":
-        model.set_attn_implementation({"text_config": SDPA_VARLEN})
 
 
 def describe_environment() -> dict[str, Any]:

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from florence_vl.model.loading import choose_device
+
 
 @dataclass
 class World:
@@ -98,27 +100,13 @@ def _sendable(error: Exception) -> Exception:
     return error
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is cuda, then mps, then cpu.
-
-    Raises:
-        ValueError: The device isn't there.
-    """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
-    if not available.get(name, False):
-        raise ValueError(f"device {name!r} is not available here; available: {[k for k, v in available.items() if v]}")
-    return torch.device(name)
-
-
 def init_world(device: str = "auto", timeout_minutes: float = 30) -> World:
     """Join the process group that torchrun (or any launcher that sets RANK, WORLD_SIZE, ...) describes.
 
     Raises:
         ValueError: The device isn't there, or more processes than devices on this node.
     """
-    kind = pick_device(device)
+    kind = torch.device(choose_device(device))
     if "RANK" not in os.environ and not dist.is_initialized():
         if kind.type == "cuda":
             kind = torch.device("cuda", torch.cuda.current_device())
