@@ -35,6 +35,7 @@ from florence_vl.model.fusion import FUSIONS, build_fusion
 from florence_vl.model.image_processing import FlorenceVLImageProcessor
 from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
 from florence_vl.model.processing import FlorenceVLProcessor, ImageTokenRule
+from florence_vl.model.views import FeatureFill
 from florence_vl.registry import did_you_mean
 
 # Tokens that LLMs reserve and never use: one of them can be the image placeholder, with no new row in the vocabulary.
@@ -69,6 +70,7 @@ def build_model(
     prompt_length: int | None = None,
     positions: str = "resampled",
     merge: int = 1,
+    views: Mapping[str, Any] | None = None,
     image_size: int | None = None,
     image_token: str | None = None,
     chat_template: str | None = None,
@@ -95,6 +97,7 @@ def build_model(
         prompt_length: Pad prompts to that many tokens.
         positions: `resampled` or `absolute`; see `FlorenceVLConfig`. At the vision model's own size they are the same.
         merge: 1, or 2 to join squares of 2x2 tokens; see `FlorenceVLConfig`.
+        views: Named pairs of size and features; see `FlorenceVLConfig`.
         image_size: Pixels a side; by default what the vision model's own preprocessing says.
         image_token: Token of the LLM's vocabulary that stands for images; by default a reserved one, else a new one.
         chat_template: Name of a chat template; by default the one that fits the tokenizer.
@@ -121,6 +124,7 @@ def build_model(
         "fusion": fusion,
         "gate": gate,
         "merge": merge,
+        "views": views,
         "projector_depth": projector_depth,
     }
     if vision_config.model_type == "florence2":
@@ -153,6 +157,8 @@ def build_model(
         model = FlorenceVLForConditionalGeneration(config)
     model.model.vision_tower = type(model.model.vision_tower)(config)
     model.model.fusion = build_fusion(config.fusion, model.model.fusion.feature_dims, **config.fusion_options)
+    if config.views is not None:
+        model.model.feature_fill = FeatureFill(model.model.vision_tower.feature_dims)
     model.model.multi_modal_projector.to_empty(device="cpu")
     for module in model.model.multi_modal_projector.modules():
         if isinstance(module, nn.Linear):  # LLaVA's projector: torch's own initialisation of a linear layer
@@ -160,8 +166,8 @@ def build_model(
     torch.random.set_rng_state(state)
     _load_tower(model, vision)
     model.model.vision_tower.to(weights_dtype)
-    model.model.fusion.to(weights_dtype)
-    model.model.multi_modal_projector.to(weights_dtype)
+    for module in model.model.part_modules("projector"):
+        module.to(weights_dtype)
     model.model.language_model = language_model.base_model
     model.lm_head = language_model.get_output_embeddings()
     model.eval()
@@ -325,7 +331,8 @@ def _image_processor(vision: str | Path, config: FlorenceVLConfig, image_size: i
     else:
         stride = config.vision_config.patch_size
     stride *= config.merge
-    return FlorenceVLImageProcessor(size={"height": size, "width": size}, stride=stride, **settings)
+    settings |= {"stride": stride, "views": config.views, "features": config.features}
+    return FlorenceVLImageProcessor(size={"height": size, "width": size}, **settings)
 
 
 def _preprocessor_settings(vision: str | Path) -> dict[str, Any]:

@@ -74,6 +74,8 @@ class FlorenceVLConfig(PreTrainedConfig):
             positions it only warns of other sizes.
         merge: Side of the square of neighboring tokens that become one before fusion, 1 or 2. With 2, an image of
             1536 px takes as many tokens as one of 768 px with 1, each four times as wide.
+        views: Named pairs of size and features, `{"glance": {"size": 384, "features": ["davit"]}}`; see
+            `florence_vl.model.views`.
         feature_layers: For `backbone`: feature name -> index into the backbone's hidden states (-2 is LLaVA-1.5's).
         fusion: Registered name of the fusion: `channel`, `token` or `average` (paper section 3.3), or `gated`.
         gate: Options of `gated` fusion: `context` (`none`, `image` or `question`, the default), `per_token`, `hidden`.
@@ -104,6 +106,7 @@ class FlorenceVLConfig(PreTrainedConfig):
     positions: str = "absolute"
     position_grid: Any = None
     merge: int = 1
+    views: Any = None
     mean_token: str = "grid"
     feature_layers: Any = None
     fusion: str = "channel"
@@ -148,6 +151,7 @@ class FlorenceVLConfig(PreTrainedConfig):
         from florence_vl.model.fusion import FUSIONS
         from florence_vl.model.gated import check_gate
         from florence_vl.model.towers import TOWERS
+        from florence_vl.model.views import check_views
 
         _ = TOWERS[self.tower]
         _ = FUSIONS[self.fusion]
@@ -175,6 +179,8 @@ class FlorenceVLConfig(PreTrainedConfig):
                 f"{getattr(self.vision_config, 'model_type', None)!r}: 'florence2' needs a Florence2Config, 'backbone' "
                 "any other vision model's config"
             )
+        if self.views is not None:
+            self.views = check_views(self.views, names)
         if self.tower == "florence2":
             self._check_prompts(names)
         else:

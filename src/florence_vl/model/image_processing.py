@@ -16,6 +16,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.processing_utils import ImagesKwargs
 
 from florence_vl.model.resolution import MAX_UPSCALE, native_size
+from florence_vl.model.views import FULL_VIEW, feature_mask
 from florence_vl.registry import did_you_mean
 
 MAX_PIXELS = 178_956_970
@@ -201,6 +202,7 @@ class FlorenceVLImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-ar
     token_budget: int | None
     stride: int | None
     max_upscale: float | None
+    view: str | list[str] | None
 
 
 class FlorenceVLImageProcessor(PilBackend):
@@ -215,6 +217,8 @@ class FlorenceVLImageProcessor(PilBackend):
         token_budget: For `native`: tokens an image at most, by default as many as `size` has.
         stride: Pixels a side of one token.
         max_upscale: For `native`: how much a small image is enlarged at most.
+        views: The model's table of views; see `florence_vl.model.views`.
+        features: Names of the model's features, for the views.
         resample: Pillow's filter, bicubic by default.
         image_mean: Channel means in [0, 1]; ImageNet's by default. CLIP and SigLIP towers bring their own.
         image_std: Channel standard deviations.
@@ -237,7 +241,9 @@ class FlorenceVLImageProcessor(PilBackend):
     token_budget: int | None = None
     stride = 32
     max_upscale = MAX_UPSCALE
-    model_input_names = ["pixel_values", "image_sizes"]
+    views: dict[str, Any] | None = None
+    features: list[str] | None = None
+    model_input_names = ["pixel_values", "image_sizes", "feature_mask"]
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -253,6 +259,20 @@ class FlorenceVLImageProcessor(PilBackend):
         if self.token_budget is not None and self.token_budget < 1:
             raise ValueError(f"token_budget is {self.token_budget}; it must be at least 1")
 
+    def view_settings(self, name: str | None) -> dict[str, Any]:
+        """Size and features of a view; those of this processor for None and `full`.
+
+        Raises:
+            ValueError: An unknown view; near names are listed.
+        """
+        if name is None or name == FULL_VIEW:
+            return {"size": None, "features": self.features}
+        if name not in (self.views or {}):
+            known = [FULL_VIEW, *(self.views or {})]
+            raise ValueError(f"unknown view {name!r}. {did_you_mean(name, known)}")
+        assert self.views is not None
+        return self.views[name]
+
     def output_size(self, height: int, width: int, **settings: Any) -> tuple[int, int]:
         """Height and width in pixels at which an image of `height` x `width` is encoded.
 
@@ -260,7 +280,10 @@ class FlorenceVLImageProcessor(PilBackend):
             height: The image's, px.
             width: The image's, px.
             **settings: Instead of this processor's own: `image_aspect_ratio`, `size`, `token_budget`, `stride`,
-                `max_upscale`.
+                `max_upscale`; and `view`, the name of a view.
+
+        Raises:
+            ValueError: An unknown view; near names are listed.
         """
 
         def setting(name: str) -> Any:
@@ -268,6 +291,9 @@ class FlorenceVLImageProcessor(PilBackend):
             return getattr(self, name) if value is None else value
 
         size, stride = setting("size"), setting("stride")
+        side = self.view_settings(settings.get("view"))["size"]
+        if side is not None:
+            size, settings = {"height": side, "width": side}, {**settings, "token_budget": (side // stride) ** 2}
         if setting("image_aspect_ratio") != "native":
             return size["height"], size["width"]
         budget = setting("token_budget") or (size["height"] // stride) * (size["width"] // stride)
@@ -328,6 +354,7 @@ class FlorenceVLImageProcessor(PilBackend):
         token_budget: int | None = None,
         stride: int | None = None,
         max_upscale: float | None = None,
+        view: str | list[str] | None = None,
         return_tensors: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
@@ -337,26 +364,26 @@ class FlorenceVLImageProcessor(PilBackend):
         red, green, blue = (int(channel * 255) for channel in mean)
         levels = _levels(rescale_factor if do_rescale else 1.0, mean if do_normalize else None, std)
         filter_ = PILImageResampling.BICUBIC if resample is None else resample
+        names = list(view) if isinstance(view, (list, tuple)) else [view] * len(images)
+        if len(names) != len(images):
+            raise ValueError(f"{len(names)} views were given for {len(images)} images: give one name, or one an image")
+        settings = {"image_aspect_ratio": image_aspect_ratio, "size": size, "token_budget": token_budget}
+        settings |= {"stride": stride, "max_upscale": max_upscale}
         stack = []
-        for image in images:
-            if do_resize and image_aspect_ratio == "pad":
-                image = pad_and_resize(image, (size.height, size.width), (red, green, blue), filter_)
-            elif do_resize:
-                height, width = self.output_size(
-                    image.height,
-                    image.width,
-                    image_aspect_ratio=image_aspect_ratio,
-                    size=size,
-                    token_budget=token_budget,
-                    stride=stride,
-                    max_upscale=max_upscale,
-                )
-                image = image.resize((width, height), filter_)
+        for image, name in zip(images, names, strict=True):
+            if do_resize:
+                height, width = self.output_size(image.height, image.width, view=name, **settings)
+                if image_aspect_ratio == "pad":
+                    image = pad_and_resize(image, (height, width), (red, green, blue), filter_)
+                else:
+                    image = image.resize((width, height), filter_)
             pixels_HWC = np.asarray(image)
             stack.append(np.stack([levels[c].take(pixels_HWC[..., c]) for c in range(3)]))
-        if image_aspect_ratio != "native":
-            return BatchFeature(data={"pixel_values": stack}, tensor_type=return_tensors)
-        data = {"pixel_values": stack_sizes(stack), "image_sizes": [pixels.shape[-2:] for pixels in stack]}
+        data: dict[str, Any] = {"pixel_values": stack}
+        if image_aspect_ratio == "native" or view is not None:
+            data = {"pixel_values": stack_sizes(stack), "image_sizes": [pixels.shape[-2:] for pixels in stack]}
+        if view is not None and self.features:
+            data["feature_mask"] = [feature_mask(self.features, self.view_settings(name)["features"]) for name in names]
         return BatchFeature(data=data, tensor_type=return_tensors)
 
 

@@ -25,6 +25,7 @@ from florence_vl.model.fusion import build_fusion, merge_tokens
 from florence_vl.model.gated import GatedFusion, ZeroLinear
 from florence_vl.model.projector import Projector
 from florence_vl.model.towers import TOWERS, Florence2Tower
+from florence_vl.model.views import FeatureFill
 
 Part = Literal["tower", "projector", "llm"]
 PARTS: tuple[Part, ...] = ("tower", "projector", "llm")
@@ -102,10 +103,11 @@ class FlorenceVLPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _keys_to_ignore_on_load_missing = [r"\.fusion\."]  # a gate starts as channel fusion, whose checkpoints load
+    # What a checkpoint gains by fusion="gated" or views=... starts as if it were not there.
+    _keys_to_ignore_on_load_missing = [r"\.fusion\.", r"\.feature_fill\."]
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, ZeroLinear):
+        if isinstance(module, (ZeroLinear, FeatureFill)):
             module.reset_parameters()
             return
         super()._init_weights(module)
@@ -130,6 +132,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
     def __init__(self, config: FlorenceVLConfig) -> None:
         super().__init__(config)
         self.vision_tower = TOWERS[config.tower](config)
+        self.feature_fill = FeatureFill(self.vision_tower.feature_dims) if config.views is not None else None
         dims = {name: dim * config.merge**2 for name, dim in self.vision_tower.feature_dims.items()}
         self.fusion = build_fusion(config.fusion, dims, **config.fusion_options)
         width = config.text_config.hidden_size
@@ -156,17 +159,24 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
             )
         return self.fusion.num_tokens(self.vision_tower.num_tokens(height, width) // merge**2)
 
-    def encode_images(self, pixel_values: Tensor, context: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def encode_images(
+        self, pixel_values: Tensor, context: Tensor | None = None, feature_mask: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Tower, merge, fusion and projector for images of one size.
 
         Args:
             pixel_values: (I, 3, height, width).
             context: (I, H), see `question_context`.
+            feature_mask: (I, F), see `get_image_features`.
 
         Returns:
             The projected tokens, (I, N, H), and the tower's features by name.
         """
-        features = self.vision_tower(pixel_values)
+        if feature_mask is not None and self.feature_fill is None:
+            raise ValueError("feature_mask needs a model with views, and config.views is None")
+        features = self.vision_tower(pixel_values, feature_mask)
+        if feature_mask is not None and self.feature_fill is not None:
+            features = self.feature_fill(features, feature_mask)
         merge = self.config.merge
         merged = features
         if merge > 1:
@@ -180,7 +190,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         """Modules of a part: `tower`, `projector` (with the fusion) or `llm`."""
         modules: dict[str, list[nn.Module]] = {
             "tower": [self.vision_tower],
-            "projector": [self.fusion, self.multi_modal_projector],
+            "projector": [m for m in (self.feature_fill, self.fusion, self.multi_modal_projector) if m is not None],
             "llm": [self.language_model],
         }
         if part not in modules:
@@ -211,6 +221,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         image_sizes: Tensor | None = None,
         question_ids: Tensor | None = None,
         question_mask: Tensor | None = None,
+        feature_mask: Tensor | None = None,
         output_features: bool = False,
         **kwargs: Any,
     ) -> FlorenceVLImageFeatures:
@@ -224,6 +235,8 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
             question_ids: (I, Q) token ids of the user turn that holds each image, for a fusion with `uses_context`;
                 others ignore them.
             question_mask: (I, Q), 1 where `question_ids` counts.
+            feature_mask: (I, F), 0 for the features (in the order of `config.features`) that a view leaves out: they
+                are not computed in eval mode, and their mean stands in their place.
             output_features: Also return the tower's features by name.
             **kwargs: transformers' common keywords; none changes the result.
 
@@ -239,7 +252,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         context_IH = self.question_context(question_ids, question_mask)
         if len(groups) == 1:
             (height, width), _ = groups[0]
-            tokens_INH, features = self.encode_images(pixel_values[..., :height, :width], context_IH)
+            tokens_INH, features = self.encode_images(pixel_values[..., :height, :width], context_IH, feature_mask)
             return FlorenceVLImageFeatures(
                 last_hidden_state=tokens_INH,
                 pooler_output=list(tokens_INH),
@@ -252,7 +265,8 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         tokens: list[Tensor] = [pixel_values] * len(pixel_values)
         for (height, width), images in groups:
             context_GH = None if context_IH is None else context_IH[images]
-            tokens_GNH, _ = self.encode_images(pixel_values[images][..., :height, :width], context_GH)
+            mask_GF = None if feature_mask is None else feature_mask[images]
+            tokens_GNH, _ = self.encode_images(pixel_values[images][..., :height, :width], context_GH, mask_GF)
             for image, tokens_NH in zip(images, tokens_GNH, strict=True):
                 tokens[image] = tokens_NH
         return FlorenceVLImageFeatures(pooler_output=tokens)  # type: ignore[arg-type]
@@ -310,6 +324,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         image_sizes: Tensor | None = None,
         question_ids: Tensor | None = None,
         question_mask: Tensor | None = None,
+        feature_mask: Tensor | None = None,
         mm_encoder_outputs: dict[str, FlorenceVLImageFeatures] | None = None,
         **kwargs: Any,
     ) -> FlorenceVLModelOutputWithPast:
@@ -322,9 +337,10 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
             position_ids: (B, L).
             past_key_values: Key-value cache.
             inputs_embeds: (B, L, H) instead of `input_ids`.
-            image_sizes: (I, 2) pixels; see `get_image_features`, also for the next two.
+            image_sizes: (I, 2) pixels; see `get_image_features`, also for the next three.
             question_ids: (I, Q).
             question_mask: (I, Q).
+            feature_mask: (I, F).
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`.
             **kwargs: Passed on to the LLM.
 
@@ -340,7 +356,9 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         image = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
-            image = self.get_image_features(pixel_values, image_sizes, question_ids, question_mask, return_dict=True)
+            image = self.get_image_features(
+                pixel_values, image_sizes, question_ids, question_mask, feature_mask, return_dict=True
+            )
         image_tokens = None
         if image is not None:
             image_tokens = torch.cat(list(image.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
@@ -433,6 +451,7 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
         image_sizes: Tensor | None = None,
         question_ids: Tensor | None = None,
         question_mask: Tensor | None = None,
+        feature_mask: Tensor | None = None,
         mm_encoder_outputs: dict[str, FlorenceVLImageFeatures] | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -450,9 +469,10 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
             num_items_in_batch: What the summed loss is divided by (supervised tokens over all ranks and accumulation
                 steps); by default the number in this batch.
             logits_to_keep: Number of last positions, or positions, to return logits for; 0 means all.
-            image_sizes: (I, 2) pixels; see `FlorenceVLModel.get_image_features`, also for the next two.
+            image_sizes: (I, 2) pixels; see `FlorenceVLModel.get_image_features`, also for the next three.
             question_ids: (I, Q).
             question_mask: (I, Q).
+            feature_mask: (I, F).
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`.
             return_dict: `False` returns a tuple.
             **kwargs: Passed on to the LLM.
@@ -472,6 +492,7 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
             image_sizes=image_sizes,
             question_ids=question_ids,
             question_mask=question_mask,
+            feature_mask=feature_mask,
             mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
             **kwargs,

@@ -173,16 +173,17 @@ def tiny_processor(
     from florence_vl.model.image_processing import FlorenceVLImageProcessor
     from florence_vl.model.processing import FlorenceVLProcessor, ImageTokenRule
 
+    config = config or tiny_config()
     tokenizer = tiny_tokenizer()
     if template == "vicuna_v1":
         tokenizer.eos_token = "</s>"
     return FlorenceVLProcessor(
-        FlorenceVLImageProcessor(size=image_size),
+        FlorenceVLImageProcessor(size=image_size, views=config.views, features=config.features),
         tokenizer,
         chat_template=CHAT_TEMPLATES[template].build(tokenizer, "<image>", **options),
         image_token="<image>",
-        image_token_rule=ImageTokenRule.from_config(config or tiny_config()),
-        question_context=(config or tiny_config()).fusion_options.get("context") == "question",
+        image_token_rule=ImageTokenRule.from_config(config),
+        question_context=config.fusion_options.get("context") == "question",
     )
 
 

@@ -41,11 +41,13 @@ class VisionTower(nn.Module, ABC):
         """
 
     @abstractmethod
-    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+    def forward(self, pixel_values: Tensor, feature_mask: Tensor | None = None) -> dict[str, Tensor]:
         """All features of the images.
 
         Args:
-            pixel_values: (B, 3, H, W), normalised.
+            pixel_values: (B, 3, H, W), normalized.
+            feature_mask: (B, F), 0 for a feature (in the order of fusion) of an image that the caller does not need.
+                In eval mode a tower need not compute it, and its values are then zero.
 
         Returns:
             Name -> (B, N, D).

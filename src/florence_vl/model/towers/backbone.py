@@ -71,7 +71,7 @@ class BackboneTower(VisionTower):
         """Whether the backbone has positions for one size only (DINOv2 interpolates its own)."""
         return not self.config.vision_config.model_type.startswith(("dinov2", "dinov3"))
 
-    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+    def forward(self, pixel_values: Tensor, feature_mask: Tensor | None = None) -> dict[str, Tensor]:
         check_pixels(pixel_values)
         num_tokens = self.num_tokens(*pixel_values.shape[-2:])
         dtype = next(self.backbone.parameters()).dtype

@@ -1,7 +1,8 @@
 """The paper's tower: Florence-2 without its decoder, asked several prompts at once (paper sections 2 and 3.2).
 
 DaViT runs once an image; all prompts go through the BART encoder as one batch.
-Shape letters: B images, P prompts, T tokens of a prompt, N image tokens, S = N + T, D channels, G channel groups.
+Shape letters: B images, P prompts, M pairs of both, T tokens of a prompt, N image tokens, S = N + T, D channels,
+G channel groups.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ class Florence2Tower(VisionTower):
                 "positions='resampled' in the model's config"
             )
 
-    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+    def forward(self, pixel_values: Tensor, feature_mask: Tensor | None = None) -> dict[str, Tensor]:
         check_pixels(pixel_values)
         height, width = pixel_values.shape[-2:]
         num_tokens = self.num_tokens(height, width)
@@ -167,41 +168,51 @@ class Florence2Tower(VisionTower):
             image_BND = image_BND[:, 1:]
         features = {DAVIT: image_BND[:, -num_tokens:]}
         if self.encoder is not None:
-            prompted_BPND = self.encode_prompts(image_BND, self.grid_size(height, width))[:, :, -num_tokens:]
+            grid, pairs = self.grid_size(height, width), None
+            if feature_mask is not None and not self.training:  # data-dependent skipping would desynchronize FSDP
+                columns = [self.config.features.index(name) for name in self.config.prompt_names]
+                pairs = feature_mask[:, columns].to(image_BND.device, torch.bool)
+            prompted_BPND = self.encode_prompts(image_BND, grid, pairs)[:, :, -num_tokens:]
             features.update(zip(self.config.prompt_names, prompted_BPND.unbind(1), strict=True))
         return {name: features[name] for name in self.config.features}
 
-    def encode_prompts(self, image_BND: Tensor, grid: tuple[int, int]) -> Tensor:
+    def encode_prompts(self, image_BND: Tensor, grid: tuple[int, int], pairs: Tensor | None = None) -> Tensor:
         """The encoder's outputs at the image positions, for all prompts: (B, N, D) -> (B, P, N, D).
 
         Args:
             image_BND: DaViT's projected tokens, with the mean token in front unless the config drops it.
             grid: Rows and columns of the tokens behind the mean token.
+            pairs: (B, P) bool, the pairs of image and prompt to compute; the others are zero. None computes all.
         """
         assert self.encoder is not None
-        batch, num_image, _ = image_BND.shape
+        batch, num_image, width = image_BND.shape
         prompts = self.prompt_ids.shape[0]
+        if pairs is None:
+            images_M = torch.arange(batch, device=image_BND.device).repeat_interleave(prompts)
+            prompts_M = torch.arange(prompts, device=image_BND.device).repeat(batch)
+        else:
+            images_M, prompts_M = pairs.nonzero(as_tuple=True)
+            if not len(images_M):
+                return image_BND.new_zeros(batch, prompts, num_image, width)
         text_PTD = self.encoder.embed_tokens(self.prompt_ids).to(image_BND.dtype)
-        inputs_BPSD = torch.cat(
-            [
-                image_BND.unsqueeze(1).expand(-1, prompts, -1, -1),
-                text_PTD.unsqueeze(0).expand(batch, -1, -1, -1),
-            ],
-            dim=2,
-        )
+        inputs_MSD = torch.cat([image_BND[images_M], text_PTD[prompts_M]], dim=1)
         positions_SD = self.encoder.embed_positions(
             grid=grid,
             trained=self.trained_grid,
             num_prefix=num_image - grid[0] * grid[1],
             num_prompt=text_PTD.shape[1],
         )
-        inputs_BPSD = inputs_BPSD + positions_SD.to(inputs_BPSD.device)
-        mask = None
+        mask_MS = None
         if self.masks_padding:
-            mask_PS = nn.functional.pad(self.prompt_mask, (num_image, 0), value=True)
-            mask = mask_PS.unsqueeze(0).expand(batch, -1, -1).flatten(0, 1)
-        states = self.encoder(inputs_embeds=inputs_BPSD.flatten(0, 1), attention_mask=mask).last_hidden_state
-        return states.unflatten(0, (batch, prompts))[:, :, :num_image]
+            mask_MS = nn.functional.pad(self.prompt_mask, (num_image, 0), value=True)[prompts_M]
+        inputs_MSD = inputs_MSD + positions_SD.to(inputs_MSD.device)
+        states_MSD = self.encoder(inputs_embeds=inputs_MSD, attention_mask=mask_MS).last_hidden_state
+        states_MND = states_MSD[:, :num_image]
+        if len(images_M) == batch * prompts:
+            return states_MND.unflatten(0, (batch, prompts))
+        out_BPND = states_MND.new_zeros(batch, prompts, num_image, width)
+        out_BPND[images_M, prompts_M] = states_MND
+        return out_BPND
 
 
 def _product(values: tuple[int, ...] | list[int]) -> int:
