@@ -24,6 +24,7 @@ from transformers import (
 
 from florence_vl.model.chat_template import CHAT_TEMPLATES, choose_template
 from florence_vl.model.configuration import (
+    BACKBONE_LAYERS,
     DBFUSION_FEATURES,
     FLORENCE2_PROMPT_IDS,
     FLORENCE2_PROMPTS,
@@ -141,7 +142,7 @@ def build_model(
         if prompts or prompt_padding != "masked" or prompt_length is not None:
             raise ValueError(f"prompts are for a Florence-2; {vision} is a {vision_config.model_type}")
         vision_config = getattr(vision_config, "vision_config", vision_config)
-        layers = dict(feature_layers or {"last": -2})
+        layers = dict(feature_layers or BACKBONE_LAYERS)
         fields |= {"tower": "backbone", "feature_layers": layers, "features": list(features or layers)}
     config = FlorenceVLConfig(
         vision_config=vision_config,

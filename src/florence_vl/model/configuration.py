@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 from florence_vl.registry import did_you_mean
 
@@ -37,6 +36,8 @@ FLORENCE2_PROMPT_IDS: dict[str, tuple[int, ...]] = {
 }
 
 FLORENCE2_GRID = (24, 24)  # of the released Florence-2 weights, at 768 px
+
+BACKBONE_LAYERS = {"last": -2}  # of any other vision model: LLaVA-1.5's choice
 
 DAVIT = "davit"
 DBFUSION_FEATURES: tuple[str, ...] = (DAVIT, "caption", "ocr", "grounding")
@@ -76,7 +77,8 @@ class FlorenceVLConfig(PreTrainedConfig):
             1536 px takes as many tokens as one of 768 px with 1, each four times as wide.
         views: Named pairs of size and features, `{"glance": {"size": 384, "features": ["davit"]}}`; see
             `florence_vl.model.views`.
-        feature_layers: For `backbone`: feature name -> index into the backbone's hidden states (-2 is LLaVA-1.5's).
+        feature_layers: For `backbone`: feature name -> index into the backbone's hidden states; when None,
+            `{"last": -2}`, LLaVA-1.5's choice.
         fusion: Registered name of the fusion: `channel`, `token` or `average` (paper section 3.3), or `gated`.
         gate: Options of `gated` fusion: `context` (`none`, `image` or `question`, the default), `per_token`, `hidden`.
         projector_depth: Number of linear layers of the projector, 1 to 4.
@@ -89,10 +91,7 @@ class FlorenceVLConfig(PreTrainedConfig):
     """
 
     model_type = "florence_vl"
-    sub_configs_defaults = {
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="florence2"),
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
-    }
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
     # Typed Any because None until __post_init__ fills them in; the docstring says what they are from then on.
     vision_config: Any = None
@@ -118,6 +117,8 @@ class FlorenceVLConfig(PreTrainedConfig):
     is_encoder_decoder: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self.vision_config = _part_config(self.vision_config, "florence2")
+        self.text_config = _part_config(self.text_config, "llama")
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         if self.tower == "florence2":
@@ -129,7 +130,7 @@ class FlorenceVLConfig(PreTrainedConfig):
                 self.prompt_token_ids = {n: list(i) for n, i in FLORENCE2_PROMPT_IDS.items() if n in self.features}
         else:
             if self.feature_layers is None:
-                self.feature_layers = {"last": -1}
+                self.feature_layers = dict(BACKBONE_LAYERS)
             if self.features is None:
                 self.features = list(self.feature_layers)
             self.prompts = self.prompts or {}
@@ -233,6 +234,13 @@ class FlorenceVLConfig(PreTrainedConfig):
     def prompt_names(self) -> list[str]:
         """Names of the features that take a pass through the encoder, in order."""
         return [name for name in self.features if name != DAVIT] if self.tower == "florence2" else []
+
+
+def _part_config(config: PreTrainedConfig | Mapping[str, Any] | None, default_type: str) -> PreTrainedConfig:
+    if isinstance(config, PreTrainedConfig):
+        return config
+    values = dict(config or {})
+    return AutoConfig.for_model(values.pop("model_type", default_type), **values)
 
 
 def convolved_size(height: int, width: int, convolutions: Iterable[tuple[int, int, int]]) -> tuple[int, int]:

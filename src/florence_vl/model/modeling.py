@@ -105,6 +105,7 @@ class FlorenceVLPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     # What a checkpoint gains by fusion="gated" or views=... starts as if it were not there.
     _keys_to_ignore_on_load_missing = [r"\.fusion\.", r"\.feature_fill\."]
+    _keys_to_ignore_on_load_unexpected = [r"vision_tower\.backbone\.(vision_model\.)?head\."]  # SigLIP's, saved earlier
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (ZeroLinear, FeatureFill)):
@@ -139,7 +140,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         self.multi_modal_projector = Projector(
             self.fusion.out_dim, width, config.projector_depth, config.projector_hidden_act
         )
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

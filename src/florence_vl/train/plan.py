@@ -134,7 +134,7 @@ def _built_config(build: BuildConfig, image_size: int | None) -> tuple[FlorenceV
         if (value := getattr(build, key)) is not None
     }
     if vision.model_type != "florence2":
-        fields |= {"tower": "backbone", "feature_layers": build.feature_layers or {"last": -2}}
+        fields |= {"tower": "backbone", "feature_layers": build.feature_layers}
     elif (
         vision.text_config.vocab_size < 50265 or build.prompts
     ):  # ids are a tokenizer's matter; only lengths count here

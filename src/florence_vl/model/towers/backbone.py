@@ -5,6 +5,7 @@ Shape letters: B images, N image tokens, D channels.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from transformers import AutoModel
 
@@ -27,7 +28,9 @@ class BackboneTower(VisionTower):
         super().__init__()
         self.config = config
         vision = config.vision_config
-        self.backbone = AutoModel.from_config(vision)
+        if vision.model_type.startswith("siglip"):
+            vision.vision_use_head = False  # SigLIP's pooling head: its result is not a feature
+        self.backbone = AutoModel.from_config(vision, dtype=torch.get_default_dtype())
         self.layer_classes = tuple(self.backbone._no_split_modules or ())
         depth = vision.num_hidden_layers
         for name, layer in config.feature_layers.items():

@@ -65,7 +65,7 @@ class Florence2Tower(VisionTower):
         super().__init__()
         florence2: Florence2Config = config.vision_config
         self.config = config
-        self.davit = Florence2VisionBackbone._from_config(florence2.vision_config)
+        self.davit = Florence2VisionBackbone._from_config(florence2.vision_config, dtype=torch.get_default_dtype())
         for module in self.davit.modules():  # same parameters and names, our forward
             if type(module) is Florence2VisionBlock:
                 module.__class__ = DaViTBlock
@@ -74,8 +74,9 @@ class Florence2Tower(VisionTower):
         self.image_projector = Florence2MultiModalProjector(florence2)
         self.image_projector.image_position_embed.__class__ = Grid2D
         self.set_positions(config.positions)
-        self.encoder = BartEncoder._from_config(florence2.text_config) if config.prompt_names else None
-        if self.encoder is not None:
+        self.encoder = None
+        if config.prompt_names:
+            self.encoder = BartEncoder._from_config(florence2.text_config, dtype=torch.get_default_dtype())
             self.encoder.embed_positions.__class__ = EncoderPositions
         self.prompt_ids: Tensor
         self.prompt_mask: Tensor
