@@ -15,7 +15,7 @@ from florence_vl.analyze.alignment import (
     split_pairs,
     train_alignment,
 )
-from florence_vl.analyze.statistics import interval, paired
+from florence_vl.statistics import interval, paired
 from florence_vl.train.contrastive import Groups, contrastive_loss
 
 N, D = 600, 24

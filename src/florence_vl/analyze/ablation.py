@@ -18,9 +18,9 @@ from typing import Any
 
 import yaml
 
-from florence_vl.analyze.statistics import Interval, interval, paired
 from florence_vl.model.features import identity_digest
 from florence_vl.registry import did_you_mean
+from florence_vl.statistics import Interval, interval, paired
 
 SCALES = ("mini", "llava15")
 STAGES = ("pretrain", "finetune")

@@ -17,9 +17,9 @@ from torch import Tensor
 from florence_vl.analyze.alignment import AlignmentConfig, AlignmentRun, train_alignment
 from florence_vl.analyze.pairs import Pairs
 from florence_vl.analyze.pooling import image_keys, pool_images
-from florence_vl.analyze.statistics import Interval, interval, paired
 from florence_vl.analyze.text import TextEncoder, pool_texts
 from florence_vl.model.features import FeatureStore
+from florence_vl.statistics import Interval, interval, paired
 from florence_vl.train.contrastive import Groups
 
 if TYPE_CHECKING:

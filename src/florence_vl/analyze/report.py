@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from florence_vl.analyze.plots import write_atomically
-from florence_vl.analyze.statistics import Interval
+from florence_vl.statistics import Interval
 
 
 @dataclass

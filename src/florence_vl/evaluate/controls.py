@@ -17,7 +17,7 @@ from florence_vl.evaluate.local import LocalAnswerer
 from florence_vl.evaluate.metrics import stratify
 from florence_vl.evaluate.metrics.base import Judged
 from florence_vl.evaluate.question import IMAGE, Picture, Question
-from florence_vl.statistics import Comparison, compare, intervals
+from florence_vl.statistics import PairedComparison, compare, intervals
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ class Score:
 
     value: float
     interval: tuple[float, float]
-    against: Comparison | None
+    against: PairedComparison | None
 
 
 def without_images(questions: Sequence[Question]) -> list[Question]:
@@ -194,5 +194,7 @@ def _score(benchmark: Benchmark, judged: list[Judged], full: list[Judged], is_fu
     metric = benchmark.scorer
     units, reference = stratify(metric, judged), stratify(metric, full)
     scores = [(a[0].score, b[0].score) for a, b in zip(judged, full, strict=True)]
-    against = None if is_full else compare(units, reference, metric, metric.headline, scores)
-    return Score(metric.combine(units.means())[metric.headline], intervals(units, metric)[metric.headline], against)
+    against = None if is_full else compare(units, reference, metric.combine, metric.headline, scores)
+    return Score(
+        metric.combine(units.means())[metric.headline], intervals(units, metric.combine)[metric.headline], against
+    )

@@ -16,7 +16,7 @@ from florence_vl.evaluate.metrics import KINDS
 from florence_vl.evaluate.question import Question
 from florence_vl.evaluate.scoring import BenchmarkScore, Scores, averages, reported_row
 from florence_vl.evaluate.store import write_text
-from florence_vl.statistics import Comparison
+from florence_vl.statistics import PairedComparison
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -264,7 +264,7 @@ def write_reports(
 
 
 def comparison_table(
-    first: Scores, second: Scores, found: Mapping[str, Comparison]
+    first: Scores, second: Scores, found: Mapping[str, PairedComparison]
 ) -> tuple[RenderableType, dict[str, Any]]:
     """Two runs side by side, for a terminal and as JSON values."""
     from rich.table import Table

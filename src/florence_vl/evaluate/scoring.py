@@ -18,7 +18,7 @@ from florence_vl.evaluate.metrics.judged import JudgedMetric
 from florence_vl.evaluate.runner import load_judgements, verdict_of
 from florence_vl.evaluate.store import ResultsFolder
 from florence_vl.registry import did_you_mean
-from florence_vl.statistics import Comparison, compare, intervals, paper_average
+from florence_vl.statistics import PairedComparison, compare, intervals, paper_average
 
 
 @dataclass
@@ -146,7 +146,7 @@ def _score(
         return result, found
     result.scores = metric.combine(units.means())
     if draws:
-        result.intervals = intervals(units, metric, draws=draws)
+        result.intervals = intervals(units, metric.combine, draws=draws)
     if result.judged_by and strict:  # the judge's score stands in the table, the strict one beside it
         alone = _units(facts["metric"], strict)
         if alone is not None and alone.vectors:
@@ -164,7 +164,7 @@ def _units(metric: str, judged: Mapping[str, Judged]) -> Units | None:
     return stratify(METRICS[metric], list(judged.values()), list(judged), drop_incomplete=True)
 
 
-def compare_runs(first: Scores, second: Scores, draws: int = 1000) -> dict[str, Comparison]:
+def compare_runs(first: Scores, second: Scores, draws: int = 1000) -> dict[str, PairedComparison]:
     """Compare two runs benchmark by benchmark on the questions that both answered.
 
     Raises:
@@ -192,7 +192,7 @@ def compare_runs(first: Scores, second: Scores, draws: int = 1000) -> dict[str, 
             continue
         pairs = [(first.verdicts[name][i][0].score, second.verdicts[name][i][0].score) for i in ids]
         metric = METRICS[facts["metric"]]
-        found[name] = compare(sides[0], sides[1], metric, headline(facts), pairs, draws)
+        found[name] = compare(sides[0], sides[1], metric.combine, headline(facts), pairs, draws)
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from florence_vl.registry import Registry
+from florence_vl.statistics import Strata, Units
 
 METRICS: Registry[Metric] = Registry("metric")
 
@@ -36,8 +37,6 @@ class Verdict:
 
 Reference = Mapping[str, Any]
 Judged = tuple[Verdict, Reference]
-# Of one stratum: number of units, and the mean of the units' vectors (k,).
-Strata = Mapping[str, tuple[int, np.ndarray]]
 
 
 def verdict(
@@ -99,6 +98,14 @@ class Metric(ABC):
         """The numbers of one unit; by default the score of its only question."""
         return (judged[0][0].score,)
 
+    def extremes(self, judged: Sequence[Judged]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Vectors that this unit would have with every question wrong, and with every question right."""
+        wrong = [(Verdict(None, 0.0, "wrong", dict.fromkeys(v.details or {}, 0.0)), ref) for v, ref in judged]
+        right = [
+            (Verdict(ref.get("answer"), 1.0, "right", dict.fromkeys(v.details or {}, 1.0)), ref) for v, ref in judged
+        ]
+        return self.vector(wrong), self.vector(right)
+
     def combine(self, strata: Strata) -> dict[str, float]:
         """Scores from the strata's means; by default the mean over all units as `accuracy`, in per cent."""
         return {self.headline: 100 * pooled(strata)[0]}
@@ -130,18 +137,6 @@ def score_all(chosen: Metric, judged: Sequence[Judged]) -> dict[str, float]:
     return chosen.combine(stratify(chosen, judged).means())
 
 
-@dataclass
-class Units:
-    """The units of a benchmark as arrays: for each stratum a matrix (units, k), and the keys of its units."""
-
-    vectors: dict[str, np.ndarray]
-    keys: dict[str, list[Hashable]]
-
-    def means(self) -> dict[str, tuple[int, np.ndarray]]:
-        """Number of units and mean vector of each stratum."""
-        return {name: (len(matrix), matrix.mean(axis=0)) for name, matrix in self.vectors.items()}
-
-
 def stratify(
     chosen: Metric, judged: Sequence[Judged], ids: Sequence[str] | None = None, drop_incomplete: bool = False
 ) -> Units:
@@ -165,9 +160,13 @@ def stratify(
         members.setdefault((chosen.stratum(reference), key), []).append((found, reference))
     rows: dict[str, list[tuple[float, ...]]] = {}
     keys: dict[str, list[Hashable]] = {}
+    extremes: list[list[tuple[float, ...]]] = [[], []]
     for (stratum, key), group in members.items():
         if drop_incomplete and not chosen.complete(group):
             continue
         rows.setdefault(stratum, []).append(chosen.vector(group))
         keys.setdefault(stratum, []).append(key)
-    return Units({name: np.asarray(values, dtype=np.float64) for name, values in rows.items()}, keys)
+        for side, vector in zip(extremes, chosen.extremes(group), strict=True):
+            side.append(vector)
+    vectors = {name: np.asarray(values, dtype=np.float64) for name, values in rows.items()}
+    return Units(vectors, keys, np.asarray(extremes).mean(axis=1) if vectors else None)

@@ -45,6 +45,9 @@ class LLaVABench(JudgedMetric):
         details = found.details or {}
         return (details["model_points"], details["reference_points"])
 
+    def extremes(self, judged: Sequence[Judged]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return (1.0, 10.0), (10.0, 10.0)  # the judge gives 1 to 10 points
+
     def combine(self, strata: Strata) -> dict[str, float]:
         ours, theirs = pooled(strata)
         return {"all": 100 * float(ours / theirs), **{n: 100 * float(m[0] / m[1]) for n, (_, m) in strata.items()}}

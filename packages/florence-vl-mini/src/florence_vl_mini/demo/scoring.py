@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from florence_vl.evaluate.local import LocalAnswerer
 from florence_vl.evaluate.question import IMAGE, BytesPicture, Question
 from florence_vl.evaluate.sample import Sample, score_sample
 from florence_vl.evaluate.suites import choose
+from florence_vl.statistics import wilson
 from florence_vl_mini.demo.data import KEYS, PROMPT, Answer, Example
 from florence_vl_mini.suite import mini_folder
 
@@ -27,27 +27,6 @@ BATCH_SIZE = 16
 MAX_NEW_TOKENS = 64  # right answers take about half of it
 
 Score = dict[str, float]  # `right`, `total`, `share`, and `low` and `high` of the 95 % interval
-
-
-def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a share, 95 % by default (Wilson 1927).
-
-    Args:
-        right: Number of hits.
-        total: Number of trials, at least 1.
-        z: Normal quantile.
-
-    Returns:
-        Lower and upper bound, in [0, 1].
-    """
-    if not 0 <= right <= total or total < 1:
-        raise ValueError(f"{right} right of {total}: need 0 <= right <= total and total >= 1")
-    share = right / total
-    centre = share + z * z / (2 * total)
-    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    low, high = (centre - spread) / scale, (centre + spread) / scale
-    return max(0.0, min(low, share)), min(1.0, max(high, share))  # exact at 0 and 1, where rounding shows
 
 
 def score(right: int, total: int) -> Score:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from florence_vl.evaluate.metrics.text import edit_distance
+from florence_vl.statistics import interval, mean_interval
 from florence_vl_mini.scenes import Scene, SceneGenerator, assets, draw
 from florence_vl_mini.scenes.annotations import Box
 from florence_vl_mini.scenes.objects import add_text
@@ -95,14 +96,12 @@ class Florence2Runner:
         return -losses.sum(1)
 
 
-def with_interval(values: Sequence[float], seed: int = 0) -> Figure:
-    """Mean with a 95 % bootstrap interval over pictures: {"mean", "low", "high", "n"}."""
-    data = np.asarray(values, dtype=float)
-    if not len(data):
+def with_interval(values: Sequence[float]) -> Figure:
+    """Mean of values in [0, 1] with its 95 % interval over pictures: {"mean", "low", "high", "n"}."""
+    if not len(values):
         return {"mean": math.nan, "low": math.nan, "high": math.nan, "n": 0}
-    draws = np.random.default_rng(seed).integers(0, len(data), (1000, len(data)))
-    low, high = np.quantile(data[draws].mean(1), (0.025, 0.975))
-    return {"mean": float(data.mean()), "low": float(low), "high": float(high), "n": len(data)}
+    low, high = mean_interval(values)
+    return {"mean": float(np.mean(values)), "low": low, "high": high, "n": len(values)}
 
 
 def character_accuracy(given: str, wanted: str) -> float:
@@ -352,7 +351,6 @@ def probe_prompts(
     Returns:
         {"chance": {target: accuracy of the commonest class}, feature: {target: {"mean", "half", "runs"}}}.
     """
-    from florence_vl.analyze.statistics import interval
     from florence_vl_mini.pretrain.train import normalize
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
