@@ -16,88 +16,72 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from florence_vl.data.encode import RecordEncoder
+from florence_vl.data.encode import RecordEncoder, Sample
 from florence_vl.data.layout import MODES, BatchLayout, RowCollator, arrange, check_fits, measure, pack_first_fit
 from florence_vl.data.mixture import Mixture
 from florence_vl.data.records import BadRecord
 from florence_vl.data.report import BadEntry, DataReport, rank_file
 from florence_vl.data.sampler import check_rank, mix
 
+T = TypeVar("T")
+
 
 @dataclass
 class WindowPlan:
     """Rows (or padded batches) of one window.
 
-    Args:
+    Attributes:
         window: Number of the window in the mixture's stream.
         groups: Positions in the mixture, a list for every row or padded batch, in the order of use.
-        records: Records looked at.
+        records: Number of records of the window.
         bad: Records that cannot become a sample, as far as their text tells.
+        error: What ended the measuring; the run ends with it when the window's turn comes.
     """
 
     window: int
-    groups: list[list[int]]
-    records: int
+    groups: list[list[int]] = field(default_factory=list)
+    records: int = 0
     bad: list[BadEntry] = field(default_factory=list)
+    error: Exception | None = None
 
 
-@dataclass
-class _Failure:
-    """A user's error from a worker: raised in the main process as it is, without the worker's traceback."""
-
-    error: Exception
-
-
-class _Careful(Dataset):
-    """A data set whose user errors come back as values."""
-
-    def __init__(self, inner: Dataset) -> None:
-        self.inner = inner
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, _Failure):
-            return index
-        try:
-            return self.inner[index]
-        except (ValueError, OSError) as error:
-            return _Failure(error)
-
-
-class WindowPlanner(Dataset):
+class WindowPlanner(Dataset[WindowPlan]):
     """`planner[w]` measures the records of window w and lays them out; a pure function of (mixture, w).
 
     Args:
         mixture: Gives the records by position.
-        encoder: `RecordEncoder`; its `tokenize` counts without decoding images.
-        config: The layout.
+        encoder: Its `tokenize` counts without decoding images.
+        layout: Rows, batches and limits.
         seed: Shuffles the order of a window's rows.
     """
 
-    def __init__(self, mixture: Mixture, encoder: RecordEncoder, config: BatchLayout, seed: int = 0) -> None:
-        self.mixture, self.encoder, self.config, self.seed = mixture, encoder, config, seed
+    def __init__(self, mixture: Mixture, encoder: RecordEncoder, layout: BatchLayout, seed: int = 0) -> None:
+        self.mixture, self.encoder, self.layout, self.seed = mixture, encoder, layout, seed
 
     def __getitem__(self, window: int) -> WindowPlan:
-        config = self.config
-        first = window * config.window
+        layout = self.layout
+        first = window * layout.window
         positions, lengths, images, bad = [], [], [], []
-        for position in range(first, first + config.window):
+        for position in range(first, first + layout.window):
             try:
                 record = self.mixture[position]
                 tokens, count = measure(self.encoder, record)
-                check_fits(self.encoder, config, record, tokens, count)
+                check_fits(self.encoder, layout, record, tokens, count)
             except BadRecord as error:
                 bad.append(bad_entry(self.mixture, position, error))
                 continue
+            except (ValueError, OSError) as error:
+                return WindowPlan(window, error=error)
             positions.append(position)
             lengths.append(tokens)
             images.append(count)
-        groups = arrange(lengths, images, config, mix(self.seed, window, 3))
-        return WindowPlan(window, [[positions[i] for i in group] for group in groups], config.window, bad)
+        groups = arrange(lengths, images, layout, mix(self.seed, window, 3))
+        return WindowPlan(window, [[positions[i] for i in group] for group in groups], layout.window, bad)
 
 
 def bad_entry(mixture: Mixture, position: int, error: BadRecord) -> BadEntry:
@@ -107,47 +91,82 @@ def bad_entry(mixture: Mixture, position: int, error: BadRecord) -> BadEntry:
 
 
 @dataclass
-class _Request:
-    """One micro-batch to encode: its groups of positions, and where the lanes stand after its step."""
+class MicroBatch:
+    """One micro-batch on its way: planned in the main process, encoded by a worker.
+
+    Attributes:
+        step: Its optimizer step.
+        last_of_step: Whether this process has no other micro-batch in the step.
+        groups: Positions in the mixture, a list for every row or padded batch.
+        records: Records of the windows that begin with it.
+        bad: Bad records of these windows, and of the micro-batch once it is encoded.
+        cursors: After the last micro-batch of a step: where each lane stands, (round, row).
+        tensors: The collated batch, once encoded.
+        ids: Source and id of its samples, once encoded.
+        tokens: Tokens of its samples, once encoded.
+        error: What ended the planning or the encoding; raised in the main process when its turn comes, without a
+            worker's traceback.
+    """
 
     step: int
     last_of_step: bool
-    groups: list[list[int]]
+    groups: list[list[int]] = field(default_factory=list)
     records: int = 0
     bad: list[BadEntry] = field(default_factory=list)
     cursors: dict[int, tuple[int, int]] | None = None
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    ids: list[tuple[str, str]] = field(default_factory=list)
+    tokens: int = 0
+    error: Exception | None = None
 
 
-@dataclass
-class _Answer:
-    request: _Request
-    batch: dict[str, torch.Tensor]
-    bad: list[BadEntry]
-    ids: list[tuple[str, str]]
-    tokens: int
+class MicroBatchEncoder(Dataset[MicroBatch]):
+    """Encodes the records of a planned micro-batch and collates them; runs in workers.
 
+    Args:
+        mixture: Gives the records by position.
+        encoder: Record -> sample.
+        layout: Says how samples are collated.
+    """
 
-class _BatchEncoder(Dataset):
-    """Encodes the records of a request and collates them; runs in workers."""
-
-    def __init__(self, mixture: Mixture, encoder: RecordEncoder, config: BatchLayout) -> None:
+    def __init__(self, mixture: Mixture, encoder: RecordEncoder, layout: BatchLayout) -> None:
         self.mixture, self.encoder = mixture, encoder
-        self.collate = RowCollator(encoder, config)
+        self.collate = RowCollator(encoder, layout)
 
-    def __getitem__(self, request: _Request) -> _Answer:
-        bad: list[BadEntry] = []
-        rows = []
-        for group in request.groups:
-            row = []
-            for position in group:
-                try:
-                    row.append(self.encoder(self.mixture[position]))
-                except BadRecord as error:
-                    bad.append(bad_entry(self.mixture, position, error))
-            rows.append(row)
-        samples = [sample for row in rows for sample in row]
-        tokens = sum(len(sample) for sample in samples)
-        return _Answer(request, self.collate(rows), bad, [(s.source, s.id) for s in samples], tokens)
+    def __getitem__(self, batch: MicroBatch) -> MicroBatch:
+        if batch.error is None:
+            try:
+                rows = [self._encode(group, batch.bad) for group in batch.groups]
+                batch.tensors = self.collate(rows)
+            except (ValueError, OSError) as error:
+                batch.error = error
+            else:
+                samples = [sample for row in rows for sample in row]
+                batch.ids = [(sample.source, sample.id) for sample in samples]
+                batch.tokens = sum(map(len, samples))
+        return batch
+
+    def _encode(self, positions: Sequence[int], bad: list[BadEntry]) -> list[Sample]:
+        samples = []
+        for position in positions:
+            try:
+                samples.append(self.encoder(self.mixture[position]))
+            except BadRecord as error:
+                bad.append(bad_entry(self.mixture, position, error))
+        return samples
+
+
+def _load(dataset: Dataset[T], indices: Iterator[Any], workers: int, prefetch: int) -> Iterator[T]:
+    """`dataset[i]` for endless indices, in order, computed ahead by workers (0: in this process)."""
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=indices,
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        generator=torch.Generator(),  # the loader's own seed must not move the training's random state
+    )
+    return iter(loader)
 
 
 class Batches(Iterator[dict[str, torch.Tensor]]):
@@ -159,7 +178,6 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
     def __init__(
         self,
         planner: WindowPlanner,
-        batch_encoder: _BatchEncoder,
         rank: int,
         world_size: int,
         start_step: int,
@@ -167,112 +185,90 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
         state: Mapping[str, Any] | None,
         pin_memory: bool,
     ) -> None:
-        config = planner.config
-        self._config, self._rank, self._world_size = config, rank, world_size
-        self.batches_per_rank = config.batches_per_step // world_size
-        per_batch = config.lanes_per_batch
+        layout = planner.layout
+        self.batches_per_rank = layout.batches_per_step // world_size
+        self.ids: list[tuple[str, str]] = []
+        self._planner, self._layout = planner, layout
+        self._rank, self._world_size = rank, world_size
+        per_batch = layout.lanes_per_batch
         # micro-batch b of a step belongs to rank b % world_size, so its content is the same for any world size
         self._lanes = [
-            [b * per_batch + i for i in range(per_batch)] for b in range(rank, config.batches_per_step, world_size)
+            [b * per_batch + i for i in range(per_batch)] for b in range(rank, layout.batches_per_step, world_size)
         ]
-        self._planner = planner
-        self._start_step = start_step
+        self._step = self._start_step = start_step
         self._fingerprint = _fingerprint(planner)
-        cursors, counts = self._read_state(state, start_step)
-        path = rank_file(config.bad_records_file, rank)
-        self._report = DataReport(config.max_bad_share, config.min_records, path, counts)
-        self._step = start_step
-        self._cursors = cursors
-        self.ids: list[tuple[str, str]] = []
+        self._cursors, counts = self._read_state(state)
+        path = rank_file(layout.bad_records_file, rank)
+        self._report = DataReport(layout.max_bad_share, layout.min_records, path, counts)
         self._num_workers = num_workers
-        plan_workers = 0 if num_workers == 0 else max(1, num_workers // 4)
-        self._plan_workers = plan_workers
-        self._loader: DataLoader | None = DataLoader(
-            _Careful(batch_encoder),
-            batch_size=None,
-            sampler=_Requests(self),
-            collate_fn=_identity,
-            num_workers=num_workers,
-            pin_memory=False,
-            prefetch_factor=2 if num_workers else None,
-            generator=torch.Generator(),  # the loader's own seed must not move the training's random state
-        )
         self._pin_memory = pin_memory and torch.cuda.is_available()
-        self._iterator: Iterator[Any] | None = None  # workers start with the first batch
-        self._plans: Iterator[Any] | None = None
+        self._plans: Iterator[WindowPlan] | None = None
+        self._encoded: Iterator[MicroBatch] | None = None  # workers start with the first batch
 
     def _read_state(
-        self, state: Mapping[str, Any] | None, start_step: int
+        self, state: Mapping[str, Any] | None
     ) -> tuple[dict[int, tuple[int, int]] | None, Mapping[str, Any] | None]:
+        """Cursors of this rank's lanes and counts of its report, as far as the state has them."""
         if state is None:
             return None, None
-        if state["step"] != start_step:
-            raise ValueError(f"the data state is of step {state['step']}, the run resumes at step {start_step}")
+        if state["step"] != self._start_step:
+            raise ValueError(f"the data state is of step {state['step']}, the run resumes at step {self._start_step}")
         check_fingerprint(state["fingerprint"], self._fingerprint)
         cursors = {int(lane): (int(m), int(row)) for lane, (m, row) in state["cursors"].items()}
         own = [lane for lanes in self._lanes for lane in lanes]
         known = all(lane in cursors for lane in own)
         reports = state["reports"] if state["world_size"] == self._world_size else {}
-        counts = reports.get(str(self._rank))
-        return ({lane: cursors[lane] for lane in own} if known else None), counts
+        return ({lane: cursors[lane] for lane in own} if known else None), reports.get(str(self._rank))
 
-    def _requests(self) -> Iterator[_Request]:
-        """Micro-batch requests from the start step on (runs in this process)."""
+    def _planned(self) -> Iterator[MicroBatch]:
+        """Micro-batches from the start step on, not yet encoded; the last carries the error that ended the planning."""
         own = [lane for lanes in self._lanes for lane in lanes]
-        total = self._config.lanes
+        total = self._layout.lanes
         cursors = dict(self._cursors) if self._cursors is not None else dict.fromkeys(own, (0, 0))
-        replay = 0 if self._cursors is not None else self._start_step
-        first_round = min(m for m, _ in cursors.values())
         start = dict(cursors)
+        first_round = min(m for m, _ in cursors.values())
         windows = (m * total + lane for m in itertools.count(first_round) for lane in own if m >= start[lane][0])
-        plans = self._plans = iter(
-            DataLoader(
-                _Careful(self._planner),
-                batch_size=None,
-                sampler=_Windows(windows),
-                collate_fn=_identity,
-                num_workers=self._plan_workers,
-                prefetch_factor=4 if self._plan_workers else None,
-                generator=torch.Generator(),
-            )
-        )
+        self._plans = _load(self._planner, windows, min(self._num_workers, max(1, self._num_workers // 4)), prefetch=4)
         waiting: dict[int, deque[WindowPlan]] = {lane: deque() for lane in own}
         current: dict[int, WindowPlan | None] = dict.fromkeys(own)
 
-        def next_group(lane: int, request: _Request | None) -> list[int]:
+        def next_group(lane: int, batch: MicroBatch | None) -> list[int]:
             m, row = cursors[lane]
             for _ in range(_MAX_EMPTY_WINDOWS):
                 plan = current[lane]
                 if plan is None:
+                    assert self._plans is not None
                     while not waiting[lane]:
-                        fresh = next(plans)
-                        if isinstance(fresh, _Failure):
+                        fresh = next(self._plans)
+                        if fresh.error is not None:
                             raise fresh.error
                         waiting[fresh.window % total].append(fresh)
                     plan = current[lane] = waiting[lane].popleft()
-                    if request is not None and row == 0:
-                        request.records += plan.records
-                        request.bad.extend(plan.bad)
+                    if batch is not None and row == 0:
+                        batch.records += plan.records
+                        batch.bad.extend(plan.bad)
                 if row < len(plan.groups):
                     cursors[lane] = (m, row + 1)
                     return plan.groups[row]
                 m, row, current[lane] = m + 1, 0, None
             assert plan is not None
             raise ValueError(
-                f"{_MAX_EMPTY_WINDOWS * self._config.window} records in a row are bad; the last: {plan.bad[-1]}"
+                f"{_MAX_EMPTY_WINDOWS * self._layout.window} records in a row are bad; the last: {plan.bad[-1]}"
             )
 
-        for _ in range(replay):
-            for lane in own:
-                next_group(lane, None)
-        for step in itertools.count(self._start_step):
-            for index, lanes in enumerate(self._lanes):
-                request = _Request(step, index == len(self._lanes) - 1, [])
-                for lane in lanes:
-                    request.groups.append(next_group(lane, request))
-                if request.last_of_step:
-                    request.cursors = dict(cursors)
-                yield request
+        try:
+            for _ in range(0 if self._cursors is not None else self._start_step):
+                for lane in own:
+                    next_group(lane, None)
+            for step in itertools.count(self._start_step):
+                for index, lanes in enumerate(self._lanes):
+                    batch = MicroBatch(step, last_of_step=index == len(self._lanes) - 1)
+                    batch.groups = [next_group(lane, batch) for lane in lanes]
+                    if batch.last_of_step:
+                        batch.cursors = dict(cursors)
+                    yield batch
+        except (ValueError, OSError) as error:
+            yield MicroBatch(-1, last_of_step=False, error=error)
 
     def __iter__(self) -> Batches:
         return self
@@ -283,29 +279,28 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
         Raises:
             ValueError: Too many records are bad, see `BatchLayout.max_bad_share`.
         """
-        if self._iterator is None:
-            assert self._loader is not None
-            self._iterator = iter(self._loader)
-        answer = next(self._iterator)
-        if isinstance(answer, _Failure):
+        if self._encoded is None:
+            planner = self._planner
+            encoder = MicroBatchEncoder(planner.mixture, planner.encoder, planner.layout)
+            self._encoded = _load(encoder, self._planned(), self._num_workers, prefetch=2)
+        batch = next(self._encoded)
+        if batch.error is not None:
             self.close()
-            raise answer.error
-        request = answer.request
-        self.ids = answer.ids
+            raise batch.error
+        self.ids = batch.ids
         self._report.add(
-            records=request.records,
-            bad=request.bad + answer.bad,
-            rows=len(request.groups),
-            batch=answer.batch,
-            tokens=answer.tokens,
-            samples=len(answer.ids),
+            records=batch.records,
+            bad=batch.bad,
+            rows=len(batch.groups),
+            batch=batch.tensors,
+            tokens=batch.tokens,
+            samples=len(batch.ids),
         )
-        if request.last_of_step:
-            self._step, self._cursors = request.step + 1, request.cursors
-        batch = answer.batch
+        if batch.last_of_step:
+            self._step, self._cursors = batch.step + 1, batch.cursors
         if self._pin_memory:
-            batch = {name: value.pin_memory() for name, value in batch.items()}
-        return batch
+            return {name: value.pin_memory() for name, value in batch.tensors.items()}
+        return batch.tensors
 
     def report(self) -> DataReport:
         """Bad records by kind and source, and how full the rows are, of this rank since the run's start."""
@@ -327,40 +322,14 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
 
     def close(self) -> None:
         """Stop the workers; nothing comes after."""
-        for iterator in (self._iterator, self._plans):
+        for iterator in (self._encoded, self._plans):
             shut_down = getattr(iterator, "_shutdown_workers", None)
             if shut_down is not None:  # now, not when garbage is collected, in whatever thread
                 shut_down()
-        self._iterator = self._plans = iter(())
-        self._loader = None
+        self._encoded = self._plans = iter(())
 
 
 _MAX_EMPTY_WINDOWS = 100
-
-
-class _Requests:
-    """Sampler of the encoding loader: the requests themselves are the indices."""
-
-    def __init__(self, batches: Batches) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[_Request | _Failure]:
-        try:
-            yield from self.batches._requests()
-        except (ValueError, OSError) as error:
-            yield _Failure(error)  # raised when its turn comes, after the batches before it
-
-
-class _Windows:
-    def __init__(self, windows: Iterator[int]) -> None:
-        self.windows = windows
-
-    def __iter__(self) -> Iterator[int]:
-        return self.windows
-
-
-def _identity(item: Any) -> Any:
-    return item
 
 
 def build_batches(
@@ -401,7 +370,6 @@ def build_batches(
     check_sizes(encoder, packing, rank, world_size, start_step)
     return Batches(
         WindowPlanner(mixture, encoder, packing, seed),
-        _BatchEncoder(mixture, encoder, packing),
         rank,
         world_size,
         start_step,
@@ -467,7 +435,7 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _fingerprint(planner: WindowPlanner) -> dict[str, Any]:
-    config, mixture = planner.config, planner.mixture
+    config, mixture = planner.layout, planner.mixture
     keep = ("mode", "tokens_per_row", "max_images_per_row", "global_batch_size", "window", "group_by_length")
     print_ = {f"packing.{key}": value for key, value in asdict(config).items() if key in keep}
     if config.mode == "padded":
