@@ -120,7 +120,7 @@ def test_alignment_pca_attribution_and_report(own_cache, llm_folder, data, tiny_
         (["analyze", "alignment", "-e", "clip_base", "--steps", "0", "--data", "x", "--out", "y"], "steps is 0"),
         (["analyze", "pca", "nowhere.png", "--encoder", "clip_base"], "nowhere.png"),
         (["analyze", "report", "nowhere"], "no such folder"),
-        (["analyze", "attribution", "--model", "nowhere", "--image", "x", "--question", "?"], "no model at nowhere"),
+        (["analyze", "attribution", "--model", "nowhere", "--image", "x", "--question", "?"], "no model 'nowhere'"),
     ],
 )
 def test_wrong_usage_is_one_line(arguments, message, capsys, tmp_path, monkeypatch):

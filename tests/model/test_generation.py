@@ -153,3 +153,31 @@ def test_pipeline(parts, tmp_path):
     assert result[0]["generated_text"] == processor.decode(direct, skip_special_tokens=True)
     batch = answer(text=[chat, chat], max_new_tokens=4, return_full_text=False, batch_size=2)
     assert [row[0]["generated_text"] for row in batch] == [result[0]["generated_text"]] * 2
+
+
+def test_an_image_placeholder_is_never_an_answer(tmp_path):
+    model, _ = tiny_model()
+    ids = prompt()
+    torch.nn.init.zeros_(model.lm_head.weight)  # every token is as likely
+    model.save_pretrained(tmp_path)
+    for loaded in (model, type(model).from_pretrained(tmp_path)):
+        assert loaded.config.image_token_id in loaded.generation_config.suppress_tokens
+        torch.manual_seed(0)
+        answers = loaded.generate(
+            input_ids=ids.expand(64, -1),
+            pixel_values=pixels(64),
+            max_new_tokens=40,
+            do_sample=True,
+            top_k=0,
+            eos_token_id=-1,
+        )[:, ids.shape[1] :]
+        assert answers.numel() == 64 * 40
+        assert not (answers == model.config.image_token_id).any()
+
+
+def test_prompt_lookup(parts):
+    model, _ = parts
+    ids, options = prompt(), {"max_new_tokens": NEW, "do_sample": False}
+    plain = model.generate(input_ids=ids, pixel_values=pixels(), **options)
+    looked_up = model.generate(input_ids=ids, pixel_values=pixels(), prompt_lookup_num_tokens=3, **options)
+    assert looked_up.tolist() == plain.tolist()

@@ -46,7 +46,7 @@ def test_every_llm_trains_and_generates(llm):
 def test_image_tokens_stand_at_their_placeholders_in_order(model):
     images = pixels(3)
     ids = torch.tensor([[1, *[IMG] * 4, 9, *[IMG] * 4, 10], [1, 11, 12, *[IMG] * 4, 13, 14, 15, 16]])
-    tokens = torch.cat(model.get_image_features(images).pooler_output)
+    tokens = model.get_image_features(images).pooler_output.flatten(0, 1)
     embeds = model.get_input_embeddings()(ids).clone()
     embeds[ids == IMG] = tokens
     expected = model.model.language_model(inputs_embeds=embeds).last_hidden_state
@@ -81,17 +81,72 @@ def test_loss_is_the_textbook_one_and_normalised_as_asked(model):
         torch.testing.assert_close(normalised, expected / 20)
 
 
-def test_in_training_the_head_runs_at_supervised_positions_only():
-    model, _ = tiny_model()
-    model.train()
+def test_the_head_can_run_at_supervised_positions_only():
+    model, _ = tiny_model()  # eval mode: no dropout
     rows = []
     model.lm_head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[:-1].numel()))
-    out = model(input_ids=IDS, pixel_values=pixels(), labels=labelled(IDS))
+    out = model(input_ids=IDS, pixel_values=pixels(), labels=labelled(IDS), skip_logits=True)
     assert out.logits is None
     assert rows == [6]
-    nothing = model(input_ids=IDS, pixel_values=pixels(), labels=torch.full_like(IDS, -100)).loss
+    whole = model(input_ids=IDS, pixel_values=pixels(), labels=labelled(IDS))
+    torch.testing.assert_close(out.loss, whole.loss)
+    nothing = model(input_ids=IDS, pixel_values=pixels(), labels=torch.full_like(IDS, -100), skip_logits=True).loss
     nothing.backward()
     assert nothing.item() == 0
+
+
+def test_logits_stand_where_every_trainer_reads_them():
+    model, _ = tiny_model()
+    model.train()
+    labels = labelled(IDS)
+    out = model(input_ids=IDS, pixel_values=pixels(), labels=labels)
+    assert out.logits.shape == (*IDS.shape, model.config.text_config.vocab_size)
+    loss = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(loss, out.loss)
+    loss.backward()
+    assert model.model.multi_modal_projector.layers[0].weight.grad.abs().sum() > 0
+    as_tuple = model.eval()(input_ids=IDS, pixel_values=pixels(), labels=labels, return_dict=False)
+    assert as_tuple[0].shape == ()
+    assert as_tuple[1].shape == out.logits.shape
+
+
+def test_shifted_labels_are_honored(model):
+    labels = labelled(IDS)
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    whole = model(input_ids=IDS, pixel_values=pixels(), labels=labels).loss
+    torch.testing.assert_close(model(input_ids=IDS, pixel_values=pixels(), shift_labels=shifted).loss, whole)
+    other = shifted.clone()
+    other[other != -100] = 7
+    beside = model(input_ids=IDS, pixel_values=pixels(), labels=labels, shift_labels=other).loss
+    torch.testing.assert_close(beside, model(input_ids=IDS, pixel_values=pixels(), shift_labels=other).loss)
+    assert not torch.isclose(beside, whole)
+
+
+def test_a_loss_function_that_was_set_is_used():
+    model, _ = tiny_model()
+    seen = {}
+
+    def loss_function(logits, labels, vocab_size, **kwargs):
+        seen.update(kwargs, shape=tuple(logits.shape), vocab_size=vocab_size)
+        return logits.sum() * 0 + 42
+
+    model.loss_function = loss_function
+    out = model(input_ids=IDS, pixel_values=pixels(), labels=labelled(IDS), num_items_in_batch=3)
+    assert out.loss.item() == 42
+    assert seen["shape"] == (*IDS.shape, seen["vocab_size"])
+    assert seen["num_items_in_batch"] == 3
+
+
+def test_image_placeholders_are_no_targets(model):
+    labels = labelled(IDS)
+    as_trl = torch.where(IDS == IMG, IDS, labels)  # its collator leaves them to the model
+    expected = model(input_ids=IDS, pixel_values=pixels(), labels=labels).loss
+    assert (as_trl == IMG).sum() == 8
+    torch.testing.assert_close(model(input_ids=IDS, pixel_values=pixels(), labels=as_trl).loss, expected)
+    only = torch.where(IDS == IMG, IDS, -100)
+    assert model(input_ids=IDS, pixel_values=pixels(), labels=only).loss == 0
+    states = model.model(input_ids=IDS, pixel_values=pixels()).last_hidden_state
+    torch.testing.assert_close(model.supervised_loss(states, as_trl), expected)
 
 
 def test_accumulated_steps_equal_one_step():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModel, Florence2Config, Florence2ForConditionalGeneration
 
-from florence_vl.model.tiny import TINY_BACKBONES, TINY_PROMPT_IDS, tiny_config, tiny_florence2
+from florence_vl.model.tiny import TINY_BACKBONES, TINY_PROMPT_IDS, tiny_config, tiny_florence2, tiny_model
 from florence_vl.model.towers import TOWERS, Florence2Tower
 
 PROMPTS = ("caption", "ocr", "grounding")
@@ -183,3 +183,60 @@ def test_backbone_refusals():
     with pytest.raises(ValueError, match="takes 64x64 only"):
         TOWERS["backbone"](tiny_config(tower="backbone")).num_tokens(96, 96)
     assert TOWERS["backbone"](tiny_config(tower="dinov2")).num_tokens(96, 128) == 12
+
+
+@pytest.mark.parametrize("tower", ["florence2", "clip_vision_model"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_adapters_of_a_frozen_tower_learn_under_checkpointing(tower, reentrant):
+    peft = pytest.importorskip("peft")
+    model, _ = tiny_model(tower=tower)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
+    adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    adapted.train()
+    features = model.model.vision_tower(torch.randn(1, 3, 64, 64))
+    sum(feature.sum() for feature in features.values()).backward()
+    names = [name for name, _ in model.model.vision_tower.named_parameters() if "lora_B" in name]
+    without = {
+        name
+        for name, parameter in model.model.vision_tower.named_parameters()
+        if "lora_B" in name and parameter.grad is None
+    }
+    layers_behind = {name for name in without if ".layers.1." in name}  # CLIP's last layer: the feature is layer -2
+    assert names
+    assert without == layers_behind
+    assert tower != "florence2" or not without
+
+
+def test_dropout_can_be_switched_off():
+    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    rates = {"dropout": 0.3, "attention_dropout": 0.3, "activation_dropout": 0.3}
+    config = tiny_florence2(vision_config={"drop_path_rate": 0.5}, text_config=rates)
+    model, _ = tiny_model(vision_config=config)
+    tower = model.model.vision_tower
+    calm = tower(pixels)
+    tower.train()
+    torch.manual_seed(0)
+    noisy = tower(pixels)
+    assert all(not torch.allclose(calm[name], noisy[name], atol=1e-2) for name in calm)
+    for module in tower.modules():  # as trl.trainer.utils.disable_dropout_in_model
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0
+    still = tower(pixels)
+    for name in calm:
+        torch.testing.assert_close(still[name], calm[name])
+    assert not [name for name in tower.state_dict() if "dropout" in name]
+
+
+def test_rates_of_dropout_are_the_configs():
+    rates = {"dropout": 0.1, "attention_dropout": 0.2, "activation_dropout": 0.3}
+    model, _ = tiny_model(vision_config=tiny_florence2(text_config=rates))
+    encoder = model.model.vision_tower.encoder
+    layer = encoder.layers[0]
+    assert (encoder.dropout, layer.dropout, layer.activation_dropout, layer.self_attn.dropout) == (0.1, 0.1, 0.3, 0.2)
+
+
+def test_a_tower_says_its_dtype_and_device():
+    model, _ = tiny_model()
+    tower = model.to(torch.bfloat16).model.vision_tower
+    assert (tower.dtype, tower.device.type) == (torch.bfloat16, "cpu")
+    assert tower.grid_size(64, 96) == (2, 3)

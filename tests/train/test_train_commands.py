@@ -30,7 +30,7 @@ def test_recipes_are_listed_and_shown_with_origins(capsys: pytest.CaptureFixture
         (["train", "mini/pretrain", "stepz=3"], "unknown key `stepz`. Did you mean 'steps'"),
         (["train", "mini/pretrain", "--steps"], "--steps"),
         (["train", "mini/pretrain", "resume"], "not of the form key.path=value"),
-        (["train", "mini/finetune", "model.path=./no/such/model"], "no such folder"),
+        (["train", "mini/finetune", "model.path=./no/such/model"], "no such file or folder"),
         (["plan", "mini/pretrain", "--device", "h10"], "unknown device 'h10'"),
         (["export", "no/such/run"], "no such run"),
     ],

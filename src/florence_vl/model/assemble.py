@@ -192,6 +192,7 @@ def build_model(
             f"{context}: choose a smaller image_size, or another fusion"
         )
     model.generation_config = _generation_config(language_model, tokenizer, template.end_text(tokenizer))
+    model.suppress_image_token()
     return model, processor
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from florence_vl.files import locate
 from florence_vl.model.packaged import resolve
 from florence_vl.registry import did_you_mean
 
@@ -48,19 +49,16 @@ def check_folder(model: str | os.PathLike[str]) -> Path | str:
         FileNotFoundError: Nothing is there.
         ValueError: The folder holds something else.
     """
-    text = resolve(str(model), "models")
-    path = Path(text).expanduser()
-    if not path.exists():
-        if text.count("/") == 1 and not text.startswith((".", "/", "~")) and not path.parent.exists():
-            return text  # owner/name on the Hub
-        raise FileNotFoundError(f"no model at {path}: give a folder that save_pretrained or `florence-vl build` wrote")
+    path = locate(resolve(str(model), "models"), "model")
+    if isinstance(path, str):
+        return path  # owner/name on the Hub
     if not path.is_dir():
         raise NotADirectoryError(f"{path} is a file: give the folder that holds config.json and the weights")
     config = path / "config.json"
     if not config.is_file():
         nested = sorted(child.parent.name for child in path.glob("*/config.json"))
         inside = f" Its sub-folders {', '.join(nested)} are models." if nested else ""
-        raise ValueError(f"{path} is no model: it has no config.json.{inside}")
+        raise ValueError(f"{path} is not a model: it has no config.json.{inside}")
     try:
         kind = json.loads(config.read_text()).get("model_type")
     except (ValueError, AttributeError) as error:
@@ -71,7 +69,7 @@ def check_folder(model: str | os.PathLike[str]) -> Path | str:
 
 
 def load_model(
-    model: str | os.PathLike[str], device: str = "auto", dtype: str = "auto"
+    model: str | os.PathLike[str], device: str = "auto", dtype: str = "auto", **options: Any
 ) -> tuple[FlorenceVLForConditionalGeneration, FlorenceVLProcessor]:
     """A saved model in eval mode, and its processor.
 
@@ -80,10 +78,11 @@ def load_model(
         device: See `choose_device`.
         dtype: `auto` keeps the saved one, on the CPU float32 (bf16 is emulated on most); or `float32`, `bfloat16`,
             `float16`.
+        **options: Further keywords of `from_pretrained`, e.g. `attn_implementation`.
 
     Raises:
         FileNotFoundError: Nothing is there.
-        ValueError: The folder holds no Florence-VL, or device or dtype is not to be had.
+        ValueError: The folder holds no Florence-VL or a damaged one, or there is no such device or dtype here.
     """
     folder = check_folder(model)
     if dtype not in DTYPES:
@@ -92,11 +91,12 @@ def load_model(
 
     import torch
 
+    from florence_vl.model.contract import load_whole
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
     from florence_vl.model.processing import FlorenceVLProcessor
 
     wanted = dtype if dtype != "auto" else ("float32" if place == "cpu" else "auto")
     torch_dtype = wanted if wanted == "auto" else getattr(torch, wanted)
     processor = FlorenceVLProcessor.from_pretrained(folder)
-    loaded = FlorenceVLForConditionalGeneration.from_pretrained(folder, dtype=torch_dtype)
+    loaded = load_whole(FlorenceVLForConditionalGeneration, folder, dtype=torch_dtype, **options)
     return loaded.to(place).eval(), processor

@@ -21,6 +21,7 @@ from transformers.models.florence2.modeling_florence2 import Florence2VisionPosi
 from transformers.utils import can_return_tuple, torch_compilable_check
 
 from florence_vl.model.configuration import FlorenceVLConfig
+from florence_vl.model.contract import check_loading
 from florence_vl.model.fusion import build_fusion, merge_tokens
 from florence_vl.model.gated import GatedFusion, ZeroLinear
 from florence_vl.model.projector import Projector
@@ -36,7 +37,8 @@ class FlorenceVLImageFeatures(BaseModelOutputWithPooling):
     """What `get_image_features` returns.
 
     Attributes:
-        pooler_output: One (N, H) tensor an image: the tokens that stand at its placeholders.
+        pooler_output: (I, N, H), the tokens that stand at each image's placeholders; a list of (N, H) when images
+            differ in size.
         features: The tower's features before fusion, name -> (I, N, D); only with `output_features=True`.
     """
 
@@ -56,8 +58,7 @@ class FlorenceVLCausalLMOutputWithPast(ModelOutput):
 
     Attributes:
         loss: Scalar, when `labels` are given.
-        logits: (B, L or what `logits_to_keep` asks, X); `None` in training with labels, where the head runs at
-            supervised positions only.
+        logits: (B, L or what `logits_to_keep` asks, X); `None` with labels and `skip_logits`.
     """
 
     loss: Tensor | None = None
@@ -96,7 +97,7 @@ class FlorenceVLPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DaViTBlock", "BartEncoderLayer"]
+    _no_split_modules = ["DaViTBlock", "SwitchedEncoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -106,6 +107,28 @@ class FlorenceVLPreTrainedModel(PreTrainedModel):
     # What a checkpoint gains by fusion="gated" or views=... starts as if it were not there.
     _keys_to_ignore_on_load_missing = [r"\.fusion\.", r"\.feature_fill\."]
     _keys_to_ignore_on_load_unexpected = [r"vision_tower\.backbone\.(vision_model\.)?head\."]  # SigLIP's, saved earlier
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """transformers' `from_pretrained`, which refuses a checkpoint that is not whole.
+
+        Raises:
+            ValueError: Weights are missing or unexpected, or have another shape (unless `ignore_mismatched_sizes`).
+        """
+        model, report = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        check_loading(
+            report,
+            pretrained_model_name_or_path,
+            ignore_mismatched_sizes=kwargs.get("ignore_mismatched_sizes", False),
+            ignore_unexpected=getattr(model, "hf_quantizer", None) is not None,  # a quantizer's own constants
+        )
+        if isinstance(model, FlorenceVLForConditionalGeneration):
+            model.suppress_image_token()
+        return (model, report) if output_loading_info else model
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (ZeroLinear, FeatureFill)):
@@ -129,6 +152,11 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
     Args:
         config: Its `vision_config` and `text_config` decide tower and LLM.
     """
+
+    _keys_to_ignore_on_load_unexpected = [
+        *FlorenceVLPreTrainedModel._keys_to_ignore_on_load_unexpected,
+        r"^lm_head\.",
+    ]
 
     def __init__(self, config: FlorenceVLConfig) -> None:
         super().__init__(config)
@@ -256,7 +284,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
             tokens_INH, features = self.encode_images(pixel_values[..., :height, :width], context_IH, feature_mask)
             return FlorenceVLImageFeatures(
                 last_hidden_state=tokens_INH,
-                pooler_output=list(tokens_INH),
+                pooler_output=tokens_INH,
                 features=features if output_features else None,
             )
         if output_features:
@@ -362,7 +390,9 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
             )
         image_tokens = None
         if image is not None:
-            image_tokens = torch.cat(list(image.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+            tokens = image.pooler_output
+            image_tokens = tokens.flatten(0, 1) if isinstance(tokens, Tensor) else torch.cat(list(tokens))
+            image_tokens = image_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
             mask_BL1 = self.get_placeholder_mask(input_ids, inputs_embeds, image_tokens)
             inputs_embeds = inputs_embeds.masked_scatter(mask_BL1, image_tokens)
         if past_key_values is None and attention_mask is None and position_ids is not None:
@@ -395,6 +425,7 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
         self.model = FlorenceVLModel(config)
         self.lm_head: nn.Module = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+        self.suppress_image_token()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
@@ -407,6 +438,12 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
+
+    def suppress_image_token(self) -> None:
+        """Make `generate` never choose an image placeholder, whatever `generation_config` was loaded or set."""
+        suppressed = self.generation_config.suppress_tokens or []
+        if self.config.image_token_id not in suppressed:
+            self.generation_config.suppress_tokens = [*suppressed, self.config.image_token_id]
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> FlorenceVLImageFeatures:
         """See `FlorenceVLModel.get_image_features`."""
@@ -447,8 +484,10 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
         image_sizes: Tensor | None = None,
         question_ids: Tensor | None = None,
         question_mask: Tensor | None = None,
@@ -466,10 +505,15 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
             position_ids: (B, L).
             past_key_values: Key-value cache.
             inputs_embeds: (B, L, H) instead of `input_ids`.
-            labels: (B, L) token ids, -100 where nothing is supervised; shifted here.
+            labels: (B, L) token ids, -100 where nothing is supervised; shifted here. Image placeholders are never
+                supervised.
+            shift_labels: (B, L) labels that are shifted already, as context parallelism gives them; instead of
+                `labels`, or beside them.
             num_items_in_batch: What the summed loss is divided by (supervised tokens over all ranks and accumulation
                 steps); by default the number in this batch.
             logits_to_keep: Number of last positions, or positions, to return logits for; 0 means all.
+            skip_logits: With labels, run the head at the K supervised positions only and return no logits: less
+                memory in training.
             image_sizes: (I, 2) pixels; see `FlorenceVLModel.get_image_features`, also for the next three.
             question_ids: (I, Q).
             question_mask: (I, Q).
@@ -479,9 +523,11 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
             **kwargs: Passed on to the LLM.
 
         Returns:
-            In training with labels `logits` is `None`: the head runs at the K supervised positions only.
+            Loss, logits, cache, hidden states, attentions and projected image tokens, as far as they were asked for.
+            A `loss_function` that was set on the model computes the loss instead of `supervised_loss`.
         """
-        if labels is not None:
+        supervised = labels is not None or shift_labels is not None
+        if supervised:
             kwargs.setdefault("use_cache", False)
         outputs = self.model(
             input_ids=input_ids,
@@ -500,11 +546,22 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
         )
         states_BLH = outputs.last_hidden_state
         loss = logits = None
-        if labels is not None:
-            loss = self.supervised_loss(states_BLH, labels, num_items_in_batch)
-        if labels is None or not self.training:
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if not (supervised and skip_logits):
             logits = self.lm_head(states_BLH[:, keep])
+        if supervised:
+            whole = logits if isinstance(logits_to_keep, int) and logits_to_keep == 0 else None
+            targets_BL = self._targets(labels, shift_labels)
+            if hasattr(self, "_loss_function"):
+                loss = self.loss_function(
+                    logits=self.lm_head(states_BLH) if whole is None else whole,
+                    labels=labels,
+                    shift_labels=targets_BL,
+                    vocab_size=self.config.text_config.vocab_size,
+                    num_items_in_batch=num_items_in_batch,
+                )
+            else:
+                loss = self._next_token_loss(states_BLH, whole, targets_BL, num_items_in_batch)
         result = FlorenceVLCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -522,15 +579,27 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
 
         Args:
             states_BLH: The LLM's last hidden states.
-            labels_BL: Token ids, -100 where nothing is supervised.
+            labels_BL: Token ids, -100 where nothing is supervised. Image placeholders are never supervised.
             num_items: Divisor of the summed loss; by default the number K of supervised positions.
 
         Returns:
             Scalar float32; zero (with a graph) when nothing is supervised.
         """
-        targets_BL = labels_BL[:, 1:].to(states_BLH.device)
+        return self._next_token_loss(states_BLH, None, self._targets(labels_BL, None), num_items)
+
+    def _targets(self, labels_BL: Tensor | None, shifted_BL: Tensor | None) -> Tensor:
+        """The token that follows each position, (B, L); -100 where nothing is supervised and at image placeholders."""
+        if shifted_BL is None:
+            assert labels_BL is not None
+            shifted_BL = nn.functional.pad(labels_BL[:, 1:], (0, 1), value=-100)
+        return shifted_BL.masked_fill(shifted_BL == self.config.image_token_id, -100)
+
+    def _next_token_loss(
+        self, states_BLH: Tensor, logits_BLX: Tensor | None, targets_BL: Tensor, num_items: Tensor | int | None
+    ) -> Tensor:
+        targets_BL = targets_BL.to(states_BLH.device)
         supervised_BL = targets_BL != -100
-        logits_KX = self.lm_head(states_BLH[:, :-1][supervised_BL])
+        logits_KX = self.lm_head(states_BLH[supervised_BL]) if logits_BLX is None else logits_BLX[supervised_BL]
         total = nn.functional.cross_entropy(logits_KX.float(), targets_BL[supervised_BL], reduction="sum")
         if num_items is None:
             num_items = supervised_BL.sum().clamp(min=1)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from florence_vl.model import loading
 from florence_vl.model.varlen_attention import SDPA_VARLEN
 from florence_vl.train.config import Recipe
 
@@ -26,16 +26,7 @@ def load_model(recipe: Recipe) -> tuple[FlorenceVLForConditionalGeneration, Any]
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     if config.path is not None:
-        from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
-        from florence_vl.model.packaged import resolve
-        from florence_vl.model.processing import FlorenceVLProcessor
-
-        path = Path(resolve(config.path, "models")).expanduser()
-        if config.path.startswith((".", "/", "~", "runs/")) and not path.is_dir():
-            raise FileNotFoundError(f"model.path {config.path!r}: no such folder")
-        name = str(path) if path.is_dir() else config.path
-        model = FlorenceVLForConditionalGeneration.from_pretrained(name, dtype=torch.float32, **options)
-        processor = FlorenceVLProcessor.from_pretrained(name)
+        model, processor = loading.load_model(config.path, "cpu", "float32", **options)
     elif config.build is not None:
         from florence_vl.model.assemble import build_model
         from florence_vl.model.packaged import resolve

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from florence_vl.registry import Registry
 
@@ -15,12 +16,28 @@ TOWERS: Registry[type[VisionTower]] = Registry("tower")
 class VisionTower(nn.Module, ABC):
     """Contract of every tower: `(B, 3, H, W) -> {feature name: (B, N, D)}`, sizes known before any forward."""
 
-    #: Class names of the layers that activation checkpointing and FSDP treat as units.
-    layer_classes: tuple[str, ...] = ()
-
     def train(self, mode: bool = True) -> VisionTower:
         """`nn.Module.train`, but a tower without trainable parameters stays in eval: no dropout, no DropPath."""
         return super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first parameter that is a floating-point number."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """Of the first parameter."""
+        return next(self.parameters()).device
+
+    def with_input_gradients(self, pixel_values: Tensor) -> Tensor:
+        """The pixels, made to need gradients where re-entrant checkpointing would else pass none to the layers.
+
+        It hands gradients only to a layer whose input needs some. A frozen first convolution under adapters gives none.
+        """
+        if self.training and torch.is_grad_enabled() and _checkpoints_reentrant(self):
+            return pixel_values.detach().requires_grad_()
+        return pixel_values
 
     @property
     @abstractmethod
@@ -31,6 +48,10 @@ class VisionTower(nn.Module, ABC):
     def feature_names(self) -> tuple[str, ...]:
         """Names of the features, in the order of fusion."""
         return tuple(self.feature_dims)
+
+    @abstractmethod
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the tokens of one feature for an image of that many pixels."""
 
     @abstractmethod
     def num_tokens(self, height: int, width: int) -> int:
@@ -55,6 +76,13 @@ class VisionTower(nn.Module, ABC):
         Raises:
             ValueError: Wrong number of dimensions or channels, or a size that the tower can't take.
         """
+
+
+def _checkpoints_reentrant(module: nn.Module) -> bool:
+    for layer in module.modules():
+        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
+            return bool(getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False))
+    return False
 
 
 def check_pixels(pixel_values: Tensor) -> None:

@@ -31,7 +31,6 @@ class BackboneTower(VisionTower):
         if vision.model_type.startswith("siglip"):
             vision.vision_use_head = False  # SigLIP's pooling head: its result is not a feature
         self.backbone = AutoModel.from_config(vision, dtype=torch.get_default_dtype())
-        self.layer_classes = tuple(self.backbone._no_split_modules or ())
         depth = vision.num_hidden_layers
         for name, layer in config.feature_layers.items():
             if not -depth - 1 <= layer <= depth:
@@ -77,8 +76,8 @@ class BackboneTower(VisionTower):
     def forward(self, pixel_values: Tensor, feature_mask: Tensor | None = None) -> dict[str, Tensor]:
         check_pixels(pixel_values)
         num_tokens = self.num_tokens(*pixel_values.shape[-2:])
-        dtype = next(self.backbone.parameters()).dtype
-        states = self.backbone(pixel_values.to(dtype), output_hidden_states=True, return_dict=True).hidden_states
+        pixel_values = self.with_input_gradients(pixel_values.to(self.dtype))
+        states = self.backbone(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
         features: dict[str, Tensor] = {}
         for name in self.config.features:
             state_BND = states[self.config.feature_layers[name]]

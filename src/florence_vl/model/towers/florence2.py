@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Florence2Config
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.bart.modeling_bart import BartEncoder
+from transformers.models.bart.modeling_bart import BartAttention, BartEncoder, BartEncoderLayer
 from transformers.models.florence2.modeling_florence2 import (
+    Florence2DropPath,
     Florence2MultiModalProjector,
     Florence2VisionBackbone,
     Florence2VisionBlock,
@@ -51,6 +52,58 @@ class DaViTChannelAttention(Florence2VisionChannelAttention):
         return self.proj(out_BGNC.transpose(1, 2).reshape(batch, tokens, channels))
 
 
+class DropPath(nn.Dropout):
+    """transformers' DropPath (drops a residual branch of whole images), as a module that tools for dropout know."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return input
+        kept = torch.empty(input.shape[0], *[1] * (input.ndim - 1), device=input.device, dtype=input.dtype)
+        return input * kept.bernoulli_(1 - self.p) / (1 - self.p)
+
+
+class _Switched:
+    """BART's functional dropouts read their rate from an `nn.Dropout`, so that tools which switch dropout off reach it.
+
+    Mixed into a BART module after construction, when `dropout` and `activation_dropout` are plain numbers.
+    """
+
+    @property
+    def dropout(self) -> float:
+        return self.dropouts["dropout"].p  # type: ignore[attr-defined]
+
+    @property
+    def activation_dropout(self) -> float:
+        return self.dropouts["activation_dropout"].p  # type: ignore[attr-defined]
+
+
+class SwitchedEncoder(_Switched, BartEncoder):
+    """transformers' BART encoder; see `_Switched`."""
+
+
+class SwitchedEncoderLayer(_Switched, BartEncoderLayer):
+    """transformers' layer of it."""
+
+
+class SwitchedAttention(_Switched, BartAttention):
+    """transformers' attention of it."""
+
+
+_SWITCHED: dict[type, type] = {
+    BartEncoder: SwitchedEncoder,
+    BartEncoderLayer: SwitchedEncoderLayer,
+    BartAttention: SwitchedAttention,
+}
+
+
+def _switch_dropout(encoder: BartEncoder) -> None:
+    for module in list(encoder.modules()):
+        if type(module) in _SWITCHED:
+            rates = {k: v for k in ("dropout", "activation_dropout") if (v := module.__dict__.pop(k, None)) is not None}
+            module.dropouts = nn.ModuleDict({name: nn.Dropout(rate) for name, rate in rates.items()})
+            module.__class__ = _SWITCHED[type(module)]
+
+
 @TOWERS.register("florence2")
 class Florence2Tower(VisionTower):
     """DaViT, its projection and the BART encoder of a Florence-2.
@@ -58,8 +111,6 @@ class Florence2Tower(VisionTower):
     Args:
         config: Names the features and holds the Florence-2 config and the prompts' token ids.
     """
-
-    layer_classes = ("DaViTBlock", "BartEncoderLayer")
 
     def __init__(self, config: FlorenceVLConfig) -> None:
         super().__init__()
@@ -71,6 +122,9 @@ class Florence2Tower(VisionTower):
                 module.__class__ = DaViTBlock
             elif type(module) is Florence2VisionChannelAttention:
                 module.__class__ = DaViTChannelAttention
+            for name, child in list(module.named_children()):
+                if isinstance(child, Florence2DropPath):
+                    setattr(module, name, DropPath(child.drop_prob))
         self.image_projector = Florence2MultiModalProjector(florence2)
         self.image_projector.image_position_embed.__class__ = Grid2D
         self.set_positions(config.positions)
@@ -78,6 +132,7 @@ class Florence2Tower(VisionTower):
         if config.prompt_names:
             self.encoder = BartEncoder._from_config(florence2.text_config, dtype=torch.get_default_dtype())
             self.encoder.embed_positions.__class__ = EncoderPositions
+            _switch_dropout(self.encoder)
         self.prompt_ids: Tensor
         self.prompt_mask: Tensor
         self.register_buffer("prompt_ids", torch.empty(0), persistent=False)
@@ -164,7 +219,7 @@ class Florence2Tower(VisionTower):
         check_pixels(pixel_values)
         height, width = pixel_values.shape[-2:]
         num_tokens = self.num_tokens(height, width)
-        image_BND = self.image_projector(self.davit(pixel_values).last_hidden_state)
+        image_BND = self.image_projector(self.davit(self.with_input_gradients(pixel_values)).last_hidden_state)
         if self.config.mean_token == "grid_before_encoder":
             image_BND = image_BND[:, 1:]
         features = {DAVIT: image_BND[:, -num_tokens:]}

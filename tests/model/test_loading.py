@@ -1,0 +1,91 @@
+"""A load is a contract: what is not whole is refused, with names."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForImageTextToText
+
+from florence_vl import FlorenceVLForConditionalGeneration
+from florence_vl.model.loading import load_model
+from florence_vl.model.tiny import tiny_model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model, processor = tiny_model()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def rewrite(folder, change):
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def loaders(folder):
+    return (
+        lambda: load_model(folder, "cpu"),
+        lambda: FlorenceVLForConditionalGeneration.from_pretrained(folder),
+        lambda: AutoModelForImageTextToText.from_pretrained(folder),
+    )
+
+
+def test_renamed_weights_are_refused(folder):
+    rewrite(folder, lambda state: {f"renamed.{name}": value for name, value in state.items()})
+    for load in loaders(folder):
+        with pytest.raises(ValueError, match=r"245 weights \(.*\) missing; 245 weights \(renamed\..*not part of"):
+            load()
+
+
+def test_one_missing_weight_is_named(folder):
+    name = "model.multi_modal_projector.layers.0.weight"
+    rewrite(folder, lambda state: {key: value for key, value in state.items() if key != name})
+    for load in loaders(folder):
+        with pytest.raises(ValueError, match=rf"1 weights \({name}\) missing"):
+            load()
+
+
+def test_one_weight_too_many_is_named(folder):
+    rewrite(folder, lambda state: state | {"model.extra": torch.zeros(1)})
+    for load in loaders(folder):
+        with pytest.raises(ValueError, match=r"1 weights \(model\.extra\) not part of this model"):
+            load()
+
+
+def test_another_shape_is_refused_unless_asked_for(folder):
+    name = "model.multi_modal_projector.layers.0.bias"
+    rewrite(folder, lambda state: state | {name: torch.zeros(3)})
+    with pytest.raises((ValueError, RuntimeError), match=r"shape|size"):
+        load_model(folder, "cpu")
+    FlorenceVLForConditionalGeneration.from_pretrained(folder, ignore_mismatched_sizes=True)
+
+
+def test_a_cut_file_is_named(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        load_model(folder, "cpu")
+
+
+def test_the_model_without_a_head_loads_from_a_whole_checkpoint(folder):
+    model = AutoModel.from_pretrained(folder)
+    assert type(model).__name__ == "FlorenceVLModel"
+
+
+def test_the_report_is_still_to_be_had(folder):
+    model, report = FlorenceVLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert model.config.image_token_id == 3
+    assert not report["missing_keys"]
+
+
+def test_heads_of_siglip_towers_saved_by_earlier_versions_are_left_out(tmp_path):
+    model, _ = tiny_model(tower="siglip_vision_model")
+    model.save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda state: state | {"model.vision_tower.backbone.head.probe": torch.zeros(1, 1, 32)})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["vision_config"].pop("vision_use_head")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    FlorenceVLForConditionalGeneration.from_pretrained(tmp_path)
