@@ -96,7 +96,7 @@ def load(name: str | None, device: str) -> tuple[Any, Any]:
 @torch.inference_mode()
 def plain(model: Any, processor: Any, questions: Sequence[Question], new_tokens: int) -> list[str]:
     """Per question: open and process the image, fill the template, generate."""
-    from florence_vl.model.image_processing import open_image
+    from florence_vl.model.pictures import open_image
 
     texts = []
     for question in questions:

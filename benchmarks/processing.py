@@ -18,7 +18,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from florence_vl.data.encode import RecordEncoder
 from florence_vl.data.records import Record
-from florence_vl.model.image_processing import FlorenceVLImageProcessor, open_image
+from florence_vl.model.image_processing import FlorenceVLImageProcessor
+from florence_vl.model.pictures import open_image
 from florence_vl.model.tiny import tiny_processor
 
 SIZES = {"800x600": (800, 600), "600x800": (600, 800), "4000x3000": (4000, 3000), "8000x200": (8000, 200)}

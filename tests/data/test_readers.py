@@ -22,7 +22,7 @@ from florence_vl.data.readers import READERS, Filter, ImageStore, IndexedJson, g
 from florence_vl.data.readers import index as index_module
 from florence_vl.data.readers.conversation import split_placeholders
 from florence_vl.data.records import BadRecord, ImageRef
-from florence_vl.model.image_processing import open_image
+from florence_vl.model.pictures import open_image
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from PIL import Image
 from florence_vl.data.readers import READERS
 from florence_vl.data.records import BadRecord
 from florence_vl.data.sources import DATASETS, open_dataset
-from florence_vl.model.image_processing import open_image
+from florence_vl.model.pictures import open_image
 
 
 @pytest.fixture(autouse=True)

@@ -10,11 +10,8 @@ import torch
 from PIL import Image, ImageOps
 
 from florence_vl.data.records import ImageRef
-from florence_vl.model.image_processing import (
-    FlorenceVLImageProcessor,
-    open_image,
-    pad_and_resize,
-)
+from florence_vl.model.image_processing import FlorenceVLImageProcessor
+from florence_vl.model.pictures import open_image, pad_and_resize
 
 MEAN = np.array([0.485, 0.456, 0.406])
 STD = np.array([0.229, 0.224, 0.225])
@@ -53,7 +50,7 @@ def test_pad_equals_plain_pil(size):
 def test_tall_images_are_padded_in_strips(monkeypatch):
     image = noise(7, 900)
     whole = pad_and_resize(image, (32, 32), (123, 116, 103))
-    monkeypatch.setattr("florence_vl.model.image_processing._CHUNK_PIXELS", 900 * 11)
+    monkeypatch.setattr("florence_vl.model.pictures._STRIP_PIXELS", 900 * 11)
     assert np.array_equal(np.asarray(whole), np.asarray(pad_and_resize(image, (32, 32), (123, 116, 103))))
 
 
@@ -238,7 +235,7 @@ def test_decompression_bombs_are_refused_before_decoding(tmp_path, monkeypatch):
     path.write_bytes(png + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT")))
     with pytest.raises(ValueError, match=r"bomb\.png"):
         open_image(path)
-    monkeypatch.setattr("florence_vl.model.image_processing.MAX_PIXELS", 99)
+    monkeypatch.setattr("florence_vl.model.pictures.MAX_PIXELS", 99)
     with pytest.raises(ValueError, match="limit of 99"):
         open_image(noise(10, 10))
 

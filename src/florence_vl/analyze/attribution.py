@@ -149,8 +149,8 @@ def attribute(
     """
     from florence_vl.data.encode import RecordEncoder
     from florence_vl.data.records import Record, image_part, text_part
-    from florence_vl.model.image_processing import open_image
     from florence_vl.model.modeling import FlorenceVLImageFeatures
+    from florence_vl.model.pictures import open_image
 
     if replacement not in REPLACEMENTS:
         raise ValueError(f"unknown replacement {replacement!r}. {did_you_mean(replacement, REPLACEMENTS)}")

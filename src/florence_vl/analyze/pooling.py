@@ -83,7 +83,7 @@ def pool_images(
     Returns:
         The store and what happened; `report.keys` are the rows to ask the store for.
     """
-    from florence_vl.model.image_processing import open_image
+    from florence_vl.model.pictures import open_image
 
     store = store or FeatureStore(encoder.identity)
     names = list(encoder.feature_dims)

@@ -184,8 +184,8 @@ def pca_command(
     from florence_vl.analyze.encoders import EncoderSpec, load_encoder
     from florence_vl.analyze.pca import PCAConfig, encoder_maps, sheet
     from florence_vl.analyze.plots import save_figure, write_atomically
-    from florence_vl.model.image_processing import open_image
     from florence_vl.model.loading import choose_device
+    from florence_vl.model.pictures import open_image
 
     config = PCAConfig(joint=joint, background=background, threshold=threshold, flip=flip, refit=refit)
     if len({path.stem for path in images}) != len(images):
@@ -245,8 +245,8 @@ def attribution_command(
 
     from florence_vl.analyze.attribution import attribute, attribution_figure
     from florence_vl.analyze.plots import save_figure, write_atomically
-    from florence_vl.model.image_processing import open_image
     from florence_vl.model.loading import load_model
+    from florence_vl.model.pictures import open_image
 
     if len({path.stem for path in image}) != len(image):
         raise ValueError("two images have the same name, so their figures would overwrite each other; rename one")

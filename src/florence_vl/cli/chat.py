@@ -61,7 +61,7 @@ def command(
     )
     if question is not None and not question.strip():
         raise ValueError("the question is empty: give one, or leave it out to open a conversation")
-    from florence_vl.model.image_processing import open_image
+    from florence_vl.model.pictures import open_image
 
     pictures = [open_image(path) for path in image]
     check_folder(model)
@@ -132,7 +132,7 @@ def obey(session: ChatSession, line: str) -> str:
         return "(started again)"
     if not rest:
         raise ValueError(f"{word} needs a file: {word} photo.jpg")
-    from florence_vl.model.image_processing import open_image
+    from florence_vl.model.pictures import open_image
 
     picture = open_image(Path(rest).expanduser())
     if word == "/image":

@@ -15,7 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from florence_vl.data.records import BadRecord, Record, normalise_messages
 from florence_vl.model.chat_template import CHAT_TEMPLATES, has_generation_marks
-from florence_vl.model.image_processing import image_name, open_image
+from florence_vl.model.pictures import image_name, open_image
 from florence_vl.model.processing import FlorenceVLProcessor
 from florence_vl.registry import did_you_mean
 

@@ -134,7 +134,7 @@ def _segments_by_role(record: Record) -> list[Segment]:
 
 
 def _open_images(record: Record) -> None:
-    from florence_vl.model.image_processing import open_image
+    from florence_vl.model.pictures import open_image
 
     for number, image in enumerate(record.images):
         try:
@@ -292,7 +292,7 @@ def _caption_of(segment: Segment) -> str:
 
 
 def _thumbnail(image: Any, side: int) -> str:
-    from florence_vl.model.image_processing import open_image
+    from florence_vl.model.pictures import open_image
 
     try:
         picture = open_image(image)

@@ -113,7 +113,7 @@ def mean_features(
 ) -> dict[str, Tensor]:
     """Mean of each feature over the questions' pictures, (N, D) by name."""
     from florence_vl.model.features import tower_features
-    from florence_vl.model.image_processing import open_image
+    from florence_vl.model.pictures import open_image
 
     pictures = {image.key: image for question in questions for image in question.images}
     features = tower_features(model, processor, (open_image(p.read()) for p in pictures.values()))

@@ -145,7 +145,7 @@ def message_content(question: Question) -> list[dict[str, Any]]:
     Raises:
         ValueError: An image is missing or broken.
     """
-    from florence_vl.model.image_processing import open_image
+    from florence_vl.model.pictures import open_image
 
     images = iter(question.images)
     parts: list[dict[str, Any]] = []

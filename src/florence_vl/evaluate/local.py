@@ -21,7 +21,7 @@ from torch import Tensor
 from florence_vl.evaluate.answer import Answer, Answerer
 from florence_vl.evaluate.benchmark import Generation
 from florence_vl.evaluate.question import Question
-from florence_vl.model.image_processing import open_image
+from florence_vl.model.pictures import open_image
 
 
 class LocalAnswerer(Answerer):

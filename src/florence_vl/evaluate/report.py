@@ -240,7 +240,7 @@ def as_html(
 
 
 def _thumbnail(picture: Any, side: int = 224) -> str:
-    from florence_vl.model.image_processing import open_image
+    from florence_vl.model.pictures import open_image
 
     image = open_image(picture.read())
     image.thumbnail((side, side))

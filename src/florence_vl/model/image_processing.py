@@ -1,198 +1,22 @@
-"""From any image file to `pixel_values`: safe decoding, pad or squash, normalisation (PIL, no torchvision)."""
+"""From any image file to `pixel_values`: pad, squash or native size, normalization (PIL, no torchvision)."""
 
-import base64
-import binascii
-import io
 import os
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, Literal, Protocol, Union, runtime_checkable
+from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
+from florence_vl.model.pictures import ReadableImage, open_image, pad_and_resize
 from florence_vl.model.resolution import MAX_UPSCALE, native_size
 from florence_vl.model.views import FULL_VIEW, feature_mask
 from florence_vl.registry import did_you_mean
 
-MAX_PIXELS = 178_956_970
-"""Images with more pixels are refused as decompression bombs (the limit at which Pillow itself raises)."""
-
-TRANSPARENT_ON = (255, 255, 255)
-"""Colour behind transparent pixels: white, the page that figures with an alpha channel are drawn for."""
-
 ASPECT_RATIOS = ("pad", "squash", "native")
-
-_CHUNK_PIXELS = 1 << 24  # padded pixels that are held at once while a tall image is resized
-
-
-@runtime_checkable
-class ReadableImage(Protocol):
-    """Anything that yields an encoded image's bytes, such as `florence_vl.data.records.ImageRef`."""
-
-    def read(self) -> bytes:
-        """The encoded bytes."""
-        ...
-
-
-ImageInput = Union[str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray, ReadableImage]  # noqa: UP007
-
-
-def image_name(source: Any) -> str:
-    """How messages name an image source: its path or address, or what it is."""
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return f"<image of {len(source)} bytes>"
-    if isinstance(source, Image.Image):
-        return str(getattr(source, "filename", "") or f"<{source.mode} image of {source.width}x{source.height}>")
-    if isinstance(source, np.ndarray):
-        return f"<array of shape {source.shape}>"
-    text = str(source)
-    return text if len(text) <= 300 else f"{text[:60]}... ({len(text)} characters)"
-
-
-def open_image(source: ImageInput, name: str | None = None) -> Image.Image:
-    """Decode an image, upright and in RGB.
-
-    Handles EXIF orientation, palettes, alpha (composited on white), grey, 16 and 32 bit, CMYK and animations (first
-    frame).
-
-    Args:
-        source: A local path, `data:image/...` address, encoded bytes, PIL image, uint8 array (H, W, 3 or 4), or an
-            object with `read() -> bytes`.
-        name: How messages call it; by default what `image_name` says.
-
-    Returns:
-        The decoded image, mode RGB, at its own size.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: Not an image, damaged or truncated, or more than `MAX_PIXELS` pixels. The message names the file.
-    """
-    name = name or image_name(source)
-    try:
-        image = _open(source)
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"it has {image.width}x{image.height} pixels, more than the limit of {MAX_PIXELS}")
-        if image.width == 0 or image.height == 0:
-            raise ValueError(f"it is empty ({image.width}x{image.height} pixels)")
-        image.load()
-        return _to_rgb(_upright(image))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no such image file: {name}") from None
-    except MemoryError as error:
-        raise ValueError(f"cannot read image {name}: out of memory") from error
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, EOFError, ...
-        raise ValueError(f"cannot read image {name}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image, or of a format that Pillow does not know"
-    return str(error) or type(error).__name__
-
-
-def _open(source: ImageInput) -> Image.Image:
-    if isinstance(source, Image.Image):
-        return source
-    if isinstance(source, np.ndarray):
-        return Image.fromarray(source)
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return _identify(bytes(source))
-    if isinstance(source, str) and source.startswith("data:"):
-        return _identify(_decode_data_url(source))
-    if isinstance(source, (str, os.PathLike)):
-        path = Path(source)
-        if path.is_dir():
-            raise ValueError("it is a directory")
-        return Image.open(path)
-    if isinstance(source, ReadableImage):
-        return _identify(source.read())
-    raise ValueError(f"expected a path, bytes, a PIL image or an array, found {type(source).__name__}")
-
-
-def _identify(data: bytes) -> Image.Image:
-    if not data:
-        raise ValueError("it is empty (0 bytes)")
-    return Image.open(io.BytesIO(data))
-
-
-def _decode_data_url(url: str) -> bytes:
-    header, _, payload = url.partition(",")
-    if not header.endswith(";base64"):
-        raise ValueError("a data: address must be base64 (data:image/png;base64,...)")
-    try:
-        return base64.b64decode(payload, validate=True)
-    except binascii.Error as error:
-        raise ValueError(f"its base64 is broken ({error})") from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # unreadable EXIF says nothing about the pixels
-        return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):  # 16-bit grey: "I;16", "I;16B", or "I" in older Pillow
-        levels = np.asarray(image.convert("I") if image.mode != "I" else image)
-        return Image.fromarray((levels.clip(0, 65535) / 257.0).round().astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        levels = np.asarray(image)
-        if not np.isfinite(levels).all() or levels.min() < 0 or levels.max() > 255:
-            raise ValueError("its floating-point pixels are outside [0, 1] and [0, 255], or not finite")
-        scale = 255.0 if levels.max() <= 1 else 1.0
-        return Image.fromarray((levels * scale).round().astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, (*TRANSPARENT_ON, 255))
-        return Image.alpha_composite(canvas, image).convert("RGB")
-    return image.convert("RGB")
-
-
-def pad_and_resize(
-    image: Image.Image,
-    size: tuple[int, int],
-    background: tuple[int, int, int],
-    resample: int = PILImageResampling.BICUBIC,
-) -> Image.Image:
-    """Centre an image on a square of its longer side and resize the square.
-
-    Pixel for pixel what LLaVA's `expand2square` followed by `Image.resize` gives, without holding the square at full
-    size: Pillow resamples rows first and columns second, so the two passes can be made apart.
-
-    Args:
-        image: RGB image of any size.
-        size: Height and width of the result, px.
-        background: Colour of the padding.
-        resample: Pillow's filter.
-
-    Returns:
-        RGB image of `size`.
-    """
-    height, width = size
-    if image.width == image.height:
-        return image.resize((width, height), resample)
-    side = max(image.size)
-    if image.width > image.height:
-        rows = image.resize((width, image.height), resample)
-        canvas = Image.new("RGB", (width, side), background)
-        canvas.paste(rows, (0, (side - image.height) // 2))
-    else:
-        canvas = Image.new("RGB", (width, side))
-        step = max(1, _CHUNK_PIXELS // side)
-        for top in range(0, side, step):
-            bottom = min(top + step, side)
-            strip = Image.new("RGB", (side, bottom - top), background)
-            strip.paste(image.crop((0, top, image.width, bottom)), ((side - image.width) // 2, 0))
-            canvas.paste(strip.resize((width, bottom - top), resample), (0, top))
-    return canvas.resize((width, height), resample)
 
 
 class FlorenceVLImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -209,7 +33,7 @@ class FlorenceVLImageProcessor(PilBackend):
     """Images of any kind and size to `pixel_values` of one size, (n, 3, H, W) float32.
 
     Args:
-        image_aspect_ratio: `pad` centres the image on a square of the mean colour, `int(mean * 255)`, before resizing
+        image_aspect_ratio: `pad` centers the image on a square of the mean color, `int(mean * 255)`, before resizing
             (LLaVA's and Florence-VL's second stage and inference); `squash` resizes to the square directly (the
             released first stage); `native` keeps each image's own aspect ratio (see
             `florence_vl.model.resolution.native_size`).
@@ -310,18 +134,9 @@ class FlorenceVLImageProcessor(PilBackend):
             raise ValueError(f"size must give height and width in pixels, found {dict(size)}")
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Decode paths and addresses (nested lists allowed); http(s) addresses are downloaded."""
+        """Decode paths and addresses (nested lists allowed) that `florence_vl.model.pictures` lets in."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(item) for item in image_url_or_urls]
-        if isinstance(image_url_or_urls, str) and image_url_or_urls.startswith(("http://", "https://")):
-            import httpx
-
-            try:
-                response = httpx.get(image_url_or_urls, follow_redirects=True, timeout=30)
-                response.raise_for_status()
-            except httpx.HTTPError as error:
-                raise ValueError(f"cannot download image {image_url_or_urls}: {error}") from error
-            return open_image(response.content, name=image_url_or_urls)
         if isinstance(image_url_or_urls, (str, os.PathLike, bytes, Image.Image)) or (
             isinstance(image_url_or_urls, ReadableImage) and not isinstance(image_url_or_urls, np.ndarray)
         ):
@@ -400,7 +215,7 @@ def stack_sizes(images: list[np.ndarray]) -> np.ndarray:
 
 @lru_cache(maxsize=16)
 def _levels(factor: float, mean: tuple[float, ...] | None, std: tuple[float, ...]) -> np.ndarray:
-    """Value of each of the 256 levels after rescaling and normalising, (3, 256) float32."""
+    """Value of each of the 256 levels after rescaling and normalizing, (3, 256) float32."""
     values = np.tile(np.arange(256, dtype=np.float64) * factor, (3, 1))
     if mean is not None:
         values = (values - np.array(mean)[:, None]) / np.array(std)[:, None]

@@ -12,8 +12,8 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from florence_vl.data.records import ImageSource, image_part, normalise_messages, text_part
-from florence_vl.model.image_processing import open_image
 from florence_vl.model.modeling import FlorenceVLForConditionalGeneration, FlorenceVLImageFeatures
+from florence_vl.model.pictures import open_image
 
 if TYPE_CHECKING:
     from PIL import Image

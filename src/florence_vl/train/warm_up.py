@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from florence_vl.data.records import BadRecord, caption_of
 from florence_vl.model.features import tower_features
-from florence_vl.model.image_processing import open_image
+from florence_vl.model.pictures import open_image
 from florence_vl.train.contrastive import Groups, contrastive_loss
 
 if TYPE_CHECKING:

@@ -1,0 +1,470 @@
+"""The one gate through which pictures come in: what may be opened, from where, and how large it may be.
+
+Formats are an allow-list, so that Pillow starts no other program and no rare decoder; limits are checked from the
+header, before memory is allocated; http(s) addresses are off unless a `MediaPolicy` names their domains.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import contextvars
+import http.client
+import io
+import ipaddress
+import math
+import os
+import socket
+import ssl
+import stat
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol, Union, runtime_checkable
+from urllib.parse import unquote, urljoin, urlsplit
+
+import numpy as np
+from PIL import Image, ImageOps
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF")
+"""Formats that are decoded where this build of Pillow knows them, by its names."""
+
+MAX_PIXELS = int(os.environ.get("FLORENCE_VL_MAX_PIXELS", 120_000_000))
+"""Images with more pixels are refused. The environment variable FLORENCE_VL_MAX_PIXELS sets another limit."""
+
+MAX_ASPECT, MAX_STRIP = 200, 10_000
+"""Images whose longer side has more than MAX_STRIP pixels and MAX_ASPECT times the shorter side are refused."""
+
+TRANSPARENT_ON = (255, 255, 255)
+"""Color behind transparent pixels: white, the page that figures with an alpha channel are drawn for."""
+
+_STRIP_PIXELS = 1 << 24  # pixels that are converted or padded at once
+_MAX_REDIRECTS = 3
+
+
+@dataclass(frozen=True)
+class MediaPolicy:
+    """Where pictures may come from.
+
+    Attributes:
+        allowed_paths: Folders below which local files are opened; None allows every path, as in a program that opens
+            the user's own files, and an empty tuple none.
+        allowed_domains: Hosts from which http(s) addresses are fetched; a name that begins with a dot stands for its
+            subdomains. Empty by default: nothing is fetched.
+        max_bytes: Largest encoded picture.
+        timeout: Seconds for one address, redirects included.
+        allow_private: Also fetch from addresses that are not public. For tests on loopback.
+    """
+
+    allowed_paths: tuple[Path, ...] | None = None
+    allowed_domains: tuple[str, ...] = ()
+    max_bytes: int = 32 << 20
+    timeout: float = 10.0
+    allow_private: bool = False
+
+
+OWN_FILES = MediaPolicy()
+"""Every local file, no network: the default."""
+
+UPLOADS = MediaPolicy(allowed_paths=())
+"""Encoded bytes and data: addresses only: what a server takes from strangers."""
+
+_policy: contextvars.ContextVar[MediaPolicy] = contextvars.ContextVar("media_policy", default=OWN_FILES)
+
+
+@contextlib.contextmanager
+def media_policy(policy: MediaPolicy) -> Iterator[None]:
+    """Let `open_image` follow another policy inside a `with` block."""
+    token = _policy.set(policy)
+    try:
+        yield
+    finally:
+        _policy.reset(token)
+
+
+@runtime_checkable
+class ReadableImage(Protocol):
+    """Anything that yields an encoded image's bytes, such as `florence_vl.data.records.ImageRef`."""
+
+    def read(self) -> bytes:
+        """The encoded bytes."""
+        ...
+
+
+ImageInput = Union[str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray, ReadableImage]  # noqa: UP007
+
+
+def image_name(source: Any) -> str:
+    """How messages name an image source: its path or address, or what it is."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"<image of {len(source)} bytes>"
+    if isinstance(source, Image.Image):
+        return str(getattr(source, "filename", "") or f"<{source.mode} image of {source.width}x{source.height}>")
+    if isinstance(source, np.ndarray):
+        return f"<array of shape {source.shape}>"
+    text = str(source)
+    return text if len(text) <= 300 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def open_image(source: ImageInput, name: str | None = None, policy: MediaPolicy | None = None) -> Image.Image:
+    """Decode an image, upright and in RGB.
+
+    Handles EXIF orientation, palettes, alpha (composited on white), gray, 16 and 32 bit, CMYK and animations (first
+    frame).
+
+    Args:
+        source: A local path, a `data:image/...` or `file:` address, an http(s) address that the policy allows, encoded
+            bytes, a PIL image, a uint8 array (H, W, 3 or 4), or an object with `read() -> bytes`.
+        name: How messages call it; by default what `image_name` says.
+        policy: Where it may come from; by default that of the enclosing `media_policy`, else every local file.
+
+    Returns:
+        The decoded image, mode RGB, at its own size.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: Not an image of an allowed format, damaged, truncated or too large, or from where the policy does
+            not allow. The message names the source.
+    """
+    name = name or image_name(source)
+    try:
+        image = _open(source, policy or _policy.get())
+        _check_size(*image.size)
+        image.load()
+        return _to_rgb(_upright(image))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no such image file: {name}") from None
+    except MemoryError as error:
+        raise ValueError(f"cannot read image {name}: out of memory") from error
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, EOFError, ...
+        raise ValueError(f"cannot read image {name}: {_reason(error)}") from error
+
+
+def image_size(source: ImageInput, policy: MediaPolicy | None = None) -> tuple[int, int]:
+    """(height, width) in pixels of the upright image, read from its header where the source is encoded.
+
+    Raises:
+        FileNotFoundError, ValueError: As `open_image`.
+    """
+    name = image_name(source)
+    try:
+        image = _open(source, policy or _policy.get())
+        _check_size(*image.size)
+        width, height = image.size
+        with contextlib.suppress(Exception):  # unreadable EXIF says nothing about the pixels
+            if image.getexif().get(0x0112) in (5, 6, 7, 8):
+                width, height = height, width
+        return height, width
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no such image file: {name}") from None
+    except Exception as error:
+        raise ValueError(f"cannot read image {name}: {_reason(error)}") from error
+
+
+def _check_size(width: int, height: int) -> None:
+    if width == 0 or height == 0:
+        raise ValueError(f"it is empty ({width}x{height} pixels)")
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"it has {width}x{height} pixels, more than the limit of {MAX_PIXELS} (FLORENCE_VL_MAX_PIXELS sets another)"
+        )
+    if max(width, height) > max(MAX_STRIP, MAX_ASPECT * min(width, height)):
+        raise ValueError(f"it has {width}x{height} pixels: one side is more than {MAX_ASPECT} times the other")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return f"not an image of a supported format ({', '.join(FORMATS)})"
+    return str(error) or type(error).__name__
+
+
+def _open(source: ImageInput, policy: MediaPolicy) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _identify(bytes(source))
+    if isinstance(source, str) and source.startswith("data:"):
+        return _identify(_decode_data_url(source, policy.max_bytes))
+    if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
+        return _identify(fetch(source, policy))
+    if isinstance(source, str) and source.startswith("file:"):
+        source = _path_of(source)
+    if isinstance(source, (str, os.PathLike)):
+        return Image.open(_allowed_path(Path(source), policy), formats=_known_formats())
+    if isinstance(source, ReadableImage):
+        return _identify(source.read())
+    raise ValueError(f"expected a path, bytes, a PIL image or an array, found {type(source).__name__}")
+
+
+def _identify(data: bytes) -> Image.Image:
+    if not data:
+        raise ValueError("it is empty (0 bytes)")
+    return Image.open(io.BytesIO(data), formats=_known_formats())
+
+
+@lru_cache(maxsize=1)
+def _known_formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _path_of(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost"):
+        raise ValueError(f"a file: address must name a local file, found the host {parts.netloc!r}")
+    return unquote(parts.path)
+
+
+def _allowed_path(path: Path, policy: MediaPolicy) -> Path:
+    if policy.allowed_paths is not None:
+        real = path.resolve()
+        if not any(real.is_relative_to(folder.resolve()) for folder in policy.allowed_paths):
+            raise ValueError("local files are not allowed here, or not from this folder")
+        path = real
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise ValueError("it is a directory")
+    if not stat.S_ISREG(mode):
+        raise ValueError("it is not a regular file")  # a named pipe would block
+    return path
+
+
+def _decode_data_url(url: str, max_bytes: int) -> bytes:
+    header, _, payload = url.partition(",")
+    if not header.endswith(";base64"):
+        raise ValueError("a data: address must be base64 (data:image/png;base64,...)")
+    if len(payload) > math.ceil(max_bytes / 3) * 4:
+        raise ValueError(f"it has more than {max_bytes} bytes")
+    try:
+        return base64.b64decode(payload, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"its base64 is broken ({error})") from error
+
+
+# ------------------------------------------------------------------ network
+
+
+def fetch(url: str, policy: MediaPolicy) -> bytes:
+    """The bytes of an http(s) address that a policy allows.
+
+    The host is resolved once, every address it has must be public, and the connection goes to the address that was
+    checked. Each redirect is checked in the same way.
+
+    Raises:
+        ValueError: Not allowed, not public, too large, too slow, or an answer other than 200.
+    """
+    deadline = time.monotonic() + policy.timeout
+    for _ in range(_MAX_REDIRECTS + 1):
+        status, location, body = _get(url, policy, deadline)
+        if status in (301, 302, 303, 307, 308) and location:
+            url = urljoin(url, location)
+            continue
+        if status != 200:
+            raise ValueError(f"the server answered {status}")
+        return body
+    raise ValueError(f"more than {_MAX_REDIRECTS} redirects")
+
+
+def _get(url: str, policy: MediaPolicy, deadline: float) -> tuple[int, str | None, bytes]:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"a redirect to {parts.scheme or 'nothing'}: only http and https are fetched")
+    if parts.username or parts.password:
+        raise ValueError("an address with a user name or a password is not fetched")
+    host = parts.hostname.rstrip(".").lower()
+    _check_domain(host, policy)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    address = _resolve(host, port, policy)
+    connection = _Pinned(host, port, address, parts.scheme == "https", _left(deadline))
+    try:
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        connection.request("GET", path, headers={"Accept": "image/*", "User-Agent": "florence-vl"})
+        answer = connection.getresponse()
+        if answer.status != 200:
+            return answer.status, answer.getheader("Location"), b""
+        return 200, None, _read(answer, connection, policy.max_bytes, deadline)
+    except (OSError, http.client.HTTPException) as error:
+        raise ValueError(f"cannot fetch it: {error or type(error).__name__}") from error
+    finally:
+        connection.close()
+
+
+def _check_domain(host: str, policy: MediaPolicy) -> None:
+    for domain in policy.allowed_domains:
+        domain = domain.lower()
+        if host == domain or (domain.startswith(".") and host.endswith(domain)):
+            return
+    if not policy.allowed_domains:
+        raise ValueError("http(s) addresses are not fetched; download the picture, or allow its domain")
+    raise ValueError(f"the domain {host!r} is not among the allowed ones ({', '.join(policy.allowed_domains)})")
+
+
+def _resolve(host: str, port: int, policy: MediaPolicy) -> str:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ValueError(f"cannot resolve {host!r}: {error}") from error
+    addresses = [str(entry[4][0]) for entry in found]
+    for address in addresses:
+        if not policy.allow_private and not is_public(address):
+            raise ValueError(f"{host!r} resolves to {address}, which is not a public address")
+    return addresses[0]
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is reachable from the public internet; embedded IPv4 addresses count as themselves."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.ipv4_mapped is not None:
+            return is_public(str(ip.ipv4_mapped))
+        if ip.sixtofour is not None or ip.teredo is not None or ip in ipaddress.ip_network("64:ff9b::/96"):
+            return False
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+
+
+class _Pinned(http.client.HTTPConnection):
+    """A connection to an address that was checked, whatever the name resolves to now."""
+
+    def __init__(self, host: str, port: int, address: str, tls: bool, timeout: float) -> None:
+        super().__init__(host, port, timeout=timeout)
+        self._address, self._tls = address, tls
+
+    def connect(self) -> None:
+        self.sock = socket.create_connection((self._address, self.port), self.timeout)
+        if self._tls:
+            self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise ValueError("it took too long")
+    return left
+
+
+def _read(answer: http.client.HTTPResponse, connection: _Pinned, max_bytes: int, deadline: float) -> bytes:
+    body = bytearray()
+    while len(body) <= max_bytes:
+        if connection.sock is not None:
+            connection.sock.settimeout(_left(deadline))
+        chunk = answer.read1(1 << 16)
+        _left(deadline)
+        if not chunk:
+            return bytes(body)
+        body += chunk
+    raise ValueError(f"it has more than {max_bytes} bytes")
+
+
+# ------------------------------------------------------------------ pixels
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # unreadable EXIF says nothing about the pixels
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    scale = _float_scale(image) if image.mode == "F" else 1.0
+    if image.width * image.height <= _STRIP_PIXELS:
+        return _convert(image, scale)
+    canvas = Image.new("RGB", image.size)
+    step = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, step):
+        strip = image.crop((0, top, image.width, min(top + step, image.height)))
+        strip.info = image.info
+        canvas.paste(_convert(strip, scale), (0, top))
+    return canvas
+
+
+def _float_scale(image: Image.Image) -> float:
+    low, high = image.getextrema()
+    levels = np.asarray(image)
+    if not np.isfinite(levels).all() or low < 0 or high > 255:
+        raise ValueError("its floating-point pixels are outside [0, 1] and [0, 255], or not finite")
+    return 255.0 if high <= 1 else 1.0
+
+
+def _convert(image: Image.Image, scale: float) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit gray: "I;16", "I;16B", or "I" in older Pillow
+        levels = np.asarray(image.convert("I") if image.mode != "I" else image)
+        return Image.fromarray((levels.clip(0, 65535) / 257.0).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        return Image.fromarray((np.asarray(image) * scale).round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, (*TRANSPARENT_ON, 255))
+        return Image.alpha_composite(canvas, image).convert("RGB")
+    return image.convert("RGB")
+
+
+# Pillow's filters: half width in source pixels at scale 1.
+_SUPPORT = {
+    Image.Resampling.NEAREST: 0.0,
+    Image.Resampling.BOX: 0.5,
+    Image.Resampling.BILINEAR: 1.0,
+    Image.Resampling.HAMMING: 1.0,
+    Image.Resampling.BICUBIC: 2.0,
+    Image.Resampling.LANCZOS: 3.0,
+}
+
+
+def pad_and_resize(
+    image: Image.Image,
+    size: tuple[int, int],
+    background: tuple[int, int, int],
+    resample: int = Image.Resampling.BICUBIC,
+) -> Image.Image:
+    """Center an image on a square of its longer side and resize the square.
+
+    Pixel for pixel what LLaVA's `expand2square` followed by `Image.resize` gives, without making the square: Pillow
+    resamples rows first and columns second, so the two passes can be made apart, and each only where the image is.
+
+    Args:
+        image: RGB image of any size.
+        size: Height and width of the result, px.
+        background: Color of the padding.
+        resample: Pillow's filter.
+
+    Returns:
+        RGB image of `size`.
+    """
+    height, width = size
+    if image.width == image.height:
+        return image.resize((width, height), resample)
+    side = max(image.size)
+    canvas = Image.new("RGB", (width, side), background)
+    if image.width > image.height:
+        canvas.paste(image.resize((width, image.height), resample), (0, (side - image.height) // 2))
+    else:
+        _paste_columns(canvas, image, background, resample)
+    return canvas.resize((width, height), resample)
+
+
+def _paste_columns(canvas: Image.Image, image: Image.Image, background: tuple[int, int, int], resample: int) -> None:
+    """Resample the rows of a tall image on its square, at the columns that the image can reach."""
+    width, side = canvas.size
+    scale = side / width
+    support = _SUPPORT[Image.Resampling(resample)] * max(scale, 1.0)
+    left = (side - image.width) // 2
+    first = max(0, math.floor((left - support) / scale) - 1)
+    last = min(width, math.ceil((left + image.width + support) / scale) + 1)
+    # The source columns that these output columns can see, as the box of a strip.
+    start = max(0, math.floor(first * scale - support) - 1)
+    end = min(side, math.ceil(last * scale + support) + 1)
+    box = (first * scale - start, last * scale - start)
+    step = max(1, _STRIP_PIXELS // (end - start))
+    for top in range(0, image.height, step):
+        bottom = min(top + step, image.height)
+        strip = Image.new("RGB", (end - start, bottom - top), background)
+        strip.paste(image.crop((0, top, image.width, bottom)), (left - start, 0))
+        rows = strip.resize((last - first, bottom - top), resample, box=(box[0], 0, box[1], bottom - top))
+        canvas.paste(rows, (first, top))

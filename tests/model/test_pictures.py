@@ -1,0 +1,239 @@
+"""The gate of pictures: formats, limits, files and network."""
+
+import http.server
+import io
+import os
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from florence_vl.model import pictures
+from florence_vl.model.image_processing import FlorenceVLImageProcessor
+from florence_vl.model.pictures import UPLOADS, MediaPolicy, fetch, image_size, is_public, media_policy, open_image
+
+
+def png(width=4, height=3, color=(1, 2, 3)):
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), color).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_eps_is_not_opened_whatever_its_name(tmp_path):
+    file = tmp_path / "holiday.jpg"
+    file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(ValueError, match="supported format"):
+        open_image(file)
+
+
+@pytest.mark.parametrize("format", ["PCX", "SGI", "ICNS", "IM", "MSP"])
+def test_rare_formats_are_not_decoded(format):
+    file = io.BytesIO()
+    mode, size = ("1", (64, 64)) if format == "MSP" else ("RGB", (64, 64))
+    Image.new(mode, size).save(file, format)
+    with pytest.raises(ValueError, match="supported format"):
+        open_image(file.getvalue())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_a_named_pipe_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ValueError, match="not a regular file"):
+        open_image(tmp_path / "pipe.png")
+
+
+def test_limits_are_checked_from_the_header(monkeypatch):
+    loaded, small, narrow = [], png(), png(1, 300)
+    monkeypatch.setattr(Image.Image, "load", lambda self: loaded.append(self))
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 11)
+    with pytest.raises(ValueError, match="4x3 pixels, more than the limit of 11"):
+        open_image(small)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 10**9)
+    monkeypatch.setattr(pictures, "MAX_STRIP", 100)
+    with pytest.raises(ValueError, match="more than 200 times"):
+        open_image(narrow)
+    assert loaded == []
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "I;16", "F", "CMYK", "P", "LA"])
+def test_conversion_in_strips_is_the_same(mode, monkeypatch):
+    rng = np.random.default_rng(0)
+    levels = rng.integers(0, 255, (30, 20, 4), dtype=np.uint8)
+    if mode == "F":
+        image = Image.fromarray(levels[..., 0].astype(np.float32))
+    elif mode == "I;16":
+        image = Image.fromarray(levels[..., 0].astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(levels).convert(mode)
+    whole = open_image(image)
+    monkeypatch.setattr(pictures, "_STRIP_PIXELS", 20 * 7)
+    assert np.array_equal(np.asarray(whole), np.asarray(open_image(image)))
+
+
+@pytest.mark.parametrize("size", [(30, 700), (3, 900), (1, 997), (299, 301), (500, 777)])
+@pytest.mark.parametrize("resample", list(Image.Resampling))
+def test_tall_images_are_resized_as_their_square(size, resample):
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+    square = Image.new("RGB", (max(size), max(size)), (9, 8, 7))
+    square.paste(image, ((max(size) - size[0]) // 2, (max(size) - size[1]) // 2))
+    expected = square.resize((48, 40), resample)
+    found = pictures.pad_and_resize(image, (40, 48), (9, 8, 7), resample)
+    assert np.array_equal(np.asarray(expected), np.asarray(found))
+
+
+def test_tall_images_touch_no_more_pixels_than_wide_ones(monkeypatch):
+    made, new = [], Image.new
+
+    def count(mode, size, *rest):
+        made.append(size[0] * size[1])
+        return new(mode, size, *rest)
+
+    monkeypatch.setattr(Image, "new", count)
+    pictures.pad_and_resize(new("RGB", (270, 3000)), (256, 256), (0, 0, 0))
+    assert sum(made) < 3 * 270 * 3000, "the square has 3000 x 3000"
+
+
+def test_sizes_come_from_the_header_upright():
+    assert image_size(png(5, 7)) == (7, 5)
+    file = io.BytesIO()
+    turned = Image.new("RGB", (6, 4))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(file, "JPEG", exif=exif)
+    assert image_size(file.getvalue()) == (6, 4)
+    assert open_image(file.getvalue()).size == (4, 6)
+
+
+def test_files_only_below_the_allowed_folders(tmp_path):
+    (tmp_path / "in").mkdir()
+    inside, outside = tmp_path / "in" / "a.png", tmp_path / "b.png"
+    inside.write_bytes(png())
+    outside.write_bytes(png())
+    (tmp_path / "in" / "link.png").symlink_to(outside)
+    policy = MediaPolicy(allowed_paths=(tmp_path / "in",))
+    assert open_image(inside, policy=policy).size == (4, 3)
+    assert open_image(f"file://{inside}", policy=policy).size == (4, 3)
+    for path in (outside, tmp_path / "in" / ".." / "b.png", tmp_path / "in" / "link.png", f"file://{outside}"):
+        with pytest.raises(ValueError, match="not from this folder"):
+            open_image(path, policy=policy)
+    with pytest.raises(ValueError, match="not allowed here"):
+        open_image(inside, policy=UPLOADS)
+    with pytest.raises(ValueError, match="must name a local file"):
+        open_image("file://other/x.png")
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("2606:4700:4700::1111", True),
+        ("127.0.0.1", False),
+        ("10.0.0.1", False),
+        ("169.254.169.254", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("100.64.0.1", False),
+        ("::1", False),
+        ("fe80::1%eth0", False),
+        ("fc00::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("::ffff:169.254.169.254", False),
+        ("2002:7f00:1::", False),
+        ("64:ff9b::7f00:1", False),
+    ],
+)
+def test_public_addresses(address, public):
+    assert is_public(address) is public
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Pictures, redirects and bad answers; counts what it is asked."""
+
+    asked: list[str] = []
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        if self.path.startswith("/to/"):
+            self.send_response(302)
+            self.send_header("Location", self.path[4:])
+            self.end_headers()
+        elif self.path == "/big.png":
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(64):
+                self.wfile.write(b"x" * 4096)
+        elif self.path == "/ok.png":
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(png())
+        else:
+            self.send_response(404)
+            self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    Handler.asked = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{found.server_port}"
+        found.shutdown()
+
+
+def test_nothing_is_fetched_unasked(server):
+    for policy in (None, UPLOADS):
+        with pytest.raises(ValueError, match="not fetched; download the picture, or allow its domain"):
+            open_image(f"{server}/ok.png", policy=policy)
+    with pytest.raises(ValueError, match="not among the allowed ones"):
+        open_image(f"{server}/ok.png", policy=MediaPolicy(allowed_domains=("example.com", ".example.org")))
+    with pytest.raises(ValueError, match="not a public address"):
+        open_image(f"{server}/ok.png", policy=MediaPolicy(allowed_domains=("127.0.0.1",)))
+    with pytest.raises(ValueError, match="download the picture"):
+        FlorenceVLImageProcessor().fetch_images([f"{server}/ok.png"])
+    assert Handler.asked == []
+
+
+def test_allowed_addresses_are_fetched_and_redirects_checked(server):
+    policy = MediaPolicy(allowed_domains=("127.0.0.1",), allow_private=True, max_bytes=10_000)
+    assert open_image(f"{server}/ok.png", policy=policy).size == (4, 3)
+    with media_policy(policy):
+        assert FlorenceVLImageProcessor().fetch_images(f"{server}/to/{server}/ok.png").size == (4, 3)
+    for path, message in [
+        ("/to/http://localhost/ok.png", "not among the allowed"),
+        ("/to/file:///etc/hostname", "only http and https"),
+        ("/to/to/to/to/to/to/ok.png", "answered 404|redirects"),
+        ("/big.png", "more than 10000 bytes"),
+        ("/none.png", "answered 404"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            open_image(f"{server}{path}", policy=policy)
+    with pytest.raises(ValueError, match="user name"):
+        fetch("http://a:b@127.0.0.1/", policy)
+    with pytest.raises(ValueError, match="took too long"):
+        fetch(f"{server}/ok.png", MediaPolicy(allowed_domains=("127.0.0.1",), allow_private=True, timeout=0))
+
+
+def test_a_name_is_resolved_once_and_the_checked_address_is_used(server, monkeypatch):
+    answers = iter([[(2, 1, 6, "", ("8.8.8.8", 80))]])
+    monkeypatch.setattr(pictures.socket, "getaddrinfo", lambda *args, **kwargs: next(answers))
+    reached = []
+
+    def connect(address, timeout):
+        reached.append(address)
+        raise OSError("no route")
+
+    monkeypatch.setattr(pictures.socket, "create_connection", connect)
+    with pytest.raises(ValueError, match="no route"):
+        fetch("http://pictures.example.com/a.png", MediaPolicy(allowed_domains=(".example.com",)))
+    assert reached == [("8.8.8.8", 80)]
+
+
+def test_every_address_of_a_name_must_be_public(monkeypatch):
+    found = [(2, 1, 6, "", ("8.8.8.8", 80)), (2, 1, 6, "", ("10.0.0.7", 80))]
+    monkeypatch.setattr(pictures.socket, "getaddrinfo", lambda *args, **kwargs: found)
+    with pytest.raises(ValueError, match=r"10\.0\.0\.7, which is not a public address"):
+        fetch("http://example.com/a.png", MediaPolicy(allowed_domains=("example.com",)))
