@@ -1,4 +1,4 @@
-"""The paper's ablation tables 1, 4, 5 and 6: trains the rows, scores them, and says what the intervals allow to say.
+"""The paper's ablation tables 1, 4, 5 and 6: which rows they have, and which commands train and score them.
 
 Every step is a `florence-vl` command of its own (`train`, `evaluate`), so a table can be stopped at any time and goes
 on where it was. A variant that stands in several tables is trained once a seed.
@@ -7,11 +7,9 @@ on where it was. A variant that stands in several tables is trained once a seed.
 from __future__ import annotations
 
 import json
-import shlex
-import shutil
-import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,17 +20,11 @@ from florence_vl.model.features import identity_digest
 from florence_vl.registry import did_you_mean
 from florence_vl.statistics import Interval, interval, paired
 
-SCALES = ("mini", "llava15")
 STAGES = ("pretrain", "finetune")
-STOPPED = 75  # exit code of `florence-vl train` that was stopped by a signal with everything saved
-
-
-class Stopped(Exception):
-    """A training command was stopped by a signal; the same command goes on later."""
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A row of a table: its label, the variant that is trained, and the paper's label where it reports one."""
 
     name: str
@@ -41,7 +33,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Part:
+class TablePart:
     """A block of columns: the paper's table, and the mini suite's columns that stand for it."""
 
     paper: str
@@ -53,7 +45,7 @@ class Part:
 class AblationTable:
     """One of the paper's tables.
 
-    Args:
+    Attributes:
         number: Its number in the paper.
         title: What it varies.
         text: What a reader must know.
@@ -66,10 +58,10 @@ class AblationTable:
     title: str
     text: str
     reference: str
-    rows: tuple[Row, ...]
-    parts: tuple[Part, ...]
+    rows: tuple[TableRow, ...]
+    parts: tuple[TablePart, ...]
 
-    def choose(self, names: Sequence[str] | None) -> list[Row]:
+    def choose(self, names: Sequence[str] | None) -> list[TableRow]:
         """Rows by name; all when None.
 
         Raises:
@@ -82,19 +74,23 @@ class AblationTable:
         return [row for row in self.rows if names is None or row.name in names]
 
 
+@lru_cache(maxsize=1)
+def _file() -> dict[str, Any]:
+    return yaml.safe_load(files("florence_vl.analyze").joinpath("ablation_tables.yaml").read_text(encoding="utf-8"))
+
+
 def load_tables() -> dict[int, AblationTable]:
     """The tables by number."""
-    raw = yaml.safe_load(files("florence_vl.analyze").joinpath("ablation_tables.yaml").read_text(encoding="utf-8"))
     return {
         number: AblationTable(
             number=number,
             title=table["title"],
             text=table["text"],
             reference=table["reference"],
-            rows=tuple(Row(name, **fields) for name, fields in table["rows"].items()),
-            parts=tuple(Part(p["paper"], tuple(p["mini"]), p.get("title", "")) for p in table["parts"]),
+            rows=tuple(TableRow(name, **fields) for name, fields in table["rows"].items()),
+            parts=tuple(TablePart(p["paper"], tuple(p["mini"]), p.get("title", "")) for p in table["parts"]),
         )
-        for number, table in raw.items()
+        for number, table in _file()["tables"].items()
     }
 
 
@@ -110,27 +106,87 @@ def table_of(number: int) -> AblationTable:
     return tables[number]
 
 
-def paper_scores(part: Part, row: Row) -> dict[str, float]:
-    """What the paper reports for a row, without its average; empty where it reports nothing."""
-    from florence_vl.evaluate.scoring import reported_results
+@dataclass(frozen=True)
+class AblationConfig:
+    """How a table is made.
 
-    for reported in reported_results()[part.paper]["rows"]:
-        if row.paper is not None and reported["name"] == row.paper:
-            return {column: score for column, score in reported["scores"].items() if column != "Avg"}
-    return {}
+    Attributes:
+        scale: `mini` (two CPU cores, the mini suite) or `llava15` (the paper's setting: LLaVA-1.5 data, Vicuna-7B).
+        out: Folder of all runs; tables that share it share their variants.
+        start: The LLM that every row starts from, of those that the scale offers; the scale's first when None.
+        seeds: Number of seeds.
+        share_pretraining: All seeds finetune from seed 0's first stage. Saves time, and the interval is then of the
+            second stage alone.
+        overrides: `key.path=value` for both stages' recipes, `pretrain:key.path=value` for one.
+        data: Folder with the benchmarks' files, for `llava15`.
+        suite: Benchmarks; the scale's own when None.
+        limit: About that many questions of each benchmark.
+        launcher: Words before the sub-command of training, e.g. `torchrun --nproc-per-node 8 -m florence_vl`.
+        jobs: Commands that run at a time; at mini scale each gets its share of the cores.
+        dtype: Data type of training and evaluation at mini scale: `float32` or `bfloat16`.
+
+    Raises:
+        ValueError: Unknown scale or start, no seed, no job, or `llava15` without its benchmark files.
+    """
+
+    scale: str
+    out: Path
+    start: str | None = None
+    seeds: int = 8
+    share_pretraining: bool = False
+    overrides: tuple[str, ...] = ()
+    data: Path | None = None
+    suite: str | None = None
+    limit: int | None = None
+    launcher: tuple[str, ...] = ("python", "-m", "florence_vl")
+    jobs: int = 1
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        scales = _file()["scales"]
+        if self.scale not in scales:
+            raise ValueError(f"unknown scale {self.scale!r}. {did_you_mean(self.scale, scales)}")
+        if self.seeds < 1 or self.jobs < 1:
+            raise ValueError(f"{self.seeds} seeds and {self.jobs} jobs; give 1 or more of each")
+        if self.scale == "llava15" and self.data is None:
+            raise ValueError("--scale llava15 needs --data, the folder with the benchmarks' parquet files")
+        starts = self.about.get("starts", {})
+        if self.start is not None and self.start not in starts:
+            raise ValueError(f"scale {self.scale} has no start {self.start!r}. {did_you_mean(self.start, starts)}")
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """What the table file says about the scale."""
+        return _file()["scales"][self.scale]
+
+    @property
+    def chosen_start(self) -> str | None:
+        """The start, the scale's first when none was named; None where the scale offers none."""
+        return self.start or next(iter(self.about.get("starts", {})), None)
+
+    @property
+    def root(self) -> Path:
+        """Folder of this scale's runs from this start."""
+        return self.out / self.scale / (self.chosen_start or "")
+
+    @property
+    def benchmarks(self) -> str:
+        """The suite, or benchmarks with commas between them."""
+        return self.suite or self.about.get("suite") or _columns_of_the_tables()
 
 
 @dataclass(frozen=True)
 class Step:
     """One command of the plan.
 
-    Args:
+    Attributes:
         kind: `data`, `pretrain`, `finetune` or `evaluate`.
-        variant: Which variant.
+        variant: Which variant, or which data set.
         seed: Which seed.
         folder: What it writes.
         command: Its arguments, without the launcher.
         identity: Hash of what decides its result; a finished step with another hash is refused.
+        needs: Folders of the steps that must be done before.
     """
 
     kind: str
@@ -139,6 +195,12 @@ class Step:
     folder: Path
     command: tuple[str, ...]
     identity: str
+    needs: tuple[Path, ...] = field(default=())
+
+    @property
+    def title(self) -> str:
+        """The step in a few words."""
+        return f"{self.kind}: {self.variant}" + (f", seed {self.seed}" if self.kind != "data" else "")
 
     @property
     def marker(self) -> Path:
@@ -154,61 +216,24 @@ class Step:
         """
         if self.kind == "data":
             return (self.folder / "data.jsonl").is_file()
-        try:
-            found = json.loads(self.marker.read_text())
-        except (FileNotFoundError, ValueError):
-            return False
-        if found["identity"] != self.identity:
+        found = read_marker(self.folder)
+        if found is not None and found["identity"] != self.identity:
             raise ValueError(
                 f"{self.folder} holds the result of other settings ({found['command']}); delete it or change --out"
             )
-        return True
+        return found is not None
 
 
-@dataclass(frozen=True)
-class AblationConfig:
-    """How a table is made.
-
-    Args:
-        scale: `mini` (two CPU cores, the mini suite) or `llava15` (the paper's setting: LLaVA-1.5 data, Vicuna-7B).
-        out: Folder of all runs; tables that share it share their variants.
-        seeds: Number of seeds.
-        share_pretraining: All seeds finetune from seed 0's first stage. Saves time, and the interval is then of the
-            second stage alone.
-        overrides: `key.path=value` for both stages' recipes, `pretrain:key.path=value` for one.
-        data: Folder with the benchmarks' files, for `llava15`.
-        limit: About so many questions of each benchmark.
-        launcher: Words before the sub-command of training, e.g. `torchrun --nproc-per-node 8 -m florence_vl`.
-
-    Raises:
-        ValueError: Unknown scale, no seed, or `llava15` without its benchmark files.
-    """
-
-    scale: str
-    out: Path
-    seeds: int = 3
-    share_pretraining: bool = False
-    overrides: tuple[str, ...] = ()
-    data: Path | None = None
-    limit: int | None = None
-    launcher: tuple[str, ...] = ("python", "-m", "florence_vl")
-
-    def __post_init__(self) -> None:
-        if self.scale not in SCALES:
-            raise ValueError(f"unknown scale {self.scale!r}. {did_you_mean(self.scale, SCALES)}")
-        if self.seeds < 1:
-            raise ValueError(f"{self.seeds} seeds; give 1 or more")
-        if self.scale == "llava15" and self.data is None:
-            raise ValueError("--scale llava15 needs --data, the folder with the benchmarks' parquet files")
-
-    @property
-    def root(self) -> Path:
-        """Folder of this scale's runs."""
-        return self.out / self.scale
+def read_marker(folder: Path) -> dict[str, Any] | None:
+    """What a finished step left in its folder; None where it is not finished."""
+    try:
+        return json.loads((folder / "done.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
-def plan(table: AblationTable, rows: Sequence[Row], config: AblationConfig) -> list[Step]:
-    """The commands that make a table, in order; each variant and seed once.
+def plan(rows: Sequence[TableRow], config: AblationConfig) -> list[Step]:
+    """The commands that make rows, in order; each variant and seed once.
 
     Raises:
         FileNotFoundError: A recipe is missing.
@@ -216,27 +241,38 @@ def plan(table: AblationTable, rows: Sequence[Row], config: AblationConfig) -> l
     """
     from florence_vl.evaluate.suites import choose
 
-    steps: list[Step] = list(_data(rows, config)) if config.scale == "mini" else []
+    variants = list(dict.fromkeys(row.variant for row in rows))
+    data = list(_data(config)) if variants and config.scale == "mini" else []
+    written = tuple(step.folder for step in data)
+    steps = list(data)
     for seed in range(config.seeds):
-        for variant in dict.fromkeys(row.variant for row in rows):
+        for variant in variants:
             folder = config.root / variant / f"seed-{seed}"
             first = folder if not config.share_pretraining else config.root / variant / "seed-0"
             if first == folder:
-                steps.append(_training("pretrain", variant, seed, folder / "pretrain", config, ()))
+                steps.append(_training("pretrain", variant, seed, folder / "pretrain", config, (), written))
             start = (f"model.path={first / 'pretrain' / 'model'}",)
-            steps.append(_training("finetune", variant, seed, folder / "finetune", config, start))
-            suite = suite_of(config.scale)
-            command = ["evaluate", "--model", str(folder / "finetune" / "model"), "--suite", suite]
+            needs = (first / "pretrain", *written)
+            steps.append(_training("finetune", variant, seed, folder / "finetune", config, start, needs))
+            command = ["evaluate", "--model", str(folder / "finetune" / "model"), "--suite", config.benchmarks]
             command += ["--out", str(folder / "evaluate"), "--paper-row", "", "--draws", "0"]
             command += ["--data", str(config.data)] if config.data else []
             command += ["--limit", str(config.limit)] if config.limit else []
-            protocol = {b.name: b.fingerprint for b in choose(suite)}
-            identity = identity_digest({"of": steps[-1].identity, "benchmarks": protocol, "limit": config.limit})
-            steps.append(Step("evaluate", variant, seed, folder / "evaluate", tuple(command), identity))
+            if config.scale == "mini":
+                command += ["--dtype", config.dtype, "--feature-store", str(_store(config))]
+            protocol = {b.name: b.fingerprint for b in choose(config.benchmarks)}
+            facts = {"of": steps[-1].identity, "benchmarks": protocol, "limit": config.limit, "dtype": config.dtype}
+            identity = identity_digest(facts)
+            needs = (folder / "finetune",)
+            steps.append(Step("evaluate", variant, seed, folder / "evaluate", tuple(command), identity, needs))
     return steps
 
 
-def _data(rows: Sequence[Row], config: AblationConfig) -> Iterator[Step]:
+def _store(config: AblationConfig) -> Path:
+    return config.out / config.scale / "features"
+
+
+def _data(config: AblationConfig) -> Iterator[Step]:
     """What writes the recipes' data where it is absent and an installed package makes it."""
     from florence_vl.registry import plugins
     from florence_vl.train.recipes import load_recipe
@@ -246,8 +282,8 @@ def _data(rows: Sequence[Row], config: AblationConfig) -> Iterator[Step]:
         writers |= point.load()()
 
     seen: set[Path] = set()
-    for stage in STAGES if rows else ():
-        recipe = load_recipe(f"ablations/{config.scale}/{rows[0].variant}-{stage}")
+    for stage in STAGES:
+        recipe = load_recipe(config.about["recipes"][stage])
         for source in (*recipe.data.sources, *(recipe.warm_up.regions if recipe.warm_up else ())):
             path = Path(source.path)
             if source.name in writers and path.name == "data.jsonl" and not path.exists() and path not in seen:
@@ -256,10 +292,8 @@ def _data(rows: Sequence[Row], config: AblationConfig) -> Iterator[Step]:
                 yield Step("data", source.name, 0, path.parent, words, "")
 
 
-def suite_of(scale: str) -> str:
-    """Benchmarks of a scale: the mini suite, or those whose columns the four tables have."""
-    if scale == "mini":
-        return "mini"
+def _columns_of_the_tables() -> str:
+    """The benchmarks whose columns the four tables have."""
     from florence_vl.evaluate.scoring import reported_results
     from florence_vl.evaluate.suites import choose
 
@@ -286,189 +320,38 @@ def stage_of(override: str) -> str | None:
     return stage if colon else None
 
 
+def row_settings(stage: str, variant: str, config: AblationConfig) -> list[str]:
+    """What turns the scale's recipe into a variant's, as `key.path=value` texts: scale, start, variant, user."""
+    about, own = config.about, _file()["variants"][variant]
+    settings = dict(about.get("set", {}).get(stage, {}))
+    if stage == "pretrain":
+        build = {**about.get("starts", {}).get(config.chosen_start, {}), **own.get("build", {})}
+        settings |= {f"model.build.{key}": value for key, value in build.items()}
+    extra = own.get("set", {}).get(config.scale, {})
+    settings |= extra.get(stage, {}) if set(extra) & set(STAGES) else extra
+    if about.get("frozen_tower"):
+        settings["model.feature_store"] = str(_store(config))
+    if config.scale == "mini":
+        settings["precision"] = "bf16" if config.dtype == "bfloat16" else "fp32"
+    words = [f"{key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in settings.items()]
+    return words + [w.removeprefix(f"{stage}:") for w in config.overrides if stage_of(w) in (None, stage)]
+
+
 def _training(
-    stage: str, variant: str, seed: int, folder: Path, config: AblationConfig, overrides: tuple[str, ...]
+    stage: str,
+    variant: str,
+    seed: int,
+    folder: Path,
+    config: AblationConfig,
+    start: tuple[str, ...],
+    needs: tuple[Path, ...],
 ) -> Step:
     from florence_vl.train.recipes import load_recipe
 
-    name = f"ablations/{config.scale}/{variant}-{stage}"
-    mine = (word.removeprefix(f"{stage}:") for word in config.overrides if stage_of(word) in (None, stage))
-    settings = (*mine, *overrides, f"seed={seed}", f"output={folder}", "checkpoint.keep_last=1")
+    name = config.about["recipes"][stage]
+    fixed = (*start, f"seed={seed}", f"output={folder}", "checkpoint.keep_last=1")
+    settings = (*row_settings(stage, variant, config), *fixed)
     recipe = load_recipe(name, settings).to_dict()
     command = ("train", name, *settings, "--resume", "auto")
-    return Step(stage, variant, seed, folder, command, identity_digest(json.loads(json.dumps(recipe, default=str))))
-
-
-def execute(steps: Sequence[Step], config: AblationConfig, log: Callable[[str], None]) -> None:
-    """Run what is not done yet.
-
-    Raises:
-        Stopped: A training was stopped by a signal.
-        RuntimeError: A command failed; its log is named.
-    """
-    todo = [step for step in steps if not step.done]
-    if len(todo) < len(steps):
-        log(f"{len(steps) - len(todo)} of {len(steps)} steps are done already")
-    for number, step in enumerate(todo, 1):
-        log(
-            f"[{number}/{len(todo)}] {step.kind}: {step.variant}"
-            + (f", seed {step.seed}" if step.kind != "data" else "")
-        )
-        step.folder.mkdir(parents=True, exist_ok=True)
-        launcher = config.launcher if step.kind in STAGES else AblationConfig.launcher
-        words = [_python(word) for word in (*launcher, *step.command)]
-        output = step.folder.parent / f"{step.kind}.log"
-        with output.open("ab") as file:
-            code = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
-        if code == STOPPED:
-            raise Stopped(f"{step.variant}, seed {step.seed}, {step.kind} was stopped; start the same command again")
-        if code != 0:
-            last = output.read_text(errors="replace").strip().splitlines()[-1:]
-            raise RuntimeError(
-                f"{step.kind} of {step.variant} failed with exit code {code}: {' '.join(last)} ({output})"
-            )
-        if step.kind == "data":
-            continue
-        from florence_vl.analyze.plots import write_atomically
-
-        if step.kind in STAGES:  # its model is written: of a table's many runs the checkpoints would fill the disk
-            shutil.rmtree(step.folder / "checkpoints", ignore_errors=True)
-        done = {"identity": step.identity, "command": shlex.join(["florence-vl", *step.command])}
-        write_atomically(step.marker, json.dumps(done, indent=1) + "\n")
-
-
-def _python(word: str) -> str:
-    import sys
-
-    return sys.executable if word == "python" else word
-
-
-@dataclass
-class RowScores:
-    """Scores of a row over seeds.
-
-    Args:
-        row: The row.
-        seeds: Seed -> column -> score.
-    """
-
-    row: Row
-    seeds: dict[int, dict[str, float]] = field(default_factory=dict)
-
-    def column(self, name: str) -> Interval:
-        """Mean and interval of a column.
-
-        Raises:
-            ValueError: No seed has that column.
-        """
-        return interval([scores[name] for scores in self.seeds.values() if name in scores])
-
-    def average(self, columns: Sequence[str]) -> list[float]:
-        """The paper's average over these columns, by seed."""
-        from florence_vl.statistics import paper_average
-
-        return [paper_average(scores, columns) for scores in self.seeds.values()]
-
-
-def read_scores(table: AblationTable, config: AblationConfig) -> list[RowScores]:
-    """Scores of every row of a table that has been evaluated, from the folders."""
-    from florence_vl.evaluate.scoring import score_folder
-
-    found = []
-    for row in table.rows:
-        scores = RowScores(row)
-        for seed in range(config.seeds):
-            folder = config.root / row.variant / f"seed-{seed}" / "evaluate"
-            if (folder / "done.json").is_file():
-                scores.seeds[seed] = score_folder(folder, draws=0).columns()
-        if scores.seeds:
-            found.append(scores)
-    return found
-
-
-def verdict(row: RowScores, reference: RowScores, columns: Sequence[str]) -> tuple[Interval | None, str]:
-    """Difference of a row's average to the full model's, seed by seed, and what its interval allows to say."""
-    shared = [seed for seed in row.seeds if seed in reference.seeds]
-    if not shared:
-        return None, "no seed in common with the full model"
-    sides = [RowScores(r.row, {seed: r.seeds[seed] for seed in shared}).average(columns) for r in (row, reference)]
-    difference = paired(*sides)
-    if difference.half is None:
-        return difference, "one seed: no verdict"
-    if not difference.excludes_zero:
-        return difference, f"not told apart by {len(shared)} seeds"
-    return difference, "worse than the full model" if difference.mean < 0 else "better than the full model"
-
-
-def build_table(table: AblationTable, scores: Sequence[RowScores], scale: str) -> dict[str, Any]:
-    """The table as titles, headers and cells, with the paper's rows beside.
-
-    Args:
-        table: Which table.
-        scores: From `read_scores`.
-        scale: `mini` or `llava15`.
-
-    Returns:
-        What `florence_vl.analyze.report.ablation_section` shows.
-
-    Raises:
-        ValueError: There is no score.
-    """
-    if not scores:
-        raise ValueError(f"no row of table {table.number} has been evaluated yet")
-    parts = [_part(table, part, scores, scale) for part in table.parts]
-    return {
-        "number": table.number,
-        "title": f"{table.title} ({scale} scale)",
-        "text": " ".join(table.text.split()),
-        "notes": list(_notes(table, scores, scale)),
-        "parts": parts,
-    }
-
-
-def _part(table: AblationTable, part: Part, scores: Sequence[RowScores], scale: str) -> dict[str, Any]:
-    from florence_vl.statistics import paper_average
-
-    reported = {row.name: paper_scores(part, row) for row in table.rows}
-    wanted = list(part.mini) if scale == "mini" else list(next(iter(filter(None, reported.values()))))
-    columns = [c for c in wanted if all(c in values for s in scores for values in s.seeds.values())]
-    reference = next((s for s in scores if s.row.name == table.reference), None)
-    base = reported[table.reference]
-    header = [
-        "row",
-        *columns,
-        "average",
-        "difference to the full model",
-        "verdict",
-        "paper's average",
-        "paper's difference",
-    ]
-    rows = []
-    for entry in scores:
-        difference, words = (None, "") if reference in (None, entry) else verdict(entry, reference, columns)
-        theirs = reported[entry.row.name]
-        shared = [c for c in theirs if c in base]
-        paper = paper_average(theirs, shared) if theirs else None
-        gap = None if paper is None or entry is reference else paper - paper_average(base, shared)
-        cells = [entry.row.name, *(entry.column(c).text(1) for c in columns)]
-        cells += [interval(entry.average(columns)).text(1), "" if difference is None else difference.text(1), words]
-        cells += ["–" if paper is None else f"{paper:.1f}", "" if gap is None else f"{gap:+.1f}"]
-        rows.append({"cells": cells, "paper": False})
-        if scale != "mini" and theirs:
-            own = [f"{theirs[c]:.1f}" for c in columns]
-            rows.append({"cells": ["  paper", *own, f"{paper:.1f}", "", "", "", ""], "paper": True})
-    return {"title": part.title or table.title, "header": header, "rows": rows}
-
-
-def _notes(table: AblationTable, scores: Sequence[RowScores], scale: str) -> Iterator[str]:
-    counts = sorted({len(s.seeds) for s in scores})
-    words = "1 seed" if counts == [1] else f"{' to '.join(map(str, counts))} seeds"
-    yield f"{words} a row; 95 % intervals: Student's t over seeds, differences paired."
-    absent = [row.name for row in table.rows if row.name not in {s.row.name for s in scores}]
-    if absent:
-        yield f"Not evaluated yet: {', '.join(absent)}."
-    if scale == "mini":
-        yield (
-            "Mini scale: other data, other LLM, other benchmarks. The paper's figures beside it are one run each, "
-            "without intervals; only directions can be compared."
-        )
+    identity = identity_digest(json.loads(json.dumps(recipe, default=str)))
+    return Step(stage, variant, seed, folder, command, identity, needs)

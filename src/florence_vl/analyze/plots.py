@@ -5,29 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from florence_vl.analyze.compare import AlignmentComparison, Row
 from florence_vl.statistics import interval
+from florence_vl.files import atomic_file, write_text
 
 # Okabe and Ito's colors, told apart by readers with any color vision; line styles repeat them.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")
 STYLES = ("-", "--", "-.", ":")
-
-
-def write_atomically(path: Path, data: bytes | str) -> Path:
-    """Write a file so that readers never see a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    with os.fdopen(handle, "wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
-    return path
 
 
 def save_figure(figure: Any, path: Path, formats: Sequence[str] = ("png", "svg"), dpi: int = 150) -> list[Path]:
@@ -40,7 +28,9 @@ def save_figure(figure: Any, path: Path, formats: Sequence[str] = ("png", "svg")
             buffer = io.BytesIO()
             metadata = {"Date": None} if ending == "svg" else {"Software": None}
             figure.savefig(buffer, format=ending, dpi=dpi, metadata=metadata)
-            written.append(write_atomically(path.with_suffix(f".{ending}"), buffer.getvalue()))
+            with atomic_file(path.with_suffix(f".{ending}")) as temporary:
+                temporary.write_bytes(buffer.getvalue())
+            written.append(path.with_suffix(f".{ending}"))
     return written
 
 
@@ -124,10 +114,9 @@ def write_comparison(comparison: AlignmentComparison, folder: Path, command: str
     """
     name = "alignment" if comparison.kind == "encoders" else "feature_ablation"
     record = {"type": name, "command": command, **comparison.to_dict()}
-    written = [
-        write_atomically(folder / f"{name}.json", json.dumps(record, indent=1) + "\n"),
-        write_atomically(folder / f"{name}.csv", curves_csv([*comparison.rows, *comparison.equal_width])),
-    ]
+    written = [folder / f"{name}.json", folder / f"{name}.csv"]
+    write_text(written[0], json.dumps(record, indent=1) + "\n")
+    write_text(written[1], curves_csv([*comparison.rows, *comparison.equal_width]))
     title = "Alignment loss by " + ("encoder" if comparison.kind == "encoders" else "features")
     written += save_figure(curves(comparison.rows, comparison.chance, title), folder / name)
     if comparison.equal_width:

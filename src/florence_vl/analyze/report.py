@@ -11,8 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from florence_vl.analyze.plots import write_atomically
 from florence_vl.statistics import Interval
+from florence_vl.files import write_text
 
 
 @dataclass
@@ -214,5 +214,5 @@ def write_report(folder: Path, out: Path, title: str) -> tuple[Path, dict[str, i
     template = Environment(autoescape=True).from_string(
         files("florence_vl.analyze").joinpath("report.html.jinja").read_text(encoding="utf-8")
     )
-    write_atomically(out, template.render(title=title, sections=[section for _, section in found]))
+    write_text(out, template.render(title=title, sections=[section for _, section in found]))
     return out, dict(Counter(kind for kind, _ in found))

@@ -11,19 +11,26 @@ import typer
 
 epilog = """[bold]Examples[/bold]
 
-  florence-vl ablate --table 5 --scale mini
+  florence-vl ablate --scale mini
 
-  florence-vl ablate --table 1 --scale mini --rows token --rows channel --seeds 2
+  florence-vl ablate --table 5 --scale mini --start mini --seeds 2
+
+  florence-vl ablate --table 1 --scale mini --rows token --rows channel --dry-run
 
   florence-vl ablate --table 1 --scale llava15 --data data --launcher "torchrun --nproc-per-node 8 -m florence_vl"
 """
 
 
 def command(
-    table: int = typer.Option(..., "--table", help="1 (fusion), 4 (depth), 5 (breadth) or 6 (breadth by group)."),
+    tables: list[int] = typer.Option(
+        None, "--table", help="1 (fusion), 4 (depth), 5 (breadth) or 6 (breadth by group); repeat. All by default."
+    ),
     scale: str = typer.Option("mini", "--scale", help="mini (two CPU cores) or llava15 (the paper's setting)."),
-    rows: list[str] = typer.Option(None, "--rows", help="Only these rows; repeat, or separate with commas."),
-    seeds: int = typer.Option(3, "--seeds", help="Seeds of each row; intervals are over them."),
+    start: str | None = typer.Option(
+        None, "--start", help="LLM that rows start from: smollm2 (has seen no image; the default), or mini."
+    ),
+    rows: list[str] = typer.Option(None, "--rows", help="Only these rows of the one table; repeat."),
+    seeds: int = typer.Option(8, "--seeds", help="Seeds of each row."),
     out: Path = typer.Option(Path("runs/ablations"), "--out", help="Folder of all runs; tables share it."),
     share_pretraining: bool = typer.Option(
         False,
@@ -34,55 +41,75 @@ def command(
         None, "--set", help="key.path=value for the recipes; pretrain:... or finetune:... for one stage. Repeat."
     ),
     data: Path | None = typer.Option(None, "--data", help="Folder with the benchmarks' files (llava15)."),
-    limit: int | None = typer.Option(None, "--limit", min=1, help="About so many questions of each benchmark."),
+    suite: str | None = typer.Option(None, "--suite", help="Benchmarks instead of the scale's own."),
+    limit: int | None = typer.Option(None, "--limit", min=1, help="About that many questions of each benchmark."),
     launcher: str = typer.Option("python -m florence_vl", "--launcher", help="What starts training, e.g. torchrun ..."),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Print the commands, run nothing."),
-    report: bool = typer.Option(False, "--report", help="Train nothing; print the table of what is there."),
+    jobs: int | None = typer.Option(
+        None, "--jobs", help="Commands at a time, each with its share of the cores: at mini scale one a core."
+    ),
+    dtype: str = typer.Option(
+        "auto", "--dtype", help="Mini scale: float32 or bfloat16; auto takes bfloat16 where the processor has it."
+    ),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Print the commands and what is left, run nothing."),
+    report: bool = typer.Option(False, "--report", help="Train nothing; print the tables of what is there."),
 ) -> None:
-    """Train and score the rows of one of the paper's ablation tables; stopped at any time, it goes on where it was."""
-    from florence_vl.analyze.ablation import (
-        STAGES,
-        AblationConfig,
-        Stopped,
-        build_table,
-        execute,
-        plan,
-        read_scores,
-        table_of,
-    )
-    from florence_vl.analyze.plots import write_atomically
-    from florence_vl.cli.analyze import called, print_table, say
+    """Train and score the rows of the paper's ablation tables; stopped at any time, it goes on where it was."""
+    import os
 
-    chosen = table_of(table)
-    names = [name.strip() for word in rows for name in word.split(",")] if rows else None
-    picked = chosen.choose(names)
+    from florence_vl.analyze.ablation import STAGES, AblationConfig, load_tables, plan, table_of
+    from florence_vl.analyze.ablation_report import build_table, read_scores
+    from florence_vl.analyze.ablation_run import Stopped, describe_remaining, execute, fast_bf16
+    from florence_vl.cli.common import called, print_table, say
+    from florence_vl.files import write_text
+    from florence_vl.registry import did_you_mean
+
+    chosen = [table_of(number) for number in tables or load_tables()]
+    if rows and len(chosen) != 1:
+        raise ValueError("--rows are of one table: give --table too")
+    names = [name for word in rows for name in _names(word, [row.name for row in chosen[0].rows])] if rows else None
+    dtypes = {"auto": "bfloat16" if fast_bf16() else "float32", "float32": "float32", "bfloat16": "bfloat16"}
+    if dtype not in dtypes:
+        raise ValueError(f"unknown --dtype {dtype!r}. {did_you_mean(dtype, dtypes)}")
     config = AblationConfig(
         scale=scale,
         out=out,
+        start=start,
         seeds=seeds,
         share_pretraining=share_pretraining,
         overrides=tuple(set_ or ()),
         data=data,
+        suite=suite,
         limit=limit,
         launcher=tuple(shlex.split(launcher)),
+        jobs=jobs if jobs is not None else (os.cpu_count() or 1) if scale == "mini" else 1,
+        dtype=dtypes[dtype],
     )
     if not report:
-        steps = plan(chosen, picked, config)
+        steps = plan([row for table in chosen for row in table.choose(names)], config)
         if dry_run:
             for step in steps:
                 words = (*config.launcher, *step.command) if step.kind in STAGES else ("florence-vl", *step.command)
                 typer.echo(("# done: " if step.done else "") + shlex.join(words))
+            say(describe_remaining(steps, config.jobs))
             return
         try:
             execute(steps, config, say)
         except Stopped as stopped:
             print(f"florence-vl: {stopped}", file=sys.stderr)
             raise typer.Exit(75) from None
-    made = build_table(chosen, read_scores(chosen, config), scale)
-    record = {"type": "ablation", "command": called(), "table": made}
-    path = write_atomically(out / scale / f"table{table}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    for part in made["parts"]:
-        print_table(f"Table {table}: {part['title']} ({scale})", part["header"], [row["cells"] for row in part["rows"]])
-    for note in made["notes"]:
-        typer.echo(note)
-    say(f"wrote {path}")
+    for table in chosen:
+        made = build_table(table, read_scores(table, config), config)
+        record = {"type": "ablation", "command": called(), "table": made}
+        path = config.root / f"table{table.number}.json"
+        write_text(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        for part in made["parts"]:
+            title = f"Table {table.number}: {part['title']} ({scale})"
+            print_table(title, part["header"], [row["cells"] for row in part["rows"]])
+        for note in made["notes"]:
+            typer.echo(note)
+        say(f"wrote {path}")
+
+
+def _names(word: str, known: list[str]) -> list[str]:
+    """Row names in one value: names may hold commas themselves."""
+    return [word] if word in known else [name.strip() for name in word.split(",")]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperCommand
+
+from florence_vl.cli.common import called, print_table, say
+from florence_vl.files import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -183,7 +184,7 @@ def pca_command(
 
     from florence_vl.analyze.encoders import EncoderSpec, load_encoder
     from florence_vl.analyze.pca import PCAConfig, encoder_maps, sheet
-    from florence_vl.analyze.plots import save_figure, write_atomically
+    from florence_vl.analyze.plots import save_figure
     from florence_vl.model.loading import choose_device
     from florence_vl.model.pictures import open_image
 
@@ -226,7 +227,7 @@ def pca_command(
                 },
             }
         )
-    write_atomically(out / "pca.json", json.dumps(record, indent=1) + "\n")
+    write_text(out / "pca.json", json.dumps(record, indent=1) + "\n")
     say(f"wrote {len(images)} sheets to {out}")
 
 
@@ -244,7 +245,7 @@ def attribution_command(
     import numpy as np
 
     from florence_vl.analyze.attribution import attribute, attribution_figure
-    from florence_vl.analyze.plots import save_figure, write_atomically
+    from florence_vl.analyze.plots import save_figure
     from florence_vl.model.loading import load_model
     from florence_vl.model.pictures import open_image
 
@@ -267,7 +268,7 @@ def attribution_command(
             for f in result.features
         ]
         print_table(title, header, [*cells, ["(no image)", "", "", "", f"{result.without_image:+.3f}"]])
-    write_atomically(out / "attribution.json", json.dumps(record, indent=1) + "\n")
+    write_text(out / "attribution.json", json.dumps(record, indent=1) + "\n")
     say(f"wrote {out}")
 
 
@@ -317,16 +318,6 @@ def load_llm(name: str, device: str, dtype: str = "float32") -> Any:
     return encoder
 
 
-def say(text: str) -> None:
-    """Progress goes to stderr, results to stdout."""
-    typer.echo(text, err=True)
-
-
-def called() -> str:
-    """The command as it was typed, for the record beside its results."""
-    return shlex.join(["florence-vl", *sys.argv[1:]])
-
-
 def print_notes(about: dict[str, Any], chance: float, floor: float) -> None:
     """What the reader of the table must know: pairs left out, duplicates, the loss of guessing."""
     for reason, count in about["skipped"].items():
@@ -335,18 +326,3 @@ def print_notes(about: dict[str, Any], chance: float, floor: float) -> None:
         if count:
             typer.echo(f"{count} {reason}")
     typer.echo(f"guessing has loss {chance:.3f}; no vision features can have less than {floor:.3f}")
-
-
-def print_table(title: str, header: list[str], cells: list[list[str]]) -> None:
-    """A table on stdout."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE)
-    for name in header:
-        table.add_column(name, no_wrap=True)
-    for row in cells:
-        table.add_row(*row)
-    widest = sum(max(map(len, column)) + 3 for column in zip(header, *cells, strict=True))
-    Console(width=max(widest + 2, len(title) + 2, 80)).print(table)

@@ -60,6 +60,9 @@ def run_command(
     retries: int = typer.Option(4, "--retries", min=0, help="Further attempts when an endpoint fails."),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, cuda:1, mps."),
     dtype: str = typer.Option("auto", "--dtype", help="auto, float32, bfloat16, float16."),
+    feature_store: Path | None = typer.Option(
+        None, "--feature-store", help="Folder in which the features of the tower are kept between runs."
+    ),
     paper_row: str = _ROW,
     draws: int = _DRAWS,
     shard: str | None = typer.Option(None, "--shard", hidden=True),
@@ -82,6 +85,8 @@ def run_command(
     if shard is not None:
         _run_shard(shard, model, served_model, retries, device, dtype, batch_size, seed, made, out, data)
         return
+    if feature_store is not None and processes > 1:
+        raise ValueError("--feature-store is for one process; leave it out, or --processes")
     folder = ResultsFolder(out)
     judge_client = None
     if judge is not None:
@@ -93,6 +98,8 @@ def run_command(
         failed = _run_processes(processes, made, folder)
     else:
         answerer = _answerer(model, served_model, retries, device, dtype, batch_size, seed)
+        if feature_store is not None:
+            _store_features(answerer, feature_store)
         try:
             open_results(folder, answerer, made, data)
             failed = _run_here(answerer, made, folder)
@@ -198,6 +205,16 @@ def _answerer(
     from florence_vl.evaluate.local import load_answerer
 
     return load_answerer(model, device, dtype, batch_size, seed=seed)
+
+
+def _store_features(answerer: Answerer, folder: Path) -> None:
+    from florence_vl.model.features import store_features
+    from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+
+    model = getattr(answerer, "model", None)
+    if not isinstance(model, FlorenceVLForConditionalGeneration):
+        raise ValueError("--feature-store is for a Florence-VL on this machine; leave it out")
+    store_features(model, folder)
 
 
 def _progress(total: int) -> Any:

@@ -50,6 +50,8 @@ class ModelConfig:
         image_size: Height and width of images in pixels; None leaves the processor as it is.
         attn_implementation: One attention backend, or one for each of `vision_config` and `text_config`. None takes
             transformers' choice, and `sdpa_varlen` for the LLM's packed rows on a CPU.
+        feature_store: Folder in which the features of a frozen tower are kept between runs; None computes them at
+            every step.
     """
 
     __pydantic_config__ = STRICT
@@ -59,6 +61,7 @@ class ModelConfig:
     image_aspect_ratio: Literal["pad", "squash"] | None = None
     image_size: int | None = None
     attn_implementation: str | dict[str, str] | None = None
+    feature_store: str | None = None
 
 
 @dataclass
@@ -533,6 +536,8 @@ class Recipe:
             problems.append("`data.template_options` needs `data.template`")
         if self.model.path is not None and self.model.build is not None:
             problems.append("give only one of `model.path` and `model.build`")
+        if self.model.feature_store is not None and (self.parts.tower.train or self.compile.tower):
+            problems.append("`model.feature_store` is for a tower that neither trains nor compiles")
         llm = self.parts.llm
         if llm.last_layers is not None and llm.lora is not None:
             problems.append("give only one of `parts.llm.last_layers` and `parts.llm.lora`")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +45,12 @@ def load_model(recipe: Recipe) -> tuple[FlorenceVLForConditionalGeneration, Any]
     if config.image_size is not None:
         images.size = type(images.size)(height=config.image_size, width=config.image_size)
         model.num_image_tokens(config.image_size, config.image_size)  # refuses sizes that the tower can't take
+    if config.feature_store is not None:
+        from florence_vl.model.features import store_features
+
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("model.feature_store is for training in one process; leave it out")
+        store_features(model, config.feature_store)
     return model, processor
 
 

@@ -1,0 +1,185 @@
+"""Scores of ablation rows as a table: differences to the full model paired by question and seed, and what they show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from florence_vl.analyze.ablation import STAGES, AblationConfig, AblationTable, TablePart, TableRow, read_marker
+from florence_vl.statistics import Difference, crossed, interval, paper_average
+
+
+@dataclass
+class RowScores:
+    """Scores of a row over seeds.
+
+    Attributes:
+        row: The row.
+        seeds: Seed -> column -> score.
+        questions: Seed -> column -> question -> score of the answer, in per cent.
+        made_by: Seed -> what each step's marker says of commit, machine and time.
+    """
+
+    row: TableRow
+    seeds: dict[int, dict[str, float]] = field(default_factory=dict)
+    questions: dict[int, dict[str, dict[str, float]]] = field(default_factory=dict)
+    made_by: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def column(self, name: str) -> str:
+        """Mean and interval over seeds of a column."""
+        return interval([scores[name] for scores in self.seeds.values() if name in scores]).text(1)
+
+    def average(self, columns: Sequence[str]) -> str:
+        """Mean and interval over seeds of the paper's average over columns."""
+        return interval([paper_average(scores, columns) for scores in self.seeds.values()]).text(1)
+
+
+def paper_scores(part: TablePart, row: TableRow) -> dict[str, float]:
+    """What the paper reports for a row, without its average; empty where it reports nothing."""
+    from florence_vl.evaluate.scoring import reported_results
+
+    for reported in reported_results()[part.paper]["rows"]:
+        if row.paper is not None and reported["name"] == row.paper:
+            return {column: score for column, score in reported["scores"].items() if column != "Avg"}
+    return {}
+
+
+def read_scores(table: AblationTable, config: AblationConfig) -> list[RowScores]:
+    """Scores of every row of a table that has been evaluated, from the folders."""
+    from florence_vl.evaluate.scoring import score_folder
+
+    found = []
+    for row in table.rows:
+        scores = RowScores(row)
+        for seed in range(config.seeds):
+            folder = config.root / row.variant / f"seed-{seed}"
+            if read_marker(folder / "evaluate") is None:
+                continue
+            run = score_folder(folder / "evaluate", draws=0)
+            scores.seeds[seed] = run.columns()
+            scores.questions[seed] = {
+                column: {key: 100 * judged[0].score for key, judged in run.verdicts[name].items()}
+                for name, score in run.benchmarks.items()
+                for column in score.facts["columns"]
+            }
+            markers = [read_marker(folder / kind) for kind in (*STAGES, "evaluate")]
+            scores.made_by[seed] = [marker for marker in markers if marker is not None]
+        if scores.seeds:
+            found.append(scores)
+    return found
+
+
+def difference(row: RowScores, reference: RowScores, columns: Sequence[str]) -> Difference | None:
+    """Difference of a row's average to the reference's, over seeds and questions that both have.
+
+    Returns:
+        None where they share fewer than two seeds.
+    """
+    seeds = [seed for seed in row.questions if seed in reference.questions]
+    sides = [scores.questions[seed] for scores in (row, reference) for seed in seeds]
+    keys = [(c, key) for c in columns for key in sides[0][c] if all(key in side[c] for side in sides)] if sides else []
+    if len(seeds) < 2 or not keys:
+        return None
+    values_SQ = np.array(
+        [[row.questions[seed][c][k] - reference.questions[seed][c][k] for c, k in keys] for seed in seeds]
+    )
+    return crossed(values_SQ, [column for column, _ in keys])
+
+
+def verdict(found: Difference | None, paper: float | None = None) -> str:
+    """What the interval of a difference allows to say of the row, and of the paper's claim."""
+    if found is None:
+        return "no verdict: one seed"
+    gap = found.interval
+    if not gap.excludes_zero:
+        return f"not told apart (differences above {found.detectable:.1f} points are seen in 80 % of cases)"
+    words = "worse than the full model" if gap.mean < 0 else "better than the full model"
+    if paper is None or paper == 0:
+        return words
+    return f"{words}: the paper's direction is {'confirmed' if (gap.mean < 0) == (paper < 0) else 'contradicted'}"
+
+
+def build_table(table: AblationTable, scores: Sequence[RowScores], config: AblationConfig) -> dict[str, Any]:
+    """The table as titles, headers and cells, with the paper's rows beside.
+
+    Args:
+        table: Which table.
+        scores: From `read_scores`.
+        config: How it was made.
+
+    Returns:
+        What `florence_vl.analyze.report.ablation_section` shows.
+
+    Raises:
+        ValueError: There is no score.
+    """
+    if not scores:
+        raise ValueError(f"no row of table {table.number} has been evaluated yet")
+    markers = [marker for row in scores for made in row.made_by.values() for marker in made]
+    start = f", start {config.chosen_start}" if config.chosen_start else ""
+    return {
+        "number": table.number,
+        "title": f"{table.title} ({config.scale} scale{start})",
+        "text": " ".join(table.text.split()),
+        "notes": list(_notes(table, scores, config)),
+        "parts": [_part(table, part, scores, config.scale) for part in table.parts],
+        "seeds": {row.row.name: sorted(row.seeds) for row in scores},
+        "commits": sorted({str(m["git"]["commit"]) + ("+" if m["git"]["dirty"] else "") for m in markers}),
+        "machines": sorted({m["machine"] for m in markers}),
+        "seconds": round(sum(m["seconds"] for m in markers)),
+    }
+
+
+def _part(table: AblationTable, part: TablePart, scores: Sequence[RowScores], scale: str) -> dict[str, Any]:
+    reported = {row.name: paper_scores(part, row) for row in table.rows}
+    wanted = list(part.mini) if scale == "mini" else list(next(iter(filter(None, reported.values()))))
+    columns = [c for c in wanted if all(c in values for s in scores for values in s.seeds.values())]
+    reference = next((s for s in scores if s.row.name == table.reference), None)
+    base = reported[table.reference]
+    header = ["row", *columns, "average", "difference to the full model", "verdict"]
+    header += ["paper's average", "paper's difference"]
+    rows: list[dict[str, Any]] = []
+    for entry in scores:
+        theirs = reported[entry.row.name]
+        shared = [c for c in theirs if c in base]
+        paper = paper_average(theirs, shared) if theirs else None
+        gap = None if paper is None or entry is reference else paper - paper_average(base, shared)
+        found, words = None, ""
+        if reference is not None and entry is not reference:
+            found = difference(entry, reference, columns)
+            words = verdict(found, gap)
+        cells = [entry.row.name, *(entry.column(c) for c in columns), entry.average(columns)]
+        cells += ["" if found is None else found.interval.text(1), words]
+        cells += ["–" if paper is None else f"{paper:.1f}", "" if gap is None else f"{gap:+.1f}"]
+        rows.append({"cells": cells, "paper": False})
+        if scale != "mini" and paper is not None:
+            own = [f"{theirs[c]:.1f}" for c in columns]
+            rows.append({"cells": ["  paper", *own, f"{paper:.1f}", "", "", "", ""], "paper": True})
+    return {"title": part.title or table.title, "header": header, "rows": rows}
+
+
+def _notes(table: AblationTable, scores: Sequence[RowScores], config: AblationConfig) -> Iterator[str]:
+    counts = sorted({len(s.seeds) for s in scores})
+    words = "1 seed" if counts == [1] else f"{' to '.join(map(str, counts))} seeds"
+    asked = {sum(map(len, by_column.values())) for row in scores for by_column in row.questions.values()}
+    questions = f", {' to '.join(map(str, sorted(asked)))} questions" if asked else ""
+    yield (
+        f"{words} a row{questions}. Scores: mean and 95 % interval over seeds. Differences: paired by question and "
+        "seed, both taken as drawn at random."
+    )
+    absent = [row.name for row in table.rows if row.name not in {s.row.name for s in scores}]
+    if absent:
+        yield f"Not evaluated yet: {', '.join(absent)}."
+    if config.scale == "mini":
+        yield (
+            "Mini scale: other data, other LLM, other benchmarks. The paper's figures beside it are one run each, "
+            "without intervals; only directions can be compared."
+        )
+    else:
+        yield (
+            "Differences are of the mean score of answers; columns that the paper computes otherwise (MME's sums, "
+            "POPE's F1) stand in the table as the paper computes them."
+        )

@@ -1,0 +1,177 @@
+"""Runs the commands of an ablation table, several at a time, and says how long it takes and what is left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from florence_vl.analyze.ablation import STAGES, AblationConfig, Step, read_marker
+from florence_vl.files import write_text
+
+STOPPED = 75  # exit code of `florence-vl train` that was stopped by a signal with everything saved
+POLL_SECONDS = 0.2
+
+
+class Stopped(Exception):
+    """A training command was stopped by a signal; the same command goes on later."""
+
+
+def machine_class() -> str:
+    """The kind of machine, without its name: GPU, or processor and cores."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{name or platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def fast_bf16() -> bool:
+    """Whether this processor computes in bfloat16 faster than in float32."""
+    import torch
+
+    if platform.machine() in ("arm64", "aarch64"):
+        return "bf16" in _cpu_flags()
+    return torch.cuda.is_available() or bool({"avx512_bf16", "amx_bf16"} & _cpu_flags())
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        return set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return set()
+
+
+def remaining(steps: Sequence[Step], jobs: int) -> tuple[list[Step], float | None]:
+    """The steps that are left, and about how many seconds they take; None until a step of each kind was timed."""
+    times: dict[str, list[float]] = defaultdict(list)
+    todo = []
+    for step in steps:
+        if not step.done:
+            todo.append(step)
+        elif (found := read_marker(step.folder)) is not None:
+            times[step.kind].append(found["seconds"])
+    kinds = [step.kind for step in todo if step.kind != "data"]
+    if not all(times[kind] for kind in kinds):
+        return todo, None
+    return todo, sum(sum(times[kind]) / len(times[kind]) for kind in kinds) / min(jobs, max(1, len(kinds)))
+
+
+def describe_remaining(steps: Sequence[Step], jobs: int) -> str:
+    """One line: what is done, what is left, and for how long."""
+    todo, seconds = remaining(steps, jobs)
+    left = "time unknown until the first row is done" if seconds is None else f"about {_duration(seconds)}"
+    return f"{len(steps) - len(todo)} of {len(steps)} steps done" + (f", {left} left" if todo else "")
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+class _Running:
+    """One command that runs, with its log."""
+
+    def __init__(self, step: Step, config: AblationConfig) -> None:
+        self.step, self.began = step, time.monotonic()
+        step.folder.mkdir(parents=True, exist_ok=True)
+        launcher = config.launcher if step.kind in STAGES else AblationConfig.launcher
+        words = [sys.executable if word == "python" else word for word in (*launcher, *step.command)]
+        self.log = step.folder.parent / f"{step.kind}.log"
+        environment = dict(os.environ)
+        if config.jobs > 1:
+            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // config.jobs))
+        with self.log.open("ab") as file:
+            self.process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=environment)
+
+    def finish(self, about: dict[str, Any]) -> None:
+        """Check how it ended and mark it done.
+
+        Raises:
+            Stopped: It was stopped by a signal.
+            RuntimeError: It failed; its log is named.
+        """
+        step, code = self.step, self.process.returncode
+        if code in (STOPPED, -signal.SIGTERM, -signal.SIGINT):
+            raise Stopped(f"{step.title} was stopped; start the same command again")
+        if code != 0:
+            last = self.log.read_text(errors="replace").strip().splitlines()[-1:]
+            raise RuntimeError(
+                f"{step.kind} of {step.variant} failed with exit code {code}: {' '.join(last)} ({self.log})"
+            )
+        if step.kind == "data":
+            return
+        if step.kind in STAGES:  # its model is written: of a table's many runs the checkpoints would fill the disk
+            shutil.rmtree(step.folder / "checkpoints", ignore_errors=True)
+        command = shlex.join(["florence-vl", *step.command])
+        done = {"identity": step.identity, "command": command, "seconds": round(time.monotonic() - self.began, 1)}
+        write_text(step.marker, json.dumps({**done, **about}, indent=1) + "\n")
+
+
+def execute(steps: Sequence[Step], config: AblationConfig, log: Callable[[str], None]) -> None:
+    """Run what is not done yet, `config.jobs` commands at a time.
+
+    When one fails or is stopped no further one starts, and those that run are stopped too; they go on later.
+
+    Raises:
+        Stopped: A command was stopped by a signal.
+        RuntimeError: A command failed; its log is named.
+    """
+    from florence_vl.train.setup import describe_environment
+
+    environment = describe_environment()
+    about = {"machine": machine_class(), "git": environment["git"], "versions": environment["versions"]}
+    waiting = [step for step in steps if not step.done]
+    if waiting:
+        log(describe_remaining(steps, config.jobs))
+    unfinished = {step.folder for step in waiting}
+    running: list[_Running] = []
+
+    def stop(*_: object) -> None:
+        raise Stopped("stopped by a signal; start the same command again")
+
+    previous = None
+    with contextlib.suppress(ValueError):  # not the main thread: whoever runs us there handles signals
+        previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        while waiting or running:
+            for step in list(waiting):
+                alone = step.kind == "data" or config.jobs == 1
+                room = not running if alone else len(running) < config.jobs
+                if room and not unfinished.intersection(step.needs):
+                    waiting.remove(step)
+                    running.append(_Running(step, config))
+                    log(f"started {step.title}")
+            ended = [run for run in running if run.process.poll() is not None]
+            for run in ended:
+                running.remove(run)
+                run.finish(about)
+                unfinished.discard(run.step.folder)
+                log(f"finished {run.step.title}: {describe_remaining(steps, config.jobs)}")
+            if not ended:
+                time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        raise Stopped("stopped by Ctrl-C; start the same command again") from None
+    finally:
+        for run in running:
+            run.process.terminate()
+        for run in running:
+            run.process.wait()
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
