@@ -262,7 +262,8 @@ class StoredTower:
                 atexit.register(store.flush)
         return self._stores[dtype, size]
 
-    def __call__(self, pixel_values: Tensor) -> dict[str, Tensor]:
+    def __call__(self, pixel_values: Tensor, feature_mask: Tensor | None = None) -> dict[str, Tensor]:
+        # a mask only allows to leave features out, and what is stored serves images without a mask too
         if self.tower.training:  # a frozen one stays in eval mode
             raise ValueError(
                 "stored features are for a frozen tower, but this one trains: set parts.tower.train=false, or leave "

@@ -66,7 +66,6 @@ class TowerEncoder(VisionEncoder):
         return self.tower.feature_dims
 
     def grid(self) -> tuple[int, int]:
-        assert isinstance(self.tower, Florence2Tower)
         return self.tower.grid_size(self.preprocess.height, self.preprocess.width)
 
     def encode(self, pixel_values: Tensor) -> dict[str, Tensor]:
