@@ -51,6 +51,20 @@ def test_a_stored_tower_gives_the_towers_features_and_computes_each_picture_once
         assert torch.equal(second[name][:2], first[name][:2]), "read or computed, the same bits"
 
 
+def test_autocast_and_gradients_work_on_stored_features(tmp_path, pixels):
+    model, _ = tiny_model()
+    model.set_trainable(tower=False, projector=True, llm=False)
+    stored = store_features(model, tmp_path)
+    with torch.inference_mode():
+        model.get_image_features(pixels)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.get_image_features(pixels).last_hidden_state.float().sum().backward()
+        close(model)
+    assert stored.computed == 6, "what was computed in another data type is another feature"
+    assert model.model.multi_modal_projector.layers[0].weight.grad.abs().sum() > 0
+    model.get_image_features(pixels).last_hidden_state.sum().backward()
+
+
 def test_models_of_fewer_features_share_what_is_stored(tmp_path, pixels):
     model, _ = tiny_model()
     store_features(model, tmp_path)

@@ -185,12 +185,14 @@ def attribute(
 
         def score(kept: Sequence[str]) -> float:
             used = {name: (features if name in kept else blanks)[name] for name in features}
-            tokens_INH = inner.multi_modal_projector(inner.fusion(used))
+            tokens_INH = inner.project_features(used, size)
             encoded = FlorenceVLImageFeatures(last_hidden_state=tokens_INH, pooler_output=list(tokens_INH))
             output = model(input_ids=ids_1L, labels=labels_1L, mm_encoder_outputs={"image": encoded})
             return -float(output.loss) * count
 
         names = list(features)
+        height, width = sample.pixel_values.shape[-2:]
+        size = (height, width)
         whole = score(names)
         total = torch.stack(list(norms.values())).sum(0).clamp_min(1e-12)
         rows, columns = _grid(model, sample.pixel_values.shape[-2:], len(total))
@@ -242,11 +244,11 @@ def attribution_figure(image: Image.Image, attribution: Attribution) -> Any:
     """
     from matplotlib.figure import Figure
 
-    from florence_vl.analyze.plots import COLOURS
+    from florence_vl.analyze.plots import COLORS
 
     shown = image.copy()
     shown.thumbnail((384, 384))
-    grey = np.asarray(shown.convert("L").convert("RGB"))
+    gray = np.asarray(shown.convert("L").convert("RGB"))
     count = len(attribution.features)
     figure = Figure(figsize=(2.3 * (count + 1), 5.2), layout="constrained")
     halves: Any = figure.subfigures(2, 1, height_ratios=(1.15, 1))
@@ -261,7 +263,7 @@ def attribution_figure(image: Image.Image, attribution: Attribution) -> Any:
     extent = (0, shown.width, shown.height, 0)
     drawn = None
     for ax, feature in zip(axes[1:], attribution.features, strict=True):
-        ax.imshow(grey, extent=extent)
+        ax.imshow(gray, extent=extent)
         drawn = ax.imshow(
             feature.map_HW, extent=extent, cmap="inferno", alpha=0.65, vmin=low, vmax=top, interpolation="bilinear"
         )
@@ -275,7 +277,7 @@ def attribution_figure(image: Image.Image, attribution: Attribution) -> Any:
         (left, [f.norm for f in attribution.features], "norm through the projector's first layer"),
         (right, [f.drop for f in attribution.features], "log-likelihood of the answer lost without it (nats)"),
     ):
-        ax.barh(names[::-1], values[::-1], color=[COLOURS[i % len(COLOURS)] for i in range(count)][::-1])
+        ax.barh(names[::-1], values[::-1], color=[COLORS[i % len(COLORS)] for i in range(count)][::-1])
         ax.axvline(0, color="black", linewidth=0.6)
         ax.set_title(title, fontsize=8)
         ax.tick_params(labelsize=7)

@@ -219,12 +219,12 @@ def to_image_frame(picture: Image.Image, size: tuple[int, int], preprocess: Prep
 
 
 def overlay(image: Image.Image, pca: PCAMap, preprocess: Preprocess, strength: float = 0.6) -> Image.Image:
-    """The map laid over its image; the background shows the image in grey."""
+    """The map laid over its image; the background shows the image in gray."""
     colors = map_image(pca, image.size, preprocess, smooth=True)
     mask = Image.fromarray((pca.foreground * np.uint8(255)).astype(np.uint8)).convert("RGB")
     mask = to_image_frame(mask, image.size, preprocess, smooth=False).convert("L")
-    grey = image.convert("L").convert("RGB")
-    return Image.composite(Image.blend(image, colors, strength), grey, mask)
+    gray = image.convert("L").convert("RGB")
+    return Image.composite(Image.blend(image, colors, strength), gray, mask)
 
 
 def encoder_maps(

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from florence_vl.analyze.bill import BillRow
 from florence_vl.analyze.compare import AlignmentComparison, Row
 from florence_vl.statistics import interval
+from florence_vl.analyze.headroom import Headroom
 from florence_vl.files import atomic_file, write_text
 
 # Okabe and Ito's colors, told apart by readers with any color vision; line styles repeat them.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")
 STYLES = ("-", "--", "-.", ":")
 
 
@@ -45,7 +47,7 @@ def curves(rows: Sequence[Row], chance: float, title: str = "") -> Any:
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.subplots()
     for index, row in enumerate(rows):
-        color, style = COLOURS[index % len(COLOURS)], STYLES[index // len(COLOURS) % len(STYLES)]
+        color, style = COLORS[index % len(COLORS)], STYLES[index // len(COLORS) % len(STYLES)]
         steps = row.runs[0].steps
         held = [interval(values) for values in zip(*(run.heldout_loss for run in row.runs), strict=True)]
         train = [interval(values).mean for values in zip(*(run.train_loss for run in row.runs), strict=True)]
@@ -54,8 +56,8 @@ def curves(rows: Sequence[Row], chance: float, title: str = "") -> Any:
         if held[0].half is not None:
             axes.fill_between(steps, [i.low for i in held], [i.high for i in held], color=color, alpha=0.1, linewidth=0)
         axes.plot(steps, train, color=color, linestyle=style, linewidth=0.7, alpha=0.6)
-    axes.axhline(chance, color="grey", linewidth=0.8, linestyle=":")
-    axes.annotate("guessing", (0, chance), fontsize=7, color="grey", va="bottom")
+    axes.axhline(chance, color="gray", linewidth=0.8, linestyle=":")
+    axes.annotate("guessing", (0, chance), fontsize=7, color="gray", va="bottom")
     axes.set_xlabel("step")
     axes.set_ylabel("alignment loss (thick: held-out, thin: training pairs)")
     axes.legend(fontsize=7, title="held-out loss at the chosen step", title_fontsize=7)
@@ -124,3 +126,52 @@ def write_comparison(comparison: AlignmentComparison, folder: Path, command: str
         equal = f"{title}, {width} channels each ({comparison.equal_width[0].width_control})"
         written += save_figure(curves(comparison.equal_width, comparison.chance, equal), folder / f"{name}_equal_width")
     return written
+
+
+def headroom_figure(found: Headroom) -> Any:
+    """Accuracy and likelihood of every fixed option against its FLOPs, with the oracles; a matplotlib `Figure`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes: Any = figure.subplots(1, 2)
+    split = [choice for choice in found.choices if "question" not in choice.name]
+    for ax, name, label in ((axes[0], "accuracy", "right answers, %"), (axes[1], "nll", "nats a right answer")):
+        scale = 100 if name == "accuracy" else 1
+        for group, color, marker, text in (
+            (found.options, COLORS[0], "o", "fixed option"),
+            (split, COLORS[1], "D", "chosen on the other half"),
+        ):
+            means = [scale * getattr(choice, name).mean for choice in group]
+            halves = [scale * (getattr(choice, name).half or 0) for choice in group]
+            flops = [choice.flops / 1e9 for choice in group]
+            ax.errorbar(flops, means, yerr=halves, fmt=marker, color=color, label=text, markersize=4, linewidth=0.7)
+        ax.set_xlabel("GFLOPs of tower and prefill")
+        ax.set_ylabel(label)
+        ax.grid(alpha=0.2)
+    axes[0].legend(fontsize=7)
+    return figure
+
+
+def bill_figure(rows: Sequence[BillRow]) -> Any:
+    """Accuracy against FLOPs and latency, the front drawn through; a matplotlib `Figure`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    axes: Any = figure.subplots(1, 2, sharey=True)
+    for ax, costs, label in (
+        (axes[0], [row.choice.flops / 1e9 for row in rows], "GFLOPs of tower and prefill"),
+        (axes[1], [1000 * row.latency for row in rows], "ms to the first token"),
+    ):
+        accuracy = [100 * row.choice.accuracy.mean for row in rows]
+        halves = [100 * (row.choice.accuracy.half or 0) for row in rows]
+        ax.errorbar(costs, accuracy, yerr=halves, fmt="o", color=COLORS[0], markersize=4, linewidth=0.7)
+        for cost, height, row in zip(costs, accuracy, rows, strict=True):
+            ax.annotate(row.choice.name, (cost, height), fontsize=5, xytext=(3, 3), textcoords="offset points")
+        ax.set_xlabel(label)
+        ax.grid(alpha=0.2)
+    front = [row for row in rows if row.on_front]
+    axes[0].plot(
+        [row.choice.flops / 1e9 for row in front], [100 * row.choice.accuracy.mean for row in front], color=COLORS[1]
+    )
+    axes[0].set_ylabel("right answers, %")
+    return figure

@@ -167,12 +167,91 @@ def ablation_section(record: dict[str, Any], folder: Path) -> Section:
     )
 
 
+def headroom_tables(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Title, header and cells of each table of `florence-vl analyze headroom`."""
+    header = ["option", "right %", "difference %", "nats", "nats won", "GFLOPs", "of the full"]
+    whole = record["options"][0]["flops"]
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        first = row is record["options"][0]
+        differences = ("", "") if first else (_interval(row["gain_accuracy"], 1, 100), _interval(row["gain_nll"], 3))
+        scores = [_interval(row["accuracy"], 1, 100), differences[0], _interval(row["nll"], 3), differences[1]]
+        return [row["name"], *scores, f"{row['flops'] / 1e9:.2f}", f"{row['flops'] / whole:.0%}"]
+
+    asked = f"{record['questions']} questions on {record['pictures']} pictures"
+    groups = [
+        [name, str(group["questions"]), group["option"], _interval(group["gain_nll"], 3)]
+        for name, group in record["by_group"].items()
+    ]
+    return [
+        {"title": f"Fixed options, {asked}", "header": header, "cells": [cells(row) for row in record["options"]]},
+        {"title": "Chosen by question", "header": header, "cells": [cells(row) for row in record["choices"]]},
+        {
+            "title": "By skill",
+            "header": ["skill", "questions", "option that the other half chooses", "nats won"],
+            "cells": groups,
+        },
+    ]
+
+
+def headroom_section(record: dict[str, Any], folder: Path) -> Section:
+    """Tables and figure of `florence-vl analyze headroom`."""
+    return Section(
+        title="What a choice by question could win",
+        text=(
+            "Features that an option leaves out are replaced by their mean; nothing is trained. Right: the greedy "
+            "answer is the right one, token for token. Nats: negative log-likelihood of the right answer. Intervals "
+            "(95 %) are over pictures, differences to the full model paired by question."
+        ),
+        command=record.get("command", ""),
+        notes=[f"The cheapest option not told apart from the full model by right answers: {record['cheapest_equal']}."],
+        tables=[
+            ReportTable(t["title"], t["header"], [TableRow(cells) for cells in t["cells"]])
+            for t in headroom_tables(record)
+        ],
+        figures=[picture(folder / "headroom.png", "accuracy and likelihood by cost")],
+    )
+
+
+def bill_table(record: dict[str, Any]) -> dict[str, Any]:
+    """Title, header and cells of the table of `florence-vl analyze bill`."""
+    cells = [
+        [
+            row["name"],
+            _interval(row["accuracy"], 1, 100),
+            _interval(row["gain_accuracy"], 1, 100),
+            f"{row['flops'] / 1e9:.2f}",
+            f"{1000 * row['latency']:.0f}",
+            "yes" if row["on_front"] else "",
+        ]
+        for row in record["rows"]
+    ]
+    header = ["option", "right %", "difference to the full model", "GFLOPs", "ms to the first token", "on the front"]
+    title = f"The vision bill, {record['questions']} questions on {record['pictures']} pictures, {record['device']}"
+    return {"title": title, "header": header, "cells": cells}
+
+
+def bill_section(record: dict[str, Any], folder: Path) -> Section:
+    """Table and figure of `florence-vl analyze bill`."""
+    table = bill_table(record)
+    return Section(
+        title="The vision bill",
+        text="Accuracy against its cost: FLOPs of tower and prefill of one question, and time to the first token.",
+        command=record.get("command", ""),
+        notes=[],
+        tables=[ReportTable(table["title"], table["header"], [TableRow(cells) for cells in table["cells"]])],
+        figures=[picture(folder / "bill.png", "accuracy by cost")],
+    )
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any], Path], Section]] = {
     "alignment": alignment_section,
     "feature_ablation": alignment_section,
     "pca": pca_section,
     "attribution": attribution_section,
     "ablation": ablation_section,
+    "headroom": headroom_section,
+    "bill": bill_section,
 }
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from florence_vl.analyze.encoders import EncoderSpec, VisionEncoder
+    from florence_vl.analyze.options import Measurement
 
 app = typer.Typer(
     help="Alignment loss, PCA pictures, attribution: choose encoder, features and fusion by measurement.",
@@ -30,6 +31,10 @@ app = typer.Typer(
   florence-vl analyze pca photo.jpg --encoder florence2_mini dinov2_small_focus@448 --out runs/pca
 
   florence-vl analyze attribution --model runs/demo/model --image photo.jpg --question "What is shown?"
+
+  florence-vl analyze headroom --model mini --suite mini --limit 100 --out runs/headroom
+
+  florence-vl analyze bill --model mini --suite mini --size 128 256 --limit 100 --out runs/bill
 
   florence-vl analyze report runs""",
 )
@@ -270,6 +275,122 @@ def attribution_command(
         print_table(title, header, [*cells, ["(no image)", "", "", "", f"{result.without_image:+.3f}"]])
     write_text(out / "attribution.json", json.dumps(record, indent=1) + "\n")
     say(f"wrote {out}")
+
+
+MODEL_HELP = "Folder or hub name of a trained Florence-VL, or mini."
+SUITE_HELP = "Suites and benchmarks with commas; those whose questions have one picture and an answer in text."
+SIZE_HELP = "Pixels a side; several for several. The model's own by default."
+SUBSETS_HELP = "Subsets of the features: all, leave-one-out (and each alone), or none."
+OUT_HELP = "Folder for the figure (PNG, SVG) and the numbers (JSON)."
+LIMIT_HELP = "About that many questions of each benchmark."
+
+
+@app.command("headroom", cls=SeveralValues)
+def headroom_command(
+    model: str = typer.Option(..., "--model", "-m", help=MODEL_HELP),
+    suite: str = typer.Option("mini", "--suite", "-s", help=SUITE_HELP),
+    out: Path = typer.Option(
+        Path("headroom"), "--out", help="Folder for the figure (PNG, SVG) and the numbers (JSON)."
+    ),
+    sizes: list[int] = typer.Option(None, "--size", help=SIZE_HELP),
+    subsets: str = typer.Option("all", "--subsets", help=SUBSETS_HELP),
+    limit: int | None = typer.Option(None, "--limit", "-n", min=1, help=LIMIT_HELP),
+    data: Path | None = typer.Option(None, "--data", "-d", help="Folder with the benchmarks' parquet files."),
+    splits: int = typer.Option(20, "--splits", min=1, help="Random halves that options are chosen on."),
+    seed: int = typer.Option(0, "--seed", help="Of the sample that --limit draws, and of the halves."),
+    device: str = typer.Option("auto", "--device", help="cpu, cuda, cuda:1, mps or auto."),
+    dtype: str = typer.Option("auto", "--dtype", help="auto, float32, bfloat16, float16."),
+) -> None:
+    """What a choice of features and size by question could win, before anything is trained for it.
+
+    The likelihood of the right answer, and whether the greedy answer is it, for every subset of the features.
+    """
+    from florence_vl.analyze.headroom import headroom
+    from florence_vl.analyze.plots import headroom_figure, save_figure
+    from florence_vl.analyze.report import headroom_tables
+
+    measured = _measured(model, suite, sizes, subsets, limit, data, seed, device, dtype)[2]
+    found = headroom(measured, splits, seed)
+    record = {"type": "headroom", "command": called(), "skipped": dict(measured.skipped), **found.to_dict()}
+    write_text(out / "headroom.json", json.dumps(record, indent=1) + "\n")
+    files = save_figure(headroom_figure(found), out / "headroom")
+    for table in headroom_tables(record):
+        print_table(table["title"], table["header"], table["cells"])
+    say(f"wrote {out / 'headroom.json'}, " + ", ".join(map(str, files)))
+
+
+@app.command("bill", cls=SeveralValues)
+def bill_command(
+    model: str = typer.Option(..., "--model", "-m", help=MODEL_HELP),
+    suite: str = typer.Option("mini", "--suite", "-s", help=SUITE_HELP),
+    out: Path = typer.Option(Path("bill"), "--out", help=OUT_HELP),
+    sizes: list[int] = typer.Option(None, "--size", help=SIZE_HELP),
+    subsets: str = typer.Option("leave-one-out", "--subsets", help=SUBSETS_HELP),
+    limit: int | None = typer.Option(None, "--limit", "-n", min=1, help=LIMIT_HELP),
+    data: Path | None = typer.Option(None, "--data", "-d", help="Folder with the benchmarks' parquet files."),
+    rounds: int = typer.Option(5, "--rounds", min=1, help="Times that each option's latency is measured."),
+    seed: int = typer.Option(0, "--seed", help="Of the sample that --limit draws."),
+    device: str = typer.Option("auto", "--device", help="cpu, cuda, cuda:1, mps or auto."),
+    dtype: str = typer.Option("auto", "--dtype", help="auto, float32, bfloat16, float16."),
+) -> None:
+    """What accuracy costs: FLOPs of tower and prefill, and time to the first token, by size and features."""
+    from florence_vl.analyze.bill import bill, time_options
+    from florence_vl.analyze.plots import bill_figure, save_figure
+    from florence_vl.analyze.report import bill_table
+
+    loaded, processor, measured = _measured(model, suite, sizes, subsets, limit, data, seed, device, dtype)
+    latencies = time_options(loaded, processor, measured.options, measured.tokens_O, rounds, _every("latency: round"))
+    rows = bill(measured, latencies)
+    record = {
+        "type": "bill",
+        "command": called(),
+        "device": str(loaded.device),
+        "questions": len(measured.groups),
+        "pictures": len(set(measured.pictures)),
+        "skipped": dict(measured.skipped),
+        "rows": [row.to_dict() for row in rows],
+    }
+    write_text(out / "bill.json", json.dumps(record, indent=1) + "\n")
+    files = save_figure(bill_figure(rows), out / "bill")
+    table = bill_table(record)
+    print_table(table["title"], table["header"], table["cells"])
+    say(f"wrote {out / 'bill.json'}, " + ", ".join(map(str, files)))
+
+
+def _measured(
+    model: str,
+    suite: str,
+    sizes: list[int] | None,
+    subsets: str,
+    limit: int | None,
+    data: Path | None,
+    seed: int,
+    device: str,
+    dtype: str,
+) -> tuple[Any, Any, Measurement]:
+    from florence_vl.analyze.options import make_options, measure
+    from florence_vl.evaluate.runner import plan
+    from florence_vl.evaluate.suites import choose, data_folder
+    from florence_vl.model.loading import load_model
+
+    made = plan(choose(suite), lambda benchmark: benchmark.questions(data_folder(benchmark, data)), limit, seed)
+    loaded, processor = load_model(model, device, dtype)
+    options = make_options(loaded.config.features, sizes or [processor.image_processor.size["height"]], subsets)
+    questions = [question for asked in made.questions.values() for question in asked]
+    say(f"{len(questions)} questions, {len(options)} options")
+    return loaded, processor, measure(loaded, processor, questions, options, _every("question"))
+
+
+def _every(what: str, share: float = 0.1) -> Callable[[int, int], None]:
+    """Says where a long loop is, ten times at most."""
+    told = [0.0]
+
+    def tell(done: int, total: int) -> None:
+        if done / total >= told[0] + share or done == total:
+            told[0] = done / total
+            say(f"{what} {done} of {total}")
+
+    return tell
 
 
 @app.command("report")

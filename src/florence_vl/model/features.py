@@ -164,7 +164,7 @@ class FeatureStore:
         if not self._pending:
             return
         names = list(self._pending[0][1])
-        tables = {f"feature.{n}": torch.stack([row[n] for _, row in self._pending]) for n in names}
+        tables = {f"feature.{n}": _stack([row[n] for _, row in self._pending]) for n in names}
         keys = torch.tensor([list(key) for key, _ in self._pending], dtype=torch.uint8)
         path = self.folder / f"{uuid.uuid4().hex}.safetensors"
         self._pending, self._pending_rows, self._pending_bytes = [], {}, 0
@@ -196,7 +196,7 @@ class FeatureStore:
             if place is None:
                 raise KeyError(f"{name} of {key.hex()} is not in {self.folder}")
             found.append(self._table(place >> 32, name)[place & 0xFFFFFFFF])
-        return torch.stack(found) if found else torch.empty(0, dtype=self.dtype)
+        return _stack(found) if found else torch.empty(0, dtype=self.dtype)
 
     def matrix(self, keys: Sequence[bytes], names: Sequence[str]) -> Tensor:
         """Vectors of the named features side by side: (n, sum of D), for features of one dimension.
@@ -205,6 +205,14 @@ class FeatureStore:
             KeyError: A key is not there.
         """
         return torch.cat([self.rows(keys, name) for name in names], dim=1) if keys else torch.empty(0, 0)
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """`torch.stack`, which autocast on a CPU refuses for float16."""
+    result = torch.empty((len(tensors), *tensors[0].shape), dtype=tensors[0].dtype)
+    for row, tensor in zip(result, tensors, strict=True):
+        row.copy_(tensor)
+    return result
 
 
 def feature_identity(tower: VisionTower, name: str) -> dict[str, Any]:
@@ -217,7 +225,7 @@ def feature_identity(tower: VisionTower, name: str) -> dict[str, Any]:
     identity: dict[str, Any] = {"feature": name, "mean_token": config.mean_token}
     parts: list[nn.Module] = [tower]
     if isinstance(tower, Florence2Tower):
-        identity["positions"] = config.positions
+        identity |= {"positions": config.positions, "trained_grid": config.position_grid}
         parts = [tower.davit, tower.image_projector]
         if name != DAVIT:
             assert tower.encoder is not None
@@ -246,7 +254,6 @@ class StoredTower:
         self.tower, self.root = tower, root
         self.compute: Callable[[Tensor], dict[str, Tensor]] = tower.forward
         self.computed = 0
-        self._identities = {name: feature_identity(tower, name) for name in tower.feature_names}
         self._stores: dict[tuple[Any, ...], dict[str, FeatureStore]] = {}
 
     def stores(self, pixel_values: Tensor) -> dict[str, FeatureStore]:
@@ -254,13 +261,17 @@ class StoredTower:
         kind = pixel_values.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else pixel_values.dtype
         size = tuple(pixel_values.shape[-2:])
-        if (dtype, size) not in self._stores:
+        config: Any = self.tower.config
+        key = (dtype, size, config.positions, config.position_grid)
+        if key not in self._stores:
             about = {"size": list(size), "dtype": str(dtype).removeprefix("torch.")}
-            made = {n: FeatureStore({**i, **about}, self.root, torch.float16) for n, i in self._identities.items()}
-            self._stores[dtype, size] = made
-            for store in made.values():
+            self._stores[key] = {
+                name: FeatureStore({**feature_identity(self.tower, name), **about}, self.root, torch.float16)
+                for name in self.tower.feature_names
+            }
+            for store in self._stores[key].values():
                 atexit.register(store.flush)
-        return self._stores[dtype, size]
+        return self._stores[key]
 
     def __call__(self, pixel_values: Tensor, feature_mask: Tensor | None = None) -> dict[str, Tensor]:
         # a mask only allows to leave features out, and what is stored serves images without a mask too

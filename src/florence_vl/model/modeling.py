@@ -7,7 +7,7 @@ H width of the LLM, K supervised positions, X vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -206,14 +206,26 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         features = self.vision_tower(pixel_values, feature_mask)
         if feature_mask is not None and self.feature_fill is not None:
             features = self.feature_fill(features, feature_mask)
+        height, width = pixel_values.shape[-2:]
+        return self.project_features(features, (height, width), context), features
+
+    def project_features(
+        self, features: Mapping[str, Tensor], size: tuple[int, int], context: Tensor | None = None
+    ) -> Tensor:
+        """Merge, fusion and projector: the tower's features by name, (I, N, D) each -> (I, N', H).
+
+        Args:
+            features: As the tower gives them; a feature that was replaced keeps its shape.
+            size: Height and width of the images in pixels.
+            context: (I, H), see `question_context`.
+        """
         merge = self.config.merge
-        merged = features
+        merged = dict(features)
         if merge > 1:
-            height, width = pixel_values.shape[-2:]
-            self.num_image_tokens(height, width)
-            grid = self.vision_tower.grid_size(height, width)
+            self.num_image_tokens(*size)
+            grid = self.vision_tower.grid_size(*size)
             merged = {name: merge_tokens(x_BND, grid, merge) for name, x_BND in features.items()}
-        return self.multi_modal_projector(self.fusion(merged, context)), features
+        return self.multi_modal_projector(self.fusion(merged, context))
 
     def part_modules(self, part: Part) -> list[nn.Module]:
         """Modules of a part: `tower`, `projector` (with the fusion) or `llm`."""

@@ -1,0 +1,119 @@
+"""The vision bill: what accuracy costs, in FLOPs of tower and prefill and in time to the first token."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from florence_vl.analyze.headroom import Choice, headroom
+from florence_vl.analyze.options import Measurement, Option
+
+if TYPE_CHECKING:
+    from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+    from florence_vl.model.processing import FlorenceVLProcessor
+
+
+@dataclass(frozen=True)
+class BillRow:
+    """What an option costs and gives.
+
+    Attributes:
+        choice: Its scores and FLOPs.
+        latency: Median seconds of tower, fusion, projector and prefill for one question, this option and the others
+            taken in turn.
+        on_front: Whether no other option has as good an accuracy for fewer FLOPs.
+    """
+
+    choice: Choice
+    latency: float
+    on_front: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types."""
+        return {**self.choice.to_dict(), "latency": self.latency, "on_front": self.on_front}
+
+
+@torch.inference_mode()
+def time_options(
+    model: FlorenceVLForConditionalGeneration,
+    processor: FlorenceVLProcessor,
+    options: Sequence[Option],
+    tokens_O: Sequence[float],
+    rounds: int = 5,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[float]:
+    """Median seconds from pixels to the first token's logits, for each option.
+
+    Features that an option leaves out are not computed.
+
+    Args:
+        model: In eval mode; its resolution changes in place.
+        processor: Its processor; likewise.
+        options: The options.
+        tokens_O: Tokens of a prompt of each option, image tokens included.
+        rounds: Times that each option is measured, in turn with the others, after one that is not counted.
+        progress: Called with the number of rounds done, and of all.
+    """
+    from florence_vl.model.modeling import FlorenceVLImageFeatures
+    from florence_vl.model.resolution import set_resolution
+
+    found: list[list[float]] = [[] for _ in options]
+    names = model.config.features
+    dims = model.model.vision_tower.feature_dims
+    size = None
+    for turn in range(rounds + 1):
+        for index, option in enumerate(options):
+            if option.size != size:
+                set_resolution(model, processor, image_size=option.size)
+                size = option.size
+            height, width = processor.image_processor.output_size(size, size)
+            pixels = torch.randn(1, 3, height, width, dtype=model.dtype, device=model.device)
+            mask_1F = torch.tensor([[int(name in option.features) for name in names]], device=model.device)
+            count = model.num_image_tokens(height, width)
+            text = max(1, round(tokens_O[index]) - count)
+            ids_1L = torch.zeros(1, count + text, dtype=torch.long, device=model.device)
+            ids_1L[:, :count] = model.config.image_token_id
+            _synchronize(model)
+            began = time.perf_counter()
+            features = model.model.vision_tower(pixels, None if option.all_features else mask_1F)
+            features = {
+                name: x if name in option.features else torch.zeros(1, 1, dims[name]).to(x).expand_as(x)
+                for name, x in features.items()
+            }
+            context = None
+            if model.model.fusion.uses_context:
+                context = model.get_input_embeddings()(ids_1L[:, :1])[:, 0]
+            tokens_1NH = model.model.project_features(features, (height, width), context)
+            encoded = FlorenceVLImageFeatures(pooler_output=list(tokens_1NH))
+            model(input_ids=ids_1L, mm_encoder_outputs={"image": encoded}, logits_to_keep=1)
+            _synchronize(model)
+            if turn:
+                found[index].append(time.perf_counter() - began)
+        if progress is not None:
+            progress(turn + 1, rounds + 1)
+    return [statistics.median(times) for times in found]
+
+
+def _synchronize(model: FlorenceVLForConditionalGeneration) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+
+
+def bill(measured: Measurement, latencies: Sequence[float]) -> list[BillRow]:
+    """The bill of a measurement, cheapest first.
+
+    Args:
+        measured: The measurement.
+        latencies: Of each option, from `time_options`.
+    """
+    choices = headroom(measured).options
+    rows = []
+    for choice, latency in zip(choices, latencies, strict=True):
+        better = [o for o in choices if o.accuracy.mean >= choice.accuracy.mean and o.flops < choice.flops]
+        rows.append(BillRow(choice, latency, not better))
+    return sorted(rows, key=lambda row: row.choice.flops)

@@ -1,0 +1,163 @@
+"""How much a choice of size and features could win if it listened to the question, before anything is trained for it.
+
+The best fixed option and an oracle are both chosen on one half of the pictures and scored on the other, so that neither
+profits from noise: the oracle takes the best option of each group of questions (its skill). What it wins is what a
+router that knows the kind of question can win; the best option of each single question is an upper bound that no router
+reaches, as it is chosen by the answer itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from florence_vl.analyze.options import Measurement, cluster_mean
+from florence_vl.statistics import Interval
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a way of choosing options scores on questions that it was not chosen by.
+
+    Attributes:
+        name: The way.
+        nll: Negative log-likelihood of the right answer, nats a question.
+        accuracy: Share of right greedy answers.
+        flops: Mean FLOPs of tower, projector and prefill.
+        gain_nll: NLL of the full model minus its own, paired by question: positive is better.
+        gain_accuracy: Its accuracy minus the full model's, paired by question.
+    """
+
+    name: str
+    nll: Interval
+    accuracy: Interval
+    flops: float
+    gain_nll: Interval
+    gain_accuracy: Interval
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Headroom:
+    """The report.
+
+    Attributes:
+        options: Every option as a fixed choice; the first is the full model.
+        choices: The best fixed option and the oracles.
+        by_group: Group -> (number of questions, option that the oracle takes most often, its gain in NLL there).
+        questions: Number of questions.
+        pictures: Number of pictures.
+    """
+
+    options: list[Choice]
+    choices: list[Choice]
+    by_group: dict[str, tuple[int, str, Interval]]
+    questions: int
+    pictures: int
+
+    @property
+    def cheapest_equal(self) -> Choice:
+        """The cheapest fixed option whose accuracy is not told apart from the full model's, or is better."""
+        fitting = [o for o in self.options if o.gain_accuracy.high >= 0]
+        return min(fitting, key=lambda option: option.flops)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types."""
+        return {
+            "questions": self.questions,
+            "pictures": self.pictures,
+            "options": [option.to_dict() for option in self.options],
+            "choices": [choice.to_dict() for choice in self.choices],
+            "by_group": {
+                group: {"questions": n, "option": name, "gain_nll": asdict(gain)}
+                for group, (n, name, gain) in self.by_group.items()
+            },
+            "cheapest_equal": self.cheapest_equal.name,
+        }
+
+
+def choose_by_halves(
+    measured: Measurement, keys: list[str] | None, splits: int = 20, seed: int = 0, criterion: str = "nll"
+) -> np.ndarray:
+    """How often each option is chosen for each question by data that does not hold its picture, (Q, O), rows sum to 1.
+
+    Args:
+        measured: The measurement.
+        keys: Group of each question: an option is chosen for each; None chooses one for all.
+        splits: Random splits of the pictures in two halves, each half choosing for the other.
+        seed: Of the splits.
+        criterion: `nll`, or `accuracy`, where NLL breaks ties.
+    """
+    pictures = sorted(set(measured.pictures))
+    index = np.array([pictures.index(picture) for picture in measured.pictures])
+    groups = np.array(keys if keys is not None else [""] * len(index))
+    cost_QO = measured.nll_QO if criterion == "nll" else 1e-6 * measured.nll_QO - measured.right_QO
+    share_QO = np.zeros(cost_QO.shape)
+    generator = np.random.default_rng(seed)
+    for _ in range(splits):
+        half_Q = generator.permutation(len(pictures))[index] % 2 == 0
+        for side in (half_Q, ~half_Q):
+            everywhere = cost_QO[side].mean(0)
+            for group in np.unique(groups):
+                here = side & (groups == group)
+                # a group that this half does not hold is chosen for as the average question
+                best = int(np.argmin(cost_QO[here].mean(0) if here.any() else everywhere))
+                share_QO[~side & (groups == group), best] += 1 / splits
+    return share_QO
+
+
+def headroom(measured: Measurement, splits: int = 20, seed: int = 0) -> Headroom:
+    """The report of a measurement.
+
+    Args:
+        measured: The measurement; its first option is the full model.
+        splits: Random splits of the pictures.
+        seed: Of the splits.
+
+    Raises:
+        ValueError: Fewer than four pictures, so that halves say nothing.
+    """
+    pictures = len(set(measured.pictures))
+    if pictures < 4:
+        raise ValueError(f"questions about {pictures} pictures: two halves need at least 4; raise --limit")
+    count = len(measured.options)
+    eye = np.eye(count)
+
+    def choice(name: str, share_QO: np.ndarray) -> Choice:
+        nll_Q = (share_QO * measured.nll_QO).sum(1)
+        right_Q = (share_QO * measured.right_QO).sum(1)
+        return Choice(
+            name,
+            measured.by_picture(nll_Q),
+            measured.by_picture(right_Q),
+            float((share_QO * measured.flops_O).sum(1).mean()),
+            measured.by_picture(measured.nll_QO[:, 0] - nll_Q),
+            measured.by_picture(right_Q - measured.right_QO[:, 0]),
+        )
+
+    shape = (len(measured.groups), 1)
+    options = [choice(option.name, np.tile(eye[i], shape)) for i, option in enumerate(measured.options)]
+    oracle_QO = choose_by_halves(measured, measured.groups, splits, seed)
+    choices = [
+        choice("best fixed option, chosen on the other half", choose_by_halves(measured, None, splits, seed)),
+        choice("best option of each skill, chosen on the other half", oracle_QO),
+        choice(
+            "best option of each skill by accuracy, chosen on the other half",
+            choose_by_halves(measured, measured.groups, splits, seed, "accuracy"),
+        ),
+        choice("random option", np.full(oracle_QO.shape, 1 / count)),
+        choice("best option of each question (chosen by its own answer: a bound)", eye[measured.nll_QO.argmin(1)]),
+    ]
+    gain_Q = measured.nll_QO[:, 0] - (oracle_QO * measured.nll_QO).sum(1)
+    by_group = {}
+    for group in sorted(set(measured.groups)):
+        here = np.array([g == group for g in measured.groups])
+        taken = measured.options[int(oracle_QO[here].sum(0).argmax())].name
+        own = [picture for picture, inside in zip(measured.pictures, here, strict=True) if inside]
+        by_group[group] = (int(here.sum()), taken, cluster_mean(gain_Q[here], own))
+    return Headroom(options, choices, by_group, len(measured.groups), pictures)
