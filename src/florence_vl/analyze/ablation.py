@@ -18,7 +18,6 @@ import yaml
 
 from florence_vl.model.features import identity_digest
 from florence_vl.registry import did_you_mean
-from florence_vl.statistics import Interval, interval, paired
 
 STAGES = ("pretrain", "finetune")
 

@@ -283,7 +283,7 @@ def prefill_flops(
     tower = whole.tower_per_image
     if model.config.tower == "florence2" and set(features) != set(model.config.features):
         config = copy.deepcopy(model.config)
-        config.views, config.fusion, config.fusion_options = None, "channel", {}
+        config.views, config.fusion, config.gate = None, "channel", None
         config.features = [name for name in model.config.features if name in features or name == DAVIT]
         tower = count_flops(config, height, width).tower_per_image
     return tower + whole.projector_per_image + whole.llm_per_token * tokens + whole.attention_per_pair * tokens**2

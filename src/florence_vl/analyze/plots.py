@@ -11,9 +11,9 @@ from typing import Any
 
 from florence_vl.analyze.bill import BillRow
 from florence_vl.analyze.compare import AlignmentComparison, Row
-from florence_vl.statistics import interval
 from florence_vl.analyze.headroom import Headroom
 from florence_vl.files import atomic_file, write_text
+from florence_vl.statistics import interval
 
 # Okabe and Ito's colors, told apart by readers with any color vision; line styles repeat them.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")

@@ -11,8 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from florence_vl.statistics import Interval
 from florence_vl.files import write_text
+from florence_vl.statistics import Interval
 
 
 @dataclass

@@ -174,7 +174,10 @@ def count_flops(config: FlorenceVLConfig, height: int, width: int) -> ModelFlops
     tower = counter.get_total_flops()
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        model.model.multi_modal_projector(model.model.fusion(features))
+        context = None
+        if model.model.fusion.uses_context:
+            context = torch.empty(1, config.get_text_config().hidden_size, device="meta")
+        model.model.project_features(features, (height, width), context)
     text = config.get_text_config()
     llm = model.model.language_model
     linear = sum(2 * m.in_features * m.out_features for m in llm.modules() if isinstance(m, nn.Linear))

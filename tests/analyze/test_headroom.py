@@ -1,0 +1,177 @@
+"""Headroom and bill: likelihoods are the model's own, and choices never see what they are scored on."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from florence_vl.analyze.bill import bill, time_options
+from florence_vl.analyze.headroom import choose_by_halves, headroom
+from florence_vl.analyze.options import Measurement, Option, answer_of, cluster_mean, make_options, measure
+from florence_vl.evaluate.question import IMAGE, BytesPicture, Question
+from florence_vl.model.tiny import tiny_model, tiny_processor
+
+
+def question(number: int, picture: int, prompt: str, answer: str, **reference) -> Question:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), (40 * picture, 100, 255 - 40 * picture)).save(file, "PNG")
+    return Question(
+        str(number), "tiny", (IMAGE, prompt), (BytesPicture(file.getvalue()),), {"answer": answer, **reference}
+    )
+
+
+@pytest.fixture(scope="module")
+def asked():
+    return [
+        question(i, i % 4, "what is it?" if i % 2 else "what color?", "a car" if i % 2 else "blue", skill=f"s{i % 2}")
+        for i in range(8)
+    ]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    torch.manual_seed(0)
+    model, _ = tiny_model()
+    return model.eval(), tiny_processor(model.config)
+
+
+def test_options_are_subsets_by_size():
+    options = make_options(["davit", "ocr"], [64, 128])
+    assert [o.name for o in options] == [
+        "128 px, all", "128 px, davit", "128 px, ocr", "64 px, all", "64 px, davit", "64 px, ocr",
+    ]  # fmt: skip
+    assert len(make_options(list("abcd"), [1])) == 15
+    assert len(make_options(list("abcd"), [1], "leave-one-out")) == 9
+    with pytest.raises(ValueError, match="each once"):
+        make_options(["a"], [64, 64])
+    with pytest.raises(ValueError, match="leave-one-out"):
+        make_options(["a"], [64], "some")
+
+
+def test_the_full_option_is_the_models_own_likelihood(loaded, asked):
+    model, processor = loaded
+    options = make_options(model.config.features, [64], "leave-one-out")
+    measured = measure(model, processor, asked, options)
+    ordered = sorted(asked, key=lambda q: q.picture_key)
+    for row in (0, 5):
+        one = ordered[row]
+        messages = [
+            {"role": "user", "content": one.content()},
+            {"role": "assistant", "content": [{"type": "text", "text": answer_of(one)}]},
+        ]
+        from florence_vl.data.encode import RecordEncoder
+        from florence_vl.data.records import Record
+
+        sample = RecordEncoder(processor)(Record("r", "s", messages, [one.images[0].read()]))
+        with torch.no_grad():
+            loss = model(
+                input_ids=sample.input_ids[None], labels=sample.labels[None], pixel_values=sample.pixel_values
+            ).loss
+        assert measured.nll_QO[row, 0] == pytest.approx(float(loss) * sample.num_supervised, rel=1e-4)
+    assert not np.allclose(measured.nll_QO[:, 0], measured.nll_QO[:, 1]), "leaving a feature out changes something"
+    assert measured.groups == [q.reference["skill"] for q in ordered]
+    assert (measured.flops_O[1:] <= measured.flops_O[0]).all()
+    assert measured.flops_O[options.index(Option(64, ("davit",)))] == measured.flops_O.min()
+
+
+def test_questions_that_cannot_be_scored_are_counted(loaded, asked):
+    model, processor = loaded
+    two = Question("x", "tiny", (IMAGE, IMAGE, "same?"), asked[0].images * 2, {"answer": "no"})
+    mute = Question("y", "tiny", (IMAGE, "what?"), asked[0].images, {"answers": []})
+    options = make_options(model.config.features, [64], "none")
+    measured = measure(model, processor, [asked[0], two, mute], options)
+    assert measured.skipped == {"not exactly one picture": 1, "no right answer in text": 1}
+    assert len(measured.groups) == 1
+    with pytest.raises(ValueError, match="no question has one picture"):
+        measure(model, processor, [two], options)
+
+
+def made(nll_QO: np.ndarray, groups: list[str], pictures: list[str]) -> Measurement:
+    options = [Option(64, (str(i),)) for i in range(nll_QO.shape[1])]
+    flops_O = np.arange(nll_QO.shape[1], 0, -1) * 1e9
+    return Measurement(options, nll_QO, nll_QO < 1, groups, pictures, flops_O, np.full(nll_QO.shape[1], 10.0))
+
+
+def test_noise_gives_the_oracle_nothing_and_a_real_difference_is_found():
+    rng = np.random.default_rng(0)
+    groups = [f"g{i % 2}" for i in range(400)]
+    pictures = [str(i // 2) for i in range(400)]
+    noise = headroom(made(1 + 0.3 * rng.standard_normal((400, 6)), groups, pictures))
+    oracle, bound = noise.choices[1], noise.choices[-1]
+    assert oracle.gain_nll.low < 0 < oracle.gain_nll.high, "chosen by noise, scored elsewhere: nothing is won"
+    assert bound.gain_nll.low > 0.2, "chosen by its own answer, noise looks like a gain"
+
+    nll = 1 + 0.3 * rng.standard_normal((400, 6))
+    nll[0::2, 2] -= 0.5  # group 0 is better off with option 2, group 1 with option 3
+    nll[1::2, 3] -= 0.5
+    found = headroom(made(nll, groups, pictures))
+    assert found.choices[1].gain_nll.mean == pytest.approx(0.5, abs=0.06)
+    assert found.choices[0].gain_nll.mean == pytest.approx(0.25, abs=0.06)  # the best fixed one has half of it
+    assert [found.by_group[g][1] for g in ("g0", "g1")] == ["64 px, 2", "64 px, 3"]
+
+
+def test_a_choice_never_sees_the_picture_it_is_scored_on():
+    nll = np.ones((6, 2))
+    pictures = ["0", "0", "1", "1", "2", "2"]
+    nll[:2, 1] = -100  # only picture 0 likes option 1
+    share = choose_by_halves(made(nll, ["g"] * 6, pictures), None, splits=50)
+    assert share[:2, 1].max() == 0
+    np.testing.assert_allclose(share.sum(1), 1)
+
+
+def test_the_interval_is_over_pictures():
+    rng = np.random.default_rng(0)
+    per_picture = rng.standard_normal(30)
+    alone = cluster_mean(per_picture, [str(i) for i in range(30)])
+    repeated = cluster_mean(np.repeat(per_picture, 10), [str(i) for i in range(30) for _ in range(10)])
+    assert repeated.mean == pytest.approx(alone.mean)
+    assert repeated.half == pytest.approx(alone.half), "asking ten times says nothing new about the pictures"
+
+
+def test_latencies_and_the_front(loaded, asked):
+    model, processor = loaded
+    options = make_options(model.config.features, [64], "leave-one-out")
+    measured = measure(model, processor, asked, options)
+    latencies = time_options(model, processor, options, measured.tokens_O, rounds=1)
+    rows = bill(measured, latencies)
+    assert len(rows) == len(options)
+    assert all(row.latency > 0 for row in rows)
+    assert [row.choice.flops for row in rows] == sorted(row.choice.flops for row in rows)
+    assert any(row.on_front for row in rows)
+    for row in rows:
+        dominated = any(
+            o.choice.accuracy.mean >= row.choice.accuracy.mean and o.choice.flops < row.choice.flops for o in rows
+        )
+        assert row.on_front == (not dominated)
+
+
+def test_commands_write_tables_figures_and_a_report(tmp_path, monkeypatch, capsys, asked, loaded):
+    from florence_vl.cli import analyze as command
+    from florence_vl.cli.main import main
+
+    model, processor = loaded
+    options = make_options(model.config.features, [64], "leave-one-out")
+    measured = measure(model, processor, asked, options)
+    monkeypatch.setattr(command, "_measured", lambda *_: (model, processor, measured))
+    assert main(["analyze", "headroom", "--model", "x", "--out", str(tmp_path / "h")]) == 0
+    assert main(["analyze", "bill", "--model", "x", "--rounds", "1", "--out", str(tmp_path / "b")]) == 0
+    printed = capsys.readouterr().out
+    assert "Fixed options, 8 questions on 4 pictures" in printed
+    assert "The vision bill" in printed
+    record = json.loads((tmp_path / "h/headroom.json").read_text())
+    assert record["cheapest_equal"] in {option.name for option in options}
+    for file in ("h/headroom.png", "b/bill.png", "b/bill.svg"):
+        assert (tmp_path / file).stat().st_size > 500
+    assert main(["analyze", "report", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "What a choice by question could win" in page
+    assert "The vision bill" in page
+    monkeypatch.undo()
+    nowhere = ["--model", str(tmp_path / "nowhere"), "--out", str(tmp_path / "n")]
+    assert main(["analyze", "headroom", *nowhere]) == 2
+    assert not (tmp_path / "n").exists()
