@@ -196,7 +196,7 @@ def feature_means(
 ) -> dict[str, Tensor]:
     """What stands in for a feature that is left out, (D,): the model's own where it has views, else the mean here."""
     from florence_vl.model.features import tower_features
-    from florence_vl.model.image_processing import open_image
+    from florence_vl.model.pictures import open_image
 
     fill = model.model.feature_fill
     if fill is not None:
@@ -218,8 +218,8 @@ def _score(
     """Of each question and option of one size: NLL and rightness, (O,), and the number of tokens of its prompt."""
     from florence_vl.data.encode import RecordEncoder
     from florence_vl.data.records import Record, text_part
-    from florence_vl.model.image_processing import open_image
     from florence_vl.model.modeling import FlorenceVLImageFeatures
+    from florence_vl.model.pictures import open_image
 
     encode = RecordEncoder(processor)
     device = model.device
