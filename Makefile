@@ -82,7 +82,7 @@ data/mini$(TRIED)/%/data.jsonl: | setup
 mini-data: $(addsuffix /data.jsonl,$(addprefix data/mini$(TRIED)/,captions regions questions))  ## Write captions, regions and questions of the mini stages to data/mini.
 
 mini-train: mini-data  ## Train the mini Florence-2 and the mini Florence-VL again (hours; every part resumes), with scores and cards.
-	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m florence_vl mini train packages/florence-vl-mini/src/florence_vl_mini/pretrain/florence2.yaml $(FLORENCE2_ARGS)
+	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m florence_vl mini train $(FLORENCE2_ARGS)
 	$(BIN)/florence-vl mini release $(RUNS)/florence2-run --out $(RUNS)/florence2 $(if $(TRY),--scenes 20 --pictures 40)
 	$(BIN)/florence-vl train mini/pretrain $(STAGE_ARGS) output=$(RUNS)/pretrain model.build.vision=$(RUNS)/florence2 $(if $(TRY),warm_up.pairs=100 warm_up.steps=4)
 	$(BIN)/florence-vl train mini/finetune $(STAGE_ARGS) output=$(RUNS)/finetune model.path=$(RUNS)/pretrain/model

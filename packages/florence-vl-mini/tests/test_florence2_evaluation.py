@@ -12,7 +12,8 @@ pytest.importorskip("florence_vl_mini")
 from florence_vl_mini.pretrain import card as florence2_card
 from florence_vl_mini.pretrain import evaluate as evaluation
 from florence_vl_mini.pretrain import grid as florence2_grid
-from florence_vl_mini.pretrain import train as florence2
+from florence_vl_mini.pretrain.config import Florence2Training
+from florence_vl_mini.pretrain.data import SceneTasks
 from florence_vl_mini.pretrain.model import build_mini_florence2
 from florence_vl_mini.scenes import Region, SceneGenerator, Text
 
@@ -151,7 +152,7 @@ def test_grid_learns_where_a_letter_lies_inside_a_token() -> None:
 
 def test_cells_say_what_the_task_asks(folder: Path) -> None:
     tokenizer = evaluation.Florence2Runner(folder, "cpu").processor.tokenizer
-    data = florence2.SceneTasks(florence2.Florence2Training("x", image_size=64), tokenizer)
+    data = SceneTasks(Florence2Training("x", image_size=64), tokenizer)
     scene = SceneGenerator(0, "train", 128, {"lettering": 1.0})[0]
     scene.regions = [Region("red apple", "red apple", (0.0, 0.0, 32.0, 32.0))]
     scene.texts = [Text("Hi", (64.0, 96.0, 128.0, 96.0, 128.0, 128.0, 64.0, 128.0))]
@@ -218,7 +219,7 @@ def test_card_says_what_is_and_what_is_not_above_chance() -> None:
     assert "**not** above chance" in lines[1]
     assert "text: the `ocr` features lead by 0.300" in lines
     assert "position: **not** the `grounding` but the `ocr` features lead, by 0.200" in lines
-    run = {"step": 10, "config": vars(florence2.Florence2Training("x"))}
+    run = {"step": 10, "config": vars(Florence2Training("x"))}
     card = florence2_card.model_card(report, run, 6.4, "One core.")
     assert "10 steps of 16 images" in card
     assert "160 pictures" in card

@@ -19,9 +19,10 @@ pytest.importorskip("florence_vl_mini")
 from transformers import AutoTokenizer, Florence2ForConditionalGeneration, Florence2Processor
 
 from florence_vl_mini.pretrain import train as florence2
+from florence_vl_mini.pretrain.config import Florence2Training, read_recipe
+from florence_vl_mini.pretrain.data import Batches, SceneTasks, collate, encode_prompt, normalize
 from florence_vl_mini.pretrain.model import build_mini_florence2
-from florence_vl_mini.pretrain.train import FLORENCE2_PROMPTS, Florence2Training, SceneTasks, collate
-from florence_vl_mini.scenes import SceneGenerator
+from florence_vl_mini.scenes import TASK_PROMPTS, SceneGenerator
 
 TINY = {"images_per_step": 2, "tasks_per_image": 2, "image_size": 64, "workers": 0, "warmup_steps": 1, "log_every": 1}
 
@@ -39,7 +40,7 @@ def test_folder_loads_in_transformers(folder: Path) -> None:
     inputs = processor(text="<OCR>", images=scene.image, return_tensors="pt")
     image_tokens = int((inputs["input_ids"] == model.config.image_token_id).sum())
     assert image_tokens == 2 * 2 + 1
-    assert inputs["input_ids"][0, image_tokens:].tolist() == florence2.encode_prompt(processor.tokenizer, "<OCR>")
+    assert inputs["input_ids"][0, image_tokens:].tolist() == encode_prompt(processor.tokenizer, "<OCR>")
     ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert ids.shape[0] == 1
 
@@ -62,7 +63,7 @@ def test_pixels_equal_the_processors(folder: Path) -> None:
     pixels, *_ = data[1]
     image = SceneGenerator(0, "train", 64, data.config.mix)[1].image
     expected = processor(text="<OCR>", images=image, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(florence2.normalize(pixels[None]), expected)
+    torch.testing.assert_close(normalize(pixels[None]), expected)
 
 
 def test_loss_equals_transformers(folder: Path) -> None:
@@ -77,7 +78,7 @@ def test_loss_equals_transformers(folder: Path) -> None:
     expected = model(
         input_ids=torch.cat([image_ids, batch["prompt_ids"]], 1),
         attention_mask=torch.cat([torch.ones_like(image_ids), batch["prompt_mask"]], 1),
-        pixel_values=florence2.normalize(batch["pixels"])[batch["owner"]],
+        pixel_values=normalize(batch["pixels"])[batch["owner"]],
         labels=batch["labels"],
     )
     torch.testing.assert_close(losses.mean(), expected.loss, rtol=1e-4, atol=1e-5)
@@ -96,7 +97,7 @@ def test_targets_decode_to_the_scenes_annotations(folder: Path) -> None:
             seen.add(task)
             assert tokenizer.decode(target) == f"<s>{scene.target(task, data.step)}</s>"
             assert len(target) <= data.config.max_target_tokens
-    assert seen == set(FLORENCE2_PROMPTS)
+    assert seen == set(TASK_PROMPTS)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -206,11 +207,11 @@ def _moved(weights: dict[str, torch.Tensor], folder: Path) -> torch.Tensor:
 
 
 def test_processes_share_out_the_images_of_a_step() -> None:
-    whole = list(florence2.Batches(3, 5, 4))
-    shares = [list(florence2.Batches(3, 5, 4, rank, 2)) for rank in range(2)]
+    whole = list(Batches(3, 5, 4))
+    shares = [list(Batches(3, 5, 4, rank, 2)) for rank in range(2)]
     assert whole == [[12, 13, 14, 15], [16, 17, 18, 19]]
     assert [sorted(a + b) for a, b in zip(*shares, strict=True)] == whole
-    assert len(florence2.Batches(3, 5, 4, 1, 2)) == 2
+    assert len(Batches(3, 5, 4, 1, 2)) == 2
 
 
 def test_second_mix_begins_at_its_step(folder: Path) -> None:
@@ -234,9 +235,16 @@ def test_new_run_starts_from_other_weights(folder: Path, tmp_path: Path) -> None
         florence2.train(replace(config, out=str(tmp_path / "other"), start_from=str(tmp_path)), "cpu")
 
 
-def test_numbers_that_yaml_reads_as_text_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"learning_rate must be a number, found '6e-4': .*write 6.0e-4"):
-        Florence2Training("x", learning_rate="6e-4")  # type: ignore[arg-type]
+def test_numbers_are_read_as_in_every_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("out: here\nlearning_rate: 6e-4\n")
+    assert read_recipe(recipe).learning_rate == 6e-4
+    assert read_recipe(recipe, ["learning_rate=1e-5"]).learning_rate == 1e-5
+    with pytest.raises(ValueError, match="`learning_rate` should be a valid number"):
+        read_recipe(recipe, ["learning_rate=fast"])
+    recipe.write_text("steps: 5\n")
+    with pytest.raises(ValueError, match=r"`out` is missing"):
+        read_recipe(recipe)
 
 
 def test_another_data_order_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -261,10 +269,9 @@ def test_settings_are_checked(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("out: here\nstep: 5\n")
     with pytest.raises(ValueError, match="'steps'"):
-        florence2.read_recipe(recipe)
+        read_recipe(recipe)
     recipe.write_text("out: here\nsteps: 700\n")
-    assert florence2.read_recipe(recipe, ["learning_rate=0.5", "mix.single=2"]).learning_rate == 0.5
-    with pytest.raises(ValueError, match="key=value"):
-        florence2.read_recipe(recipe, ["steps"])
-    shipped = Path(florence2.__file__).with_name("florence2.yaml")
-    assert florence2.read_recipe(shipped).image_size == 256
+    assert read_recipe(recipe, ["learning_rate=0.5", "mix.single=2"]).learning_rate == 0.5
+    with pytest.raises(ValueError, match=r"key\.path=value"):
+        read_recipe(recipe, ["steps"])
+    assert read_recipe().image_size == 256

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("florence_vl_mini")
 
 from florence_vl_mini.scenes import DEFAULT_MIX, GROUPS, KINDS, RECORD_TASKS, SceneGenerator, assets, draw
-from florence_vl_mini.scenes.annotations import FLORENCE2_PROMPTS, Region, Scene, Text
+from florence_vl_mini.scenes.annotations import TASK_PROMPTS, Region, Scene, Text
 from florence_vl_mini.scenes.questions import ask
 
 
@@ -35,7 +35,7 @@ def test_seed_split_and_index_each_change_the_scene() -> None:
     assert SceneGenerator(0, "train", 96)[5].image.tobytes() != base
 
 
-@pytest.mark.parametrize("kind", KINDS.names())
+@pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("size", [128, 256])
 def test_every_kind_draws_inside_the_picture(kind: str, size: int) -> None:
     for scene in SceneGenerator(0, "train", size, {kind: 1.0}).scenes(12):
@@ -228,12 +228,12 @@ def test_records_of_all_tasks(scenes: list[Scene]) -> None:
         if task == "knowledge" and not any(q.group == "knowledge" for q in scene.questions):
             continue
         record = scene.record(task)
-        assert record.messages[0]["content"][0] == {"type": "image"}
-        assert record.images == [scene.image]
-        assert [m["role"] for m in record.messages] == ["user", "assistant"] * (len(record.messages) // 2)
+        assert record["messages"][0]["content"][0] == {"type": "image"}
+        assert record["images"] == [scene.image]
+        assert [m["role"] for m in record["messages"]] == ["user", "assistant"] * (len(record["messages"]) // 2)
     caption = scene.record("detailed_caption")
-    assert caption.messages[0]["content"][1]["text"] == FLORENCE2_PROMPTS["<DETAILED_CAPTION>"]
-    assert caption.messages[1]["content"][0]["text"] == scene.detailed_caption
+    assert caption["messages"][0]["content"][1]["text"] == TASK_PROMPTS["<DETAILED_CAPTION>"]
+    assert caption["messages"][1]["content"][0]["text"] == scene.detailed_caption
     with pytest.raises(ValueError, match="od"):
         scene.record("odd")
     silent = next(s for s in scenes if not s.texts)

@@ -127,8 +127,10 @@ def test_command_writes_data(
     assert run("data", "--out", out, "--samples", "4", "--size", "64", "--task", "caption") == 0
     lines = [json.loads(line) for line in (tmp_path / "d/data.jsonl").read_text().splitlines()]
     assert [line["task"] for line in lines] == ["caption"] * 4
-    assert run("data", "--out", out, "--samples", "4") == 1
+    assert run("data", "--out", out, "--samples", "4") == 2
     assert "not empty" in capsys.readouterr().err
+    assert run("data", "--out", out, "--samples", "2", "--size", "64", "--overwrite") == 0
+    assert len((tmp_path / "d/data.jsonl").read_text().splitlines()) == 2
     assert run("data", "--out", str(tmp_path / "e"), "--split", "trian") == 2
     assert run("data", "--set", "caption") == 2
     assert run("data", "--set", "captions", "--seed", "3") == 2
@@ -136,4 +138,4 @@ def test_command_writes_data(
     assert run("data", "--set", "captions", "--samples", "3", "--out", str(tmp_path / "set")) == 0
     lines = [json.loads(line) for line in (tmp_path / "set/data.jsonl").read_text().splitlines()]
     assert [line["id"].split("-")[:2] for line in lines] == [["train", "2"]] * 3
-    assert "Did you mean 'train'" in capsys.readouterr().err
+    assert "Known: train, val, test" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -21,6 +21,8 @@ from pydantic import TypeAdapter, ValidationError
 from florence_vl.registry import did_you_mean, plugins
 from florence_vl.train import config
 from florence_vl.train.config import Recipe
+
+Settings = TypeVar("Settings")
 
 # Keys of earlier versions: key -> the only value that it may still have, which changes nothing.
 RETIRED: dict[str, Any] = {
@@ -133,7 +135,7 @@ def resolve_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[s
     _drop_retired(values, origins)
     if not values.get("name"):
         values["name"] = default_name
-    recipe = _validate(values)
+    recipe = _validate(values, Recipe)
     try:
         recipe.output.format(name=recipe.name)
     except (KeyError, IndexError, ValueError):
@@ -141,6 +143,26 @@ def resolve_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[s
     for path_text in _leaves(recipe.to_dict()):
         origins.setdefault(path_text, _inherited_origin(path_text, origins))
     return ResolvedRecipe(recipe.check(), {k: origins[k] for k in _leaves(recipe.to_dict())}, files)
+
+
+def read_dataclass(cls: type[Settings], source: str | Path, overrides: Iterable[str] = ()) -> Settings:
+    """Read another dataclass than `Recipe` as recipes are read: `extends`, overrides, numbers such as `1e-5`.
+
+    Args:
+        cls: The dataclass; with `__pydantic_config__ = STRICT` unknown keys are refused.
+        source: Path or name of a YAML file.
+        overrides: `key.path=value` texts; values are YAML.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Unknown keys (near names listed), missing keys, wrong types, or what the dataclass itself refuses.
+    """
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    _read(find_recipe(source), values, origins, [], ())
+    for override in overrides:
+        _apply_override(values, origins, override)
+    return _validate(_expand_variables(values), cls)
 
 
 def _read(path: Path, values: dict, origins: dict[str, str], files: list[Path], chain: tuple[Path, ...]) -> None:
@@ -254,11 +276,11 @@ def _expand_variables(value: Any) -> Any:
     return re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(:-([^}]*))?\}", fill, value)
 
 
-def _validate(values: dict[str, Any]) -> Recipe:
+def _validate(values: dict[str, Any], cls: type[Settings]) -> Settings:
     try:
-        return TypeAdapter(Recipe).validate_python(_numbers(values))
+        return TypeAdapter(cls).validate_python(_numbers(values))
     except ValidationError as error:
-        raise ValueError("; ".join(_explain(item) for item in error.errors())) from None
+        raise ValueError("; ".join(_explain(item, cls) for item in error.errors())) from None
 
 
 def _numbers(value: Any) -> Any:
@@ -272,11 +294,13 @@ def _numbers(value: Any) -> Any:
     return value
 
 
-def _explain(item: Any) -> str:
+def _explain(item: Any, cls: type) -> str:
+    if item["type"] == "value_error":  # raised by the dataclass itself
+        return str(item["ctx"]["error"])
     location = [str(piece) for piece in item["loc"] if not _is_branch(piece)]
     path = ".".join(location)
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _field_names_at(location[:-1])
+        known = _field_names_at(location[:-1], cls)
         return f"unknown key `{path}`. {did_you_mean(location[-1], known) if known else ''}".strip()
     if item["type"] in ("missing", "missing_argument"):
         return f"`{path}` is missing"
@@ -297,8 +321,7 @@ def _is_branch(piece: Any) -> bool:
     )
 
 
-def _field_names_at(location: list[str]) -> list[str]:
-    cls: Any = Recipe
+def _field_names_at(location: list[str], cls: Any) -> list[str]:
     for piece in location:
         if piece.isdigit():
             continue

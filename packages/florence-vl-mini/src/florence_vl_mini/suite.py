@@ -5,15 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import shutil
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from florence_vl.evaluate.suites import PackagedSuite
-from florence_vl.files import cache_dir
+from florence_vl.files import atomic_folder, cache_dir
 
 PICTURES = 260  # of the split `test`, whose sprites, fonts and words are in no training picture
 QUESTIONS_PER_GROUP = 300
@@ -61,18 +58,12 @@ def mini_folder(folder: Path | None = None) -> Path:
     folder = cache_dir() / "mini-suite" / _version()
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
-        _write(temporary, mini_rows())
-        temporary.chmod(0o755)
-        try:
-            os.replace(temporary, folder)
-        except OSError:  # another process was first
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with atomic_folder(folder) as partial:
+            _write(partial, mini_rows())
+    except (OSError, ValueError):
+        if not folder.is_dir():  # else another process was first
+            raise
     return folder
 
 

@@ -499,36 +499,3 @@ def _licences(roots: dict[str, Path], target: Path) -> None:
             f"package: {source.name} {source.version} ({source.kind})\nfetch: {source.how}\n"
             f"sha256: {source.sha256 or '(differs by platform)'}\nused for: {changed[name]}\n"
         )
-
-
-def read_manifest(
-    folder: Path, what: str, command: str, version: int, sources: dict[str, Source], keys: tuple[str, ...] = ("files",)
-) -> dict[str, Any]:
-    """The manifest of a cache folder that was fetched from `sources`.
-
-    Args:
-        folder: The cache's folder.
-        what: What it holds, for the messages.
-        command: What makes it.
-        version: Of its layout, as the manifest must state it.
-        sources: What it must be made of.
-        keys: What the manifest must hold besides.
-
-    Raises:
-        FileNotFoundError: Nothing was fetched yet.
-        ValueError: It is incomplete, or of another version.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"the {what} were not fetched yet (looked for {folder}): run `{command}`")
-    try:
-        known = json.loads((folder / "manifest.json").read_text())
-        for key in keys:
-            known[key]
-        current = known["version"] == version and known["sources"] == {n: s.sha256 for n, s in sources.items()}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"{folder} holds no complete copy of the {what}: run `{command}`, which makes it again"
-        ) from None
-    if not current:
-        raise ValueError(f"{folder} holds {what} of another version: run `{command}`, which makes it again")
-    return known

@@ -140,10 +140,9 @@ def make_data(folder: Path, pictures: int, held_out: int, size: int, seed: int =
         seed: Other pictures for another seed.
 
     Raises:
-        ModuleNotFoundError: florence-vl-mini is not installed.
         ValueError: Nothing to train on or to ask about, or pictures too small to read.
     """
-    from florence_vl_mini.scenes.writers import encode_image
+    from florence_vl_mini.datasets.writers import encode_image
 
     if pictures < 1 or held_out < 1:
         raise ValueError(f"{pictures} training and {held_out} held-out pictures; both must be at least 1")

@@ -5,21 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from florence_vl_mini.card import DATA, HEAD
 from florence_vl_mini.pretrain.evaluate import PROBE_FEATURES, to_markdown
 
-CARD = """---
-license: apache-2.0
-library_name: transformers
-pipeline_tag: image-text-to-text
-tags: [florence-2, davit, synthetic]
----
-
-# Mini Florence-2
+CARD = (
+    HEAD.format(library="transformers", tags="florence-2, davit, synthetic")
+    + """# Mini Florence-2
 
 {parameters:.1f} M parameters in transformers' Florence-2 classes, pretrained from scratch on composed pictures
-for florence-vl's offline parts. It is a stand-in of the right structure: prompts are worded as in Florence-2.
-It has seen a few hundred kinds of things, on synthetic pictures of {size} px. It is no replacement for
-Florence-2, and photographs are not its field.
+for florence-vl's offline parts. It has the structure of Florence-2, and its prompts are worded as in Florence-2.
+It has seen a few hundred kinds of things, on synthetic pictures of {size} px. It does not replace Florence-2, and it
+does not understand photographs.
 
 ```python
 from transformers import Florence2ForConditionalGeneration, Florence2Processor
@@ -30,18 +26,16 @@ model = Florence2ForConditionalGeneration.from_pretrained(path)
 processor = Florence2Processor.from_pretrained(path)
 ```
 
-## Data
-
-Pictures of `florence_vl_mini.scenes`, split `train`: sprites of Fluent emoji (MIT), Noto Color Emoji (OFL-1.1)
-and Open Clip Art (public domain), text in DejaVu, Liberation and EB Garamond; licences and sources are in the
-package's `data/licences`. Nothing copyleft. Scores are on split `test`: other pictures of known concepts, new
-concepts, and words that no training picture shows.
+"""
+    + DATA
+    + """Scores are on split `test`: other pictures of known concepts, new concepts, and words that no training
+picture shows.
 
 ## Training
 
 {steps:,} steps of {images} images with {tasks} tasks each: {seen:,} pictures, each seen once. {optimizer}, {rate:g},
 weight decay {decay:g}, {precision}; running mean of the weights ({ema:g}). Beside the seq2seq loss, what lies
-in each cell of the image grid is asked of the image tokens (`train/florence2_grid.py`, weight {grid:g}). Box
+in each cell of the image grid is asked of the image tokens (`florence_vl_mini.pretrain.grid`, weight {grid:g}). Box
 corners lie on a grid of {bins}. {note}
 
 ## Scores
@@ -54,6 +48,7 @@ and in which of 16 cells it lies; pictures come from split `test`.
 
 {verdicts}
 """
+)
 
 
 def facts(run: str | Path) -> dict[str, Any]:

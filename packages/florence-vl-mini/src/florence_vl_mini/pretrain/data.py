@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from florence_vl_mini.pretrain.grid import FINER, letter_targets, name_targets, token_targets
-from florence_vl_mini.scenes import FLORENCE2_PROMPTS, Scene, SceneGenerator
+from florence_vl_mini.scenes import TASK_PROMPTS, Scene, SceneGenerator
 
 if TYPE_CHECKING:
-    from florence_vl_mini.pretrain.train import Florence2Training
+    from florence_vl_mini.pretrain.config import Florence2Training
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # Florence-2's own (ImageNet)
 
@@ -30,10 +30,10 @@ class SceneTasks(torch.utils.data.Dataset):
 
     def __init__(self, config: Florence2Training, tokenizer: Any) -> None:
         self.config, self.tokenizer = config, tokenizer
-        self.scenes = SceneGenerator(config.seed, "train", config.image_size, config.mix, config.copyleft)
+        self.scenes = SceneGenerator(config.seed, "train", config.image_size, config.mix)
         self.later, self.first_later = self.scenes, config.second_mix_at * config.images_per_step
         if config.second_mix is not None:
-            self.later = SceneGenerator(config.seed, "train", config.image_size, config.second_mix, config.copyleft)
+            self.later = SceneGenerator(config.seed, "train", config.image_size, config.second_mix)
         self.step = max(1, 1000 // config.location_bins)
         self.prompts = {t: encode_prompt(tokenizer, t) for t in config.tasks}
         self.spelling = copy.deepcopy(tokenizer.backend_tokenizer)
@@ -59,7 +59,7 @@ class SceneTasks(torch.utils.data.Dataset):
             if ids is not None:
                 cells = token_targets(scene, task, side, self.step, self.tokenizer, self.spelling)
                 samples.append((self.prompts[task], ids, cells))
-        return pixels, samples, letter_targets(scene, side * FINER), name_targets(scene, side, self.config.pool)
+        return pixels, samples, letter_targets(scene, side * FINER), name_targets(scene, side)
 
     def target_ids(self, scene: Scene, task: str) -> list[int] | None:
         """`<s> ... </s>`, or None where the scene has nothing to say to the task or too much."""
@@ -92,7 +92,7 @@ class Batches(torch.utils.data.Sampler[list[int]]):
 
 def encode_prompt(tokenizer: Any, task: str) -> list[int]:
     """Token ids of a task's prompt as `Florence2Processor` lays it out: `<s> prompt </s>`."""
-    return tokenizer(f"<s>{FLORENCE2_PROMPTS[task]}</s>", add_special_tokens=False)["input_ids"]
+    return tokenizer(f"<s>{TASK_PROMPTS[task]}</s>", add_special_tokens=False)["input_ids"]
 
 
 def collate(batch: list[Sample]) -> dict[str, Tensor]:

@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from florence_vl.evaluate.metrics.text import edit_distance
+from florence_vl.model.loading import choose_device
 from florence_vl.statistics import interval, mean_interval
+from florence_vl_mini.pretrain.data import normalize
 from florence_vl_mini.scenes import Scene, SceneGenerator, assets, draw
 from florence_vl_mini.scenes.annotations import Box
 from florence_vl_mini.scenes.objects import add_text
@@ -36,12 +38,12 @@ class Florence2Runner:
         FileNotFoundError: No model there.
     """
 
-    def __init__(self, path: str | Path, device: str | None = None) -> None:
+    def __init__(self, path: str | Path, device: str = "auto") -> None:
         from transformers import Florence2ForConditionalGeneration, Florence2Processor
 
         if not Path(path).is_dir():
             raise FileNotFoundError(f"no such folder: {path} (a Florence-2 saved by save_pretrained is expected)")
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = choose_device(device)
         self.model = Florence2ForConditionalGeneration.from_pretrained(
             path, dtype=torch.float32, attn_implementation="eager"
         )
@@ -163,7 +165,7 @@ def _held_out(kind: str, n: int, seed: int, size: int, keep: Callable[[Scene], b
     return out
 
 
-def evaluate_florence2(path: str | Path, scenes: int = 300, seed: int = 0, device: str | None = None) -> dict[str, Any]:
+def evaluate_florence2(path: str | Path, scenes: int = 300, seed: int = 0, device: str = "auto") -> dict[str, Any]:
     """Captions, reading and detection of a Florence-2 on held-out scenes.
 
     Args:
@@ -316,13 +318,12 @@ def load_tower(path: str | Path, features: Sequence[str] = PROBE_FEATURES) -> An
     """The project's own vision tower with the weights of a Florence-2 folder, frozen."""
     from transformers import Florence2ForConditionalGeneration, Florence2Processor
 
-    from florence_vl.model.configuration import FLORENCE2_PROMPTS as TOWER_PROMPTS
-    from florence_vl.model.configuration import FlorenceVLConfig
+    from florence_vl.model.configuration import FLORENCE2_PROMPTS, FlorenceVLConfig
     from florence_vl.model.towers.florence2 import Florence2Tower
 
     source = Florence2ForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
     tokenizer = Florence2Processor.from_pretrained(path).tokenizer
-    prompts = {name: TOWER_PROMPTS[name] for name in features if name != "davit"}
+    prompts = {name: FLORENCE2_PROMPTS[name] for name in features if name != "davit"}
     config = FlorenceVLConfig(
         vision_config=source.config,
         text_config={"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1,
@@ -341,7 +342,7 @@ def load_tower(path: str | Path, features: Sequence[str] = PROBE_FEATURES) -> An
 
 
 def probe_prompts(
-    path: str | Path, pictures: int = 1600, seeds: Sequence[int] = (0, 1, 2), device: str | None = None
+    path: str | Path, pictures: int = 1600, seeds: Sequence[int] = (0, 1, 2), device: str = "auto"
 ) -> dict[str, Any]:
     """Table of linear-probe accuracies: features of each prompt against text, object and position.
 
@@ -351,9 +352,8 @@ def probe_prompts(
     Returns:
         {"chance": {target: accuracy of the commonest class}, feature: {target: {"mean", "half", "runs"}}}.
     """
-    from florence_vl_mini.pretrain.train import normalize
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(device)
     tower = load_tower(path).to(device)
     size = 32 * math.isqrt(_grid_positions(path))
     scores: dict[str, dict[str, list[float]]] = {f: {t: [] for t in PROBE_TARGETS} for f in PROBE_FEATURES}

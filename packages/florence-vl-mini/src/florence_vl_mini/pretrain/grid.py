@@ -25,23 +25,23 @@ EMPTY = 0.1  # weight of the cells in which nothing lies
 
 
 @lru_cache
-def grid_classes(pool: str = "train") -> tuple[str, ...]:
-    """Printable ASCII characters, then the names of the sprites of a pool: `train`, or `assets.EXTENDED`."""
-    return (*CHARACTERS, *sorted({s.name for s in assets.sprites(pool)}))
+def grid_classes() -> tuple[str, ...]:
+    """Printable ASCII characters, then the names of the training sprites."""
+    return (*CHARACTERS, *sorted({s.name for s in assets.sprites("train")}))
 
 
 @lru_cache
-def _name_numbers(pool: str) -> dict[str, int]:
-    names = grid_classes(pool)[len(CHARACTERS) :]
+def _name_numbers() -> dict[str, int]:
+    names = grid_classes()[len(CHARACTERS) :]
     return {name: i for i, name in enumerate(names, 1)}
 
 
-def name_targets(scene: Scene, side: int, pool: str = "train") -> dict[int, int]:
+def name_targets(scene: Scene, side: int) -> dict[int, int]:
     """Cell of a `side` x `side` grid, row by row -> number of the name (from 1) of the object that lies there.
 
     An object lies in the cells whose centre its box holds, and in the cell of its own centre.
     """
-    names, size = _name_numbers(pool), scene.image.width
+    names, size = _name_numbers(), scene.image.width
     return {
         cell: names[region.name]
         for region in scene.regions
@@ -135,12 +135,11 @@ class GridHeads(nn.Module):
     Args:
         width: Channels of `V` and of the encoder's output.
         early_width: Channels of DaViT's stage before the last, whose grid is `FINER` times as fine.
-        pool: Of the sprites whose names are told, see `grid_classes`.
     """
 
-    def __init__(self, width: int, early_width: int, pool: str = "train") -> None:
+    def __init__(self, width: int, early_width: int) -> None:
         super().__init__()
-        letters, names = len(CHARACTERS) + 1, len(_name_numbers(pool)) + 1
+        letters, names = len(CHARACTERS) + 1, len(_name_numbers()) + 1
         self.early_letters = nn.Linear(early_width, letters)
         self.image_letters, self.prompted_letters = (nn.Linear(width, FINER**2 * letters) for _ in range(2))
         self.image_names, self.prompted_names = (nn.Linear(width, names) for _ in range(2))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from florence_vl_mini.pretrain.data import IMAGE_MEAN, IMAGE_STD
-from florence_vl_mini.scenes import FLORENCE2_PROMPTS, SceneGenerator, assets
+from florence_vl_mini.scenes import TASK_PROMPTS, SceneGenerator, assets
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # ids 0..4; the first four as in BART
 
@@ -63,7 +63,7 @@ def mini_florence2_config(vocab_size: int, image_token_id: int, image_size: int 
 
 
 def _corpus(seed: int, scenes: int) -> Iterator[str]:
-    for prompt in FLORENCE2_PROMPTS.values():
+    for prompt in TASK_PROMPTS.values():
         yield from [prompt] * 50
     for sprite in assets.sprites("train"):
         yield from [sprite.name] * 3

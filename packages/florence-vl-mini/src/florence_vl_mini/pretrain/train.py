@@ -6,14 +6,13 @@ run that was killed continues with exactly the samples it would have seen.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,127 +21,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from florence_vl.registry import did_you_mean
+from florence_vl.files import atomic_file, atomic_folder
+from florence_vl.model.packaged import resolve
+from florence_vl.train.config import ScheduleConfig
+from florence_vl.train.metrics import MetricsFile
+from florence_vl.train.schedule import lr_factor
 from florence_vl.train.world import World, init_world
-from florence_vl_mini.pretrain.data import Batches, SceneTasks, collate, encode_prompt, normalize
+from florence_vl_mini.pretrain.config import SAME_DATA, Florence2Training
+from florence_vl_mini.pretrain.data import Batches, SceneTasks, collate, normalize
 from florence_vl_mini.pretrain.grid import GridHeads, grid_classes, token_loss
 from florence_vl_mini.pretrain.model import build_mini_florence2
-from florence_vl_mini.scenes import FLORENCE2_PROMPTS, assets
-
-# Text and charts are shown more often than in `DEFAULT_MIX`'s evaluation mix: reading takes the longest to learn.
-TRAINING_MIX = {
-    "single": 0.13, "objects": 0.37, "lettering": 0.36, "receipt": 0.02, "form": 0.03, "table": 0.02,
-    "bar_chart": 0.02, "line_chart": 0.02, "pie_chart": 0.02, "scatter_chart": 0.01,
-}  # fmt: skip
-TASK_WEIGHTS = {
-    "<CAPTION>": 1.0, "<DETAILED_CAPTION>": 1.0, "<OCR>": 1.6, "<OCR_WITH_REGION>": 0.7, "<OD>": 1.0,
-    "<DENSE_REGION_CAPTION>": 1.0,
-}  # fmt: skip
-
-
-@dataclass
-class Florence2Training:
-    """Settings of a run.
-
-    Attributes:
-        out: Folder of checkpoint, metrics and tokenizer.
-        steps: Optimizer steps in all; more can be asked for later.
-        decay_steps: The last steps, over which the learning rate falls linearly to zero (warm-up, stable, decay).
-        images_per_step: Images an optimizer step.
-        tasks_per_image: Tasks drawn for each image; they share its `V`.
-        location_bins: Grid of the box corners: targets use the centres of this many bins out of Florence-2's 1000.
-        max_target_tokens: Longer targets (full documents) are replaced by another task of the same image.
-        optimizer: "adamw" or "muon" (for the hidden linear layers; AdamW for the rest).
-        mix: Weights of the kinds of scene.
-        second_mix: Other weights from step `second_mix_at` on: small print pays once letters are known.
-        copyleft: Also train on the pictures that `florence-vl mini assets --copyleft` fetched.
-        start_from: Folder of a mini Florence-2 whose weights and tokenizer a new run starts from.
-        precision: "bfloat16" (autocast; weights stay float32) or "float32".
-        grid_weight: Weight of the grid's loss, see `florence2_grid`; 0 for the seq2seq loss alone.
-        ema_decay: Decay of the running mean of the weights, which is what is exported; 0 switches it off.
-    """
-
-    out: str
-    steps: int = 6000
-    decay_steps: int = 600
-    warmup_steps: int = 300
-    images_per_step: int = 16
-    tasks_per_image: int = 3
-    learning_rate: float = 6e-4
-    optimizer: str = "adamw"
-    weight_decay: float = 0.05
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    image_size: int = 256
-    location_bins: int = 64
-    max_target_tokens: int = 96
-    precision: str = "float32"
-    ema_decay: float = 0.998
-    grid_weight: float = 1.0
-    start_from: str | None = None
-    workers: int = 1
-    threads: int = 1
-    save_every: int = 100
-    log_every: int = 20
-    mix: dict[str, float] = field(default_factory=lambda: dict(TRAINING_MIX))
-    second_mix: dict[str, float] | None = None
-    second_mix_at: int = 0
-    copyleft: bool = False
-    tasks: dict[str, float] = field(default_factory=lambda: dict(TASK_WEIGHTS))
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            found = getattr(self, f.name)
-            if f.type in ("int", "float") and not isinstance(found, (int, float)):
-                hint = ": YAML reads it as text, write 6.0e-4" if isinstance(found, str) and "e" in found else ""
-                raise ValueError(f"{f.name} must be a number, found {found!r}{hint}")
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"precision must be float32 or bfloat16, found {self.precision!r}")
-        if self.optimizer not in ("adamw", "muon"):
-            raise ValueError(f"optimizer must be adamw or muon, found {self.optimizer!r}")
-        if (self.second_mix is None) != (self.second_mix_at == 0):
-            raise ValueError("second_mix and second_mix_at, the step it begins at, go together")
-        if self.decay_steps > self.steps:
-            raise ValueError(f"decay_steps ({self.decay_steps}) must not exceed steps ({self.steps})")
-        if not 1 <= self.tasks_per_image <= len(FLORENCE2_PROMPTS):
-            raise ValueError(f"tasks_per_image must be 1 to {len(FLORENCE2_PROMPTS)}, found {self.tasks_per_image}")
-        unknown = set(self.tasks) - set(FLORENCE2_PROMPTS)
-        if unknown:
-            raise ValueError(f"unknown Florence-2 tasks {sorted(unknown)}; known: {', '.join(FLORENCE2_PROMPTS)}")
-
-    @property
-    def pool(self) -> str:
-        """The sprites that scenes are made of, as `data.scenes.assets` names them."""
-        return assets.EXTENDED if self.copyleft else "train"
-
-
-def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Florence2Training:
-    """Settings from a YAML file and `key=value` or `key.sub=value` overrides.
-
-    Raises:
-        ValueError: Not a mapping, an unknown key, or an override without "=".
-    """
-    import yaml
-
-    values = yaml.safe_load(Path(path).read_text()) or {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold key: value pairs, found {type(values).__name__}")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ValueError(f"an override is key=value, found {override!r}")
-        *parents, last = key.split(".")
-        node = values
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = yaml.safe_load(text)
-    known = {f.name for f in fields(Florence2Training)}
-    for key in values:
-        if key not in known:
-            raise ValueError(f"{path}: unknown setting {key!r}. {did_you_mean(str(key), known)}")
-    if "out" not in values:
-        raise ValueError(f"{path}: out is missing: the folder of the run")
-    return Florence2Training(**values)
 
 
 def seq2seq_loss(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -178,20 +66,6 @@ def seq2seq_loss(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tenso
     return torch.cat(losses), torch.cat(tasks), image, encoded[:, : image.shape[1]]
 
 
-def _save(path: Path, state: dict[str, Any]) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".partial", delete=False) as file:
-        torch.save(state, file)
-    os.replace(file.name, path)
-
-
-def _lr_factor(step: int, config: Florence2Training) -> float:
-    from florence_vl.train.config import ScheduleConfig
-    from florence_vl.train.schedule import lr_factor
-
-    shape = ScheduleConfig(name="wsd", warmup_steps=config.warmup_steps, decay_ratio=config.decay_steps / config.steps)
-    return lr_factor(shape, step, config.steps)
-
-
 def make_optimizers(model: nn.Module, heads: nn.Module, config: Florence2Training) -> list[torch.optim.Optimizer]:
     """AdamW; with `optimizer: muon` the weights of the model's hidden linear layers go to Muon instead.
 
@@ -224,6 +98,247 @@ def make_optimizers(model: nn.Module, heads: nn.Module, config: Florence2Trainin
     return optimizers
 
 
+def train(config: Florence2Training, device: str = "auto") -> Path:
+    """Train, or continue what `config.out` holds, up to `config.steps`; SIGTERM and SIGINT save first.
+
+    Under torchrun the images of a step are shared out among the processes and the gradients averaged.
+
+    Args:
+        config: Settings. Model, tokenizer and data of an existing run must not change; steps, decay, learning rate may.
+        device: `auto`, `cpu`, `cuda` or `mps`. Under torchrun `cuda` is a GPU a process.
+
+    Returns:
+        The folder of the exported model (weights of the running mean).
+
+    Raises:
+        ValueError: The loss is not finite, the device is missing, or the checkpoint was made with another seed, mix or
+            size. On every process, if the first one cannot prepare the start.
+    """
+    world = init_world(device)
+    try:
+        if config.images_per_step % world.size:
+            raise ValueError(
+                f"images_per_step ({config.images_per_step}) must be a multiple of the {world.size} processes"
+            )
+        run = Pretraining(config, world)
+        with _asked_to_stop() as signals:
+            for batch in run.batches():
+                stopping = run.take_step(batch, stop=bool(signals))
+                run.log()
+                if stopping:
+                    break
+                if run.step % config.save_every == 0:
+                    run.save()
+        run.save()
+        return export(run.out) if world.is_main else run.out / "model"
+    finally:
+        world.close()
+
+
+class Pretraining:
+    """A run between two steps.
+
+    Args:
+        config: Settings; the start is prepared, or the checkpoint read, in `config.out`.
+        world: The processes of the run.
+
+    Attributes:
+        step: Steps done.
+        model: The Florence-2 in training.
+        heads: The training aid's, see `florence_vl_mini.pretrain.grid`.
+        ema: Running mean of the model's weights by name; empty when `ema_decay` is 0.
+    """
+
+    def __init__(self, config: Florence2Training, world: World) -> None:
+        from transformers import Florence2ForConditionalGeneration, Florence2Processor
+
+        self.config, self.world = config, world
+        self.out = Path(config.out).expanduser()
+        self.step = 0
+        if world.device.type == "cpu":
+            torch.set_num_threads(config.threads)
+        start = self.out / "start"
+        world.decide(lambda: _prepare_start(config, start))
+        # on a CPU plain attention is 1.6 times as fast as the fused kernel for DaViT's many small windows
+        attention = "eager" if world.device.type == "cpu" else "sdpa"
+        self.model: Any = Florence2ForConditionalGeneration.from_pretrained(start, attn_implementation=attention)
+        self.model.to(world.device).train()
+        vision = self.model.config.vision_config
+        with torch.random.fork_rng(devices=[]):  # the same in every process and after every restart
+            torch.manual_seed(config.seed)
+            self.heads = GridHeads(vision.projection_dim, vision.embed_dim[-2]).to(world.device)
+        self._early: list[Tensor] = []  # what enters the last downsampling
+        last = self.model.model.vision_tower.convs[-1]
+        last.register_forward_pre_hook(lambda _, args: self._early.append(args[0]))
+        self.optimizers = make_optimizers(self.model, self.heads, config)
+        self.ema = {n: p.detach().clone() for n, p in self.model.named_parameters()} if config.ema_decay else {}
+        self._parameters = [*self.model.parameters(), *self.heads.parameters()]
+        if self.checkpoint.exists():
+            self._load()
+        self.data = SceneTasks(config, Florence2Processor.from_pretrained(start).tokenizer)
+        self._names = {tuple(ids): task for task, ids in self.data.prompts.items()}
+        self._window = _Window(list(config.tasks), world.device)
+        self._metrics = MetricsFile(self.out / "metrics.jsonl", self.step) if world.is_main else None
+
+    @property
+    def checkpoint(self) -> Path:
+        """The file that a killed run continues from."""
+        return self.out / "checkpoint.pt"
+
+    def _load(self) -> None:
+        state = torch.load(self.checkpoint, map_location=self.world.device, weights_only=True)
+        now = asdict(self.config)
+        changed = [key for key in SAME_DATA if state["config"][key] != now[key]]
+        if changed:
+            raise ValueError(f"{self.checkpoint} was made with other {', '.join(changed)}: choose another folder")
+        if state["classes"] != list(grid_classes()):
+            raise ValueError(
+                f"{self.checkpoint} was made with another version of florence-vl-mini: choose another folder"
+            )
+        self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state["heads"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step = state["step"]
+        if self.config.ema_decay:
+            ema = state["ema"] or dict(self.model.named_parameters())
+            self.ema = {name: value.detach().clone().to(self.world.device) for name, value in ema.items()}
+
+    def save(self) -> None:
+        """Write the checkpoint, whole or not at all."""
+        if not self.world.is_main:
+            return
+        with atomic_file(self.checkpoint) as temporary:
+            torch.save(
+                {
+                    "model": self.model.state_dict(),
+                    "heads": self.heads.state_dict(),
+                    "classes": list(grid_classes()),
+                    "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                    "ema": self.ema,
+                    "step": self.step,
+                    "config": asdict(self.config),
+                },
+                temporary,
+            )
+
+    def batches(self) -> Iterator[dict[str, Tensor]]:
+        """The batches of the steps that are left, of this process's images."""
+        config, world = self.config, self.world
+        yield from torch.utils.data.DataLoader(
+            self.data,
+            batch_sampler=Batches(self.step, config.steps, config.images_per_step, world.rank, world.size),
+            collate_fn=collate,
+            num_workers=config.workers,
+            prefetch_factor=6 if config.workers else None,
+            worker_init_fn=_worker_init if config.workers else None,
+        )
+
+    def take_step(self, batch: Mapping[str, Tensor], stop: bool = False) -> bool:
+        """One optimizer step.
+
+        Args:
+            batch: Of `collate`.
+            stop: Whether this process was asked to stop.
+
+        Returns:
+            Whether any process was asked to stop.
+
+        Raises:
+            ValueError: The loss is not finite.
+        """
+        config, device = self.config, self.world.device
+        asked = [self._names[tuple(v for v in row if v != 1)] for row in batch["prompt_ids"].tolist()]
+        batch = {k: v.to(device) for k, v in batch.items()}
+        rate = self._set_learning_rate()
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            losses, task_of, image_BND, prompted_TND = seq2seq_loss(self.model, batch)
+            text_tasks = torch.tensor(["OCR" in task for task in asked], device=device)
+            places = batch["letters"], batch["names"], batch["owner"], text_tasks
+            grid = self.heads(self._early.pop(), image_BND[:, 1:], prompted_TND[:, 1:], *places)
+            said = token_loss(self.model, prompted_TND[:, 1:], batch["cell_tokens"])
+        loss = losses.mean() + config.grid_weight * (grid + said)
+        if not torch.isfinite(loss):
+            raise ValueError(f"the loss is {loss.item()} at step {self.step}; lower learning_rate")
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        stopping = _average_gradients(self._parameters, stop, self.world.size)
+        norm = nn.utils.clip_grad_norm_(self._parameters, config.max_grad_norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.step += 1
+        if self.ema:
+            decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
+            weights = [p.detach() for p in self.model.parameters()]
+            torch._foreach_lerp_(list(self.ema.values()), weights, 1 - decay)
+        self._window.add(asked, losses.detach(), task_of, torch.stack([grid.detach(), said.detach()]))
+        self._window.rate, self._window.norm = rate, norm
+        self._window.images += len(batch["pixels"]) * self.world.size
+        return stopping
+
+    def _set_learning_rate(self) -> float:
+        c = self.config
+        shape = ScheduleConfig(name="wsd", warmup_steps=c.warmup_steps, decay_ratio=c.decay_steps / c.steps)
+        rate = c.learning_rate * lr_factor(shape, self.step, c.steps)
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = rate
+        return rate
+
+    def log(self) -> None:
+        """Write a line of `metrics.jsonl` where one is due."""
+        due = self.step % self.config.log_every == 0 or self.step == self.config.steps
+        if self._metrics is not None and due:
+            self._metrics.write({"step": self.step, **self._window.close(self.config.images_per_step)})
+
+
+class _Window:
+    """Sums since the last line of the metrics file."""
+
+    def __init__(self, tasks: list[str], device: torch.device) -> None:
+        self.tasks = tasks
+        self._losses = torch.zeros(2, len(tasks), device=device)  # sum and count by task
+        self._grids = torch.zeros(2, device=device)
+        self.rate, self.norm, self.images, self._began = 0.0, torch.zeros(()), 0, time.perf_counter()
+
+    def add(self, asked: Sequence[str], losses: Tensor, task_of: Tensor, grids: Tensor) -> None:
+        numbers = torch.tensor([self.tasks.index(task) for task in asked], device=losses.device)[task_of]
+        self._losses[0].index_add_(0, numbers, losses)
+        self._losses[1].index_add_(0, numbers, torch.ones_like(losses))
+        self._grids += grids
+
+    def close(self, images_per_step: int) -> dict[str, float]:
+        """The means, and a new window."""
+        now = time.perf_counter()
+        (total, count), steps = self._losses.cpu(), self.images / images_per_step
+        row = {
+            "loss": round(float(total.sum() / count.sum()), 4),
+            "lr": round(self.rate, 7),
+            "grid": round(self._grids[0].item() / steps, 4),
+            "grid_tokens": round(self._grids[1].item() / steps, 4),
+            "grad_norm": round(self.norm.item(), 3),
+            "images_per_second": round(self.images / (now - self._began), 2),
+            **{t: round(float(x / n), 4) for t, x, n in zip(self.tasks, total, count, strict=True) if n},
+        }
+        self._losses.zero_()
+        self._grids.zero_()
+        self.images, self._began = 0, now
+        return row
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[list[int]]:
+    """A list that receives SIGTERM and SIGINT instead of their ending the process."""
+    received: list[int] = []
+    signals = (signal.SIGTERM, signal.SIGINT)
+    previous = {s: signal.signal(s, lambda number, _: received.append(number)) for s in signals}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def _worker_init(_: int) -> None:
     torch.set_num_threads(1)
     os.nice(10)
@@ -243,205 +358,32 @@ def _average_gradients(parameters: Sequence[nn.Parameter], stop: bool, world: in
     return bool(flat[-1] > 0)
 
 
-def _copy_start(source: Path, folder: Path) -> None:
-    if not (source / "processor_config.json").exists():
-        raise ValueError(f"start_from: no mini Florence-2 in {source} (processor_config.json is missing)")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial)
-    partial.rename(folder)
-
-
 def _prepare_start(config: Florence2Training, folder: Path) -> None:
-    """Write the untrained model that a run starts from, unless it's there."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    """Write the untrained model that a run starts from, unless it is there."""
+    from transformers import Florence2Processor
+
     if (folder / "processor_config.json").exists():
         return
-    if config.start_from:
-        _copy_start(Path(config.start_from).expanduser(), folder)
-    else:
-        build_mini_florence2(folder, config.seed, config.image_size)
+    if config.start_from is None:
+        with atomic_folder(folder) as partial:
+            build_mini_florence2(partial, config.seed, config.image_size)
+        return
+    source = Path(resolve(config.start_from, "vision")).expanduser()
+    if not (source / "processor_config.json").exists():
+        raise ValueError(f"start_from: no mini Florence-2 in {source} (processor_config.json is missing)")
+    side = Florence2Processor.from_pretrained(source).image_processor.size["height"]
+    if side != config.image_size:
+        raise ValueError(f"start_from: {source} takes images of {side} px, but image_size is {config.image_size}")
+    with atomic_folder(folder) as partial:
+        shutil.copytree(source, partial, dirs_exist_ok=True)
 
 
-def train(config: Florence2Training, device: str | None = None) -> Path:
-    """Train, or continue what `config.out` holds, up to `config.steps`; SIGTERM and SIGINT save first.
-
-    Under torchrun the images of a step are shared out among the processes and the gradients averaged.
-
-    Args:
-        config: Settings. Model, tokenizer and data of an existing run must not change; steps, decay, learning rate may.
-        device: "cpu", "cuda" or "mps"; the GPU where there is one. Under torchrun "cuda" is a GPU a process.
-
-    Returns:
-        The folder of the exported model (weights of the running mean).
-
-    Raises:
-        ValueError: The loss is not finite, the device isn't there, or the checkpoint was made with another seed, mix or
-            size. On every process, if the first one cannot prepare the start.
-    """
-    world = init_world(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        return _train(config, world)
-    finally:
-        world.close()
-
-
-def _train(config: Florence2Training, world: World) -> Path:
-    from transformers import Florence2ForConditionalGeneration, Florence2Processor
-
-    if config.images_per_step % world.size:
-        raise ValueError(f"images_per_step ({config.images_per_step}) must be a multiple of the {world.size} processes")
-    device = world.device
-    if device.type == "cpu":
-        torch.set_num_threads(config.threads)
-    out = Path(config.out).expanduser()
-    start_folder, checkpoint = out / "start", out / "checkpoint.pt"
-    world.decide(lambda: _prepare_start(config, start_folder))
-    # on a CPU plain attention is 1.6 times as fast as the fused kernel for DaViT's many small windows
-    attention = "eager" if device.type == "cpu" else "sdpa"
-    model: Any = Florence2ForConditionalGeneration.from_pretrained(start_folder, attn_implementation=attention)
-    model.to(device).train()
-    tokenizer = Florence2Processor.from_pretrained(start_folder).tokenizer
-    vision = model.config.vision_config
-    with torch.random.fork_rng(devices=[]):  # the same in every process and after every restart
-        torch.manual_seed(config.seed)
-        heads = GridHeads(vision.projection_dim, vision.embed_dim[-2], config.pool).to(device)
-    early: list[Tensor] = []  # what enters the last downsampling
-    model.model.vision_tower.convs[-1].register_forward_pre_hook(lambda _, args: early.append(args[0]))
-    optimizers = make_optimizers(model, heads, config)
-    ema = {name: p.detach().clone() for name, p in model.named_parameters()} if config.ema_decay else {}
-    same = (
-        "seed",
-        "image_size",
-        "images_per_step",
-        "tasks_per_image",
-        "location_bins",
-        "max_target_tokens",
-        "mix",
-        "second_mix",
-        "second_mix_at",
-        "copyleft",
-        "tasks",
-        "optimizer",
-    )
-    step = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        changed = [k for k in same if state["config"].get(k, getattr(Florence2Training, k, None)) != asdict(config)[k]]
-        if changed:
-            raise ValueError(f"{checkpoint} was made with other {', '.join(changed)}: choose another folder")
-        if state["classes"] != list(grid_classes(config.pool)):
-            raise ValueError(f"{checkpoint} was made with another version of florence-vl-mini: choose another folder")
-        model.load_state_dict(state["model"])
-        heads.load_state_dict(state["heads"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        step = state["step"]
-        if config.ema_decay:
-            ema = {k: v.to(device) for k, v in (state["ema"] or dict(model.named_parameters())).items()}
-
-    data = SceneTasks(config, tokenizer)
-    loader = torch.utils.data.DataLoader(
-        data,
-        batch_sampler=Batches(step, config.steps, config.images_per_step, world.rank, world.size),
-        collate_fn=collate,
-        num_workers=config.workers,
-        prefetch_factor=6 if config.workers else None,
-        worker_init_fn=_worker_init if config.workers else None,
-    )
-    stop: list[int] = []
-    previous = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
-    names = {tuple(ids): task for task, ids in data.prompts.items()}
-    tasks = list(config.tasks)
-    sums, grids = torch.zeros(2, len(tasks), device=device), torch.zeros(2, device=device)
-    began, seen = time.perf_counter(), 0
-
-    trained = [*model.parameters(), *heads.parameters()]
-
-    def save() -> None:
-        if not world.is_main:
-            return
-        _save(
-            checkpoint,
-            {
-                "model": model.state_dict(),
-                "heads": heads.state_dict(),
-                "classes": list(grid_classes(config.pool)),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "ema": ema,
-                "step": step,
-                "config": asdict(config),
-            },
-        )
-
-    try:
-        for batch in loader:
-            asked = [names[tuple(v for v in row if v != 1)] for row in batch["prompt_ids"].tolist()]
-            numbers = torch.tensor([tasks.index(task) for task in asked], device=device)
-            text_tasks = torch.tensor(["OCR" in task for task in asked], device=device)
-            batch = {k: v.to(device) for k, v in batch.items()}
-            rate = config.learning_rate * _lr_factor(step, config)
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = rate
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                losses, task_of, image, prompted = seq2seq_loss(model, batch)
-                places = batch["letters"], batch["names"], batch["owner"], text_tasks
-                grid = heads(early.pop(), image[:, 1:], prompted[:, 1:], *places)
-                said = token_loss(model, prompted[:, 1:], batch["cell_tokens"])
-            loss = losses.mean() + config.grid_weight * (grid + said)
-            if not torch.isfinite(loss):
-                raise ValueError(f"the loss is {loss.item()} at step {step}; lower learning_rate")
-            for optimizer in optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            stopping = _average_gradients(trained, bool(stop), world.size)
-            norm = nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
-            for optimizer in optimizers:
-                optimizer.step()
-            step += 1
-            if ema:
-                decay = min(config.ema_decay, (1 + step) / (10 + step))
-                torch._foreach_lerp_(list(ema.values()), [p.detach() for p in model.parameters()], 1 - decay)
-            seen += len(batch["pixels"])
-            sums[0].index_add_(0, numbers[task_of], losses.detach())
-            sums[1].index_add_(0, numbers[task_of], torch.ones_like(losses))
-            grids += torch.stack([grid.detach(), said.detach()])
-            if world.is_main and (step % config.log_every == 0 or step == config.steps):
-                now = time.perf_counter()
-                (total, count), steps = sums.cpu(), seen * world.size / config.images_per_step
-                by_task = {t: round(float(x / n), 4) for t, x, n in zip(tasks, total, count, strict=True) if n}
-                line = {
-                    "step": step,
-                    "loss": round(float(total.sum() / count.sum()), 4),
-                    "lr": round(rate, 7),
-                    "grid": round(grids[0].item() / steps, 4),
-                    "grid_tokens": round(grids[1].item() / steps, 4),
-                    "grad_norm": round(norm.item(), 3),
-                    "images_per_second": round(seen * world.size / (now - began), 2),
-                    **by_task,
-                }
-                with (out / "metrics.jsonl").open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-                began, seen = now, 0
-                sums.zero_()
-                grids.zero_()
-            if step % config.save_every == 0:
-                save()
-            if stopping:
-                break
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    save()
-    return export(out) if world.is_main else out / "model"
-
-
-def export(out: str | Path, target: str | Path | None = None, dtype: torch.dtype = torch.float32) -> Path:
+def export(run: str | Path, target: str | Path | None = None, dtype: torch.dtype = torch.float32) -> Path:
     """Write the running mean of the weights of a run as a folder that `from_pretrained` loads.
 
     Args:
-        out: The run's folder.
-        target: Where to, `out/model` by default.
+        run: The run's folder.
+        target: Folder to write; `model` in the run's folder by default.
         dtype: Type of the stored weights.
 
     Raises:
@@ -449,28 +391,16 @@ def export(out: str | Path, target: str | Path | None = None, dtype: torch.dtype
     """
     from transformers import Florence2ForConditionalGeneration, Florence2Processor
 
-    out = Path(out).expanduser()
-    if not (out / "checkpoint.pt").exists():
-        raise FileNotFoundError(f"no checkpoint in {out}: train first")
-    target = Path(target) if target else out / "model"
-    state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
-    model = Florence2ForConditionalGeneration.from_pretrained(out / "start")
+    run = Path(run).expanduser()
+    if not (run / "checkpoint.pt").exists():
+        raise FileNotFoundError(f"no checkpoint in {run}: train first")
+    target = Path(target) if target else run / "model"
+    state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+    model = Florence2ForConditionalGeneration.from_pretrained(run / "start")
     model.load_state_dict(state["model"])
     if state["ema"]:
         model.load_state_dict(state["ema"], strict=False)
-    model.to(dtype).save_pretrained(target)
-    Florence2Processor.from_pretrained(out / "start").save_pretrained(target)
+    with atomic_folder(target, overwrite=True, owned=lambda folder: folder.parent == run.resolve()) as partial:
+        model.to(dtype).save_pretrained(partial)
+        Florence2Processor.from_pretrained(run / "start").save_pretrained(partial)
     return target
-
-
-__all__ = [
-    "Florence2Training",
-    "SceneTasks",
-    "collate",
-    "encode_prompt",
-    "export",
-    "normalize",
-    "read_recipe",
-    "seq2seq_loss",
-    "train",
-]

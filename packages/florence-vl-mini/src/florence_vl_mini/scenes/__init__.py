@@ -1,14 +1,14 @@
 """Pictures composed of real sprites and fonts, with all annotations: `SceneGenerator(seed, split)[i] -> Scene`."""
 
-from florence_vl_mini.scenes.annotations import FLORENCE2_PROMPTS, GROUPS, RECORD_TASKS, Question, Region, Scene, Text
+from florence_vl_mini.scenes.annotations import GROUPS, RECORD_TASKS, TASK_PROMPTS, Question, Region, Scene, Text
 from florence_vl_mini.scenes.generator import DEFAULT_MIX, KINDS, SceneGenerator
 
 __all__ = [
     "DEFAULT_MIX",
-    "FLORENCE2_PROMPTS",
     "GROUPS",
     "KINDS",
     "RECORD_TASKS",
+    "TASK_PROMPTS",
     "Question",
     "Region",
     "Scene",

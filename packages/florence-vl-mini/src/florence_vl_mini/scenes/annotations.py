@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 from PIL import Image
 
-from florence_vl.registry import did_you_mean
-
-if TYPE_CHECKING:
-    from florence_vl.data.records import Record
-
 # Florence-2's task -> the prompt that `Florence2Processor` makes of it.
-FLORENCE2_PROMPTS = {
+TASK_PROMPTS = {
     "<CAPTION>": "What does the image describe?",
     "<DETAILED_CAPTION>": "Describe in detail what is shown in the image.",
     "<OCR>": "What is the text in the image?",
@@ -25,6 +21,18 @@ GROUPS = ("general", "knowledge", "ocr_chart", "vision_centric")
 RECORD_TASKS = ("caption", "detailed_caption", "ocr", "ocr_with_region", "od", "dense_region_caption", "vqa", *GROUPS)
 
 Box = tuple[float, float, float, float]
+
+
+def known(kind: str, name: str, options: Iterable[str]) -> str:
+    """`name`, if it is one of the options.
+
+    Raises:
+        ValueError: It is not; the options are listed.
+    """
+    names = list(options)
+    if name not in names:
+        raise ValueError(f"unknown {kind} {name!r}. Known: {', '.join(names)}.")
+    return name
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ class Text:
 class Question:
     """A question with its answer.
 
-    Args:
+    Attributes:
         group: One of `GROUPS`, the paper's four groups of benchmarks.
         skill: What it asks for: "existence", "counting", "spatial", "reading", "chart_value", ...
         question: Wording, without the choices.
@@ -98,7 +106,7 @@ class Scene:
         return " ".join(t.text for t in self.texts)
 
     def locations(self, values: tuple[float, ...], step: int = 1) -> str:
-        """Location tokens of alternating x and y in pixels; `step` > 1 rounds to coarser bins' centres."""
+        """Location tokens of alternating x and y in pixels; `step` > 1 rounds to coarser bins' centers."""
         sides = self.image.size
         out = []
         for i, value in enumerate(values):
@@ -107,7 +115,7 @@ class Scene:
         return "".join(out)
 
     def od(self, step: int = 1) -> str:
-        """`name<loc_x1><loc_y1><loc_x2><loc_y2>` for each object; `step` > 1 rounds to coarser bins' centres."""
+        """`name<loc_x1><loc_y1><loc_x2><loc_y2>` for each object; `step` > 1 rounds to coarser bins' centers."""
         return "".join(r.name + self.locations(r.box, step) for r in self.regions)
 
     def dense_region_caption(self, step: int = 1) -> str:
@@ -138,10 +146,10 @@ class Scene:
             return self.od(step)
         if task == "<DENSE_REGION_CAPTION>":
             return self.dense_region_caption(step)
-        raise ValueError(f"unknown Florence-2 task {task!r}. {did_you_mean(task, FLORENCE2_PROMPTS)}")
+        raise ValueError(f"unknown Florence-2 task {task!r}. Known: {', '.join(TASK_PROMPTS)}.")
 
-    def record(self, task: str = "vqa") -> Record:
-        """The scene as a training record.
+    def record(self, task: str = "vqa") -> dict[str, Any]:
+        """The scene as a training record: `id`, `source`, `messages` (transformers' chat format) and `images` (PIL).
 
         Args:
             task: "caption", "detailed_caption" (as LLaVA's pretraining data words them), "ocr", "ocr_with_region",
@@ -151,15 +159,12 @@ class Scene:
         Raises:
             ValueError: No such task, or the scene has no annotation for it.
         """
-        from florence_vl.data.records import Record
-
-        if task not in RECORD_TASKS:
-            raise ValueError(f"unknown task {task!r}. {did_you_mean(task, RECORD_TASKS)}")
+        known("task", task, RECORD_TASKS)
         if task in ("vqa", *GROUPS):
             turns = [(q.prompt, q.answer) for q in self.questions if task in ("vqa", q.group)]
         else:
             token = f"<{task.upper()}>"
-            turns = [(FLORENCE2_PROMPTS[token], self.target(token))]
+            turns = [(TASK_PROMPTS[token], self.target(token))]
         if not turns or not turns[0][1]:
             raise ValueError(f"scene {self.id} ({self.kind}) has no annotation for task {task!r}")
         messages = []
@@ -167,4 +172,4 @@ class Scene:
             content = ([{"type": "image"}] if i == 0 else []) + [{"type": "text", "text": ask}]
             messages.append({"role": "user", "content": content})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        return Record(id=f"{self.id}-{task}", source="scenes", messages=messages, images=[self.image])
+        return {"id": f"{self.id}-{task}", "source": "scenes", "messages": messages, "images": [self.image]}

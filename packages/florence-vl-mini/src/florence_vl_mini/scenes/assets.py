@@ -13,10 +13,9 @@ from typing import Any
 import yaml
 from PIL import Image, ImageFont
 
-from florence_vl.files import cache_dir
+import florence_vl_mini as package
 
 SPLITS = ("train", "val", "test")
-EXTENDED = "train+copyleft"  # the training split with the pictures that `florence-vl mini assets --copyleft` fetches
 
 _WORDS = yaml.safe_load((Path(__file__).parent / "words.yaml").read_text())
 _NAMEABLE, _OBSCURE, _CLIP_ART, _MASS, _PLURAL = (
@@ -30,7 +29,7 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 class Sprite:
     """One cut-out picture with its name.
 
-    Args:
+    Attributes:
         id: Its id in the package's index.
         name: What it shows, without an article.
         category: "animal", "fruit", ... or None.
@@ -121,91 +120,28 @@ def counted(name: str, n: int) -> str:
     return with_article(name) if n == 1 else f"{NUMBERS[n]} {plural(name)}"
 
 
-def _package() -> Any:
-    try:
-        import florence_vl_mini
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            "scenes need the pictures and fonts of florence-vl-mini: pip install ./packages/florence-vl-mini"
-        ) from error
-    return florence_vl_mini
-
-
 def _nameable(row: dict[str, Any]) -> bool:
     name = row["caption"]
     if row["set"] == "openclipart":
         return name in _CLIP_ART
     if name in _OBSCURE or len(name) > 24 or len(name.split()) > 4 or not name.isascii():
         return False
-    if row["set"] in ("tuxpaint", "art4apps", "gcompris"):
-        return True  # chosen where they were fetched
     folder = row["folder"].replace(" & ", "-").replace(" ", "-")
     return folder in _NAMEABLE or any(
         folder.startswith(f) for f in ("face", "heart", "emotion", "sky", "light", "arts")
     )
 
 
-def base_split(split: str) -> str:
-    """The split that `EXTENDED` extends; others are themselves."""
-    return split.partition("+")[0]
-
-
 @lru_cache
 def sprites(split: str) -> tuple[Sprite, ...]:
-    """Named sprites of a split (or `EXTENDED`), in the index's order."""
-    if split == EXTENDED:
-        return sprites("train") + tuple(_sprite(row) for row in extra_rows().values() if _nameable(row))
-    return tuple(_sprite(row) for row in _package().load_index() if row["split"] == split and _nameable(row))
+    """Named sprites of a split, in the index's order."""
+    return tuple(_sprite(row) for row in package.load_index() if row["split"] == split and _nameable(row))
 
 
 def _sprite(row: dict[str, Any]) -> Sprite:
     # a tag that is a word of the name, or of another name, marks synonyms: automobile ~ car, cat face ~ cat
     related = frozenset(w for k in row["keywords"][:40] for w in _words(k))
     return Sprite(row["id"], row["caption"], row["category"], related, row["set"], row["new_concept"])
-
-
-def copyleft_dir() -> Path:
-    """Where the pictures under copyleft licences lie once fetched."""
-    return cache_dir() / "mini-copyleft"
-
-
-def figures_dir() -> Path:
-    """Where the captioned figures of `florence-vl mini assets --figures` lie once fetched."""
-    return cache_dir() / "mini-figures"
-
-
-@lru_cache
-def extra_rows() -> dict[str, dict[str, Any]]:
-    """Rows of the fetched pictures by id.
-
-    Raises:
-        FileNotFoundError, ValueError: They were not fetched, or not completely.
-    """
-    _package()
-    from florence_vl_mini.copyleft import read_cache
-
-    return {row["id"]: row for row in read_cache(copyleft_dir())}
-
-
-def apart_from_held_out(row: dict[str, Any]) -> bool:
-    """Whether no concept that is held out for validation or test could be meant by a row's name or keywords.
-
-    Where a row has `synonyms`, its keywords also hold what it is a kind of; that does not count: a hen may be shown
-    although "black bird" is held out.
-    """
-    sprite = _sprite(row | {"keywords": row.get("synonyms", row["keywords"])})
-    return not any(sprite.conflicts(held) for held in _held_out())
-
-
-def may_be_shown(name: str) -> bool:
-    """Whether a picture of a thing of this name shows no concept that is held out; see `apart_from_held_out`."""
-    row = {"id": name, "caption": name.lower(), "category": None, "set": "", "new_concept": False}
-    return apart_from_held_out(row | {"keywords": []})
-
-
-@lru_cache
-def _held_out() -> tuple[Sprite, ...]:
-    return tuple(_sprite(row) for row in _package().load_index() if row["new_concept"])
 
 
 @lru_cache
@@ -230,23 +166,19 @@ def facts() -> dict[str, tuple[frozenset[str], frozenset[str]]]:
 
 @lru_cache
 def _rows() -> dict[str, dict[str, Any]]:
-    return {row["id"]: row for row in _package().load_index()}
+    return {row["id"]: row for row in package.load_index()}
 
 
 @lru_cache(maxsize=4096)
 def picture(sprite_id: str) -> Image.Image:
     """The RGBA picture of a sprite; do not change it in place."""
-    if sprite_id in _rows():
-        return _package().open_sprite(_rows()[sprite_id])
-    from florence_vl_mini.copyleft import open_picture
-
-    return open_picture(copyleft_dir(), extra_rows()[sprite_id])
+    return package.open_sprite(_rows()[sprite_id])
 
 
 @lru_cache
 def font_files() -> tuple[Path, ...]:
     """The package's fonts."""
-    return tuple(_package().font_paths())
+    return tuple(package.font_paths())
 
 
 @lru_cache(maxsize=512)
@@ -265,13 +197,13 @@ def sans(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 def words(split: str) -> tuple[str, ...]:
     """Words for text in pictures, 3 to 8 letters; every word belongs to one split."""
     cuts = {"train": (0.0, 0.9), "val": (0.9, 0.94), "test": (0.94, 1.0)}
-    low, high = cuts[base_split(split)]
-    return tuple(w for w in _package().words() if len(w) <= 8 and low <= _unit(w) < high)
+    low, high = cuts[split]
+    return tuple(w for w in package.words() if len(w) <= 8 and low <= _unit(w) < high)
 
 
 def table_rows() -> list[dict[str, Any]]:
     """The package's tables of real numbers, of all splits."""
-    return _package().load_tables()
+    return package.load_tables()
 
 
 def _unit(text: str) -> float:
@@ -282,4 +214,4 @@ def _unit(text: str) -> float:
 def photo_textures() -> tuple[Image.Image, ...]:
     """Grass, gravel, brick and sky photographs for busy backgrounds."""
     wanted = ("brick", "grass", "gravel", "hubble_deep_field")
-    return tuple(Image.open(p["file"]).convert("RGB") for p in _package().photos() if p["id"] in wanted)
+    return tuple(Image.open(p["file"]).convert("RGB") for p in package.photos() if p["id"] in wanted)

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from random import Random
 
-from florence_vl.registry import Registry, did_you_mean
 from florence_vl_mini.scenes import charts, documents, objects
-from florence_vl_mini.scenes.annotations import Scene
-from florence_vl_mini.scenes.assets import EXTENDED, SPLITS, extra_rows
+from florence_vl_mini.scenes.annotations import Scene, known
+from florence_vl_mini.scenes.assets import SPLITS
 from florence_vl_mini.scenes.questions import ask
 
 Maker = Callable[[Random, str, int, str], Scene]
-KINDS: Registry[Maker] = Registry("kind of scene")
-for _name, _maker in {
+KINDS: dict[str, Maker] = {
     "single": objects.single,
     "objects": objects.arrangement,
     "lettering": objects.lettering,
@@ -24,8 +22,7 @@ for _name, _maker in {
     "line_chart": charts.line,
     "pie_chart": charts.pie,
     "scatter_chart": charts.scatter,
-}.items():
-    KINDS.register(_name)(_maker)
+}
 
 DEFAULT_MIX: dict[str, float] = {
     "single": 0.1, "objects": 0.42, "lettering": 0.2, "receipt": 0.05, "form": 0.05, "table": 0.04,
@@ -41,13 +38,9 @@ class SceneGenerator:
         split: "train", "val" or "test": sprites, words and random numbers of the splits are disjoint.
         size: Side of the square pictures in pixels, at least 64; documents and charts are meant for 192 and more.
         mix: Weight of each kind of scene; `DEFAULT_MIX` by default.
-        extra_sprites: Also take the pictures under copyleft licences that `florence-vl mini assets --copyleft` fetched
-            into the cache; of the training split only.
 
     Raises:
-        ValueError: An unknown split or kind, a size below 64, or extra sprites of another split or damaged ones.
-        FileNotFoundError: The extra sprites were not fetched yet.
-        ModuleNotFoundError: florence-vl-mini is not installed (at the first scene).
+        ValueError: An unknown split or kind, or a size below 64.
 
     Example:
         >>> scene = SceneGenerator(0)[7]
@@ -60,22 +53,14 @@ class SceneGenerator:
         split: str = "train",
         size: int = 256,
         mix: Mapping[str, float] | None = None,
-        extra_sprites: bool = False,
     ) -> None:
-        if split not in SPLITS:
-            raise ValueError(f"unknown split {split!r}. {did_you_mean(split, SPLITS)}")
+        known("split", split, SPLITS)
         if size < 64:
             raise ValueError(f"scenes of {size} px cannot be read: size must be 64 or more")
-        self.pool = split
-        if extra_sprites:
-            if split != "train":
-                raise ValueError(f"extra sprites are for training: they cannot be shown in split {split!r}")
-            self.pool = EXTENDED
-            extra_rows()  # raises where they are missing or damaged
         self.seed, self.split, self.size = seed, split, size
         self.mix = dict(DEFAULT_MIX if mix is None else mix)
         for kind in self.mix:
-            KINDS[kind]  # raises for an unknown name
+            known("kind of scene", kind, KINDS)
         if not self.mix or min(self.mix.values()) < 0 or sum(self.mix.values()) <= 0:
             raise ValueError(f"weights of the kinds of scene must be positive, found {self.mix}")
 
@@ -85,8 +70,8 @@ class SceneGenerator:
             raise IndexError(f"scenes are numbered from 0, not {index}")
         rng = Random(f"{self.seed}/{self.split}/{index}")
         kind = rng.choices(list(self.mix), list(self.mix.values()))[0]
-        scene = KINDS[kind](rng, self.pool, self.size, f"{self.split}-{self.seed}-{index}")
-        scene.questions.extend(ask(scene, Random(f"q/{self.seed}/{self.split}/{index}"), self.pool))
+        scene = KINDS[kind](rng, self.split, self.size, f"{self.split}-{self.seed}-{index}")
+        scene.questions.extend(ask(scene, Random(f"q/{self.seed}/{self.split}/{index}"), self.split))
         return scene
 
     def scenes(self, n: int, start: int = 0) -> Iterator[Scene]:

@@ -44,17 +44,17 @@ FACTS = assets.facts()
 
 
 @lru_cache
-def _sprites_by_name(extended: bool) -> dict[str, tuple[Sprite, ...]]:
+def _sprites_by_name() -> dict[str, tuple[Sprite, ...]]:
     out: dict[str, list[Sprite]] = {}
-    for split in (assets.EXTENDED, "val", "test") if extended else assets.SPLITS:
+    for split in assets.SPLITS:
         for sprite in assets.sprites(split):
             out.setdefault(sprite.name, []).append(sprite)
     return {name: tuple(group) for name, group in out.items()}
 
 
-def _apart(name: str, others: list[str], split: str) -> bool:
+def _apart(name: str, others: list[str]) -> bool:
     """Whether `name` could be taken for none of `others`."""
-    known = _sprites_by_name(split == assets.EXTENDED)
+    known = _sprites_by_name()
     return not any(a.conflicts(b) for o in others for a in known.get(name, ()) for b in known.get(o, ()))
 
 
@@ -68,7 +68,7 @@ def _distractors(rng: Random, split: str, names: list[str], n: int, like: str | 
         if attempt == 40:
             pool = assets.sprites(split)
         name = rng.choice(pool).name
-        if _apart(name, [*names, *out], split):
+        if _apart(name, [*names, *out]):
             out.append(name)
     return out
 
@@ -234,7 +234,7 @@ def _count_words(rng: Random, scene: Scene, split: str) -> Question | None:
 
 def _count(rng: Random, scene: Scene, split: str) -> Question | None:
     counts = Counter(r.name for r in scene.regions)
-    names = [n for n in counts if all(s.countable for s in _sprites_by_name(split == assets.EXTENDED).get(n, ()))]
+    names = [n for n in counts if all(s.countable for s in _sprites_by_name().get(n, ()))]
     if not names or scene.kind == "lettering":
         return None
     repeated = [n for n in names if counts[n] > 1]

@@ -64,7 +64,7 @@ def tables(split: str) -> tuple[Table, ...]:
             tuple(Column(c["name"], c["unit"], tuple(c["values"])) for c in row["columns"]),
         )
         for row in assets.table_rows()
-        if row["split"] == assets.base_split(split)
+        if row["split"] == split
     )
 
 

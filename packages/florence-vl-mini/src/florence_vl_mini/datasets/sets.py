@@ -10,8 +10,8 @@ from pathlib import Path
 import yaml
 
 from florence_vl.registry import did_you_mean
-from florence_vl_mini.scenes.generator import SceneGenerator
-from florence_vl_mini.scenes.writers import write
+from florence_vl_mini.datasets.writers import write
+from florence_vl_mini.scenes import SceneGenerator
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,15 @@ class SceneSet:
     seed: int
     split: str
 
-    def write(self, out: Path, extra_sprites: bool = False) -> Path:
+    def write(self, out: Path, overwrite: bool = False) -> Path:
         """Write it as `write` does, LLaVA's layout at 256 px."""
-        generator = SceneGenerator(self.seed, self.split, 256, extra_sprites=extra_sprites)
-        return write(out, generator, self.samples, "llava", self.tasks)
+        return write(out, SceneGenerator(self.seed, self.split, 256), self.samples, "llava", self.tasks, overwrite)
 
 
 @lru_cache
 def scene_sets() -> dict[str, SceneSet]:
     """The named sets, `sets.yaml`."""
-    text = files("florence_vl_mini.scenes").joinpath("sets.yaml").read_text(encoding="utf-8")
+    text = files("florence_vl_mini.datasets").joinpath("sets.yaml").read_text(encoding="utf-8")
     return {
         name: SceneSet(**{**fields, "tasks": tuple(fields["tasks"])}) for name, fields in yaml.safe_load(text).items()
     }

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import shutil
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,9 +11,9 @@ from typing import Any
 
 from PIL import Image
 
+from florence_vl.files import atomic_folder
 from florence_vl.registry import did_you_mean
-from florence_vl_mini.scenes.annotations import RECORD_TASKS
-from florence_vl_mini.scenes.generator import SceneGenerator
+from florence_vl_mini.scenes import RECORD_TASKS, SceneGenerator
 
 FORMATS = ("llava", "parquet", "webdataset")
 SHARD = 1000  # samples a parquet file or tar
@@ -55,11 +53,11 @@ def rows(generator: SceneGenerator, tasks: Sequence[str], samples: int) -> Itera
             continue
         idle = 0
         talk = []
-        for message in record.messages:
+        for message in record["messages"]:
             text = "\n".join("<image>" if p["type"] == "image" else p["text"] for p in message["content"])
             talk.append({"from": "human" if message["role"] == "user" else "gpt", "value": text})
         yield {
-            "id": record.id,
+            "id": record["id"],
             "task": task,
             "kind": scene.kind,
             "image": encode_image(scene.image),
@@ -69,44 +67,38 @@ def rows(generator: SceneGenerator, tasks: Sequence[str], samples: int) -> Itera
 
 
 def write(
-    out: str | Path, generator: SceneGenerator, samples: int, format: str = "llava", tasks: Sequence[str] = ("vqa",)
+    out: str | Path,
+    generator: SceneGenerator,
+    samples: int,
+    format: str = "llava",
+    tasks: Sequence[str] = ("vqa",),
+    overwrite: bool = False,
 ) -> Path:
     """Write a data set of scenes; the same arguments give the same files.
 
     Args:
-        out: Folder to make; one that holds other files is refused. It appears when it is complete.
+        out: Folder to make. It appears when it is complete.
         generator: Where the scenes come from.
         samples: Number of records.
         format: "llava" (data.jsonl, images/), "parquet" (Hugging Face's image layout) or "webdataset" (tars of .jpg and
             .json).
         tasks: Tasks of `Scene.record`, in turns.
+        overwrite: Whether a data set that this function wrote earlier may be replaced.
 
     Returns:
         What a reader opens: the JSONL file, or the folder.
 
     Raises:
-        ValueError: Unknown format or task, or no sample asked for.
-        FileExistsError: `out` exists and is not empty.
+        ValueError: Unknown format or task, no sample asked for, or `out` holds something that may not be replaced.
     """
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}. {did_you_mean(format, FORMATS)}")
     if samples < 1 or not tasks:
         raise ValueError(f"at least one sample and one task are needed, found {samples} and {list(tasks)}")
     out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is not empty: choose another folder or delete it")
-    staging = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
-        {"llava": _llava, "parquet": _parquet, "webdataset": _webdataset}[format](
-            staging, rows(generator, tasks, samples)
-        )
-        if out.exists():
-            out.rmdir()
-        staging.rename(out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    write_rows = {"llava": _llava, "parquet": _parquet, "webdataset": _webdataset}[format]
+    with atomic_folder(out, overwrite=overwrite) as partial:
+        write_rows(partial, rows(generator, tasks, samples))
     return out / "data.jsonl" if format == "llava" else out
 
 
