@@ -123,4 +123,17 @@ def test_a_folder_without_a_model_is_named(parts, tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
     assert build(parts, tmp_path / "out", "--vision", str(empty)) == 2
-    assert f"{empty} is no vision model" in capsys.readouterr().err
+    assert f"{empty} is not a vision model" in capsys.readouterr().err
+
+
+def test_any_option_of_a_build_can_be_set(parts, tmp_path, capsys):
+    out = tmp_path / "model"
+    assert build(parts, out, "--set", "positions=absolute", "--set", "merge=2") == 0
+    config = load_model(out, "cpu")[0].config
+    assert (config.positions, config.merge) == ("absolute", 2)
+    assert build(parts, tmp_path / "no", "--set", "positons=absolute") == 2
+    assert "Did you mean 'positions'" in capsys.readouterr().err
+    assert build(parts, tmp_path / "no", "--set", "merge=many") == 2
+    assert "merge is 'many'" in capsys.readouterr().err
+    assert build(parts, tmp_path / "no", "--mean-token", "none") == 2
+    assert "mean_token is 'none'" in capsys.readouterr().err

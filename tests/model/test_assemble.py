@@ -111,7 +111,7 @@ def test_a_token_is_added_only_when_none_is_reserved(parts):
     [
         ({"vision": "nowhere/at/all"}, FileNotFoundError, "no vision model"),
         ({"vision": "."}, ValueError, "no config.json"),
-        ({"llm": "missing.gguf"}, FileNotFoundError, "no LLM at"),
+        ({"llm": "missing.gguf"}, FileNotFoundError, "no LLM 'missing.gguf'"),
         ({"features": ["davit", "captoin"]}, ValueError, "Did you mean 'caption'"),
         ({"fusion": "chanel"}, ValueError, "Did you mean 'channel'"),
         ({"chat_template": "lama3"}, ValueError, "Did you mean 'llama3'"),
@@ -128,7 +128,7 @@ def test_refusals(parts, change, error, message, monkeypatch):
 
 
 def test_what_is_no_decoder_or_no_converted_florence2(parts, tmp_path):
-    with pytest.raises(ValueError, match="no decoder LLM"):
+    with pytest.raises(ValueError, match="not a decoder LLM"):
         florence_vl.build_model(parts / "florence2", parts / "florence2")
     config = json.loads((parts / "florence2" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "x.Y"}}))

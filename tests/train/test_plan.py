@@ -34,7 +34,7 @@ def measured_flops(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> fl
     model.train()
     mapping = {torch.ops.aten.convolution_backward: convolution_backward_flops}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        model(**batch).loss.backward()
+        model(**batch, skip_logits=True).loss.backward()
     return float(counter.get_total_flops())
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import typer
 
 from florence_vl.files import atomic_folder, check_destination
+from florence_vl.model.build_config import BuildConfig
+from florence_vl.registry import did_you_mean
 
 epilog = """[bold]Examples[/bold]
 
@@ -44,6 +47,24 @@ def _layers(texts: list[str]) -> dict[str, int] | None:
     return layers or None
 
 
+def _with_settings(build: BuildConfig, settings: list[str]) -> BuildConfig:
+    """The options with those of `--set`, checked as a recipe's."""
+    import yaml
+    from pydantic import TypeAdapter, ValidationError
+
+    values = {name: yaml.safe_load(text) for name, text in _pairs(settings, "--set").items()}
+    known = {field.name for field in dataclasses.fields(BuildConfig)}
+    for name in values:
+        if name not in known:
+            raise ValueError(f"--set {name}: there is no such option. {did_you_mean(name, known)}")
+    try:
+        return TypeAdapter(BuildConfig).validate_python({**vars(build), **values})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{where} is {first['input']!r}: {first['msg']}") from None
+
+
 def _names(text: str | None) -> list[str] | None:
     if text is None:
         return None
@@ -64,11 +85,18 @@ def command(
     feature_layer: list[str] = typer.Option(
         [], "--feature-layer", help="For a backbone: feature name and hidden layer, NAME=INDEX; may be repeated."
     ),
-    fusion: str = typer.Option("channel", "--fusion", help="channel, token or average."),
-    projector_depth: int = typer.Option(3, "--projector-depth", help="Linear layers of the projector, 1 to 4."),
-    mean_token: str = typer.Option("grid", "--mean-token", help="grid (576 tokens at 768 px), all (577) ..."),
-    prompt_padding: str = typer.Option("masked", "--prompt-padding", help="masked or attended."),
+    fusion: str = typer.Option(BuildConfig.fusion, "--fusion", help="channel, token or average."),
+    projector_depth: int = typer.Option(
+        BuildConfig.projector_depth, "--projector-depth", help="Linear layers of the projector, 1 to 4."
+    ),
+    mean_token: str = typer.Option(
+        BuildConfig.mean_token, "--mean-token", help="grid (576 tokens at 768 px), all (577) ..."
+    ),
+    prompt_padding: str = typer.Option(BuildConfig.prompt_padding, "--prompt-padding", help="masked or attended."),
     prompt_length: Optional[int] = typer.Option(None, "--prompt-length", help="Pad prompts to that length."),  # noqa: UP045
+    setting: list[str] = typer.Option(
+        [], "--set", help="Any other option of BuildConfig, NAME=VALUE in YAML: --set merge=2; may be repeated."
+    ),
     image_size: Optional[int] = typer.Option(None, "--image-size", help="Pixels a side; by default the tower's."),  # noqa: UP045
     image_token: Optional[str] = typer.Option(None, "--image-token", help="Token that stands for images."),  # noqa: UP045
     chat_template: Optional[str] = typer.Option(  # noqa: UP045
@@ -82,21 +110,22 @@ def command(
 
     The projector between them is untrained: `florence-vl train` with model.path=OUT trains it.
     """
-    options: dict[str, Any] = {
-        "features": _names(features),
-        "prompts": _pairs(prompt, "--prompt") or None,
-        "feature_layers": _layers(feature_layer),
-        "fusion": fusion,
-        "projector_depth": projector_depth,
-        "mean_token": mean_token,
-        "prompt_padding": prompt_padding,
-        "prompt_length": prompt_length,
-        "image_size": image_size,
-        "image_token": image_token,
-        "chat_template": chat_template,
-        "dtype": dtype,
-        "seed": seed,
-    }
+    build = BuildConfig(
+        vision,
+        llm,
+        features=_names(features),
+        prompts=_pairs(prompt, "--prompt") or None,
+        feature_layers=_layers(feature_layer),
+        fusion=fusion,
+        projector_depth=projector_depth,
+        mean_token=mean_token,  # type: ignore[arg-type]
+        prompt_padding=prompt_padding,  # type: ignore[arg-type]
+        prompt_length=prompt_length,
+        image_size=image_size,
+        image_token=image_token,
+        chat_template=chat_template,
+    )
+    build = _with_settings(build, setting)
     from florence_vl.model.loading import DTYPES
 
     if dtype not in DTYPES:
@@ -104,9 +133,8 @@ def command(
     check_destination(out, overwrite=overwrite, sources=[part for part in (vision, llm) if Path(part).exists()])
 
     from florence_vl.model.assemble import build_model
-    from florence_vl.model.packaged import resolve
 
-    model, processor = build_model(resolve(vision, "vision"), resolve(llm, "llms"), **options)
+    model, processor = build_model(build, dtype=dtype, seed=seed)
     with atomic_folder(out, overwrite=overwrite) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)

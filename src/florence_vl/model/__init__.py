@@ -1,60 +1,36 @@
-"""The model: configuration -> towers -> fusion -> projector -> modeling; processing; assemble; convert.
-
-Importing this package registers Florence-VL with transformers' Auto classes, and the attention `sdpa_varlen`.
-"""
+"""The model: configuration -> towers -> fusion -> projector -> modeling; processing; assemble; loading."""
 
 from __future__ import annotations
 
-import sys
+import importlib
+from typing import TYPE_CHECKING, Any
 
-import transformers
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoProcessor,
-)
-from transformers.models.auto import modeling_auto
+if TYPE_CHECKING:
+    from florence_vl.model.build_config import BuildConfig
+    from florence_vl.model.configuration import FlorenceVLConfig
+    from florence_vl.model.image_processing import FlorenceVLImageProcessor
+    from florence_vl.model.modeling import FlorenceVLForConditionalGeneration, FlorenceVLModel
+    from florence_vl.model.processing import FlorenceVLProcessor
 
-from florence_vl.model.configuration import FlorenceVLConfig
-from florence_vl.model.image_processing import FlorenceVLImageProcessor
-from florence_vl.model.modeling import FlorenceVLForConditionalGeneration, FlorenceVLModel
-from florence_vl.model.processing import FlorenceVLProcessor
-from florence_vl.model.varlen_attention import register_attention
-
-
-def _register() -> None:
-    AutoConfig.register("florence_vl", FlorenceVLConfig, exist_ok=True)
-    AutoModel.register(FlorenceVLConfig, FlorenceVLModel, exist_ok=True)
-    for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
-        auto.register(FlorenceVLConfig, FlorenceVLForConditionalGeneration, exist_ok=True)
-    AutoImageProcessor.register(
-        FlorenceVLConfig, image_processor_classes={"pil": FlorenceVLImageProcessor}, exist_ok=True
-    )
-    AutoProcessor.register(FlorenceVLConfig, FlorenceVLProcessor, exist_ok=True)
-    # Pipelines and `transformers serve` look a model up in these tables of names, ...
-    modeling_auto.MODEL_MAPPING_NAMES["florence_vl"] = FlorenceVLModel.__name__
-    for names in (
-        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
-    ):
-        names["florence_vl"] = FlorenceVLForConditionalGeneration.__name__
-    # ... TRL, vLLM and SGLang take a class from the module. Importing transformers.processing_utils puts a second
-    # module object into sys.modules, so both have to know us: the one imported first and the one that is live.
-    for module in (transformers, sys.modules["transformers"]):
-        for cls in (FlorenceVLConfig, FlorenceVLModel, FlorenceVLForConditionalGeneration, FlorenceVLProcessor):
-            setattr(module, cls.__name__, cls)
-
-
-_register()
-register_attention()
-
+_EXPORTS = {
+    "BuildConfig": "florence_vl.model.build_config",
+    "FlorenceVLConfig": "florence_vl.model.configuration",
+    "FlorenceVLForConditionalGeneration": "florence_vl.model.modeling",
+    "FlorenceVLImageProcessor": "florence_vl.model.image_processing",
+    "FlorenceVLModel": "florence_vl.model.modeling",
+    "FlorenceVLProcessor": "florence_vl.model.processing",
+}
 __all__ = [
+    "BuildConfig",
     "FlorenceVLConfig",
     "FlorenceVLForConditionalGeneration",
     "FlorenceVLImageProcessor",
     "FlorenceVLModel",
     "FlorenceVLProcessor",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'florence_vl.model' has no attribute {name!r}")

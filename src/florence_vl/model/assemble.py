@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import AddedToken
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Florence2ForConditionalGeneration,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from florence_vl.model.build_config import BuildConfig
 from florence_vl.model.chat_template import CHAT_TEMPLATES, choose_template
 from florence_vl.model.configuration import (
     BACKBONE_LAYERS,
+    DAVIT,
     DBFUSION_FEATURES,
     FLORENCE2_PROMPT_IDS,
     FLORENCE2_PROMPTS,
@@ -35,6 +28,16 @@ from florence_vl.model.configuration import (
 from florence_vl.model.fusion import FUSIONS, build_fusion
 from florence_vl.model.image_processing import FlorenceVLImageProcessor
 from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+from florence_vl.model.packaged import resolve
+from florence_vl.model.parts import (
+    image_size,
+    load_llm,
+    load_tower_weights,
+    prompt_tokenizer,
+    read_config,
+    read_preprocessing,
+    vision_part,
+)
 from florence_vl.model.processing import FlorenceVLProcessor, ImageTokenRule
 from florence_vl.model.views import FeatureFill
 from florence_vl.registry import did_you_mean
@@ -57,54 +60,21 @@ VOCABULARY_MULTIPLE = 64
 
 
 def build_model(
-    vision: str | Path,
-    llm: str | Path,
+    vision: str | Path | BuildConfig,
+    llm: str | Path | None = None,
     *,
-    features: Sequence[str] | None = None,
-    prompts: Mapping[str, str] | None = None,
-    feature_layers: Mapping[str, int] | None = None,
-    fusion: str = "channel",
-    gate: Mapping[str, Any] | None = None,
-    projector_depth: int = 3,
-    mean_token: str = "grid",
-    prompt_padding: str = "masked",
-    prompt_length: int | None = None,
-    positions: str = "resampled",
-    merge: int = 1,
-    views: Mapping[str, Any] | None = None,
-    image_size: int | None = None,
-    image_token: str | None = None,
-    chat_template: str | None = None,
-    chat_template_options: Mapping[str, Any] | None = None,
     dtype: str | torch.dtype = "auto",
     seed: int = 0,
+    **options: Any,
 ) -> tuple[FlorenceVLForConditionalGeneration, FlorenceVLProcessor]:
-    """Assemble pretrained parts into one model that saves and loads by itself.
+    """Assemble pretrained parts into one model that saves and loads by itself; the projector is untrained.
 
     Args:
-        vision: Folder or hub id of a Florence-2 in transformers' layout (`florence-vl convert` makes one of
-            Microsoft's), or of any vision backbone (CLIP, SigLIP, DINOv2): the tower follows from its config.
-        llm: Folder or hub id of any decoder LLM, or a `.gguf` file (dequantised).
-        features: Names of the fused features in order; by default `davit caption ocr grounding`, or all
-            `feature_layers` of a backbone.
-        prompts: More prompts by feature name, or other wordings; tokenized with the Florence-2's own tokenizer.
-        feature_layers: For a backbone: feature name -> index into its hidden states. Default `{"last": -2}`, which is
-            LLaVA-1.5's choice.
-        fusion: `channel`, `token`, `average` or `gated`.
-        gate: Options of `gated` fusion; see `FlorenceVLConfig`.
-        projector_depth: Linear layers of the projector, 1 to 4.
-        mean_token: `grid`, `all` or `grid_before_encoder`; see `FlorenceVLConfig`.
-        prompt_padding: `masked` or `attended`.
-        prompt_length: Pad prompts to that many tokens.
-        positions: `resampled` or `absolute`; see `FlorenceVLConfig`. At the vision model's own size they are the same.
-        merge: 1, or 2 to join squares of 2x2 tokens; see `FlorenceVLConfig`.
-        views: Named pairs of size and features; see `FlorenceVLConfig`.
-        image_size: Pixels a side; by default what the vision model's own preprocessing says.
-        image_token: Token of the LLM's vocabulary that stands for images; by default a reserved one, else a new one.
-        chat_template: Name of a chat template; by default the one that fits the tokenizer.
-        chat_template_options: Options of the template; see `florence_vl.model.chat_template`.
+        vision: Folder, hub id or packaged name of the vision model; or a whole `BuildConfig`.
+        llm: Folder, hub id, `.gguf` file or packaged name of the LLM.
         dtype: Of all weights; `auto` is the LLM's own.
         seed: Of the projector's initial weights.
+        **options: Fields of `BuildConfig`, which documents them.
 
     Returns:
         The model in eval mode, and its processor.
@@ -112,43 +82,22 @@ def build_model(
     Raises:
         ValueError: A folder holds no model of that kind, a name is unknown, or the parts don't fit.
         FileNotFoundError: A local path that doesn't exist.
+
+    Example:
+        >>> model, processor = build_model("mini", "smollm2", features=["davit", "caption"], fusion="token")
     """
-    _ = FUSIONS[fusion]  # mistyped names are refused before anything is loaded
-    if chat_template is not None:
-        _ = CHAT_TEMPLATES[chat_template]
+    build = _build_config(vision, llm, options)
+    _ = FUSIONS[build.fusion]  # mistyped names are refused before anything is loaded
+    if build.chat_template is not None:
+        _ = CHAT_TEMPLATES[build.chat_template]
+    vision, llm = resolve(build.vision, "vision"), resolve(build.llm, "llms")
     vision_config = read_config(vision, "vision")
-    tokenizer, language_model = _load_llm(llm, dtype)
+    fields = config_fields(build, vision_config, read_preprocessing(vision).size, lambda: prompt_tokenizer(vision))
+    tokenizer, language_model = load_llm(llm, dtype)
     weights_dtype = language_model.dtype
-    image_token = _prepare_vocabulary(tokenizer, language_model, image_token)
-    fields: dict[str, Any] = {
-        "mean_token": mean_token,
-        "fusion": fusion,
-        "gate": gate,
-        "merge": merge,
-        "views": views,
-        "projector_depth": projector_depth,
-    }
-    if vision_config.model_type == "florence2":
-        if feature_layers is not None:
-            raise ValueError("feature_layers is for a vision backbone; a Florence-2's features are davit and prompts")
-        fields |= {"prompt_padding": prompt_padding, "prompt_length": prompt_length, "positions": positions}
-        own_size = _preprocessor_settings(vision).get("pixels")
-        if own_size is not None:
-            fields["position_grid"] = convolved_size(
-                own_size, own_size, davit_convolutions(vision_config.vision_config)
-            )
-        fields |= florence2_features(vision, vision_config, features, prompts or {})
-    else:
-        if prompts or prompt_padding != "masked" or prompt_length is not None:
-            raise ValueError(f"prompts are for a Florence-2; {vision} is a {vision_config.model_type}")
-        vision_config = getattr(vision_config, "vision_config", vision_config)
-        layers = dict(feature_layers or BACKBONE_LAYERS)
-        fields |= {"tower": "backbone", "feature_layers": layers, "features": list(features or layers)}
+    image_token = _prepare_vocabulary(tokenizer, language_model, build.image_token)
     config = FlorenceVLConfig(
-        vision_config=vision_config,
-        text_config=language_model.config,
-        image_token_id=tokenizer.convert_tokens_to_ids(image_token),
-        **fields,
+        text_config=language_model.config, image_token_id=tokenizer.convert_tokens_to_ids(image_token), **fields
     )
     config.dtype = weights_dtype
 
@@ -165,7 +114,7 @@ def build_model(
         if isinstance(module, nn.Linear):  # LLaVA's projector: torch's own initialisation of a linear layer
             module.reset_parameters()
     torch.random.set_rng_state(state)
-    _load_tower(model, vision)
+    load_tower_weights(model.model.vision_tower, vision)
     model.model.vision_tower.to(weights_dtype)
     for module in model.model.part_modules("projector"):
         module.to(weights_dtype)
@@ -174,14 +123,14 @@ def build_model(
     model.eval()
     _check_head(model, language_model)
 
-    template = CHAT_TEMPLATES[chat_template or choose_template(tokenizer)]
+    template = CHAT_TEMPLATES[build.chat_template or choose_template(tokenizer)]
     processor = FlorenceVLProcessor(
-        image_processor=_image_processor(vision, config, image_size),
+        image_processor=_image_processor(vision, config, build.image_size),
         tokenizer=tokenizer,
         image_token=image_token,
         image_token_rule=ImageTokenRule.from_config(config),
         question_context=model.model.fusion.uses_context,
-        chat_template=template.build(tokenizer, image_token=image_token, **(chat_template_options or {})),
+        chat_template=template.build(tokenizer, image_token=image_token, **(build.chat_template_options or {})),
     )
     size = processor.image_processor.size
     tokens = model.num_image_tokens(size.height, size.width)  # refuses a size that the tower can't take
@@ -196,55 +145,53 @@ def build_model(
     return model, processor
 
 
-def read_config(path: str | Path, kind: str) -> PreTrainedConfig:
-    """Config of a model's folder or hub id; `kind` ("vision", "LLM") is for the error texts.
+def _build_config(vision: Any, llm: Any, options: dict[str, Any]) -> BuildConfig:
+    if isinstance(vision, BuildConfig):
+        if llm is not None or options:
+            raise ValueError("give a BuildConfig alone, or vision, llm and options")
+        return vision
+    if llm is None:
+        raise ValueError("build_model needs an llm: a folder, a hub id, a .gguf file or a packaged name")
+    known = {field.name for field in dataclasses.fields(BuildConfig)}
+    for name in options:
+        if name not in known:
+            raise ValueError(f"build_model has no option {name!r}. {did_you_mean(name, known)}")
+    return BuildConfig(str(vision), str(llm), **options)
+
+
+def config_fields(
+    build: BuildConfig,
+    vision_config: PreTrainedConfig,
+    own_size: int | None = None,
+    tokenizer: Callable[[], Callable[[str], list[int]] | None] = lambda: None,
+) -> dict[str, Any]:
+    """The fields of `FlorenceVLConfig` that follow from a `BuildConfig`, all but those that depend on the LLM.
+
+    Args:
+        build: The options.
+        vision_config: Config of the vision model.
+        own_size: Pixels a side of the vision model's own preprocessing.
+        tokenizer: Gives the function from a prompt to its ids, or None where the ids of the released weights count.
 
     Raises:
-        ValueError: A folder without config.json, or a Florence-2 in Microsoft's layout.
-        FileNotFoundError: No such folder, and the hub gave none.
+        ValueError: Options that do not fit the vision model, or unknown features.
     """
-    folder = Path(path).expanduser()
-    file = folder / "config.json"
-    if not file.is_file():
-        if folder.exists():
-            raise ValueError(f"{folder} is no {kind} model: it has no config.json")
-        if str(path).startswith((".", "/", "~")):
-            raise FileNotFoundError(f"no {kind} model at {folder}: the folder does not exist")
-    elif "auto_map" in (raw := json.loads(file.read_text())) and raw.get("model_type") == "florence2":
-        raise ValueError(
-            f"{folder} is a Florence-2 in Microsoft's remote-code layout. Convert it first: "
-            f"florence-vl convert {folder} {folder}-converted"
-        )
-    try:
-        return AutoConfig.from_pretrained(folder if file.is_file() else str(path))
-    except OSError as error:
-        raise FileNotFoundError(f"no {kind} model {str(path)!r}: no such folder here, and the hub gave none") from error
-
-
-def _load_llm(path: str | Path, dtype: str | torch.dtype) -> tuple[Any, PreTrainedModel]:
-    file = Path(path).expanduser()
-    options: dict[str, Any] = {"dtype": dtype}
-    if file.suffix == ".gguf":
-        if not file.is_file():
-            raise FileNotFoundError(f"no LLM at {file}")
-        from transformers import GgufConfig
-
-        source = str(file.parent)
-        # Without dequantize=True the model counts as quantised and can neither be trained nor saved.
-        options |= {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True)}
-        options["dtype"] = torch.float32 if dtype == "auto" else dtype
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file.name)
-    else:
-        config = read_config(path, "LLM")
-        if config.is_encoder_decoder or getattr(config, "model_type", "") == "florence_vl":
-            raise ValueError(f"{path} is a {config.model_type}, no decoder LLM")
-        source = str(file) if file.exists() else str(path)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForCausalLM.from_pretrained(source, **options)
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.bias is not None:
-        raise ValueError(f"the head of {path} is {head}; Florence-VL needs a linear layer without bias")
-    return tokenizer, model
+    same = ("mean_token", "fusion", "gate", "merge", "views", "projector_depth")
+    fields: dict[str, Any] = {name: getattr(build, name) for name in same}
+    if vision_config.model_type != "florence2":
+        if build.prompts or build.prompt_padding != "masked" or build.prompt_length is not None:
+            raise ValueError(f"prompts are for a Florence-2; {build.vision} is a {vision_config.model_type}")
+        layers = dict(build.feature_layers or BACKBONE_LAYERS)
+        fields |= {"tower": "backbone", "feature_layers": layers, "features": list(build.features or layers)}
+        return fields | {"vision_config": vision_part(vision_config)}
+    if build.feature_layers is not None:
+        raise ValueError("feature_layers is for a vision backbone; a Florence-2's features are davit and prompts")
+    fields |= {name: getattr(build, name) for name in ("prompt_padding", "prompt_length", "positions")}
+    if own_size is not None:
+        convolutions = davit_convolutions(vision_config.vision_config)
+        fields["position_grid"] = convolved_size(own_size, own_size, convolutions)
+    fields |= florence2_features(vision_config, build.features, build.prompts or {}, tokenizer())
+    return fields | {"vision_config": vision_config}
 
 
 def _prepare_vocabulary(tokenizer: Any, llm: PreTrainedModel, image_token: str | None) -> str:
@@ -265,50 +212,39 @@ def _prepare_vocabulary(tokenizer: Any, llm: PreTrainedModel, image_token: str |
 
 
 def florence2_features(
-    vision: str | Path, config: PreTrainedConfig, features: Sequence[str] | None, prompts: Mapping[str, str]
+    config: PreTrainedConfig,
+    features: Sequence[str] | None,
+    prompts: Mapping[str, str],
+    tokenize: Callable[[str], list[int]] | None,
 ) -> dict[str, Any]:
-    """The config fields `features`, `prompts` and `prompt_token_ids`, tokenized with the Florence-2's own tokenizer.
+    """The config fields `features`, `prompts` and `prompt_token_ids`.
+
+    Args:
+        config: A Florence-2's.
+        features: Names in order; the paper's and all `prompts` when None.
+        prompts: More prompts by feature name, or other wordings.
+        tokenize: See `prompt_tokenizer`.
 
     Raises:
-        ValueError: An unknown feature, or prompts that need a tokenizer which the folder lacks.
+        ValueError: An unknown feature, or prompts that need a tokenizer which is not there.
     """
     texts = FLORENCE2_PROMPTS | dict(prompts)
     names = list(features or [*DBFUSION_FEATURES, *prompts])
     for name in names:
-        if name not in texts and name != DBFUSION_FEATURES[0]:
-            known = [DBFUSION_FEATURES[0], *texts]
+        if name not in texts and name != DAVIT:
             raise ValueError(
-                f"unknown feature {name!r}. {did_you_mean(name, known)} A prompt of your own is "
+                f"unknown feature {name!r}. {did_you_mean(name, [DAVIT, *texts])} A prompt of your own is "
                 f"prompts={{{name!r}: 'its text'}}"
             )
     texts = {name: texts[name] for name in names if name in texts}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(vision))
-    except (OSError, ValueError) as error:
+    if tokenize is not None:
+        ids = {name: tokenize(text) for name, text in texts.items()}
+    else:
         own = [name for name in texts if texts[name] != FLORENCE2_PROMPTS.get(name)]
-        if own or config.text_config.vocab_size < 50265:  # not BART's vocabulary, whose ids are known
-            raise ValueError(f"{vision} has no tokenizer, which the prompts {own or list(texts)} need") from error
+        if own or (texts and config.text_config.vocab_size < 50265):  # not BART's vocabulary, whose ids are known
+            raise ValueError(f"this Florence-2 has no tokenizer, which the prompts {own or list(texts)} need")
         ids = {name: list(FLORENCE2_PROMPT_IDS[name]) for name in texts}
-    else:
-        ids = {name: tokenizer(text)["input_ids"] for name, text in texts.items()}
     return {"features": names, "prompts": texts, "prompt_token_ids": ids}
-
-
-def _load_tower(model: FlorenceVLForConditionalGeneration, vision: str | Path) -> None:
-    tower: Any = model.model.vision_tower
-    if model.config.tower == "florence2":
-        source = Florence2ForConditionalGeneration.from_pretrained(str(vision), dtype=torch.float32)
-        tower.davit.load_state_dict(source.model.vision_tower.state_dict())
-        tower.image_projector.load_state_dict(source.model.multi_modal_projector.state_dict())
-        if tower.encoder is not None:
-            tower.encoder.load_state_dict(source.model.language_model.encoder.state_dict())
-    else:
-        source = AutoModel.from_pretrained(str(vision), dtype=torch.float32)
-        source = getattr(source, "vision_model", source)
-        result = tower.backbone.load_state_dict(source.state_dict(), strict=False)
-        if result.missing_keys:
-            tower_vision = getattr(tower.backbone, "vision_model", tower.backbone)
-            tower_vision.load_state_dict(source.state_dict())
 
 
 @torch.no_grad()
@@ -324,34 +260,16 @@ def _check_head(model: FlorenceVLForConditionalGeneration, llm: PreTrainedModel)
         )
 
 
-def _image_processor(vision: str | Path, config: FlorenceVLConfig, image_size: int | None) -> FlorenceVLImageProcessor:
-    settings = _preprocessor_settings(vision)
-    own_size = settings.pop("pixels", None) or getattr(config.vision_config, "image_size", None) or 768
-    size = image_size or own_size
+def _image_processor(vision: str, config: FlorenceVLConfig, size: int | None) -> FlorenceVLImageProcessor:
+    own = read_preprocessing(vision)
+    side = size or image_size(vision, config.vision_config)
     if config.tower == "florence2":
         stride = math.prod(config.vision_config.vision_config.patch_stride)
     else:
         stride = config.vision_config.patch_size
-    stride *= config.merge
-    settings |= {"stride": stride, "views": config.views, "features": config.features}
-    return FlorenceVLImageProcessor(size={"height": size, "width": size}, **settings)
-
-
-def _preprocessor_settings(vision: str | Path) -> dict[str, Any]:
-    """Mean, standard deviation and pixels of the vision model's own preprocessing, where it says them."""
-    from transformers.image_processing_base import ImageProcessingMixin
-
-    try:
-        raw, _ = ImageProcessingMixin.get_image_processor_dict(str(vision))
-    except OSError:
-        return {}
-    settings = {key: raw[key] for key in ("image_mean", "image_std") if raw.get(key)}
-    size = raw.get("crop_size") if raw.get("do_center_crop") else raw.get("size")
-    if isinstance(size, int):
-        settings["pixels"] = size
-    elif isinstance(size, dict):
-        settings["pixels"] = size.get("height") or size.get("shortest_edge")
-    return settings
+    settings: dict[str, Any] = {"stride": stride * config.merge, "views": config.views, "features": config.features}
+    settings |= {key: list(value) for key, value in (("image_mean", own.mean), ("image_std", own.std)) if value}
+    return FlorenceVLImageProcessor(size={"height": side, "width": side}, **settings)
 
 
 def _generation_config(llm: PreTrainedModel, tokenizer: Any, end_token: str) -> GenerationConfig:

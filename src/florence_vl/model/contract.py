@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,11 @@ SHOWN = 5  # names in an error text
 
 
 def check_loading(
-    report: Mapping[str, Any], source: Any, ignore_mismatched_sizes: bool = False, ignore_unexpected: bool = False
+    report: Mapping[str, Any],
+    source: Any,
+    ignore_mismatched_sizes: bool = False,
+    ignore_unexpected: bool = False,
+    unused: str | None = None,
 ) -> None:
     """Refuse what transformers' `from_pretrained` only warns of: it would fill missing weights with random numbers.
 
@@ -19,11 +24,12 @@ def check_loading(
         source: Folder or hub id, for the error text.
         ignore_mismatched_sizes: The caller asked for new weights where shapes differ.
         ignore_unexpected: The caller takes a part of the checkpoint.
+        unused: Pattern of the names of weights that the caller does not use, which may be missing.
 
     Raises:
         ValueError: Naming how many weights, and the first of them.
     """
-    missing = set(report.get("missing_keys", ()))
+    missing = {key for key in report.get("missing_keys", ()) if unused is None or not re.search(unused, key)}
     mismatched = {key[0] if isinstance(key, tuple) else key for key in report.get("mismatched_keys", ())}
     faults = []
     if missing - mismatched:
@@ -39,7 +45,7 @@ def check_loading(
         )
 
 
-def load_whole(cls: Any, source: str | Path, **options: Any) -> Any:
+def load_whole(cls: Any, source: str | Path, unused: str | None = None, **options: Any) -> Any:
     """`cls.from_pretrained(source, **options)` of a part, refused when weights are missing. No remote code runs.
 
     Raises:
@@ -51,7 +57,7 @@ def load_whole(cls: Any, source: str | Path, **options: Any) -> Any:
         model, report = cls.from_pretrained(str(source), output_loading_info=True, trust_remote_code=False, **options)
     except SafetensorError as error:
         raise ValueError(f"{_damaged(Path(source))} is damaged ({error}): fetch it again") from error
-    check_loading(report, source, ignore_unexpected=True)
+    check_loading(report, source, ignore_unexpected=True, unused=unused)
     return model
 
 

@@ -9,34 +9,13 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict
 
+from florence_vl.model.build_config import BuildConfig
+
 STRICT = ConfigDict(extra="forbid")
 
 Strategy = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
 Precision = Literal["fp32", "bf16", "bf16_pure"]
 CheckpointingMode = Literal["none", "selective", "full"]
-
-
-@dataclass
-class BuildConfig:
-    """Parts to assemble into a new model; the arguments of `florence_vl.build_model`.
-
-    `vision: mini` and `llm: smollm2` are the embedded parts, `llm: mini` is the LLM of the mini Florence-VL. `None`
-    leaves the choice to `build_model`.
-    """
-
-    __pydantic_config__ = STRICT
-
-    vision: str
-    llm: str
-    features: list[str] | None = None
-    fusion: str | None = None
-    projector_depth: int | None = None
-    mean_token: Literal["grid", "all", "grid_before_encoder"] | None = None
-    prompt_padding: Literal["masked", "attended"] | None = None
-    prompt_length: int | None = None
-    prompts: dict[str, str] | None = None
-    feature_layers: dict[str, int] | None = None
-    image_token: str | None = None
 
 
 @dataclass

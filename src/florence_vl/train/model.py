@@ -30,11 +30,8 @@ def load_model(recipe: Recipe) -> tuple[FlorenceVLForConditionalGeneration, Any]
         model, processor = loading.load_model(config.path, "cpu", "float32", **options)
     elif config.build is not None:
         from florence_vl.model.assemble import build_model
-        from florence_vl.model.packaged import resolve
 
-        parts = {key: value for key, value in vars(config.build).items() if value is not None}
-        vision, llm = resolve(parts.pop("vision"), "vision"), resolve(parts.pop("llm"), "llms")
-        model, processor = build_model(vision, llm, dtype="float32", seed=recipe.seed, **parts)
+        model, processor = build_model(config.build, dtype="float32", seed=recipe.seed)
         if options:
             model.set_attn_implementation(config.attn_implementation)
     else:

@@ -5,7 +5,6 @@ Everything is computed from configs on the meta device: no weights, no data, no 
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,11 +102,12 @@ def model_config(recipe: Recipe) -> tuple[FlorenceVLConfig, tuple[int, int]]:
         FileNotFoundError: `model.path` is neither a folder nor a recipe's output.
     """
     from florence_vl.model.configuration import FlorenceVLConfig
+    from florence_vl.model.parts import image_size
 
     path = recipe.model.path
     if path is not None and (Path(path) / "config.json").is_file():
         config = FlorenceVLConfig.from_pretrained(path)
-        side = recipe.model.image_size or _saved_image_size(Path(path)) or _default_image_size(config)
+        side = recipe.model.image_size or image_size(path, config.vision_config)
         return config, (side, side)
     if path is not None:
         for name, file in list_recipes().items():
@@ -122,30 +122,24 @@ def model_config(recipe: Recipe) -> tuple[FlorenceVLConfig, tuple[int, int]]:
     return _built_config(recipe.model.build, recipe.model.image_size)
 
 
-def _built_config(build: BuildConfig, image_size: int | None) -> tuple[FlorenceVLConfig, tuple[int, int]]:
-    from florence_vl.model.configuration import FLORENCE2_PROMPTS, FlorenceVLConfig
+def _built_config(build: BuildConfig, size: int | None) -> tuple[FlorenceVLConfig, tuple[int, int]]:
+    from florence_vl.model.assemble import config_fields
+    from florence_vl.model.configuration import FlorenceVLConfig
+    from florence_vl.model.parts import image_size, read_preprocessing
 
-    vision, vision_folder = _part_config(build.vision, "vision")
+    vision, folder = _part_config(build.vision, "vision")
     text, _ = _part_config(build.llm, "llm")
-    vision = getattr(vision, "vision_config", vision) if vision.model_type == "clip" else vision
-    fields: dict[str, Any] = {
-        key: value
-        for key in ("features", "fusion", "projector_depth", "mean_token", "prompt_padding", "prompt_length")
-        if (value := getattr(build, key)) is not None
-    }
-    if vision.model_type != "florence2":
-        fields |= {"tower": "backbone", "feature_layers": build.feature_layers}
-    elif (
-        vision.text_config.vocab_size < 50265 or build.prompts
-    ):  # ids are a tokenizer's matter; only lengths count here
-        names = build.features or ["davit", "caption", "ocr", "grounding"]
-        texts = FLORENCE2_PROMPTS | (build.prompts or {})
-        prompts = {name: texts[name] for name in names if name in texts}
-        ids = {name: [4] * (2 + round(1.3 * len(text.split()))) for name, text in prompts.items()}
-        fields |= {"prompts": prompts, "prompt_token_ids": ids}
-    config = FlorenceVLConfig(vision_config=vision, text_config=text, **fields)
-    side = image_size or (vision_folder and _saved_image_size(vision_folder)) or _default_image_size(config)
+    known_ids = vision.model_type == "florence2" and vision.text_config.vocab_size >= 50265 and not build.prompts
+    own_size = read_preprocessing(folder).size if folder is not None else None
+    fields = config_fields(build, vision, own_size, lambda: None if known_ids else _guessed_ids)
+    config = FlorenceVLConfig(text_config=text, **fields)
+    side = size or build.image_size or image_size(folder, config.vision_config)
     return config, (side, side)
+
+
+def _guessed_ids(text: str) -> list[int]:
+    """As many ids as the text may have: only lengths count here, and tokenizers are not read."""
+    return [4] * (2 + round(1.3 * len(text.split())))
 
 
 def _part_config(name: str, kind: str) -> tuple[Any, Path | None]:
@@ -168,21 +162,6 @@ def _part_config(name: str, kind: str) -> tuple[Any, Path | None]:
             f"the shapes of {kind} {name!r} are not known here: it is no folder, not in the hub's cache, and not among "
             f"the known parts. {did_you_mean(name, KNOWN_PARTS)}"
         ) from None
-
-
-def _saved_image_size(folder: Path) -> int | None:
-    for file in ("processor_config.json", "preprocessor_config.json"):
-        if not (folder / file).is_file():
-            continue
-        content = json.loads((folder / file).read_text())
-        size = content.get("image_processor", content).get("size")
-        if isinstance(size, dict) and size.get("height"):
-            return int(size["height"])
-    return None
-
-
-def _default_image_size(config: FlorenceVLConfig) -> int:
-    return int(getattr(config.vision_config, "image_size", None) or 768)
 
 
 def plan_recipe(

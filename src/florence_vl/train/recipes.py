@@ -277,6 +277,9 @@ def _expand_variables(value: Any) -> Any:
 
 
 def _validate(values: dict[str, Any], cls: type[Settings]) -> Settings:
+    build = values.get("model", {}).get("build") if isinstance(values.get("model"), dict) else None
+    if isinstance(build, dict):  # saved by earlier versions, null leaves the choice to build_model
+        values = {**values, "model": {**values["model"], "build": {k: v for k, v in build.items() if v is not None}}}
     try:
         return TypeAdapter(cls).validate_python(_numbers(values))
     except ValidationError as error:

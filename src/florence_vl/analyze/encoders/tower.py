@@ -16,7 +16,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import Tensor
 
@@ -29,10 +28,17 @@ from florence_vl.analyze.encoders.base import (
     missing,
 )
 from florence_vl.analyze.encoders.registry import ENCODERS
-from florence_vl.model.assemble import florence2_features, read_config
+from florence_vl.model.assemble import florence2_features
 from florence_vl.model.configuration import DAVIT, DBFUSION_FEATURES, FLORENCE2_PROMPTS, FlorenceVLConfig
 from florence_vl.model.features import identity_digest
 from florence_vl.model.packaged import resolve
+from florence_vl.model.parts import (
+    load_tower_weights,
+    prompt_tokenizer,
+    read_config,
+    read_preprocessing,
+    vision_part,
+)
 from florence_vl.model.towers import BackboneTower, Florence2Tower, VisionTower
 from florence_vl.registry import did_you_mean
 
@@ -160,9 +166,12 @@ def load_florence2(
         known: dict[str, list[int]] = dict(raw.prompt_token_ids or {})
     else:
         prompts = dict(prompts or {})
-        chosen = florence2_features(folder, raw, tuple(features) or DBFUSION_FEATURES, prompts)
-        known = florence2_features(folder, raw, [DAVIT, *FLORENCE2_PROMPTS, *prompts], prompts)["prompt_token_ids"]
-        tower = florence2_tower(folder, FlorenceVLConfig(vision_config=raw, **chosen))
+        tokenize = prompt_tokenizer(folder)
+        chosen = florence2_features(raw, tuple(features) or DBFUSION_FEATURES, prompts, tokenize)
+        every = [DAVIT, *FLORENCE2_PROMPTS, *prompts]
+        known = florence2_features(raw, every, prompts, tokenize)["prompt_token_ids"]
+        tower = Florence2Tower(FlorenceVLConfig(vision_config=raw, **chosen))
+        load_tower_weights(tower, folder)
     settings = {
         # of every prompt that these weights know, used or not, so that subsets of the features share one cache
         "prompts": identity_digest({prompt: list(ids) for prompt, ids in known.items()}),
@@ -171,19 +180,6 @@ def load_florence2(
         "mean_token": tower.config.mean_token,
     }
     return TowerEncoder(name, tower, published_preprocess(folder, 768, size, fit), settings)
-
-
-def florence2_tower(folder: str, config: FlorenceVLConfig) -> Florence2Tower:
-    """The tower of a Florence-2's folder, fp32."""
-    from transformers import Florence2ForConditionalGeneration
-
-    source = Florence2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    tower = Florence2Tower(config)
-    tower.davit.load_state_dict(source.model.vision_tower.state_dict())
-    tower.image_projector.load_state_dict(source.model.multi_modal_projector.state_dict())
-    if tower.encoder is not None:
-        tower.encoder.load_state_dict(source.model.language_model.encoder.state_dict())
-    return tower
 
 
 def florence_vl_tower(name: str, folder: Path, config: FlorenceVLConfig, features: Sequence[str]) -> Florence2Tower:
@@ -243,25 +239,20 @@ def load_backbone(
     install: str | None = None,
 ) -> BackboneEncoder:
     """The vision part of a transformers model; see `load_encoder_of`."""
-    from transformers import AutoConfig, AutoModel
-
     with local_weights(name, weights, install):
-        config = AutoConfig.from_pretrained(weights, local_files_only=True)
-        vision = getattr(config, "vision_config", config)
+        config = read_config(weights, "vision", local_files_only=True)
+        vision = vision_part(config)
         if not hasattr(vision, "patch_size") or not hasattr(vision, "num_hidden_layers"):
             raise ValueError(
                 f"{name}: {weights} is a {config.model_type!r}, not a vision transformer with patches and hidden "
                 "layers (CLIP, SigLIP, DINOv2, ViT ...)"
             )
-        backbone = AutoModel.from_pretrained(
-            weights, config=vision, local_files_only=True, dtype=torch.float32, attn_implementation="sdpa"
+        chosen = tuple(features) or ("last",)
+        layers = {feature: layer_index(name, feature, vision.num_hidden_layers) for feature in chosen}
+        tower = BackboneTower(
+            FlorenceVLConfig(vision_config=vision, tower="backbone", feature_layers=layers, features=chosen)
         )
-    chosen = tuple(features) or ("last",)
-    layers = {feature: layer_index(name, feature, vision.num_hidden_layers) for feature in chosen}
-    tower_config = FlorenceVLConfig(vision_config=vision, tower="backbone", feature_layers=layers, features=chosen)
-    with torch.device("meta"):
-        tower = BackboneTower(tower_config)
-    tower.backbone = backbone
+        load_tower_weights(tower, weights, local_files_only=True)
     return BackboneEncoder(
         name, tower, published_preprocess(weights, int(getattr(vision, "image_size", 224)), size, fit)
     )
@@ -319,17 +310,9 @@ def published_preprocess(
     std: tuple[float, ...] = IMAGENET_STD,
 ) -> Preprocess:
     """Size, mean and standard deviation from the weights' own preprocessing file, where there is one."""
-    from transformers.image_processing_base import ImageProcessingMixin
-
-    try:
-        own, _ = ImageProcessingMixin.get_image_processor_dict(str(weights), local_files_only=True)
-    except OSError:
-        own = {}
-    own_size = own.get("crop_size") if own.get("do_center_crop") else own.get("size")
-    if isinstance(own_size, dict):
-        own_size = own_size.get("height") or own_size.get("shortest_edge")
-    side = size or own_size or default_size
-    mean, std = tuple(own.get("image_mean") or mean), tuple(own.get("image_std") or std)
+    own = read_preprocessing(weights, local_files_only=True)
+    side = size or own.size or default_size
+    mean, std = own.mean or mean, own.std or std
     return Preprocess(side, side, mean, std, fit or "squash")
 
 
