@@ -100,16 +100,19 @@ def test_a_verdict_is_bounded_and_consistent(name: str, answer: str, finished: b
         ("B. a d", "B", "B"),  # cut inside the option that it names
         ("(C) a pig", "C", "C"),
         ("B a dog", "B", "B"),
-        ("B\nBecause it barks.", "B", None),
-        ("The answer is (B).", "B", None),
-        ("The correct option is: B", "B", None),
+        ("B\nBecause it barks.", "B", "B"),  # the first line is whole
+        ("The answer is (B).", "B", "B"),
+        ("The correct option is: B", "B", "B"),
+        ("I think that the answer is (B).", "B", None),
         ("答案是B", "B", None),
         ("a dog", "B", None),
         ("A church piano", None, None),  # an article, not a letter
-        ("The answer is a cat", None, None),
+        ("The answer is a cat", "A", None),  # by its words, not by the article
+        ("The answer is a church", None, None),
         ("Cassistant churchpiano", None, None),  # what the released scripts counted as C
         ("A. a cat B. a dog", None, None),
-        ("The answer is A. No, the answer is B.", None, None),
+        ("The answer is A. No, the answer is B.", "B", None),
+        ("The answer is A. The answer is B.", None, None),
         ("D", None, None),  # no such option
         ("AB", None, None),
         ("dog cat", None, None),
@@ -135,7 +138,7 @@ def test_the_authors_rule_is_lenient() -> None:
     [
         ("yes", "yes"), ("No.", "no"), ('"Yes"', "yes"), ("y", "yes"), ("Yes, there is no dog.", "yes"),
         ("No, it isn't", "no"), ("Yes or no", None), ("Yes. No.", None), ("yes no", None), ("Not sure", None),
-        ("nope", None), ("It is. Yes", None), ("1", None),
+        ("nope", "no"), ("It is. Yes", "yes"), ("1", None),
     ],
 )  # fmt: skip
 def test_parse_yes_no(answer: str, said: str | None) -> None:
@@ -253,7 +256,7 @@ def test_circular_needs_every_rotation() -> None:
     [("14", 14), ("$1.45", 1.45), ("The answer is 14.", 14), ("So 2 + 2 = 4.\nThe final answer is \\boxed{4}", 4),
      ("1,000", 1000), ("There are 3 cats and 4 dogs.", None), ("It has 7 legs. There are 12 of them.", 12),
      ("none", None),
-     ("14%", 14), ("-3", -3), ("The value is 3.5", 3.5)],
+     ("2 and 5 make 7", None), ("5 + 9 = 14.", 14), ("14%", 14), ("-3", -3), ("The value is 3.5", 3.5)],
 )  # fmt: skip
 def test_read_number(answer: str, number: float | None) -> None:
     assert read_number(answer) == number

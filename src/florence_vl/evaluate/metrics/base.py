@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from florence_vl.evaluate.metrics.final import without_reasoning
 from florence_vl.registry import Registry
 from florence_vl.statistics import Strata, Units
 
@@ -71,9 +72,8 @@ class Metric(ABC):
     name: str = ""
     headline: str = "accuracy"
 
-    @abstractmethod
     def judge(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
-        """Verdict on one raw answer.
+        """Verdict on one raw answer, its reasoning blocks aside.
 
         Args:
             answer: The model's text as it was generated.
@@ -81,6 +81,14 @@ class Metric(ABC):
             finished: False when generation ran into its token limit: such an answer is runaway text unless it already
                 is a complete answer of the expected form.
         """
+        found = self.read(without_reasoning(answer), reference, finished)
+        if found.kind == "empty" and answer.strip():  # reasoning without an answer
+            return replace(found, kind="unparsed" if finished else "runaway")
+        return found
+
+    @abstractmethod
+    def read(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
+        """Verdict on an answer without reasoning blocks; arguments as of `judge`."""
 
     def unit(self, reference: Reference) -> Hashable | None:
         """Key of the unit a question belongs to; None when each question is its own."""

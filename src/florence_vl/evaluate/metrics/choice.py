@@ -7,71 +7,216 @@ from collections.abc import Hashable, Sequence
 from string import ascii_uppercase
 
 from florence_vl.evaluate.metrics.base import Judged, Metric, Reference, Strata, Verdict, metric, pooled, verdict
-from florence_vl.evaluate.metrics.text import plain_normalise
+from florence_vl.evaluate.metrics.final import plain_text, unwrapped
+from florence_vl.evaluate.metrics.text import NUMBERS
 
-_WHOLE = re.compile(r"[\s\"'`*(\[{]*(?:(?:option|choice|answer)\s*:?\s*)?[\"'`*(\[{]*([A-Za-z])[\s\"'`*)\]}.,:;!。，]*")
-_STATED = re.compile(
-    r"(?:\b(?:answer|(?:correct|best|right|my)\s+(?:option|choice))\s*(?:is|:|：)+\s*(?:option|choice)?|答案\s*[是为：:]+|选择?项?\s*[：:]?)"
-    r"[\s\"'`*:]*(\(?)([A-Z])(?![A-Za-z'’])",
-    re.IGNORECASE,
+# A letter that stands by itself, in brackets or not; the groups are the letter in brackets, and the one without.
+_LETTER = r"(?:[(\[]\s?([A-Za-z])\s?[)\]]|(?<![A-Za-z0-9_'])([A-Za-z])(?![A-Za-z0-9_']))"
+_NOUN = r"(?:(?:final|correct|best|right|most\s(?:appropriate|likely|suitable)|my)\s{1,3}){0,3}(?:answer|option|choice)"
+_VERB = r"(?:is|are|was|would\sbe|should\sbe|must\sbe|will\sbe|seems\sto\sbe|appears\sto\sbe|=|:|-)"
+_WHOLE = re.compile(
+    rf"(?:(?:the\s)?{_NOUN}\s{{0,3}}(?:{_VERB}\s{{0,3}}){{0,2}})?(?:option\s|choice\s)?{_LETTER}[\s.,:;!)\]]*", re.I
 )
-_LEADING = re.compile(r"[\s\"'`*]*(?:\(([A-Za-z])\)|([A-Z])(?:[).:,]|[\"'`*]*\n))[\s\"'`*]*(.*)", re.DOTALL)
-_SPACED = re.compile(r"\s*([A-Z])\s+(.+)", re.DOTALL)
+_HEADING = re.compile(
+    r"(?:(?:option|choice)\s)?(?:[(\[]\s?([A-Za-z])\s?[)\]]\s?[.:,-]?|([A-Z])\s?(?:[).:,\]]|-\s|(?=\n)))\s*", re.I
+)
+_STATED = re.compile(
+    rf"(?:\b{_NOUN}\s{{0,3}}(?:{_VERB}\s{{0,3}}){{1,2}}(?:{_NOUN}\s{{0,3}}{_VERB}\s{{0,3}})?|\b{_NOUN}\s{{0,2}}\n\s{{0,3}}"
+    rf"|\bit(?:'s|\sis|\sshould\sbe|\smust\sbe|\swould\sbe)\s|\bi(?:'d|'ll|\swill|\swould)?\s(?:choose|pick|select|go\s(?:with|for))\s"
+    rf"|\bi\s(?:think|believe|guess)\s|答案\s?[是为选:]{{1,2}}\s?|(?:选项|选择|应选|故选|选)\s?[是为:]?\s?)"
+    rf"(?:the\s)?(?:option\s|choice\s)?(?:选项\s?)?{_LETTER}",
+    re.I,
+)
+_JUDGED = re.compile(
+    rf"(?<![\w']){_LETTER}\s(?:is|was|would\sbe|must\sbe|seems|appears\sto\sbe|looks)\s(?:clearly\s|indeed\s|definitely\s)?"
+    r"(?:the\s)?(?:only\s)?(?:most\s)?(?:correct|right|best|true|accurate|appropriate|likely|suitable|answer)\b",
+    re.I,
+)
+# What may follow a stated letter; without it "the answer is A dog" would name the option A.
+_AFTER = re.compile(
+    r"\s*(?:$|[.,:;!?)\]\n(-]|[^\x00-\x7f]|(?:because|since|as|for|due|given|which|based|from|with|by|see|in|on|that|this|"
+    r"according|here|rather|not|instead|if|so|therefore|it|is|was)\b)",
+    re.I,
+)
+_ANOTHER = re.compile(
+    r"\s{0,2}(?:,\s?(?i:or|and)\b|,|/|&|(?i:and|or)\b)\s{0,2}(?i:option\s|choice\s)?"
+    r"(?:[(\[]([A-Za-z])[)\]]|([A-Z])(?![A-Za-z0-9_']))"
+)
+_ONE_BEFORE = re.compile(r"(?<![A-Za-z0-9_'])[A-Za-z][)\]]?\s?(?:,|/|&|(?:or|and)\b)\s?(?:option\s|choice\s)?$", re.I)
+_CORRECTION = re.compile(
+    r"\b(?:no|wait|actually|correction|rather|instead|sorry|however|but|hold on|scratch that|hmm)\b", re.I
+)
+_EXPLAINS = re.compile(r"\b(?:explanation|because|reason|reasoning|rationale|since|analysis|whereas|while)\b", re.I)
+_HEDGE = re.compile(
+    r"\b(?:maybe|perhaps|possibly|either|neither|unsure|unclear|unknown|cannot|can't|might|may|could|not\ssure|not\scertain)\b",
+    re.I,
+)
+_NEGATION = frozenset({"not", "no", "never", "isnt", "arent", "wasnt", "without", "neither", "nor", "than", "不"})
+_ARTICLES = frozenset({"a", "an", "the"})
+_WORD = re.compile(r"\d+(?:[./:]\d+)*%?|[^\W\d_\u3040-\u9fff]+|[\u3040-\u9fff]")
 
 
 def parse_choice(answer: str, choices: Sequence[str], finished: bool = True) -> str | None:
     """The letter that an answer chooses, or None when it chooses none or more than one.
 
-    Read are: the letter alone ("B", "(b)", "B."), a letter with a delimiter and text ("B. a dog"), a letter followed by
-    its own option ("B a dog"), a statement ("The answer is (B)"), and an option word for word ("a dog"). A guess is
-    never made: "A church" doesn't choose A, and of an answer cut off at the token limit only the beginning of an option
-    after its letter is read.
+    Read are, alike for every letter and after `without_reasoning`:
+
+    - the letter alone or in answer tags, a box or JSON: "B", "(b)", "**B.**", `\\boxed{B}`, "<answer>B</answer>";
+    - a letter with a delimiter and text, or before its own option: "B. a dog", "Option B: a dog", "B a dog";
+    - a statement: "The answer is (B) because ...", "B is correct", "I think it's B"; of two statements the second
+      where it takes the first back ("no wait, the answer is B");
+    - a last line that is one of these;
+    - an option's own words: "a dog", "The animal is a dog, not a cat."
+
+    A guess is never made: "A church" doesn't choose A, and hedges and lists of options choose nothing. Of an answer cut
+    off at the token limit only a whole first line, or the beginning of an option after its letter, is read.
 
     Args:
         answer: Raw text.
         choices: The options in order; empty texts where they are not known.
         finished: False when generation ran into its token limit.
     """
-    text = answer.strip()
-    letters = ascii_uppercase[: len(choices)]
-    options = [plain_normalise(choice) for choice in choices]
+    reader = _Reader(choices)
+    found = {reader.read(plain_text(part), finished) for part in unwrapped(answer.strip())}
+    return found.pop() if len(found) == 1 else None
 
-    def known(letter: str) -> str | None:
-        return letter.upper() if letter.upper() in letters else None
 
-    if whole := _WHOLE.fullmatch(text):
-        return known(whole[1])
-    if led := _LEADING.match(text):
-        letter, rest = known(led[1] or led[2]), led[3]
-        if letter and not _lists_another(rest, letter, letters):
-            said, option = plain_normalise(rest), options[letters.index(letter)]
-            if finished or (said and option.startswith(said)):
-                return letter
-        return None
-    if (spaced := _SPACED.fullmatch(text)) and (letter := known(spaced[1])):
-        said, option = plain_normalise(spaced[2]), options[letters.index(letter)]
-        if said and option and (said == option or (not finished and option.startswith(said))):
+class _Reader:
+    """Reads the choice in plain text for one list of options."""
+
+    def __init__(self, choices: Sequence[str]) -> None:
+        self.letters = ascii_uppercase[: len(choices)]
+        self.options = [_words(plain_text(choice)) for choice in choices]
+
+    def read(self, text: str, finished: bool) -> str | None:
+        if whole := _WHOLE.fullmatch(text):
+            return self.known(whole)
+        lines = [line.strip() for line in text.split("\n") if line.strip()]
+        headings = {letter for line in lines if (letter := self.heading(line))}
+        if headed := _HEADING.match(text):
+            letter, rest = self.known(headed, upper=headed[1] is None), text[headed.end() :]
+            if letter and not self.lists(letter, text[headed.end(headed.lastindex or 0) :], rest, finished):
+                return letter if finished or self.cut(letter, rest, text) else None
+            if letter and not (finished and (stated := self.stated(text))):
+                return None
+            if letter:
+                return stated
+        if letter := self.followed(text, finished):
             return letter
-    if not finished:
-        return None
-    if stated := {m[2].upper() for m in _STATED.finditer(text) if _is_letter(m, text)}:
-        return known(stated.pop()) if len(stated) == 1 else None
-    said = plain_normalise(text)
-    same = [letter for letter, option in zip(letters, options, strict=True) if option and option == said]
-    return same[0] if len(same) == 1 else None
+        if not finished:
+            return None
+        if letter := self.stated(text):
+            return letter
+        if letter is not None:
+            return None
+        if len(lines) > 1 and len(headings) == 1 and self.heading(lines[-1]):
+            return headings.pop()
+        return self.by_words(text) if not headings else None
+
+    def known(self, match: re.Match[str], upper: bool = False) -> str | None:
+        letter = next((group for group in match.groups() if group), "")
+        return letter.upper() if letter.upper() in self.letters and (not upper or letter.isupper()) else None
+
+    def heading(self, line: str) -> str | None:
+        """The letter of a line that is a letter, or begins with one and a delimiter."""
+        if whole := _WHOLE.fullmatch(line):
+            return self.known(whole)
+        headed = _HEADING.match(line)
+        return self.known(headed, upper=headed[1] is None) if headed else None
+
+    def lists(self, letter: str, after: str, rest: str, finished: bool) -> bool:
+        """Whether what follows a heading names another option in the same way (in a cut answer: any option)."""
+        if (another := _ANOTHER.match(after)) and self.known(another) not in (None, letter):
+            return True
+        explains = _EXPLAINS.search(rest)
+        rest = rest[: explains.start()] if explains and finished else rest
+        found = re.findall(r"(?:^|[\s(\[])([A-Za-z])[.):\]](?=\s|$)|\(([A-Za-z])\)", rest)
+        named = {(one or other).upper() for one, other in found} & set(self.letters)
+        named |= {line.upper() for line in rest.split("\n") if len(line) == 1} & set(self.letters)
+        return bool(named - {letter} if finished else named)
+
+    def cut(self, letter: str, rest: str, text: str) -> bool:
+        """Whether an answer that was cut off had chosen before: a whole line, its option, or part of its option."""
+        if re.match(r"\(?[A-Z][).]?\n", text):
+            return True
+        said, option = " ".join(_words(rest)), " ".join(self.options[self.letters.index(letter)])
+        first = " ".join(_words(re.split(r"[.\n]\s", rest, maxsplit=1)[0]))
+        return bool(said) and (option.startswith(said) or (first == option and first != said))
+
+    def followed(self, text: str, finished: bool) -> str | None:
+        """A letter before its own option, or before an article where the options are not known."""
+        match = re.match(r"([A-Z])\s+(?=\S)", text)
+        if not match or match[1] not in self.letters:
+            return None
+        said, option = _words(text[match.end() :]), self.options[self.letters.index(match[1])]
+        if option:
+            whole = said == option or (not finished and " ".join(option).startswith(" ".join(said)))
+            return match[1] if said and whole else None
+        return match[1] if finished and said[:1] and said[0] in _ARTICLES and not any(self.options) else None
+
+    def stated(self, text: str) -> str | None:
+        """The letter of the only statement, or of the last one where it takes the others back; "" for a conflict."""
+        found: list[tuple[int, int, str]] = []
+        for pattern in (_STATED, _JUDGED):
+            for match in pattern.finditer(text):
+                letter = self.known(match)
+                if letter is None or not (pattern is _JUDGED or self.meant(match, text, letter)):
+                    continue
+                another = _ANOTHER.match(text, match.end())
+                before = text[max(0, match.start() - 20) : match.start()]
+                if (another and self.known(another) not in (None, letter)) or _ONE_BEFORE.search(before):
+                    return ""
+                found.append((match.start(), match.end(), letter))
+        found.sort()
+        if len({letter for _, _, letter in found}) > 1:
+            start = next(end for _, end, letter in reversed(found) if letter != found[-1][2])
+            if not _CORRECTION.search(text, start, found[-1][0]):
+                return ""
+        return found[-1][2] if found else None
+
+    def meant(self, match: re.Match[str], text: str, letter: str) -> bool:
+        """Whether the letter of a statement is meant as one: not the article in "the answer is a cat"."""
+        after = text[match.end() : match.end() + 200]
+        if match[1]:
+            return True
+        bare = match[2]
+        if re.match(r"\s*(?:$|[.,:;!?)\]\n])", after) or (bare.isupper() and _AFTER.match(after)):
+            return True
+        option = self.options[self.letters.index(letter)]
+        return bare.isupper() and bool(option) and _words(after)[: len(option)] == option
+
+    def by_words(self, text: str) -> str | None:
+        """The only option whose words stand in the text, those that are denied aside; None where the text hedges."""
+        said = _words(text)
+        same = [i for i, option in enumerate(self.options) if option and option == said]
+        if same:
+            return self.letters[same[0]] if len(same) == 1 else None
+        if _HEDGE.search(text) or len(said) > 200:
+            return None
+        bare = [[word for word in option if word not in _ARTICLES] for option in self.options]
+        places = {i: _find(said, option) for i, option in enumerate(bare) if option}
+        found = set()
+        for i, starts in places.items():
+            for start in starts:
+                end = start + len(bare[i])
+                longer = any(
+                    s <= start and end <= s + len(bare[j]) and len(bare[j]) > len(bare[i])
+                    for j, others in places.items()
+                    for s in others
+                )
+                if not longer and not _NEGATION & set(said[max(0, start - 2) : start]):
+                    found.add(i)
+        return self.letters[found.pop()] if len(found) == 1 else None
 
 
-def _lists_another(rest: str, letter: str, letters: str) -> bool:
-    found = re.findall(r"(?:^|[\s(])([A-Z])[.):]\s", rest + " ")
-    return any(other in letters and other != letter for other in found)
+def _words(text: str) -> list[str]:
+    """Lower-case words and numbers, number words as digits, no thousands separators; CJK characters one by one."""
+    text = re.sub(r"(?<=\d),(?=\d{3})", "", text.lower().replace("'", ""))
+    return [NUMBERS.get(word, word) if word != "none" else word for word in _WORD.findall(text)]
 
 
-def _is_letter(match: re.Match[str], text: str) -> bool:
-    """Whether the letter after "the answer is" is meant as one: not the article in "the answer is a cat"."""
-    after = text[match.end() : match.end() + 1]
-    if match[1] or after in ("", ".", ",", ":", ";", ")", "\n", "!", "*", '"', "。"):
-        return True
-    return match[2].isupper() and match[2] not in "AI"
+def _find(words: Sequence[str], wanted: Sequence[str]) -> list[int]:
+    return [i for i in range(len(words) - len(wanted) + 1) if list(words[i : i + len(wanted)]) == list(wanted)]
 
 
 def substring_match(answer: str, letter: str) -> bool:
@@ -85,7 +230,7 @@ def substring_match(answer: str, letter: str) -> bool:
 class _Choice(Metric):
     """Base of multiple-choice metrics: references carry `answer` (a letter) and `choices`."""
 
-    def judge(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
+    def read(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
         found = parse_choice(answer, reference["choices"], finished)
         details = {"as_authors": float(substring_match(answer.strip(), reference["answer"]))}
         return verdict(answer, found, float(found == reference["answer"]), finished, details)
@@ -212,12 +357,14 @@ class CVBench(_Choice):
 class ChoiceOrText(_Choice):
     """A letter where the answer is one of the options' letters, else the exact text (RealWorldQA)."""
 
-    def judge(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
+    def read(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
         if reference["answer"].strip().upper() in ascii_uppercase[: max(4, len(reference.get("choices") or ()))]:
             choices = list(reference.get("choices") or ()) or ["", "", "", ""]
             found = parse_choice(answer, choices, finished)
             return verdict(answer, found, float(found == reference["answer"].strip().upper()), finished)
-        said = answer.strip().rstrip(".").lower()
-        return verdict(
-            answer, said or None, float(said != "" and said == reference["answer"].strip().lower()), finished
-        )
+        wanted = _words(plain_text(reference["answer"]))
+        said = _words(plain_text(unwrapped(answer)[-1]))
+        numbers = [word for word in said if word.isdigit()]
+        if finished and len(wanted) == 1 and wanted[0].isdigit() and len(numbers) == 1 and len(said) <= 20:
+            said = numbers
+        return verdict(answer, " ".join(said) or None, float(bool(said) and said == wanted), finished)

@@ -21,6 +21,8 @@ def anls(answer: str, answers: Sequence[str], threshold: float = 0.5) -> float:
     best = 0.0
     for accepted in answers:
         wanted = " ".join(accepted.lower().split())
+        if min(len(given), len(wanted)) < threshold * max(len(given), len(wanted)):
+            continue  # the distance is at least the difference in length
         best = max(best, 1 - edit_distance(given, wanted) / max(len(given), len(wanted)))
     return best if best >= threshold else 0.0
 
@@ -52,7 +54,7 @@ class ANLS(Metric):
 
     headline = "anls"
 
-    def judge(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
+    def read(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
         return verdict(answer, " ".join(answer.lower().split()), anls(answer, reference["answers"]), finished)
 
 
@@ -62,7 +64,7 @@ class RelaxedAccuracy(Metric):
 
     headline = "relaxed_overall"
 
-    def judge(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
+    def read(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
         return verdict(answer, answer.strip(), float(relaxed_match(answer, reference["answer"])), finished)
 
     def stratum(self, reference: Reference) -> str:
@@ -80,7 +82,7 @@ class OCRBench(Metric):
     Containment rewards text that never ends, so an answer that ran into the token limit is wrong here.
     """
 
-    def judge(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
+    def read(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
         accepted = reference["answer"]
         accepted = [accepted] if isinstance(accepted, str) else accepted
         formula = reference.get("dataset") == "HME100k"

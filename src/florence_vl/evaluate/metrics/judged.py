@@ -10,7 +10,7 @@ from florence_vl.evaluate.metrics.base import Judged, Metric, Reference, Strata,
 class JudgedMetric(Metric):
     """A metric whose verdicts come from a judge's replies (`florence_vl.evaluate.judge`), never from the text alone."""
 
-    def judge(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
+    def read(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
         raise ValueError(f"the metric {self.name!r} needs a judge: give an OpenAI-compatible endpoint with --judge URL")
 
 

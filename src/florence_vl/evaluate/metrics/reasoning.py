@@ -10,18 +10,22 @@ from typing import Any
 
 from florence_vl.evaluate.metrics.base import Metric, Reference, Strata, Verdict, metric, pooled, verdict
 from florence_vl.evaluate.metrics.choice import parse_choice
+from florence_vl.evaluate.metrics.final import plain_text, unwrapped
 
 _INDICATORS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 _NUMBER_FORMS = (
     re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b"),
-    re.compile(r"-?\d+(?:\.\d+)?[eE][+-]?\d+"),
-    re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])"),
+    re.compile(r"-?(?<!\d)\d+(?:\.\d+)?[eE][+-]?\d+"),
+    re.compile(r"-?(?:(?<!\d)\d+\.\d+|\.\d+|(?<!\d)\d+\b)(?![eE][+-]?\d+)(?![,\d])"),
 )
 _NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+)?"
 _STATED_NUMBER = re.compile(
     rf"(?:\b(?:answer|value|result|total)\b[^.\n\d-]{{0,40}}?(?:is|:|=|of)\s*|\\boxed{{)[$€£]?\s*({_NUMBER})"
 )
-_PLAIN_NUMBER = re.compile(rf"(?<![\w.])({_NUMBER})(?![\w,]*\d)")
+_PLAIN_NUMBER = re.compile(rf"(?<![\w.])({_NUMBER})(?![\w,]{{0,40}}\d)")
+_CONCLUSION = re.compile(
+    r"=|\b(?:so|thus|therefore|hence|equals|gives|makes|leaves|get|total\s(?:of|is))\b", re.IGNORECASE
+)
 
 
 def mmmu_normalise(text: str) -> list[str | float]:
@@ -71,7 +75,7 @@ def mmmu_open_match(candidates: Sequence[str | float], answers: Sequence[str]) -
 class MMMU(Metric):
     """MMMU: letters of multiple-choice questions, official matching of open ones; the unreadable is wrong."""
 
-    def judge(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
+    def read(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
         if reference["question_type"] == "multiple-choice":
             letter = parse_choice(answer, reference["choices"], finished)
             return verdict(answer, letter, float(letter == reference["answer"]), finished)
@@ -98,8 +102,11 @@ def _as_list(answer: str) -> list[str]:
 
 
 def read_number(answer: str) -> float | None:
-    """The number in an answer: alone, stated ("the answer is 14", `\\boxed{14}`), or the last sentence's only one."""
-    text = answer.strip()
+    """The number in an answer: alone, boxed, stated ("the answer is 14"), or the last sentence's only one.
+
+    Of a last sentence with several numbers, the only one after its conclusion counts ("5 + 9 = 14", "so there are 14").
+    """
+    text = plain_text(unwrapped(answer)[-1])
     bare = text.rstrip(".").lstrip("$€£ ").rstrip("% ").replace(",", "")
     try:
         value = float(bare)
@@ -113,6 +120,9 @@ def read_number(answer: str) -> float | None:
     sentences = [part for part in re.split(r"(?<=[.!?])\s+|\n", text) if part.strip()]
     plain = _PLAIN_NUMBER.findall(sentences[-1]) if sentences else []
     last = {value for number in plain if math.isfinite(value := _float(number))}
+    if len(last) > 1 and (conclusions := list(_CONCLUSION.finditer(sentences[-1]))):
+        plain = _PLAIN_NUMBER.findall(sentences[-1][conclusions[-1].end() :])
+        last = {value for number in plain if math.isfinite(value := _float(number))}
     return last.pop() if len(last) == 1 and not stated else None
 
 
@@ -128,7 +138,7 @@ class MathVista(Metric):
     can't be read is wrong.
     """
 
-    def judge(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
+    def read(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
         found = self.extract(answer, reference, finished)
         return verdict(answer, found, float(found is not None and found == str(reference["answer"]).strip()), finished)
 
@@ -160,5 +170,5 @@ class MathVista(Metric):
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None

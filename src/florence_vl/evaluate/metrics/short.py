@@ -21,7 +21,7 @@ def short_normalise(text: str) -> str:
 class ShortAnswer(Metric):
     """Accuracy where the form of the right answer decides how an answer is read; also of each `skill`."""
 
-    def judge(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
+    def read(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
         wanted = reference["answer"]
         if reference.get("choices"):
             found = parse_choice(answer, reference["choices"], finished)

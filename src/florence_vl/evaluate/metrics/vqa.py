@@ -29,7 +29,7 @@ class VQAAccuracy(Metric):
 
     normalise: Callable[[str], str] = staticmethod(vqa_normalise)
 
-    def judge(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
+    def read(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
         score = vqa_accuracy(answer, reference["answers"], self.normalise)
         return verdict(answer, self.normalise(answer) or None, score, finished)
 
@@ -45,7 +45,7 @@ class EvalAIAccuracy(VQAAccuracy):
 class ExactMatch(Metric):
     """Equality with the answer without regard to case, punctuation and spacing (GQA)."""
 
-    def judge(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
+    def read(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
         given = plain_normalise(answer)
         accepted = reference["answers"] if "answers" in reference else [reference["answer"]]
         return verdict(answer, given or None, float(given != "" and given in map(plain_normalise, accepted)), finished)

@@ -7,38 +7,62 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
 from florence_vl.evaluate.metrics.base import Judged, Metric, Reference, Strata, Verdict, metric, pooled, verdict
+from florence_vl.evaluate.metrics.final import plain_text, unwrapped
 
 MME_PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
 )  # fmt: skip
 MME_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
-_OPPOSITE = {"yes": "no", "no": "yes"}
+_WORDS = {
+    "yes": "yes yeah yep yup yea affirmative 是 是的 有 对 对的",
+    "no": "no nope nah negative 否 不 不是 没有 不对",
+}
+_MEANING = {word: meaning for meaning, words in _WORDS.items() for word in words.split()}
+# Read only where they are the whole answer.
+_ALONE = _MEANING | dict.fromkeys(("y", "true", "correct", "right"), "yes")
+_ALONE |= dict.fromkeys(("n", "false", "incorrect", "wrong", "none"), "no")
+_SAYS = "|".join(sorted(_MEANING, key=len, reverse=True))
+_SAID = re.compile(
+    rf"(?P<before>^|[.,;:!?\n(-]\s*|\b(?:so|is|be|think|believe|say|guess|answer|therefore|thus|hence|definitely|actually)"
+    rf"\s+|\b(?P<joined>or|and)\s+|/\s*)(?P<word>{_SAYS})(?P<after>(?=\s*(?:$|[.,;:!?\n)/-]))|(?![\w'])|(?<=[^\x00-\x7f]))"
+)
+_UNSURE = re.compile(
+    r"\b(?:maybe|perhaps|possibly|unsure|unclear|not\s(?:at\sall\s)?(?:sure|certain)"
+    r"|can(?:not|'t)\s(?:tell|say|determine))\b"
+)
 
 
 def parse_yes_no(answer: str, finished: bool = True) -> str | None:
-    """`yes` or `no` when the answer starts with it and doesn't take it back, else None.
+    """`yes` or `no` when the answer begins with it, states it or ends with it, and doesn't take it back, else None.
 
-    "Yes." and "no, there is none" are read; "Yes or no", "Yes. No.", an empty answer and one cut off at the token limit
-    are not.
+    "Yes.", "No, there is none", "The answer is no." and "I see a dog, so yes" are read, in answer tags and boxes too;
+    "Yes or no", "Yes. No.", "Maybe yes", an empty answer and one cut off at the token limit are not.
     """
-    text = answer.strip().lower()
+    found = {_parse_yes_no(plain_text(part).lower(), finished) for part in unwrapped(answer.strip())}
+    return found.pop() if len(found) == 1 else None
+
+
+def _parse_yes_no(text: str, finished: bool) -> str | None:
     words = re.findall(r"[^\W\d_]+", text)
-    if not words or (not finished and len(words) > 1):
-        return None
-    first = words[0]
     if len(words) == 1:
-        first = {"y": "yes", "n": "no"}.get(first, first)
-    if first not in _OPPOSITE or not text.lstrip("\"'`*([{ ").startswith(words[0]):
+        return _ALONE.get(words[0])
+    if not words or not finished or _UNSURE.search(text):
         return None
-    other = _OPPOSITE[first]
-    if re.match(rf"\W*{first}\W*(?:(?:or|and)\W+)?{other}\b", text) or re.search(rf"[.,;!?\n]\s*{other}\b", text):
-        return None
-    return first
+    meanings = set()
+    for said in _SAID.finditer(text):
+        alone = said["after"] == "" and re.match(r"\s*(?:$|[.,;:!?\n)/-])", text[said.end() : said.end() + 20])
+        first = said.start("word") <= text.find(words[0])
+        if first or alone or said["joined"]:
+            meanings.add(_MEANING[said["word"]])
+    second = _MEANING.get(words[1]) if re.match(r"\W*\w+ +\w", text) else None  # "yes no"
+    if words[0] in _MEANING and second:
+        meanings.add(second)
+    return meanings.pop() if len(meanings) == 1 else None
 
 
 class _YesNo(Metric):
-    def judge(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
+    def read(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
         found = parse_yes_no(answer, finished)
         return verdict(answer, found, float(found == _wanted(reference)), finished)
 
@@ -46,7 +70,7 @@ class _YesNo(Metric):
 def _wanted(reference: Reference) -> str:
     wanted = str(reference["answer"]).strip().lower().rstrip(".")
     wanted = {"1": "yes", "0": "no"}.get(wanted, wanted)
-    if wanted not in _OPPOSITE:
+    if wanted not in _WORDS:
         raise ValueError(f"a yes/no question needs the answer yes or no, found {reference['answer']!r}")
     return wanted
 
