@@ -14,14 +14,14 @@ from typer.testing import CliRunner
 
 from florence_vl.cli.evaluate import app
 from florence_vl.evaluate.report import as_json, as_markdown, failures, write_reports
-from florence_vl.evaluate.runner import Plan, open_results, plan
+from florence_vl.evaluate.runner import EvaluationPlan, open_results, plan
 from florence_vl.evaluate.scoring import compare_runs, score_folder
 from florence_vl.evaluate.store import ResultsFolder, append_lines
 from florence_vl.evaluate.suites import choose
 from florence_vl.model.tiny import tiny_model
 
 
-def fake_run(folder: Path, made: Plan, say: Any, name: str = "fake") -> Path:
+def fake_run(folder: Path, made: EvaluationPlan, say: Any, name: str = "fake") -> Path:
     """Results without a model."""
     results = ResultsFolder(folder)
 
@@ -40,12 +40,12 @@ def fake_run(folder: Path, made: Plan, say: Any, name: str = "fake") -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(benchmark_folder: Path) -> Plan:
+def made(benchmark_folder: Path) -> EvaluationPlan:
     return plan(choose("paper"), lambda benchmark: benchmark.questions(benchmark_folder))
 
 
 @pytest.fixture(scope="module")
-def good_run(made: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def good_run(made: EvaluationPlan, tmp_path_factory: pytest.TempPathFactory) -> Path:
     def say(question: Any) -> str:
         answer = question.reference.get("answer", question.reference.get("answers", [""])[0])
         return {"1": "yes"}.get(answer, answer) if isinstance(answer, str) else answer[0]
@@ -78,7 +78,7 @@ def test_the_table_has_the_papers_columns_and_averages(good_run: Path) -> None:
     json.dumps(values)
 
 
-def test_reports_are_written_with_pictures_of_failures(good_run: Path, made: Plan, tmp_path: Path) -> None:
+def test_reports_are_written_with_pictures_of_failures(good_run: Path, made: EvaluationPlan, tmp_path: Path) -> None:
     said = {"pope": "perhaps <script>alert(1)</script>", "mmvp": "", "ai2d": "A"}
     folder = fake_run(tmp_path / "bad", made, lambda q: said.get(q.benchmark, "?"))
     scores = score_folder(folder, draws=10)
@@ -108,7 +108,7 @@ def test_a_sample_says_so(benchmark_folder: Path, tmp_path: Path) -> None:
     assert as_json(scores)["benchmarks"]["pope"]["protocol"]["available"] == 4
 
 
-def test_comparing_runs(good_run: Path, made: Plan, tmp_path: Path, benchmark_folder: Path) -> None:
+def test_comparing_runs(good_run: Path, made: EvaluationPlan, tmp_path: Path, benchmark_folder: Path) -> None:
     worse = fake_run(tmp_path / "worse", made, lambda q: "no" if q.benchmark == "pope" else "?", "worse")
     found = compare_runs(score_folder(worse, 0), score_folder(good_run, 0), draws=50)
     assert (found["pope"].won, found["pope"].lost, found["pope"].tied) == (2, 0, 2)

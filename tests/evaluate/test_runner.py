@@ -22,7 +22,7 @@ from florence_vl.evaluate.local import (
     state_fingerprint,
 )
 from florence_vl.evaluate.question import Question
-from florence_vl.evaluate.runner import Plan, describe, open_results, plan, run, shard
+from florence_vl.evaluate.runner import EvaluationPlan, describe, open_results, plan, run, shard
 from florence_vl.evaluate.scoring import score_folder
 from florence_vl.evaluate.store import ResultsFolder, append_lines, read_lines
 from florence_vl.evaluate.suites import choose
@@ -32,7 +32,7 @@ SMALL = "pope,mme,mmvp,docvqa_val,mmmu_val,cv_bench"
 
 
 @pytest.fixture(scope="module")
-def small_plan(benchmark_folder: Path) -> Plan:
+def small_plan(benchmark_folder: Path) -> EvaluationPlan:
     return plan(choose(SMALL), lambda benchmark: benchmark.questions(benchmark_folder))
 
 
@@ -62,7 +62,7 @@ def answers(answerer: LocalAnswerer, questions: Sequence[Question], tokens: int 
 
 
 @pytest.mark.parametrize(("llm", "seed"), [("llama", 0), pytest.param("gemma3_text", 1, marks=pytest.mark.slow)])
-def test_batches_answer_as_plain_generate_does(llm: str, seed: int, small_plan: Plan) -> None:
+def test_batches_answer_as_plain_generate_does(llm: str, seed: int, small_plan: EvaluationPlan) -> None:
     model, processor = tiny_model(llm, seed=seed)
     questions = [q for name in ("pope", "docvqa_val", "mmmu_val") for q in small_plan.questions[name]]
     shared = answers(LocalAnswerer(model, processor, 8), questions, tokens=6)
@@ -100,7 +100,7 @@ def test_answers_stand_in_the_order_of_the_questions() -> None:
         answerer.answer_all(questions, Generation())
 
 
-def test_answers_to_all_are_those_to_each_alone(small_plan: Plan) -> None:
+def test_answers_to_all_are_those_to_each_alone(small_plan: EvaluationPlan) -> None:
     model, processor = tiny_model(seed=1)
     for part in (model.model.multi_modal_projector, model.model.language_model.layers):
         for parameter in part.parameters():
@@ -113,7 +113,7 @@ def test_answers_to_all_are_those_to_each_alone(small_plan: Plan) -> None:
     assert [q for batch in batches(questions, 4) for q in batch] != questions
 
 
-def test_an_image_is_encoded_once(small_plan: Plan) -> None:
+def test_an_image_is_encoded_once(small_plan: EvaluationPlan) -> None:
     model, processor = tiny_model()
     questions = small_plan.questions["docvqa_val"] + small_plan.questions["pope"]
     calls: list[int] = []
@@ -127,7 +127,7 @@ def test_an_image_is_encoded_once(small_plan: Plan) -> None:
     assert sum(calls) == 4
 
 
-def test_the_image_cache_is_bounded(small_plan: Plan) -> None:
+def test_the_image_cache_is_bounded(small_plan: EvaluationPlan) -> None:
     model, processor = tiny_model()
     answerer = LocalAnswerer(model, processor, batch_size=1, cached_images=2)
     answers(answerer, small_plan.questions["cv_bench"], tokens=1)
@@ -135,7 +135,7 @@ def test_the_image_cache_is_bounded(small_plan: Plan) -> None:
     assert len(answerer._cache) == 2
 
 
-def test_running_into_the_limit_is_known(small_plan: Plan) -> None:
+def test_running_into_the_limit_is_known(small_plan: EvaluationPlan) -> None:
     model, processor = tiny_model()
     question = small_plan.questions["pope"][0]
     answerer = LocalAnswerer(model, processor)
@@ -150,7 +150,7 @@ def test_running_into_the_limit_is_known(small_plan: Plan) -> None:
     assert (ended.text, ended.finished, ended.tokens) == ("", True, 0)
 
 
-def test_sampling_is_repeatable_and_differs_by_seed(small_plan: Plan) -> None:
+def test_sampling_is_repeatable_and_differs_by_seed(small_plan: EvaluationPlan) -> None:
     model, processor = tiny_model()
     batch = small_plan.questions["pope"][:2]
     settings = Generation(3, temperature=1.5)
@@ -168,7 +168,7 @@ def test_a_model_without_chat_template_is_refused() -> None:
         LocalAnswerer(model, processor)
 
 
-def test_the_mode_of_the_model_is_left(small_plan: Plan) -> None:
+def test_the_mode_of_the_model_is_left(small_plan: EvaluationPlan) -> None:
     model, processor = tiny_model()
     model.train()
     LocalAnswerer(model, processor).answer(small_plan.questions["pope"][:1], Generation(1))
@@ -220,7 +220,7 @@ def test_batches_keep_pictures_together() -> None:
         batches(questions, 0)
 
 
-def test_a_killed_run_goes_on_without_asking_twice(small_plan: Plan, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_without_asking_twice(small_plan: EvaluationPlan, tmp_path: Path) -> None:
     folder = ResultsFolder(tmp_path / "run")
     first = Scripted(fail_after=6)
     open_results(folder, first, small_plan)
@@ -243,7 +243,9 @@ def test_a_killed_run_goes_on_without_asking_twice(small_plan: Plan, tmp_path: P
     assert {"prompt", "answer", "parsed", "score", "kind", "reference", "finished"} <= set(row)
 
 
-def test_other_models_protocols_and_data_are_refused(small_plan: Plan, benchmark_folder: Path, tmp_path: Path) -> None:
+def test_other_models_protocols_and_data_are_refused(
+    small_plan: EvaluationPlan, benchmark_folder: Path, tmp_path: Path
+) -> None:
     folder = ResultsFolder(tmp_path / "run")
     open_results(folder, Scripted(), small_plan)
     before = folder.description
@@ -288,7 +290,7 @@ def test_a_limit_is_extended_by_the_next_run(benchmark_folder: Path, tmp_path: P
     assert score_folder(folder.path, draws=0).benchmarks["pope"].complete
 
 
-def test_unanswered_questions_make_a_score_incomplete(small_plan: Plan, tmp_path: Path) -> None:
+def test_unanswered_questions_make_a_score_incomplete(small_plan: EvaluationPlan, tmp_path: Path) -> None:
     folder = ResultsFolder(tmp_path / "run")
     lost = {("mme", "count/count/0.png"), ("pope", "0")}
     answerer = Scripted(lambda q: Answer("", error="HTTP 500") if (q.benchmark, q.id) in lost else "yes")
@@ -308,7 +310,7 @@ def test_unanswered_questions_make_a_score_incomplete(small_plan: Plan, tmp_path
     assert score_folder(folder.path, draws=0).benchmarks["pope"].complete
 
 
-def test_shards_partition_the_pictures(small_plan: Plan) -> None:
+def test_shards_partition_the_pictures(small_plan: EvaluationPlan) -> None:
     parts = [shard(small_plan, rank, 3) for rank in range(3)]
     ids = [{(q.benchmark, q.id) for m in part.questions.values() for q in m} for part in parts]
     assert sum(map(len, ids)) == len(set.union(*ids)) == small_plan.total
@@ -317,7 +319,7 @@ def test_shards_partition_the_pictures(small_plan: Plan) -> None:
     assert parts[0].fingerprints == small_plan.fingerprints
 
 
-def test_ranks_write_files_of_their_own(small_plan: Plan, tmp_path: Path) -> None:
+def test_ranks_write_files_of_their_own(small_plan: EvaluationPlan, tmp_path: Path) -> None:
     total = 0
     for rank in range(2):
         folder = ResultsFolder(tmp_path / "run", rank)
@@ -332,7 +334,7 @@ def test_ranks_write_files_of_their_own(small_plan: Plan, tmp_path: Path) -> Non
     assert all(score.complete for score in score_folder(tmp_path / "run", draws=0).benchmarks.values())
 
 
-def test_damaged_files_are_named(tmp_path: Path, small_plan: Plan) -> None:
+def test_damaged_files_are_named(tmp_path: Path, small_plan: EvaluationPlan) -> None:
     folder = ResultsFolder(tmp_path / "run")
     open_results(folder, Scripted(), small_plan)
     append_lines(folder.file, [{"benchmark": "pope", "id": "0"}])
@@ -359,7 +361,7 @@ def test_fingerprints(tmp_path: Path) -> None:
     assert folder_fingerprint(tmp_path / "a") != before
 
 
-def test_the_description_says_what_a_score_depends_on(small_plan: Plan) -> None:
+def test_the_description_says_what_a_score_depends_on(small_plan: EvaluationPlan) -> None:
     facts = describe(small_plan)["mmvp"]
     assert facts["fingerprint"] == small_plan.fingerprints["mmvp"]
     assert facts["generation"] == {"max_new_tokens": 16, "temperature": 0.0}
@@ -396,7 +398,7 @@ def llava_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_any_image_text_to_text_model_answers(llava_folder: Path, small_plan: Plan) -> None:
+def test_any_image_text_to_text_model_answers(llava_folder: Path, small_plan: EvaluationPlan) -> None:
     questions = small_plan.questions["pope"] + small_plan.questions["mmmu_val"]
     one, many = (load_answerer(str(llava_folder), batch_size=size) for size in (1, 4))
     alone, together = (answers(answerer, questions, tokens=5) for answerer in (one, many))
@@ -411,38 +413,3 @@ def test_a_model_that_sees_nothing_is_refused(tmp_path: Path) -> None:
     LlamaConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=16).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a 'llama', which is no image-text-to-text model"):
         load_answerer(str(tmp_path))
-
-
-def test_the_callback_scores_every_so_many_steps(benchmark_folder: Path, tmp_path: Path) -> None:
-    from florence_vl.evaluate.sample import SampleEvaluation
-
-    class Tracker:
-        logged: list[tuple[dict[str, float], int]] = []
-
-        def log(self, numbers: dict[str, float], step: int) -> None:
-            self.logged.append((numbers, step))
-
-    class World:
-        size = 1
-
-    class Trainer:
-        model, processor = tiny_model()
-        run_dir, world, trackers, step = tmp_path, World(), [Tracker()], 0
-
-    Trainer.model.set_trainable(tower=False, projector=True, llm=True)
-    Trainer.model.train()
-    modes = [module.training for module in Trainer.model.modules()]
-    callback = SampleEvaluation(2, suite="pope", limit=2, data=benchmark_folder)
-    for step in (1, 2, 3, 4):
-        Trainer.step = step
-        callback(Trainer, {})
-    assert [row["step"] for row in callback.history] == [2, 4]
-    assert callback.history[0]["eval/pope"] == callback.history[1]["eval/pope"]
-    assert read_lines(tmp_path / "evaluation.jsonl") == callback.history
-    assert [step for _, step in Tracker.logged] == [2, 4]
-    assert [module.training for module in Trainer.model.modules()] == modes
-    World.size = 2
-    with pytest.raises(ValueError, match="works in one process"):
-        callback(Trainer, {})
-    with pytest.raises(ValueError, match="at least 1"):
-        SampleEvaluation(0)

@@ -9,7 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from florence_vl.evaluate.answer import Answerer
-    from florence_vl.evaluate.runner import Plan
+    from florence_vl.evaluate.runner import EvaluationPlan
     from florence_vl.evaluate.store import ResultsFolder
 
 app = typer.Typer(
@@ -261,7 +261,7 @@ class _LogLine:
         typer.echo(f"{self.done} of {self.total} questions, {left / 60:.0f} min left", err=True)
 
 
-def _run_here(answerer: Answerer, made: Plan, folder: ResultsFolder) -> dict[str, dict[str, str]]:
+def _run_here(answerer: Answerer, made: EvaluationPlan, folder: ResultsFolder) -> dict[str, dict[str, str]]:
     from florence_vl.evaluate.runner import run
 
     with _progress(made.total) as progress:
@@ -280,7 +280,7 @@ def _run_here(answerer: Answerer, made: Plan, folder: ResultsFolder) -> dict[str
 
 def _run_shard(
     which: str, model: str, served: str | None, retries: int, device: str, dtype: str, batch_size: int, seed: int,
-    made: Plan, out: Path, data: Path | None,
+    made: EvaluationPlan, out: Path, data: Path | None,
 ) -> None:  # fmt: skip
     from florence_vl.evaluate.runner import open_results, run, shard
     from florence_vl.evaluate.store import ResultsFolder
@@ -295,7 +295,7 @@ def _run_shard(
         answerer.close()
 
 
-def _run_processes(processes: int, made: Plan, folder: ResultsFolder) -> dict[str, dict[str, str]]:
+def _run_processes(processes: int, made: EvaluationPlan, folder: ResultsFolder) -> dict[str, dict[str, str]]:
     """Start this command once for each process with its shard, and show their common progress."""
     import os
     import subprocess

@@ -29,7 +29,7 @@ MAJORITY = "commonest answer"
 
 
 @dataclass(frozen=True)
-class Score:
+class ControlScore:
     """A benchmark's headline score under one condition.
 
     Attributes:
@@ -128,8 +128,8 @@ def score_controls(
     batch_size: int = 16,
     say: Callable[[str], None] = lambda _: None,
     whole: Mapping[str, Sequence[Question]] | None = None,
-) -> dict[str, dict[str, Score]]:
-    """Score a model under every control.
+) -> dict[str, dict[str, ControlScore]]:
+    """ControlScore a model under every control.
 
     Args:
         model: A Florence-VL.
@@ -190,11 +190,11 @@ def score_controls(
     }
 
 
-def _score(benchmark: Benchmark, judged: list[Judged], full: list[Judged], is_full: bool) -> Score:
+def _score(benchmark: Benchmark, judged: list[Judged], full: list[Judged], is_full: bool) -> ControlScore:
     metric = benchmark.scorer
     units, reference = stratify(metric, judged), stratify(metric, full)
     scores = [(a[0].score, b[0].score) for a, b in zip(judged, full, strict=True)]
     against = None if is_full else compare(units, reference, metric.combine, metric.headline, scores)
-    return Score(
+    return ControlScore(
         metric.combine(units.means())[metric.headline], intervals(units, metric.combine)[metric.headline], against
     )

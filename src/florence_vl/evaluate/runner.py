@@ -25,7 +25,7 @@ Progress = Callable[[int], None]
 
 
 @dataclass
-class Plan:
+class EvaluationPlan:
     """What is to be asked.
 
     Attributes:
@@ -55,7 +55,7 @@ def plan(
     load: Callable[[Benchmark], Sequence[Question]],
     limit: int | None = None,
     seed: int = 0,
-) -> Plan:
+) -> EvaluationPlan:
     """Read and sample the questions of benchmarks.
 
     Args:
@@ -68,7 +68,7 @@ def plan(
         FileNotFoundError: A benchmark's file isn't there.
         ValueError: A file has the wrong schema, or the limit isn't positive.
     """
-    made = Plan({}, {b.name: b for b in chosen}, limit, seed)
+    made = EvaluationPlan({}, {b.name: b for b in chosen}, limit, seed)
     for benchmark in chosen:
         everything = load(benchmark)
         made.available[benchmark.name] = len(everything)
@@ -84,14 +84,14 @@ def _fingerprint(benchmark: Benchmark, questions: Sequence[Question]) -> str:
     return digest.hexdigest()[:16]
 
 
-def shard(made: Plan, rank: int, processes: int) -> Plan:
+def shard(made: EvaluationPlan, rank: int, processes: int) -> EvaluationPlan:
     """The part of a plan that one of several processes does: whole picture groups, by hash."""
 
     def mine(question: Question) -> bool:
         digest = hashlib.sha256(f"{question.benchmark}/{question.picture_key}".encode()).digest()
         return int.from_bytes(digest[:8], "big") % processes == rank
 
-    return Plan(
+    return EvaluationPlan(
         {name: [q for q in questions if mine(q)] for name, questions in made.questions.items()},
         made.benchmarks,
         made.limit,
@@ -101,7 +101,7 @@ def shard(made: Plan, rank: int, processes: int) -> Plan:
     )
 
 
-def describe(made: Plan) -> dict[str, dict[str, Any]]:
+def describe(made: EvaluationPlan) -> dict[str, dict[str, Any]]:
     """What `run.json` says about each benchmark of a plan."""
     found = {}
     for name, benchmark in made.benchmarks.items():
@@ -129,7 +129,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def open_results(folder: ResultsFolder, answerer: Answerer, made: Plan, data: Path | None = None) -> dict[str, Any]:
+def open_results(
+    folder: ResultsFolder, answerer: Answerer, made: EvaluationPlan, data: Path | None = None
+) -> dict[str, Any]:
     """Start or go on with a results folder; see `ResultsFolder.open` for what is refused."""
     description = folder.open(answerer.identity, describe(made))
     description["versions"] = versions()
@@ -141,7 +143,7 @@ def open_results(folder: ResultsFolder, answerer: Answerer, made: Plan, data: Pa
 
 def run(
     answerer: Answerer,
-    made: Plan,
+    made: EvaluationPlan,
     folder: ResultsFolder,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, str]]:

@@ -1,8 +1,8 @@
-"""A small evaluation on a fixed sample, while a model trains: the recipe's `evaluate.suite`, or a callback."""
+"""A small evaluation on a fixed sample, while a model trains: the recipe's `evaluate.suite`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from florence_vl.evaluate.benchmark import Benchmark, select
 from florence_vl.evaluate.local import LocalAnswerer
 from florence_vl.evaluate.metrics import stratify
 from florence_vl.evaluate.question import Question
-from florence_vl.evaluate.store import append_lines
 from florence_vl.evaluate.suites import choose, data_folder
 
 # Benchmarks with the questions that are asked of each.
@@ -111,44 +110,6 @@ def suite_scorer(suite: str, limit: int, data: Path | None, batch_size: int) -> 
     """
     sample = read_sample(suite, limit, data=data)
     return lambda model, processor: score_sample(model, processor, sample, batch_size)
-
-
-class SampleEvaluation:
-    """A callback of `florence_vl.train.train` that scores the model every so many steps.
-
-    Scores go to `evaluation.jsonl` in the run's folder, to the run's trackers, and to `history`. A recipe says the same
-    with `evaluate.suite`, which also works with several processes. This is for runs in one process: a sharded model
-    can't generate on one of its processes alone.
-
-    Args:
-        every_steps: Each so many steps.
-        **sample: Options of `evaluate_sample`.
-
-    Raises:
-        ValueError: `every_steps` isn't positive.
-
-    Example:
-        >>> train("mini/finetune", callbacks=[SampleEvaluation(500, suite="mini", limit=32)])  # doctest: +SKIP
-    """
-
-    def __init__(self, every_steps: int, **sample: Any) -> None:
-        if every_steps < 1:
-            raise ValueError(f"every_steps must be at least 1, found {every_steps}")
-        self.every_steps = every_steps
-        self.sample = sample
-        self.history: list[dict[str, float]] = []
-
-    def __call__(self, trainer: Any, row: Mapping[str, Any]) -> None:
-        """Score when it is time; see `florence_vl.train.loop` for the arguments."""
-        if trainer.step % self.every_steps:
-            return
-        if trainer.world.size > 1:
-            raise ValueError("SampleEvaluation works in one process; evaluate a sharded run's checkpoints instead")
-        scores = evaluate_sample(trainer.model, trainer.processor, **self.sample)
-        self.history.append({"step": trainer.step, **scores})
-        append_lines(trainer.run_dir / "evaluation.jsonl", self.history[-1:])
-        for tracker in trainer.reporter.trackers:
-            tracker.log(scores, trainer.step)
 
 
 @lru_cache(maxsize=64)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from florence_vl.evaluate.controls import Score
+from florence_vl.evaluate.controls import ControlScore
 from florence_vl.files import write_text
 
 HEAD = """---
@@ -74,7 +74,7 @@ def publish(folder: Path, scores: Mapping[str, Any], card: str) -> str:
     return card
 
 
-def score_table(scores: Mapping[str, Mapping[str, Score]]) -> str:
+def score_table(scores: Mapping[str, Mapping[str, ControlScore]]) -> str:
     """Markdown table: a row a condition, a column a benchmark."""
     conditions = list(next(iter(scores.values())))
     lines = [
@@ -91,7 +91,7 @@ def score_table(scores: Mapping[str, Mapping[str, Score]]) -> str:
     return "\n".join(lines)
 
 
-def verdicts(scores: Mapping[str, Mapping[str, Score]]) -> list[str]:
+def verdicts(scores: Mapping[str, Mapping[str, ControlScore]]) -> list[str]:
     """One line a benchmark: what the full model clearly beats (paired interval above 0), and what it does not."""
     lines = []
     for name, found in scores.items():
@@ -108,7 +108,7 @@ def verdicts(scores: Mapping[str, Mapping[str, Score]]) -> list[str]:
 
 
 def model_card(
-    scores: Mapping[str, Mapping[str, Score]],
+    scores: Mapping[str, Mapping[str, ControlScore]],
     *,
     tower: float,
     projector: float,
