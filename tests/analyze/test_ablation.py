@@ -185,6 +185,7 @@ def test_tables_share_their_runs_and_go_on_where_they_stopped(recipes, tmp_path,
     assert marker["git"]["commit"] == "abc"
     assert marker["machine"] == ablation_run.machine_class()
     assert marker["seconds"] >= 0
+    assert marker["cpu_seconds"] >= 0
 
 
 def test_two_jobs_run_at_a_time_and_a_stage_waits_for_the_one_before(recipes, tmp_path, commands):

@@ -129,7 +129,7 @@ def build_table(table: AblationTable, scores: Sequence[RowScores], config: Ablat
         "seeds": {row.row.name: sorted(row.seeds) for row in scores},
         "commits": sorted({str(m["git"]["commit"]) + ("+" if m["git"]["dirty"] else "") for m in markers}),
         "machines": sorted({m["machine"] for m in markers}),
-        "seconds": round(sum(m["seconds"] for m in markers)),
+        "cpu_seconds": round(sum(m["cpu_seconds"] for m in markers)),
     }
 
 

@@ -100,6 +100,14 @@ class _Running:
         with self.log.open("ab") as file:
             self.process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
+    def ended(self) -> bool:
+        """Whether it has ended; then its processor time is known too."""
+        before = _children_seconds()
+        if self.process.poll() is None:
+            return False
+        self.cpu_seconds = _children_seconds() - before
+        return True
+
     def finish(self, about: dict[str, Any]) -> None:
         """Check how it ended and mark it done.
 
@@ -120,8 +128,15 @@ class _Running:
         if step.kind in STAGES:  # its model is written: of a table's many runs the checkpoints would fill the disk
             shutil.rmtree(step.folder / "checkpoints", ignore_errors=True)
         command = shlex.join(["florence-vl", *step.command])
-        done = {"identity": step.identity, "command": command, "seconds": round(time.monotonic() - self.began, 1)}
-        write_text(step.marker, json.dumps({**done, **about}, indent=1) + "\n")
+        times = {"seconds": round(time.monotonic() - self.began, 1), "cpu_seconds": round(self.cpu_seconds, 1)}
+        done = {"identity": step.identity, "command": command, **times, **about}
+        write_text(step.marker, json.dumps(done, indent=1) + "\n")
+
+
+def _children_seconds() -> float:
+    """Processor time of all child processes that have been waited for."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def execute(steps: Sequence[Step], config: AblationConfig, log: Callable[[str], None]) -> None:
@@ -158,7 +173,7 @@ def execute(steps: Sequence[Step], config: AblationConfig, log: Callable[[str], 
                     waiting.remove(step)
                     running.append(_Running(step, config))
                     log(f"started {step.title}")
-            ended = [run for run in running if run.process.poll() is not None]
+            ended = [run for run in running if run.ended()]
             for run in ended:
                 running.remove(run)
                 run.finish(about)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from florence_vl.analyze.headroom import Choice, headroom
@@ -43,7 +44,7 @@ def time_options(
     model: FlorenceVLForConditionalGeneration,
     processor: FlorenceVLProcessor,
     options: Sequence[Option],
-    tokens_O: Sequence[float],
+    tokens_O: Sequence[float] | np.ndarray,
     rounds: int = 5,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[float]:

@@ -309,7 +309,7 @@ def store_features(model: FlorenceVLForConditionalGeneration, root: str | Path) 
     """
     tower = model.model.vision_tower
     stored = StoredTower(tower, Path(root))
-    tower.forward = stored  # type: ignore[method-assign, assignment]
+    tower.forward = stored  # type: ignore[method-assign]
     return stored
 
 
