@@ -21,6 +21,7 @@ from torch import Tensor
 from florence_vl.evaluate.answer import Answer, Answerer
 from florence_vl.evaluate.benchmark import Generation
 from florence_vl.evaluate.question import Question
+from florence_vl.model.features import encode_images
 from florence_vl.model.pictures import open_image
 
 
@@ -119,14 +120,8 @@ class LocalAnswerer(Answerer):
         missing = [key for key in wanted if key not in self._cache]
         if missing:
             images = [_open(*wanted[key]) for key in missing]
-            pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-            same_size = torch.is_tensor(pixels)
-            for group, keys in (
-                [(pixels, missing)] if same_size else [(p[None], [k]) for p, k in zip(pixels, missing, strict=True)]
-            ):
-                features = self.model.get_image_features(group.to(self.model.device, self.model.dtype)).pooler_output
-                self.encoded_images += len(keys)
-                self._cache |= dict(zip(keys, features, strict=True))
+            self._cache |= dict(zip(missing, encode_images(self.model, self.processor, images), strict=True))
+            self.encoded_images += len(missing)
         found = {}
         for key in wanted:
             self._cache.move_to_end(key)

@@ -12,6 +12,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from florence_vl.data.records import ImageSource, image_part, normalise_messages, text_part
+from florence_vl.model.features import encode_images
 from florence_vl.model.modeling import FlorenceVLForConditionalGeneration, FlorenceVLImageFeatures
 from florence_vl.model.pictures import open_image
 
@@ -79,15 +80,6 @@ class _Stopped(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
-
-
-def encode_images(
-    model: FlorenceVLForConditionalGeneration, processor: FlorenceVLProcessor, images: Sequence[Image.Image]
-) -> list[torch.Tensor]:
-    """Projected tokens of each image, (N, H): what `stream_answer` takes instead of running the tower again."""
-    pixel_values = processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
-    with torch.inference_mode():
-        return list(model.get_image_features(pixel_values.to(model.device, model.dtype)).pooler_output)
 
 
 def stream_answer(
