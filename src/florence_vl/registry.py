@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from types import ModuleType
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -83,3 +86,20 @@ def plugins(kind: str) -> dict[str, EntryPoint]:
             `commands`.
     """
     return {point.name: point for point in entry_points(group=f"florence_vl.{kind}")}
+
+
+def make_callable(package: str, module: str) -> None:
+    """Let a package be called like its main function, which has the package's own last name.
+
+    So `florence_vl.train(recipe)` works beside `florence_vl.train.loop`, whichever of the two was imported first.
+
+    Args:
+        package: Name of the imported package, e.g. `florence_vl.train`.
+        module: Where the function lies; imported at the first call.
+    """
+    function = package.rpartition(".")[2]
+
+    def call(self: ModuleType, *args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*args, **kwargs)
+
+    sys.modules[package].__class__ = type("CallablePackage", (ModuleType,), {"__call__": call})

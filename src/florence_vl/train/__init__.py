@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from florence_vl.registry import make_callable
+
 if TYPE_CHECKING:
     from florence_vl.train.config import Recipe
     from florence_vl.train.guards import TrainingError
@@ -27,3 +29,6 @@ def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
         return getattr(importlib.import_module(_EXPORTS[name]), name)
     raise AttributeError(f"module 'florence_vl.train' has no attribute {name!r}")
+
+
+make_callable(__name__, "florence_vl.train.loop")
