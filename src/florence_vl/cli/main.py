@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "Write a checkpoint as a folder that from_pretrained loads.",
         "Train",
     ),
+    "train-router": ("florence_vl.cli.train_router", "Teach a model with views which view a question needs.", "Train"),
     "evaluate": ("florence_vl.cli.evaluate", "Score a model on benchmarks.", "Measure"),
     "analyze": ("florence_vl.cli.analyze", "Alignment loss, PCA pictures, attribution.", "Measure"),
     "ablate": ("florence_vl.cli.ablate", "Run the rows of the paper's ablation tables.", "Measure"),

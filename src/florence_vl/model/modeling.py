@@ -227,6 +227,12 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
             merged = {name: merge_tokens(x_BND, grid, merge) for name, x_BND in features.items()}
         return self.multi_modal_projector(self.fusion(merged, context))
 
+    def no_question(self, images: int) -> Tensor | None:
+        """The context of images without text, (I, H); None when the fusion does not depend on the question."""
+        if not self.fusion.uses_context:
+            return None
+        return self.get_input_embeddings().weight.new_zeros(images, self.config.text_config.hidden_size)
+
     def part_modules(self, part: Part) -> list[nn.Module]:
         """Modules of a part: `tower`, `projector` (with the fusion) or `llm`."""
         modules: dict[str, list[nn.Module]] = {
@@ -324,6 +330,10 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         """
         if not self.fusion.uses_context or question_ids is None:
             return None
+        return self.mean_embedding(question_ids, question_mask)
+
+    def mean_embedding(self, question_ids: Tensor, question_mask: Tensor | None = None) -> Tensor:
+        """Mean of the LLM's input embeddings of each text, detached: (I, Q), (I, Q) -> (I, H), zero without text."""
         if question_mask is None:
             question_mask = torch.ones_like(question_ids)
         embeddings_IQH = self.get_input_embeddings()(question_ids).detach()

@@ -157,7 +157,7 @@ def count_flops(config: FlorenceVLConfig, height: int, width: int) -> ModelFlops
     Args:
         config: Of the model.
         height: Pixels of the images.
-        width: ...
+        width: Pixels of the images.
 
     Raises:
         ValueError: The tower can't take such images.
@@ -174,10 +174,7 @@ def count_flops(config: FlorenceVLConfig, height: int, width: int) -> ModelFlops
     tower = counter.get_total_flops()
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        context = None
-        if model.model.fusion.uses_context:
-            context = torch.empty(1, config.get_text_config().hidden_size, device="meta")
-        model.model.project_features(features, (height, width), context)
+        model.model.project_features(features, (height, width), model.model.no_question(1))
     text = config.get_text_config()
     llm = model.model.language_model
     linear = sum(2 * m.in_features * m.out_features for m in llm.modules() if isinstance(m, nn.Linear))
@@ -322,7 +319,7 @@ class ActivationMeter:
         Args:
             images: Images in it.
             height: Their pixels.
-            width: ...
+            width: Pixels of the images.
             tokens: Its tokens in the LLM, all rows together.
         """
         parts, base = self.parts, self.model.model
@@ -334,7 +331,7 @@ class ActivationMeter:
             with torch.set_grad_enabled(parts.tower.train), _watch_saved(blocks(tower), self.model, found["tower"]):
                 features = tower(pixels)
             with _watch_saved([], self.model, found["projector"]):
-                base.multi_modal_projector(base.fusion(features))
+                base.project_features(features, (height, width), base.no_question(images))
         embeds = torch.empty(1, tokens, self.width, **options)
         whole_llm = parts.llm.train and parts.llm.last_layers is None and parts.llm.lora is None
         embeds.requires_grad_(parts.tower.train or parts.projector.train or whole_llm)

@@ -1,0 +1,186 @@
+"""A router chooses the view of an image from the question and a thumbnail, before the text is tokenized.
+
+It predicts, for each view, how much the loss of the right answer grows against the full view, and takes the view with
+the least predicted growth plus `trade` times the view's cost. One router gives the whole curve of accuracy and cost.
+
+Shape letters: B images, H width of the LLM, D channels of the first feature, W views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from florence_vl.files import write_text
+from florence_vl.model.views import FULL_VIEW, feature_mask
+
+if TYPE_CHECKING:
+    from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+    from florence_vl.model.processing import FlorenceVLProcessor
+
+ROUTER_FILE = "router.safetensors"
+ROUTER_CONFIG = "router.json"
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """What a router chooses among.
+
+    Attributes:
+        question_dim: H.
+        image_dim: D.
+        costs: Cost of each view, relative to the full one (1.0).
+        thumbnail: The view whose first feature the router looks at.
+        hidden: Width of its hidden layer.
+    """
+
+    question_dim: int
+    image_dim: int
+    costs: dict[str, float]
+    thumbnail: str
+    hidden: int = 128
+
+
+class Router(nn.Module):
+    """An MLP from [question ; mean of the thumbnail's first feature] to the growth of the loss in each view.
+
+    Args:
+        config: What it chooses among; the full view is one of `costs`.
+
+    Raises:
+        ValueError: The full view or the thumbnail's view has no cost.
+    """
+
+    def __init__(self, config: RouterConfig) -> None:
+        super().__init__()
+        for name in (FULL_VIEW, config.thumbnail):
+            if name not in config.costs:
+                raise ValueError(f"the router's costs lack the view {name!r}; they have {', '.join(config.costs)}")
+        self.config = config
+        self.views = tuple(config.costs)
+        self.layers = nn.Sequential(
+            nn.Linear(config.question_dim + config.image_dim, config.hidden),
+            nn.SiLU(),
+            nn.Linear(config.hidden, len(self.views)),
+        )
+        costs = torch.tensor([config.costs[name] for name in self.views])
+        self.costs: Tensor
+        self.register_buffer("costs", costs, persistent=False)
+
+    def forward(self, question_BH: Tensor, image_BD: Tensor) -> Tensor:
+        """Predicted growth of the loss against the full view, (B, W); 0 for the full view."""
+        states = [nn.functional.layer_norm(x.float(), x.shape[-1:]) for x in (question_BH, image_BD)]
+        growth_BW = self.layers(torch.cat(states, -1))
+        full = self.views.index(FULL_VIEW)
+        return growth_BW - growth_BW[:, full : full + 1]
+
+    def choose(self, question_BH: Tensor, image_BD: Tensor, trade: float) -> list[str]:
+        """The view of each image.
+
+        Args:
+            question_BH: See `question_context`.
+            image_BD: Mean of the thumbnail's first feature.
+            trade: What one full view's cost is worth in loss (nats); 0 takes the least predicted loss.
+
+        Raises:
+            ValueError: `trade` is negative.
+        """
+        if not trade >= 0:
+            raise ValueError(f"trade must be 0 or more, found {trade}")
+        growth_BW = self(question_BH, image_BD) + trade * self.costs
+        return [self.views[index] for index in growth_BW.argmin(-1).tolist()]
+
+    def save(self, folder: Path) -> None:
+        """Write the router beside a model: `router.safetensors` and `router.json`."""
+        import json
+
+        from safetensors.torch import save
+
+        from florence_vl.files import atomic_file
+
+        with atomic_file(folder / ROUTER_FILE) as path:
+            path.write_bytes(save(self.layers.state_dict()))
+        write_text(folder / ROUTER_CONFIG, json.dumps(asdict(self.config), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Router:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: The folder holds no router.
+            ValueError: Its files don't fit each other.
+        """
+        import json
+
+        from safetensors.torch import load_file
+
+        if not (folder / ROUTER_CONFIG).is_file():
+            raise FileNotFoundError(f"{folder} holds no router ({ROUTER_CONFIG}): `florence-vl train-router` makes one")
+        router = cls(RouterConfig(**json.loads((folder / ROUTER_CONFIG).read_text(encoding="utf-8"))))
+        try:
+            router.layers.load_state_dict(load_file(folder / ROUTER_FILE))
+        except RuntimeError as error:
+            raise ValueError(f"{folder / ROUTER_FILE} does not fit {ROUTER_CONFIG}: {error}") from None
+        return router.eval()
+
+
+@torch.no_grad()
+def router_states(
+    model: FlorenceVLForConditionalGeneration,
+    processor: FlorenceVLProcessor,
+    images: Sequence[Any],
+    questions: Sequence[str],
+    thumbnail: str,
+) -> tuple[Tensor, Tensor]:
+    """What a router sees of each image and its question.
+
+    Args:
+        model: With views.
+        processor: The model's.
+        images: One picture a question.
+        questions: The text of the user turn that holds the picture.
+        thumbnail: The view that is looked at.
+
+    Returns:
+        The questions, (B, H), and the means of the first feature, (B, D).
+    """
+    chats = [
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}] for question in questions
+    ]
+    inputs = processor.question_inputs(chats)
+    device = model.device
+    ids, mask = (torch.tensor(inputs[name], device=device) for name in ("question_ids", "question_mask"))
+    question_BH = model.model.mean_embedding(ids, mask)
+    pixels = processor.image_processor(list(images), view=thumbnail, return_tensors="pt")["pixel_values"]
+    first = model.config.features[0]
+    only = torch.tensor([feature_mask(model.config.features, [first])] * len(images), device=device)
+    features = model.model.vision_tower(pixels.to(device, model.dtype), only)
+    return question_BH, features[first].mean(1)
+
+
+def route(
+    model: FlorenceVLForConditionalGeneration,
+    processor: FlorenceVLProcessor,
+    router: Router,
+    images: Sequence[Any],
+    questions: Sequence[str],
+    trade: float,
+) -> list[str]:
+    """The view of each picture for its question; see `Router.choose` and `router_states`.
+
+    Raises:
+        ValueError: The router's views are not the model's.
+    """
+    known: Mapping[str, Any] = model.config.views or {}
+    unknown = [name for name in router.views if name != FULL_VIEW and name not in known]
+    if unknown:
+        raise ValueError(
+            f"the router chooses among {', '.join(router.views)}, but this model's views are "
+            f"{', '.join([FULL_VIEW, *known])}: use the router that was trained with it"
+        )
+    return router.choose(*router_states(model, processor, images, questions, router.config.thumbnail), trade)
