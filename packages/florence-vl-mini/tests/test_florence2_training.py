@@ -233,6 +233,17 @@ def test_new_run_starts_from_other_weights(folder: Path, tmp_path: Path) -> None
     assert (started[name] - near).abs().max() < 0.01
     with pytest.raises(ValueError, match="no mini Florence-2"):
         florence2.train(replace(config, out=str(tmp_path / "other"), start_from=str(tmp_path)), "cpu")
+    with pytest.raises(ValueError, match="64 px, but image_size is 128"):
+        florence2.train(replace(config, out=str(tmp_path / "other"), image_size=128), "cpu")
+
+
+def test_float16_weights_such_as_the_shipped_are_trained_in_float32(folder: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(folder, half)
+    Florence2ForConditionalGeneration.from_pretrained(folder).to(torch.float16).save_pretrained(half)
+    config = Florence2Training(str(tmp_path / "run"), steps=1, decay_steps=0, start_from=str(half), **TINY)
+    trained = Florence2ForConditionalGeneration.from_pretrained(florence2.train(config, "cpu"))
+    assert trained.dtype == torch.float32
 
 
 def test_numbers_are_read_as_in_every_recipe(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,17 @@ def test_rows_are_the_same_each_time() -> None:
     first, second = mini_rows(pictures=4), mini_rows(pictures=4)
     assert first == second
     assert set(first) == {benchmark.name for benchmark in choose("mini")}
+
+
+def test_the_questions_are_those_of_the_first_release() -> None:
+    """Kinds of scene may be added, but the suite asks what it always asked."""
+    digest = hashlib.sha256()
+    rows = mini_rows(pictures=60)
+    for name in sorted(rows):
+        for row in rows[name]:
+            content = [row[key] for key in ("id", "skill", "prompt", "answer", "choices")]
+            digest.update(json.dumps(content).encode())
+    assert digest.hexdigest() == "e6e507ea4d4c3a2cde9f96abfc2ee72d75ce5e78b9bcc4f526f40f61fbc6bc80"
 
 
 def test_every_right_answer_is_read_as_right(mini_small: Path) -> None:

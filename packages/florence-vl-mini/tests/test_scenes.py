@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -13,6 +14,7 @@ pytest.importorskip("florence_vl_mini")
 from florence_vl_mini.scenes import DEFAULT_MIX, GROUPS, KINDS, RECORD_TASKS, SceneGenerator, assets, draw
 from florence_vl_mini.scenes.annotations import TASK_PROMPTS, Region, Scene, Text
 from florence_vl_mini.scenes.questions import ask
+from florence_vl_mini.scenes.shapes import PURE, SHAPES
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +241,54 @@ def test_records_of_all_tasks(scenes: list[Scene]) -> None:
     silent = next(s for s in scenes if not s.texts)
     with pytest.raises(ValueError, match="no annotation"):
         silent.record("ocr")
+
+
+def test_scenes_import_nothing_of_the_library() -> None:
+    folder = Path(assets.__file__).parent
+    for file in folder.glob("*.py"):
+        assert not re.search(r"^\s*(?:from|import) florence_vl(?:\.|\s)", file.read_text(), re.M), file.name
+
+
+def test_shapes_are_drawn_and_told_in_their_color() -> None:
+    """The middle of a filled circle or square has the named color, and answers follow from the regions."""
+    checked: Counter[str] = Counter()
+    for scene in SceneGenerator(7, "train", 256, {"shapes": 1.0}).scenes(150):
+        shapes = Counter(r.name for r in scene.regions)
+        assert set(shapes) <= set(SHAPES)
+        for region in scene.regions:
+            color = region.description.removesuffix(f" {region.name}")
+            left, top, right, bottom = region.box
+            seen = scene.image.getpixel((int((left + right) / 2), int((top + bottom) / 2)))
+            near = min(
+                sum(abs(a - b) for a, b in zip(seen, table[color], strict=True))
+                for table in (draw.COLORS, PURE)
+                if color in table
+            )
+            if region.name in ("circle", "square") and near <= 21:
+                checked["color"] += 1
+        for q in scene.questions:
+            if q.question == "How many shapes are in the picture?":
+                assert int(q.answer) == len(scene.regions)
+            elif match := re.fullmatch(r"How many (.+) are in the picture\?", q.question):
+                assert int(q.answer) == sum(n for s, n in shapes.items() if assets.plural(s) == match[1])
+                checked["count"] += 1
+            elif match := re.fullmatch(r"Is there an? (.+) in the picture\?", q.question):
+                assert (q.answer == "yes") == (match[1] in {r.description for r in scene.regions})
+                checked["existence"] += 1
+            elif q.question == "What color is the background?":
+                assert f"{q.answer} background" in scene.detailed_caption
+    circles = sum(r.name in ("circle", "square") for s in SceneGenerator(7, "train", 256, {"shapes": 1.0}).scenes(150)
+                  for r in s.regions)  # fmt: skip
+    assert checked["color"] > 0.8 * circles  # the others are outlines
+    assert min(checked["count"], checked["existence"]) > 100
+
+
+def test_answers_about_interfaces_are_written_in_them() -> None:
+    for kind in ("interface", "small_text"):
+        for scene in SceneGenerator(1, "test", 256, {kind: 1.0}).scenes(25):
+            shown = {t.text for t in scene.texts}
+            assert all(q.answer in shown for q in scene.questions if q.skill == "reading"), scene.id
+            assert len(scene.ocr) <= 96
 
 
 def test_bad_settings_are_refused() -> None:

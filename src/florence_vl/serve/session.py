@@ -15,6 +15,7 @@ from florence_vl.data.records import ImageSource, image_part, normalise_messages
 from florence_vl.model.features import encode_images
 from florence_vl.model.modeling import FlorenceVLForConditionalGeneration, FlorenceVLImageFeatures
 from florence_vl.model.pictures import open_image
+from florence_vl.model.repetition import RepetitionStop
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -131,7 +132,7 @@ def stream_answer(
 
     def generate() -> None:
         try:
-            stopping = StoppingCriteriaList([_Stopped(gone)])
+            stopping = StoppingCriteriaList([_Stopped(gone), RepetitionStop()])
             model.generate(**inputs, **options.kwargs(), streamer=streamer, stopping_criteria=stopping)
         except BaseException as error:
             failure.append(error)

@@ -17,9 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import StoppingCriteriaList
 
 from florence_vl.evaluate.metrics.text import edit_distance
 from florence_vl.model.loading import choose_device
+from florence_vl.model.repetition import RepetitionStop
 from florence_vl.statistics import interval, mean_interval
 from florence_vl_mini.pretrain.data import normalize
 from florence_vl_mini.scenes import Scene, SceneGenerator, assets, draw
@@ -63,7 +65,11 @@ class Florence2Runner:
         for start in range(0, len(images), BATCH):
             batch = self.inputs(images[start : start + BATCH], task)
             ids = self.model.generate(
-                **batch, max_new_tokens=MAX_NEW_TOKENS.get(task, 96), do_sample=False, num_beams=1
+                **batch,
+                max_new_tokens=MAX_NEW_TOKENS.get(task, 96),
+                do_sample=False,
+                num_beams=1,
+                stopping_criteria=StoppingCriteriaList([RepetitionStop()]),
             )
             for text in tokenizer.batch_decode(ids, skip_special_tokens=False):
                 for token in ("<s>", "</s>", "<pad>"):

@@ -161,7 +161,9 @@ class Pretraining:
         world.decide(lambda: _prepare_start(config, start))
         # on a CPU plain attention is 1.6 times as fast as the fused kernel for DaViT's many small windows
         attention = "eager" if world.device.type == "cpu" else "sdpa"
-        self.model: Any = Florence2ForConditionalGeneration.from_pretrained(start, attn_implementation=attention)
+        self.model: Any = Florence2ForConditionalGeneration.from_pretrained(
+            start, dtype=torch.float32, attn_implementation=attention
+        )
         self.model.to(world.device).train()
         vision = self.model.config.vision_config
         with torch.random.fork_rng(devices=[]):  # the same in every process and after every restart
@@ -396,7 +398,7 @@ def export(run: str | Path, target: str | Path | None = None, dtype: torch.dtype
         raise FileNotFoundError(f"no checkpoint in {run}: train first")
     target = Path(target) if target else run / "model"
     state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
-    model = Florence2ForConditionalGeneration.from_pretrained(run / "start")
+    model = Florence2ForConditionalGeneration.from_pretrained(run / "start", dtype=torch.float32)
     model.load_state_dict(state["model"])
     if state["ema"]:
         model.load_state_dict(state["ema"], strict=False)

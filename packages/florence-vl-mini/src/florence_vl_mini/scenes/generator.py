@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from random import Random
 
-from florence_vl_mini.scenes import charts, documents, objects
+from florence_vl_mini.scenes import charts, documents, objects, screens, shapes
 from florence_vl_mini.scenes.annotations import Scene, known
 from florence_vl_mini.scenes.assets import SPLITS
 from florence_vl_mini.scenes.questions import ask
@@ -22,8 +22,12 @@ KINDS: dict[str, Maker] = {
     "line_chart": charts.line,
     "pie_chart": charts.pie,
     "scatter_chart": charts.scatter,
+    "shapes": shapes.shapes,
+    "interface": screens.interface,
+    "small_text": screens.small_text,
 }
 
+# What the mini suite asks about: another mix would be another suite. The kinds that are not in it are for training.
 DEFAULT_MIX: dict[str, float] = {
     "single": 0.1, "objects": 0.42, "lettering": 0.2, "receipt": 0.05, "form": 0.05, "table": 0.04,
     "bar_chart": 0.05, "line_chart": 0.04, "pie_chart": 0.03, "scatter_chart": 0.02,
