@@ -1,0 +1,59 @@
+"""The contract with vLLM and SGLang, without either: entry points load, classes are found, tokens are counted alike."""
+
+import subprocess
+import sys
+import types
+from importlib.metadata import entry_points
+
+import pytest
+import torch
+from PIL import Image
+
+from florence_vl.model.tiny import tiny_model
+from florence_vl.serve import vllm_plugin
+
+
+def test_entry_points_lead_to_functions():
+    found = {
+        (group, point.name): point.load()
+        for group in ("vllm.general_plugins", "sglang.srt.plugins")
+        for point in entry_points(group=group)
+        if point.name == "florence_vl"
+    }
+    assert found == {
+        ("vllm.general_plugins", "florence_vl"): vllm_plugin.register,
+        ("sglang.srt.plugins", "florence_vl"): vllm_plugin.register_sglang,
+    }
+
+
+def test_the_architecture_is_registered_on_the_transformers_backend_once(monkeypatch):
+    registered = {}
+    registry = types.SimpleNamespace(
+        get_supported_archs=registered.keys, register_model=lambda name, path: registered.setdefault(name, path)
+    )
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(ModelRegistry=registry))
+    vllm_plugin.register()
+    vllm_plugin.register()
+    assert registered == {vllm_plugin.ARCHITECTURE: vllm_plugin.BACKEND}
+
+
+def test_the_class_is_found_on_transformers_in_a_fresh_process():
+    code = (
+        "from florence_vl.serve.vllm_plugin import register_sglang\n"
+        "register_sglang()\n"
+        "import transformers\n"
+        "assert transformers.FlorenceVLForConditionalGeneration.__module__ == 'florence_vl.model.modeling'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("fields", [{}, {"fusion": "token"}, {"merge": 2}, {"mean_token": "all"}])
+def test_tokens_are_counted_as_the_model_makes_them(fields):
+    model, processor = tiny_model(**fields)
+    counted = processor._get_num_multimodal_tokens([(10, 20), (300, 64)])["num_image_tokens"]
+    pictures = [Image.new("RGB", (20, 10)), Image.new("RGB", (64, 300))]
+    inputs = processor(images=pictures, text=[processor.image_token] * 2, return_tensors="pt", padding=True)
+    assert (inputs["input_ids"] == processor.image_token_id).sum(1).tolist() == list(counted)
+    made = model.get_image_features(inputs["pixel_values"]).pooler_output
+    assert [len(tokens) for tokens in made] == list(counted)
+    assert all(isinstance(tokens, torch.Tensor) for tokens in made)
