@@ -58,6 +58,7 @@ def test_built_saved_loaded_and_asked(parts, llm, tmp_path):
     assert list(processor.image_processor.image_mean) == [0.5] * 3
 
     model.save_pretrained(tmp_path)
+    assert str(parts) not in (tmp_path / "config.json").read_text()
     processor.save_pretrained(tmp_path)
     loaded, again = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
     assert type(again) is florence_vl.FlorenceVLProcessor

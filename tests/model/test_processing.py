@@ -1,5 +1,7 @@
 """The processor counts image tokens, refuses what does not fit, never cuts an image, and saves and loads."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -298,3 +300,41 @@ def test_wrong_construction():
     bare = FlorenceVLProcessor(FlorenceVLImageProcessor(), tokenizer)
     with pytest.raises(ValueError, match="no chat template"):
         bare.apply_chat_template(ask("?"))
+
+
+def test_padding_side_is_kept(tmp_path):
+    processor = tiny_processor()
+    assert processor.tokenizer.padding_side == "left"
+    processor.save_pretrained(tmp_path)
+    assert FlorenceVLProcessor.from_pretrained(tmp_path).tokenizer.padding_side == "left"
+    right = FlorenceVLProcessor.from_pretrained(tmp_path, padding_side="right")
+    assert right.tokenizer.padding_side == "right"
+    right.save_pretrained(tmp_path / "right")
+    assert FlorenceVLProcessor.from_pretrained(tmp_path / "right").tokenizer.padding_side == "right"
+
+
+def test_use_does_not_change_the_pickle():
+    processor = tiny_processor()
+    before = pickle.dumps(processor)
+    picture = {"type": "image", "image": Image.new("RGB", (64, 64))}
+    chat = [{"role": "user", "content": [picture, {"type": "text", "text": "?"}]}]
+    processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+    assert pickle.dumps(processor) == before
+    copy = pickle.loads(before)
+    assert copy.apply_chat_template(chat) == processor.apply_chat_template(chat)
+
+
+def test_tools_are_rendered_or_refused():
+    processor = tiny_processor()
+    tool = {"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {}}}
+    chat = [{"role": "user", "content": "Look."}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": tool["function"]}]}
+    with pytest.raises(ValueError, match="tools were given, but this chat template does not render them"):
+        processor.apply_chat_template(chat, tools=[tool])
+    with pytest.raises(ValueError, match=r"message 1 \(assistant\) has tool_calls"):
+        processor.apply_chat_template([*chat, call])
+    template = (
+        "{% for m in messages %}{{ m.role }}:{% for p in m.content %}{{ p.text }}{% endfor %}"
+        "{% for c in m.tool_calls or [] %}[{{ c.function.name }}]{% endfor %};{% endfor %}{{ tools | length }}"
+    )
+    assert processor.apply_chat_template([*chat, call], template, tools=[tool]) == "user:Look.;assistant:[look];1"

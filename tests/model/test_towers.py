@@ -235,6 +235,29 @@ def test_rates_of_dropout_are_the_configs():
     assert (encoder.dropout, layer.dropout, layer.activation_dropout, layer.self_attn.dropout) == (0.1, 0.1, 0.3, 0.2)
 
 
+@pytest.mark.parametrize("tower", ["florence2", "clip_vision_model", "siglip_vision_model", "dinov2"])
+def test_hidden_states_of_the_vision_model_are_returned(tower):
+    model, _ = tiny_model(tower=tower)
+    pixels = torch.randn(1, 3, 64, 64)
+    plain = model.get_image_features(pixels)
+    assert plain.hidden_states is None
+    found = model.get_image_features(pixels, output_hidden_states=True)
+    expected = model.model.vision_tower.vision_model(pixels, output_hidden_states=True).hidden_states
+    assert len(found.hidden_states) == len(expected) > 2
+    for ours, theirs in zip(found.hidden_states, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(found.pooler_output, plain.pooler_output)
+    assert not model.model.vision_tower.vision_model._forward_hooks
+    if tower == "florence2":
+        with pytest.raises(ValueError, match="attentions"):
+            model.get_image_features(pixels, output_attentions=True)
+    else:
+        model.set_attn_implementation("eager")
+        attentions = model.get_image_features(pixels, output_attentions=True).attentions
+        assert len(attentions) == 2
+        assert attentions[0].ndim == 4
+
+
 def test_a_tower_says_its_dtype_and_device():
     model, _ = tiny_model()
     tower = model.to(torch.bfloat16).model.vision_tower

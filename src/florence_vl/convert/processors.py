@@ -214,9 +214,10 @@ class ReleasedProcessor:
         from transformers import GenerationConfig
 
         from florence_vl.model.image_processing import FlorenceVLImageProcessor
-        from florence_vl.model.processing import FlorenceVLProcessor, ImageTokenRule
+        from florence_vl.model.processing import FlorenceVLProcessor, ImageTokenRule, pad_left
 
         assert self._chosen is not None
+        pad_left(self.tokenizer)
         token = self._chosen.token
         processor = FlorenceVLProcessor(
             FlorenceVLImageProcessor(

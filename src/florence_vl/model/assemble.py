@@ -38,7 +38,7 @@ from florence_vl.model.parts import (
     read_preprocessing,
     vision_part,
 )
-from florence_vl.model.processing import FlorenceVLProcessor, ImageTokenRule
+from florence_vl.model.processing import FlorenceVLProcessor, ImageTokenRule, pad_left
 from florence_vl.model.views import FeatureFill
 from florence_vl.registry import did_you_mean
 
@@ -203,6 +203,7 @@ def _prepare_vocabulary(tokenizer: Any, llm: PreTrainedModel, image_token: str |
         taken = {image_token, tokenizer.eos_token}
         fitting = (token for token in PAD_TOKENS if token in vocabulary and token not in taken)
         tokenizer.pad_token = next(fitting, tokenizer.eos_token)
+    pad_left(tokenizer)
     # Added (again) as a token that leaves its neighbours alone: Phi-3.5's reserved ones swallow the newline after them.
     tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
     rows = llm.get_input_embeddings().num_embeddings

@@ -230,10 +230,19 @@ class FlorenceVLConfig(PreTrainedConfig):
         """The grid that position tables are resampled from; None with absolute positions."""
         return (self.position_grid or FLORENCE2_GRID) if self.positions == "resampled" else None
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is saved: all but the places that the parts were loaded from, which are of this machine only."""
+        return _without_paths(super().to_diff_dict())
+
     @property
     def prompt_names(self) -> list[str]:
         """Names of the features that take a pass through the encoder, in order."""
         return [name for name in self.features if name != DAVIT] if self.tower == "florence2" else []
+
+
+def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in values.items() if key != "_name_or_path"}
+    return {key: _without_paths(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def _part_config(config: PreTrainedConfig | Mapping[str, Any] | None, default_type: str) -> PreTrainedConfig:

@@ -270,6 +270,8 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         question_mask: Tensor | None = None,
         feature_mask: Tensor | None = None,
         output_features: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
         **kwargs: Any,
     ) -> FlorenceVLImageFeatures:
         """Encode images once, for `forward(mm_encoder_outputs={"image": ...})` as often as wanted.
@@ -285,6 +287,8 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
             feature_mask: (I, F), 0 for the features (in the order of `config.features`) that a view leaves out: they
                 are not computed in eval mode, and their mean stands in their place.
             output_features: Also return the tower's features by name.
+            output_hidden_states: Also return the hidden states of DaViT, or of the backbone.
+            output_attentions: Also return the attentions of a backbone whose attention is `eager`.
             **kwargs: transformers' common keywords; none changes the result.
 
         Returns:
@@ -299,15 +303,18 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         context_IH = self.question_context(question_ids, question_mask)
         if len(groups) == 1:
             (height, width), _ = groups[0]
-            tokens_INH, features = self.encode_images(pixel_values[..., :height, :width], context_IH, feature_mask)
+            with self.vision_tower.recording(output_hidden_states, output_attentions) as recorded:
+                tokens_INH, features = self.encode_images(pixel_values[..., :height, :width], context_IH, feature_mask)
             return FlorenceVLImageFeatures(
                 last_hidden_state=tokens_INH,
                 pooler_output=tokens_INH,
                 features=features if output_features else None,
+                **recorded,
             )
-        if output_features:
+        if output_features or output_hidden_states or output_attentions:
             raise ValueError(
-                f"output_features needs images of one size, found {len(groups)}: encode images of each size apart"
+                f"features, hidden states and attentions need images of one size, found {len(groups)}: encode the "
+                "images of each size apart"
             )
         tokens: list[Tensor] = [pixel_values] * len(pixel_values)
         for (height, width), images in groups:

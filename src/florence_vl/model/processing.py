@@ -91,12 +91,17 @@ class ImageTokenRule:
         return self.scale * (rows * columns // self.merge**2 + self.additional) + self.offset
 
 
+def pad_left(tokenizer: Any) -> None:
+    """Make a tokenizer pad on the left, as generation needs it, whatever its own files say."""
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+
+
 class FlorenceVLProcessor(ProcessorMixin):
     """Tokenizer, image processor and chat template of one Florence-VL.
 
     What a user types is text: `<image>` or `<|im_end|>` inside a message is never a placeholder or a control token
-    (`sanitize_control_tokens=False` turns that off). Padding is on the left, as generation needs it; training code pads
-    by itself (`florence_vl.data.collate`).
+    (`sanitize_control_tokens=False` turns that off). Padding is on the left, as generation needs it, unless the
+    tokenizer was saved or loaded with another `padding_side`; training pads by itself (`florence_vl.data.collate`).
 
     Args:
         image_processor: A `FlorenceVLImageProcessor`.
@@ -142,8 +147,11 @@ class FlorenceVLProcessor(ProcessorMixin):
         self.question_context = question_context
         self.image_token_rule = asdict(rule)
         self._control_patterns: dict[str, re.Pattern[str]] = {}
-        tokenizer.padding_side = "left"
+        tokenizer.padding_side = tokenizer.init_kwargs.get("padding_side", "left")
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_control_patterns": {}}  # use must not change what a pickle, so a hash of it, holds
 
     # ------------------------------------------------------------ image tokens
 
@@ -246,8 +254,16 @@ class FlorenceVLProcessor(ProcessorMixin):
             if not isinstance(message, Mapping) or "role" not in message:
                 raise ValueError(f"message {index} must be a dict with 'role' and 'content', found {message!r:.80}")
             content = message.get("content")
+            calls = message.get("tool_calls")
+            if calls and "tool_calls" not in chat_template:
+                raise ValueError(
+                    f"message {index} ({message['role']}) has tool_calls, which this chat template does not render"
+                )
             if isinstance(content, str):
                 content = [{"type": "text", "text": content}]
+            if calls and not content:
+                result.append({**message, "content": []})
+                continue
             if not isinstance(content, (list, tuple)) or not content:
                 raise ValueError(
                     f"message {index} ({message['role']}) has no content: give text, or a list of text and image parts"
@@ -342,6 +358,9 @@ class FlorenceVLProcessor(ProcessorMixin):
         if sanitize_control_tokens:
             cleaned = [self.sanitize(chat, template) for chat in chats]
             conversation = cleaned if batched else cleaned[0]
+        for name in ("tools", "documents"):
+            if kwargs.get(name) and name not in template:
+                raise ValueError(f"{name} were given, but this chat template does not render them")
         moved = {key: kwargs.pop(key) for key in list(kwargs) if key in _CALL_KWARGS}
         processor_kwargs = {"add_special_tokens": False, **moved, **(processor_kwargs or {})}
         try:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +41,45 @@ class VisionTower(nn.Module, ABC):
         if self.training and torch.is_grad_enabled() and _checkpoints_reentrant(self):
             return pixel_values.detach().requires_grad_()
         return pixel_values
+
+    @property
+    @abstractmethod
+    def vision_model(self) -> nn.Module:
+        """The transformers model that sees the pixels."""
+
+    @contextmanager
+    def recording(self, hidden_states: bool = False, attentions: bool = False) -> Iterator[dict[str, Any]]:
+        """Keep the vision model's hidden states and attentions of a forward inside the block.
+
+        Args:
+            hidden_states: Keep them, as the vision model's own `output_hidden_states`.
+            attentions: Keep them, as its own `output_attentions`.
+
+        Yields:
+            A dict that holds `hidden_states` and `attentions` after the forward, as far as they were asked for.
+        """
+        wanted = {"output_hidden_states": hidden_states, "output_attentions": attentions}
+        wanted = {name: True for name, asked in wanted.items() if asked}
+        kept: dict[str, Any] = {}
+        if not wanted:
+            yield kept
+            return
+
+        def ask(_: nn.Module, arguments: Any, keywords: dict[str, Any]) -> Any:
+            return arguments, {**keywords, **wanted}
+
+        def keep(_: nn.Module, arguments: Any, output: Any) -> None:
+            kept.update({(name := key.removeprefix("output_")): output[name] for key in wanted})
+
+        handles = [
+            self.vision_model.register_forward_pre_hook(ask, with_kwargs=True),
+            self.vision_model.register_forward_hook(keep),
+        ]
+        try:
+            yield kept
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @property
     @abstractmethod

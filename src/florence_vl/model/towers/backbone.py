@@ -6,7 +6,7 @@ Shape letters: B images, N image tokens, D channels.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel
 
 from florence_vl.model.configuration import FlorenceVLConfig
@@ -38,6 +38,10 @@ class BackboneTower(VisionTower):
                     f"feature_layers[{name!r}] is {layer}, but this {vision.model_type} has {depth} layers: an index "
                     f"into its {depth + 1} hidden states is {-depth - 1} to {depth} (0 = the embeddings)"
                 )
+
+    @property
+    def vision_model(self) -> nn.Module:
+        return self.backbone
 
     @property
     def feature_dims(self) -> dict[str, int]:

@@ -7,6 +7,8 @@ G channel groups.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import Florence2Config
@@ -138,6 +140,15 @@ class Florence2Tower(VisionTower):
         self.register_buffer("prompt_ids", torch.empty(0), persistent=False)
         self.register_buffer("prompt_mask", torch.empty(0), persistent=False)
         self.reset_buffers()
+
+    @property
+    def vision_model(self) -> nn.Module:
+        return self.davit
+
+    def recording(self, hidden_states: bool = False, attentions: bool = False) -> Any:
+        if attentions:
+            raise ValueError("DaViT's attentions (windows and channel groups) are not available; leave out the keyword")
+        return super().recording(hidden_states)
 
     @property
     def feature_dims(self) -> dict[str, int]:
