@@ -19,6 +19,8 @@ epilog = """[bold]Examples[/bold]
 
   florence-vl mini train my-florence2.yaml steps=20000 precision=float32
 
+  florence-vl mini try --out runs/mini-try
+
   florence-vl mini eval runs/mini-florence2/model --out runs/mini-florence2/scores.json
 
   florence-vl mini release runs/mini-florence2 --out runs/mini/florence2
@@ -236,6 +238,37 @@ def pack(
     with atomic_folder(out, overwrite=True, sources=[model]) as partial:
         save_file(adapter, partial / "adapter.safetensors")
         typer.echo(publish(partial, plain, card))
+
+
+@app.command("try")
+def try_(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A saved Florence-VL; `mini` is the shipped one.")
+    ] = "mini",
+    out: Annotated[Optional[Path], typer.Option(help="Folder for the pictures and answers.json.")] = None,  # noqa: UP045
+    device: DeviceOption = "auto",
+) -> None:
+    """Ask a model about twenty pictures such as a newcomer would draw, and count the right answers."""
+    import json
+
+    from florence_vl.files import atomic_folder, check_destination
+    from florence_vl.model.loading import load_model
+    from florence_vl.serve.session import ChatSession
+    from florence_vl_mini.tryout import run, table
+
+    if out is not None:
+        check_destination(out, overwrite=True)
+    outcomes = run(ChatSession(*load_model(model, device)))
+    typer.echo(table(outcomes))
+    if out is not None:
+        with atomic_folder(out, overwrite=True) as partial:
+            rows = []
+            for number, o in enumerate(outcomes):
+                name = f"{number:02d}.png"
+                o.trial.draw().save(partial / name)
+                row = {"picture": name, "question": o.trial.question, "expected": o.trial.answers}
+                rows.append({**row, "answer": o.answer, "right": o.right})
+            (partial / "answers.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 @app.command("lmms-tasks")
