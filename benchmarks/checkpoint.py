@@ -17,6 +17,7 @@ from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
 from florence_vl.model.tiny import tiny_config
 from florence_vl.train.checkpoint import CheckpointManager
 from florence_vl.train.config import CheckpointConfig
+from florence_vl.train.world import World
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         managers = {
             kind: CheckpointManager(Path(folder) / str(kind), CheckpointConfig(asynchronous=kind, keep_last=1), model,
-                                    optimizer) for kind in (True, False)
+                                    optimizer, World(torch.device("cpu"))) for kind in (True, False)
         }  # fmt: skip
         for number in range(arguments.rounds + 1):
             for kind, manager in managers.items():

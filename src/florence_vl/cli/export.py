@@ -17,12 +17,10 @@ def command(
     run: Path = typer.Argument(..., help="Folder of a run (its newest checkpoint), or one of its checkpoints."),
     out: Path = typer.Option(None, "--out", help="Folder to write; RUN/model by default.", show_default=False),
     dtype: str = typer.Option(None, "--dtype", help="fp32, bf16 or fp16; the checkpoint's by default.", metavar="TYPE"),
-    force: bool = typer.Option(False, "--force", help="Replace --out if it is there."),
+    overwrite: bool = typer.Option(False, "--overwrite", "--force", help="Replace the model in --out."),
 ) -> None:
     """Write a training checkpoint as a model folder: weights gathered, LoRA merged, processor beside it."""
-    if out is not None and out.exists() and not force:
-        raise ValueError(f"{out} exists: choose another --out, or replace it with --force")
     from florence_vl.train.export import export_run
 
-    folder, step = export_run(run, out, dtype)
+    folder, step = export_run(run, out, dtype, overwrite)
     typer.echo(f"step {step}: {folder}")

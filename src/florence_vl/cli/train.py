@@ -42,6 +42,9 @@ def command(
         raise typer.Exit(1) from None
     if not result.is_main:
         raise typer.Exit(0 if result.finished else STOPPED)
+    if result.bad_records:
+        skipped = ", ".join(f"{number} x {name}" for name, number in sorted(result.bad_records.items()))
+        typer.echo(f"skipped bad records: {skipped} (see {result.run_dir}/bad_records.jsonl)", err=True)
     if not result.finished:
         typer.echo(f"saved step {result.steps} in {result.run_dir}; go on with: --resume auto")
         raise typer.Exit(STOPPED)

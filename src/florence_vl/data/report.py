@@ -121,6 +121,11 @@ class DataReport:
         return sum(self.bad.values())
 
     @property
+    def last_message(self) -> str:
+        """What was found in the last record that was skipped."""
+        return self._last[-1].message if self._last else ""
+
+    @property
     def bad_share(self) -> float:
         """Skipped records over records read."""
         return self.num_bad / self.records if self.records else 0.0

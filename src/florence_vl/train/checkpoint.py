@@ -6,6 +6,9 @@
 A folder is written under a name that begins with a dot and renamed when it is complete, so a folder of the right name
 is a good checkpoint whenever the process was killed. Weights are stored once by their full names: any number of
 processes and any strategy can load them.
+
+What may fail on one process alone (making and publishing the folder, a full disk) is done by the main one, which tells
+the others before anything that all of them do together.
 """
 
 from __future__ import annotations
@@ -31,15 +34,19 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from florence_vl.files import write_text
+from florence_vl.train.checkpoint_files import TRAINER_FILE, SafeReader, find_damage, read_trainer_state
 from florence_vl.train.config import CheckpointConfig
+from florence_vl.train.world import World
 
 log = logging.getLogger("florence_vl.train")
 # Said at every save of a single process, which is a case that we mean.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
-TRAINER_FILE = "trainer.json"
 LATEST_FILE = "LATEST"
 _NAME = re.compile(r"step-(\d{8})")
+_FULL = re.compile("No space left|quota|PytorchStreamWriter failed writing")
+_FAILURES = (OSError, RuntimeError, dcp.CheckpointException)
 
 
 class CheckpointError(RuntimeError):
@@ -51,34 +58,39 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether a folder is a whole checkpoint."""
-    return (folder / ".metadata").is_file() and (folder / TRAINER_FILE).is_file()
-
-
 def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
-    """Whole checkpoints of a run by step, oldest first."""
+    """Checkpoints of a run by step, oldest first, damaged ones included."""
     folder = run_dir / "checkpoints"
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
-        match = _NAME.fullmatch(path.name)
-        if match and is_complete(path):
+        if (match := _NAME.fullmatch(path.name)) and path.is_dir():
             found.append((int(match.group(1)), path))
     return sorted(found)
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint: the one that LATEST names, or, if that is damaged, the newest other one."""
-    found = list_checkpoints(run_dir)
-    if not found:
-        return None
-    newest = found[-1][1]
-    pointer = run_dir / "checkpoints" / LATEST_FILE
-    if pointer.is_file():
-        named = run_dir / "checkpoints" / pointer.read_text().strip()
-        if named.name > newest.name:
-            log.warning("%s names %s, which is not whole; going on from %s", pointer, named.name, newest.name)
-    return newest
+    """The newest checkpoint that is whole; a damaged newer one is reported and passed over.
+
+    Returns:
+        Its folder; None when the run has no checkpoint at all.
+
+    Raises:
+        ValueError: All checkpoints are damaged.
+    """
+    problems = []
+    for _, path in reversed(list_checkpoints(run_dir)):
+        problem = find_damage(path)
+        if problem is None:
+            for one in problems:
+                log.warning("a checkpoint is damaged: %s. Going back to the newest whole one, %s", one, path)
+            return path
+        problems.append(problem)
+    if problems:
+        raise ValueError(
+            f"no checkpoint of {run_dir} is whole: {'; '.join(problems)}. Restore the files, or start a new run in "
+            "another folder (output=...)"
+        )
+    return None
 
 
 def find_checkpoint(run_dir: Path, resume: str | Path) -> Path | None:
@@ -86,14 +98,14 @@ def find_checkpoint(run_dir: Path, resume: str | Path) -> Path | None:
 
     Args:
         run_dir: The run's folder.
-        resume: `never`, `auto` (the newest one, if any), or the path of a checkpoint or of a run.
+        resume: `never`; `auto`: the newest whole one, if any; or the path of a checkpoint or of a run.
 
     Raises:
-        ValueError: `never`, and the folder holds a run.
+        ValueError: `never`, and the folder holds a run; the named checkpoint is damaged, or all are.
         FileNotFoundError: A path that holds no checkpoint.
     """
     if str(resume) == "never":
-        if latest_checkpoint(run_dir) is not None:
+        if list_checkpoints(run_dir):
             raise ValueError(
                 f"{run_dir} holds a run already. Go on with it (--resume auto), or choose another folder (output=...)"
             )
@@ -101,15 +113,23 @@ def find_checkpoint(run_dir: Path, resume: str | Path) -> Path | None:
     if str(resume) == "auto":
         return latest_checkpoint(run_dir)
     path = Path(resume).expanduser()
-    found = path if (path / TRAINER_FILE).is_file() else latest_checkpoint(path)
-    if found is None:
-        raise FileNotFoundError(f"{path} is neither a checkpoint nor a run with one")
-    return found
+    if not _NAME.fullmatch(path.name) and not (path / TRAINER_FILE).is_file():
+        if (found := latest_checkpoint(path)) is None:
+            raise FileNotFoundError(f"{path} is neither a checkpoint nor a run with one")
+        return found
+    if not path.is_dir():
+        raise FileNotFoundError(f"no such checkpoint: {path}")
+    if problem := find_damage(path):
+        raise ValueError(f"a checkpoint is damaged: {problem}. {_way_back(path)}")
+    return path
 
 
-def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """Step, data position and counters of a checkpoint."""
-    return json.loads((checkpoint / TRAINER_FILE).read_text(encoding="utf-8"))
+def _way_back(damaged: Path) -> str:
+    """The newest whole checkpoint beside a damaged one, as an advice."""
+    for _, path in reversed(list_checkpoints(damaged.parent.parent)):
+        if path.name < damaged.name and find_damage(path) is None:
+            return f"The newest whole one before it is {path}: --resume {path}"
+    return "No whole one lies before it"
 
 
 class CheckpointManager:
@@ -120,25 +140,26 @@ class CheckpointManager:
         config: What to keep.
         model: The model itself (not its DDP wrapper).
         optimizer: Its optimizer.
+        world: The processes.
     """
 
     def __init__(
-        self, run_dir: Path, config: CheckpointConfig, model: nn.Module, optimizer: torch.optim.Optimizer | None
+        self, run_dir: Path, config: CheckpointConfig, model: nn.Module, optimizer: torch.optim.Optimizer, world: World
     ) -> None:
-        self.folder, self.config = run_dir / "checkpoints", config
+        self.folder, self.config, self.world = run_dir / "checkpoints", config, world
         self.run_dir, self.model, self.optimizer = run_dir, model, optimizer
-        self.distributed = dist.is_available() and dist.is_initialized()
-        self.is_main = not self.distributed or dist.get_rank() == 0
+        self._no_dist = not (dist.is_available() and dist.is_initialized())
         # The background writer has collectives of its own, which must not mix with the training thread's.
-        self._group = dist.new_group(backend="gloo") if self.distributed else None
+        self._group = None if self._no_dist else dist.new_group(backend="gloo")
         self._pending: tuple[int, Path, Future] | None = None
         self.last_saved_step: int | None = None
-        if self.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for left_over in self.folder.glob(".*"):
-                if left_over.is_dir():
-                    shutil.rmtree(left_over, ignore_errors=True)
-        self._barrier()
+        world.decide(self._sweep)
+
+    def _sweep(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left_over in self.folder.glob(".*"):
+            if left_over.is_dir():
+                shutil.rmtree(left_over, ignore_errors=True)
 
     def save(self, step: int, trainer_state: dict[str, Any], blocking: bool = False) -> None:
         """Save a step. Every process calls it.
@@ -146,31 +167,44 @@ class CheckpointManager:
         Args:
             step: Optimizer steps done.
             trainer_state: JSON types; the main process's is kept.
-            blocking: Wait until it is published, as at the end of a run.
+            blocking: Wait until it is published, as at the end of a run; on a full disk, room is made and it is tried
+                once more.
 
         Raises:
             CheckpointError: `blocking` and the write failed. In the background a failure is reported and the run
                 goes on: the earlier checkpoints are untouched.
         """
-        self.finish(strict=False)
+        self.finish()
         temporary = self.folder / f".saving-{checkpoint_name(step)}"
         try:
-            if self.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-                (temporary / TRAINER_FILE).write_text(json.dumps(trainer_state), encoding="utf-8")
-            self._barrier()
-            state = self._state()
-            if self.config.asynchronous and not blocking:
-                future = dcp.async_save(
-                    state, checkpoint_id=temporary, process_group=self._group, no_dist=not self.distributed
-                )
-                self._pending = (step, temporary, future)  # type: ignore[assignment]
-            else:
-                dcp.save(state, checkpoint_id=temporary, process_group=self._group, no_dist=not self.distributed)
-                self._publish(step, temporary)
-        except (OSError, RuntimeError, dcp.CheckpointException) as error:
-            self._failed(step, temporary, error, strict=blocking)
+            self._write(step, temporary, trainer_state, blocking)
+        except _FAILURES:
+            if blocking and self.world.decide(lambda: self._failed(step, temporary, error)):
+                try:
+                    self._write(step, temporary, trainer_state, blocking)
+                    return
+                except _FAILURES as again:
+                    error = again
+            text = self._explain(step, error)
+            if blocking:
+                raise CheckpointError(text) from error
+            self._report(text, temporary, step, error)
+
+    def _write(self, step: int, temporary: Path, trainer_state: dict[str, Any], blocking: bool) -> None:
+        def begin() -> None:
+            self._make_room()
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            (temporary / TRAINER_FILE).write_text(json.dumps(trainer_state), encoding="utf-8")
+
+        self.world.decide(begin)
+        state = self._state()
+        if self.config.asynchronous and not blocking:
+            future = dcp.async_save(state, checkpoint_id=temporary, process_group=self._group, no_dist=self._no_dist)
+            self._pending = (step, temporary, future)  # type: ignore[assignment]
+        else:
+            dcp.save(state, checkpoint_id=temporary, process_group=self._group, no_dist=self._no_dist)
+            self.world.decide(lambda: self._publish(step, temporary))
 
     def poll(self) -> None:
         """Publish a background save that is done; call it once a step.
@@ -178,42 +212,58 @@ class CheckpointManager:
         The rename needs no agreement between processes: the main one's future is done only when all have written.
         """
         if self._pending is not None and self._pending[2].done():
-            self.finish(strict=False)
+            self.finish()
 
-    def finish(self, strict: bool = True) -> None:
-        """Wait for the background save and publish it.
-
-        Raises:
-            CheckpointError: `strict` and it failed.
-        """
+    def finish(self) -> None:
+        """Wait for the background save and publish it; a failure is reported."""
         if self._pending is None:
             return
         step, temporary, future = self._pending
         self._pending = None
         try:
             future.result()
-            self._publish(step, temporary)
-        except (OSError, RuntimeError, dcp.CheckpointException) as error:
-            self._failed(step, temporary, error, strict)
+            if self.world.is_main:
+                self._publish(step, temporary)
+        except _FAILURES as error:
+            self._report(self._explain(step, error), temporary, step, error)
 
     def _publish(self, step: int, temporary: Path) -> None:
-        self.last_saved_step = step
-        if not self.is_main:
-            return
         target = self.folder / checkpoint_name(step)
         if target.exists():
             self._delete(target)
         os.replace(temporary, target)
-        pointer = self.folder / f".{LATEST_FILE}"
-        pointer.write_text(target.name + "\n")
-        os.replace(pointer, self.folder / LATEST_FILE)
-        self._rotate()
+        write_text(self.folder / LATEST_FILE, target.name + "\n")
+        self.last_saved_step = step
+        self._rotate(step)
 
-    def _rotate(self) -> None:
+    def _rotate(self, step: int) -> None:
+        """Keep what the recipe says; what lies after the step belongs to a part of the run that is done anew."""
         found = list_checkpoints(self.run_dir)
-        for step, path in found[: -self.config.keep_last]:
-            if not (self.config.keep_every and step % self.config.keep_every == 0):
+        before = [(number, path) for number, path in found if number <= step]
+        for number, path in before[: -self.config.keep_last]:
+            if not self._is_kept(number):
                 self._delete(path)
+        for number, path in found:
+            if number > step:
+                self._delete(path)
+
+    def _is_kept(self, step: int) -> bool:
+        return bool(self.config.keep_every) and step % (self.config.keep_every or 1) == 0
+
+    def _make_room(self) -> bool:
+        """Where the disk can't take another checkpoint, delete the oldest ones but for the newest; True if any was."""
+        deleted = False
+        found = list_checkpoints(self.run_dir)
+        for number, path in found[:-1]:
+            need = sum(file.stat().st_size for file in found[-1][1].iterdir())
+            if shutil.disk_usage(self.folder).free > 1.05 * need:
+                break
+            if not self._is_kept(number):
+                self._delete(path)
+                deleted = True
+        if deleted:
+            log.warning("the disk of %s is nearly full: only the newest checkpoint was kept", self.folder)
+        return deleted
 
     def _delete(self, path: Path) -> None:
         """Rename first: a folder that is half deleted must not look like a checkpoint."""
@@ -222,25 +272,35 @@ class CheckpointManager:
         os.replace(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
-    def _failed(self, step: int, temporary: Path, error: BaseException, strict: bool) -> None:
-        if self.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        last = latest_checkpoint(self.run_dir)
+    def _failed(self, step: int, temporary: Path, error: BaseException) -> bool:
+        """Remove what was begun (on the main process); True when there is room for another try."""
+        shutil.rmtree(temporary, ignore_errors=True)
+        found = list_checkpoints(self.run_dir)
+        if not _FULL.search(str(error)) or len(found) < 2:
+            return False
+        for number, path in found[:-1]:
+            if not self._is_kept(number):
+                self._delete(path)
+        log.warning("%s; only the newest checkpoint was kept, to make room", self._explain(step, error))
+        return True
+
+    def _explain(self, step: int, error: BaseException) -> str:
+        last = list_checkpoints(self.run_dir)
         cause = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        text = (
+        return (
             f"the checkpoint of step {step} could not be written to {self.folder} ({cause}); "
-            f"the last good one is {last.name if last else 'none'}"
+            f"the last good one is {last[-1][1].name if last else 'none'}"
         )
-        if strict:
-            raise CheckpointError(text) from error
-        log.error("%s", text)
+
+    def _report(self, text: str, temporary: Path, step: int, error: BaseException) -> None:
+        if self.world.is_main:
+            log.error("%s", text)
+            self._failed(step, temporary, error)
 
     def _state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"model": get_model_state_dict(self.model)}
-        if self.optimizer is not None:
-            # The groups' settings are not stored: the recipe and the step decide them.
-            state["optimizer"] = get_optimizer_state_dict(self.model, self.optimizer)["state"]
-        return state
+        # The groups' settings are not stored: the recipe and the step decide them.
+        optimizer = get_optimizer_state_dict(self.model, self.optimizer)["state"]
+        return {"model": get_model_state_dict(self.model), "optimizer": optimizer}
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
         """Load model and optimizer in place, whatever the number of processes that saved them.
@@ -249,29 +309,33 @@ class CheckpointManager:
             The trainer state.
 
         Raises:
-            ValueError: The checkpoint is not whole or belongs to another model.
+            ValueError: The checkpoint is damaged or belongs to another model.
         """
-        if not is_complete(checkpoint):
-            raise ValueError(f"{checkpoint} is not a whole checkpoint: it needs .metadata and {TRAINER_FILE}")
         state = self._state()
-        try:
-            dcp.load(state, checkpoint_id=checkpoint, process_group=self._group, no_dist=not self.distributed)
-        except (dcp.CheckpointException, RuntimeError, KeyError, ValueError) as error:
-            cause = str(error).strip().splitlines()[-1]
-            raise ValueError(
-                f"{checkpoint} does not fit this model or what of it trains ({cause}). Resume with the recipe that "
-                "the run was started with (recipe.yaml in its folder), or start a new run from its export"
-            ) from error
+        _load(state, checkpoint, self._group, self._no_dist)
         set_model_state_dict(self.model, state["model"])
-        if self.optimizer is not None:
-            groups = get_optimizer_state_dict(self.model, self.optimizer)["param_groups"]
-            set_optimizer_state_dict(self.model, self.optimizer, {"state": state["optimizer"], "param_groups": groups})
-        self._barrier()
+        groups = get_optimizer_state_dict(self.model, self.optimizer)["param_groups"]
+        set_optimizer_state_dict(self.model, self.optimizer, {"state": state["optimizer"], "param_groups": groups})
+        self.world.barrier()
         return read_trainer_state(checkpoint)
 
-    def _barrier(self) -> None:
-        if self.distributed:
-            dist.barrier(self._group)
+
+def _load(state: dict[str, Any], checkpoint: Path, group: Any = None, no_dist: bool = True) -> None:
+    """Fill a state dict; an error tells a damaged checkpoint from one of another model."""
+    try:
+        dcp.load(state, storage_reader=SafeReader(checkpoint), process_group=group, no_dist=no_dist)
+    except (dcp.CheckpointException, RuntimeError, KeyError, ValueError, OSError, EOFError) as error:
+        if problem := find_damage(checkpoint):
+            raise ValueError(f"a checkpoint is damaged: {problem}. {_way_back(checkpoint)}") from error
+        cause = str(error).strip().splitlines()[-1]
+        if "PytorchStreamReader" in cause or "UnpicklingError" in cause:
+            raise ValueError(
+                f"a checkpoint is damaged: the tensors in {checkpoint} can't be read ({cause}). {_way_back(checkpoint)}"
+            ) from error
+        raise ValueError(
+            f"{checkpoint} does not fit this model or what of it trains ({cause}). Resume with the recipe that "
+            "the run was started with (recipe.yaml in its folder), or start a new run from its export"
+        ) from error
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> dict[str, Any]:
@@ -283,12 +347,7 @@ def load_weights(model: nn.Module, checkpoint: Path) -> dict[str, Any]:
     Raises:
         ValueError: As `CheckpointManager.load`.
     """
-    if not is_complete(checkpoint):
-        raise ValueError(f"{checkpoint} is not a whole checkpoint: it needs .metadata and {TRAINER_FILE}")
     state = {"model": get_model_state_dict(model)}
-    try:
-        dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
-    except (dcp.CheckpointException, RuntimeError, KeyError, ValueError) as error:
-        raise ValueError(f"{checkpoint} does not fit this model ({str(error).strip().splitlines()[-1]})") from error
+    _load(state, checkpoint)
     set_model_state_dict(model, state["model"])
     return read_trainer_state(checkpoint)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import ConfigDict
 
 from florence_vl.model.build_config import BuildConfig
+from florence_vl.train.bounds import check_numbers
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -480,14 +483,27 @@ class Recipe:
     evaluate: EvaluateConfig | None = None
     warm_up: WarmUpConfig | None = None
 
+    # Texts that were written with `${NAME}`: key path -> (as written, as filled in). `load_recipe` sets it.
+    unexpanded = MappingProxyType[str, tuple[str, str]]({})
+
     @property
     def run_dir(self) -> Path:
         """The run's folder, with `{name}` filled in."""
         return Path(self.output.format(name=self.name))
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain YAML types."""
-        return plain_types(dataclasses.asdict(self))
+        """The recipe as plain YAML types; what was written as `${NAME}` is so again, as it may be a secret."""
+        content = plain_types(dataclasses.asdict(self))
+        for path, (written, filled) in self.unexpanded.items():
+            *parents, key = path.split(".")
+            node = content
+            with contextlib.suppress(KeyError, IndexError, TypeError, ValueError):
+                for piece in parents:
+                    node = node[int(piece)] if isinstance(node, list) else node[piece]
+                place = int(key) if isinstance(node, list) else key
+                if str(node[place]) == filled:
+                    node[place] = written
+        return content
 
     def check(self) -> Recipe:
         """Refuse what the types cannot: contradictions between values.
@@ -495,19 +511,15 @@ class Recipe:
         Raises:
             ValueError: Naming the keys and what to do.
         """
-        problems = []
+        problems = check_numbers(dataclasses.asdict(self))
         if (self.steps is None) == (self.epochs is None):
             problems.append("give exactly one of `steps` and `epochs`")
-        for key in ("steps", "epochs", "max_minutes", "batch_size", "micro_batch_size"):
-            value = getattr(self, key)
-            if value is not None and value <= 0:
-                problems.append(f"`{key}` must be above 0, found {value}")
         problems += self._check_stream() + self._check_evaluate()
         if self.warm_up is not None:
             problems += [
-                f"`warm_up.{key}` must be above {least - 1}, found {value}"
-                for key, least in (("pairs", 2), ("steps", 1), ("batch_size", 2))
-                if (value := getattr(self.warm_up, key)) < least
+                f"`warm_up.{key}` must be 2 or more, found {value}"
+                for key in ("pairs", "batch_size")
+                if (value := getattr(self.warm_up, key)) == 1
             ]
             if self.data.stream is not None:
                 problems.append("`warm_up` takes its pairs from `data.sources`: a stream has none")
@@ -522,8 +534,6 @@ class Recipe:
             problems.append("give only one of `parts.llm.last_layers` and `parts.llm.lora`")
         if not llm.train and (llm.last_layers is not None or llm.lora is not None):
             problems.append("`parts.llm.train` is false but `last_layers` or `lora` asks for training")
-        if llm.last_layers is not None and llm.last_layers <= 0:
-            problems.append(f"`parts.llm.last_layers` must be above 0, found {llm.last_layers}")
         if not any(part.train for part in (self.parts.tower, self.parts.projector, llm)):
             problems.append("every part is frozen: set `parts.<part>.train` to true for one of tower, projector, llm")
         packing = self.data.packing
@@ -542,16 +552,6 @@ class Recipe:
             )
         if self.parallel.shard_size is not None and self.parallel.strategy != "hsdp":
             problems.append("`parallel.shard_size` needs `parallel.strategy: hsdp`")
-        if self.checkpoint.keep_last < 1:
-            problems.append(f"`checkpoint.keep_last` must be 1 or more, found {self.checkpoint.keep_last}")
-        for path, schedule in [("schedule", self.schedule)] + [
-            (f"parts.{name}.schedule", part.schedule)
-            for name, part in (("tower", self.parts.tower), ("projector", self.parts.projector), ("llm", llm))
-            if part.schedule is not None
-        ]:
-            for key in ("warmup_ratio", "min_lr_ratio", "decay_ratio"):
-                if not 0 <= getattr(schedule, key) <= 1:
-                    problems.append(f"`{path}.{key}` must be between 0 and 1, found {getattr(schedule, key)}")
         if problems:
             raise ValueError(f"recipe {self.name or '(unnamed)'}: " + "; ".join(problems))
         return self
@@ -569,8 +569,6 @@ class Recipe:
             problems.append("`data.weighting` is for `data.sources`; a metadataset's weights blend a `data.stream`")
         if not data.shuffle:
             problems.append("`data.shuffle: false` is for `data.sources`; the shards of a `data.stream` are shuffled")
-        if data.stream.shuffle_buffer < 0:
-            problems.append(f"`data.stream.shuffle_buffer` must be 0 or more, found {data.stream.shuffle_buffer}")
         return problems
 
     def _check_evaluate(self) -> list[str]:
@@ -581,9 +579,6 @@ class Recipe:
             problems.append("`evaluate` evaluates nothing: give `evaluate.sources`, `evaluate.suite` or both")
         if config.suite is None and config.data is not None:
             problems.append("`evaluate.data` is for `evaluate.suite`")
-        for key in ("every_steps", "samples", "limit", "batch_size"):
-            if getattr(config, key) <= 0:
-                problems.append(f"`evaluate.{key}` must be above 0, found {getattr(config, key)}")
         return problems
 
 

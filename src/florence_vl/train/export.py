@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from florence_vl.train.checkpoint import latest_checkpoint, load_weights, read_trainer_state
+from florence_vl.files import MARK, atomic_folder
+from florence_vl.train.checkpoint import find_checkpoint, load_weights
+from florence_vl.train.checkpoint_files import read_trainer_state
 from florence_vl.train.optimizer import apply_parts
-from florence_vl.train.recipes import load_recipe
+from florence_vl.train.recipes import resolve_recipe
 
 if TYPE_CHECKING:
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
@@ -71,22 +72,37 @@ def export_state(
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if world.is_main:
-        write_pretrained(model, merge_lora(dict(state), model), processor, folder, dtype)
-    world.barrier()
+    world.decide(lambda: write_pretrained(model, merge_lora(dict(state), model), processor, folder, dtype))
     return folder
 
 
 def write_pretrained(
-    model: FlorenceVLForConditionalGeneration, state: dict[str, Tensor], processor: Any, folder: Path, dtype: str | None
+    model: FlorenceVLForConditionalGeneration,
+    state: dict[str, Tensor],
+    processor: Any,
+    folder: Path,
+    dtype: str | None,
+    overwrite: bool = True,
+    in_run: bool = True,
 ) -> None:
-    """`save_pretrained` of a state dict beside its processor, complete or not at all."""
+    """`save_pretrained` of a state dict beside its processor, complete or not at all.
+
+    Args:
+        model: Tells configuration and class.
+        state: Full state dict, adapters merged.
+        processor: Saved beside it, if there is one.
+        folder: Where to.
+        dtype: `fp32`, `bf16`, `fp16`; None keeps the state's.
+        overwrite: Replace a model that is there.
+        in_run: The folder is the run's own, so any model in it may be replaced.
+
+    Raises:
+        ValueError: The folder may not be replaced.
+    """
     from transformers import GenerationConfig
 
     if dtype is not None:
         state = {k: v.to(_DTYPES[dtype]) if v.is_floating_point() else v for k, v in state.items()}
-    temporary = folder.with_name(f".{folder.name}.saving")
-    shutil.rmtree(temporary, ignore_errors=True)
     config = type(model.config).from_dict(model.config.to_dict())
     with torch.device("meta"):
         shell = type(model)(config)
@@ -96,24 +112,24 @@ def write_pretrained(
         shell.generation_config = GenerationConfig.from_dict(model.generation_config.to_dict())
     shell.load_state_dict(state, assign=True, strict=False)
     shell.tie_weights()
-    shell.save_pretrained(temporary)
-    if processor is not None:
-        processor.save_pretrained(temporary)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    # A run's own folder was named by its user; what a model of an earlier version left there may be replaced.
+    owned = (lambda old: (old / "config.json").is_file() and not (old / MARK).exists()) if in_run else None
+    with atomic_folder(folder, overwrite=overwrite, owned=owned) as partial:
+        shell.save_pretrained(partial)
+        if processor is not None:
+            processor.save_pretrained(partial)
 
 
-def export_run(run: Path, folder: Path | None = None, dtype: str | None = None) -> tuple[Path, int]:
+def export_run(
+    run: Path, folder: Path | None = None, dtype: str | None = None, overwrite: bool = False
+) -> tuple[Path, int]:
     """Export a run's newest checkpoint, or a given one, in one process without the optimizer.
 
     Args:
         run: The run's folder, or one of its checkpoints.
-        folder: Where to; `RUN/model` by default.
+        folder: Where to; `RUN/model` by default, which is replaced.
         dtype: `fp32`, `bf16`, `fp16`; None keeps the checkpoint's.
+        overwrite: Replace a model that is in `folder`.
 
     Returns:
         The folder and the checkpoint's step.
@@ -131,14 +147,13 @@ def export_run(run: Path, folder: Path | None = None, dtype: str | None = None) 
         raise ValueError(f"unknown dtype {dtype!r}. {did_you_mean(dtype, _DTYPES)}")
     if not run.is_dir():
         raise FileNotFoundError(f"no such run: {run}")
-    checkpoint = run if (run / "trainer.json").is_file() else latest_checkpoint(run)
+    checkpoint = find_checkpoint(run, run)
+    assert checkpoint is not None
     run_dir = run.parent.parent if checkpoint == run else run
-    if checkpoint is None:
-        raise FileNotFoundError(f"{run} holds no checkpoint (expected {run}/checkpoints/step-...)")
     described = run_dir / "model_config"
     if not (described / "config.json").is_file():
         raise FileNotFoundError(f"{described}/config.json is missing: the run's folder is not whole")
-    recipe = load_recipe(run_dir / "recipe.yaml")
+    recipe = resolve_recipe(run_dir / "recipe.yaml", need_variables=False).recipe
     model = FlorenceVLForConditionalGeneration(FlorenceVLConfig.from_pretrained(described))
     apply_parts(model, recipe.parts)
     if recipe.precision == "bf16_pure":
@@ -149,5 +164,6 @@ def export_run(run: Path, folder: Path | None = None, dtype: str | None = None) 
         processor = FlorenceVLProcessor.from_pretrained(described)
     target = folder or run_dir / "model"
     state = merge_lora(dict(model.state_dict()), model)
-    write_pretrained(model, state, processor, target, dtype)
+    in_run = folder is None
+    write_pretrained(model, state, processor, target, dtype, overwrite=overwrite or in_run, in_run=in_run)
     return target, int(read_trainer_state(checkpoint)["step"])

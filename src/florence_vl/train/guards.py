@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from florence_vl.files import atomic_file
+
+if TYPE_CHECKING:
+    from florence_vl.data.report import DataReport
+    from florence_vl.train.config import SourceConfig
 
 
 class TrainingError(RuntimeError):
@@ -67,6 +71,43 @@ def check_finite(loss: float, grad_norm: float, grad_norms: Mapping[str, float])
     if not found and not math.isfinite(grad_norm):
         found.append(f"the gradient norm is {grad_norm}")
     return " and ".join(found) or None
+
+
+def describe_bad(report: DataReport) -> str:
+    """Bad records by kind and source, as a line; empty when there are none."""
+    if not report.num_bad:
+        return ""
+    counted = ", ".join(f"{number} x {kind} in {source}" for (kind, source), number in report.bad.most_common(5))
+    return f"{report.num_bad} of {report.records} records are bad ({report.bad_share:.1%}): {counted}"
+
+
+def nothing_to_learn(step: int, report: DataReport | None, sources: Sequence[SourceConfig]) -> str:
+    """Why a step without supervised tokens ends the run, and where to look."""
+    text = f"step {step} has nothing to learn: none of its tokens is supervised"
+    if report is not None and report.num_bad:
+        text += f". {describe_bad(report)}. The last: {report.last_message}. All are listed in {report.path}"
+    if sources:
+        roots = [f"{source.path} with image_root {source.image_root}" for source in sources]
+        text += f". Check data.sources ({'; '.join(roots)}): florence-vl data inspect shows a source's records"
+    return text
+
+
+class BadRecordNotices:
+    """Says loudly when a run skips much of its data: first above `data.max_bad_share`, then each time it doubles.
+
+    Args:
+        allowed: Share of records that may be bad without a word.
+    """
+
+    def __init__(self, allowed: float) -> None:
+        self.allowed, self._next = allowed, 1
+
+    def update(self, report: DataReport | None) -> str | None:
+        """A warning when it is time for one."""
+        if report is None or report.num_bad < self._next or report.bad_share <= self.allowed:
+            return None
+        self._next = 2 * report.num_bad
+        return f"WARNING: {describe_bad(report)}. They are skipped, and listed in {report.path}"
 
 
 FIRST_LOSS_FACTOR = 1.2  # times log(vocabulary)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,26 +22,30 @@ from florence_vl.data.sampler import mix
 from florence_vl.files import write_text
 from florence_vl.train.checkpoint import find_checkpoint
 from florence_vl.train.config import Recipe
-from florence_vl.train.evaluation import SuiteReader, describe_scores
+from florence_vl.train.evaluation import SuiteReader, describe_scores, read_suite
 from florence_vl.train.gradients import clip_gradients, fill_missing_gradients, loss_and_norms
 from florence_vl.train.guards import (
+    BadRecordNotices,
     TrainingError,
     blame,
     check_finite,
     describe_sample,
     dump_batch,
     first_loss_warning,
+    nothing_to_learn,
 )
+from florence_vl.train.lock import hold_folder
 from florence_vl.train.metrics import FlopsMeter, Reporter, memory_gib
 from florence_vl.train.optimizer import format_table, set_training_mode, trainable_table
 from florence_vl.train.recipes import load_recipe
 from florence_vl.train.schedule import lr_factor
-from florence_vl.train.setup import BatchFactory, Run, prepare_run
+from florence_vl.train.setup import BatchFactory, Run, prepare_run, refuse_early
 from florence_vl.train.signals import StopSignals
 from florence_vl.train.step import Batch, StepCounts, StepProfiler, forward_backward, seed_everything
 from florence_vl.train.world import init_world
 
 if TYPE_CHECKING:
+    from florence_vl.data.report import DataReport
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
 
 Callback = Callable[["Trainer", dict[str, Any]], None]
@@ -57,6 +62,7 @@ class TrainResult:
         metrics: The last step's row.
         exported: The `save_pretrained` folder, when one was written.
         is_main: Whether this is the process that speaks.
+        bad_records: Records that were skipped, `source/kind` -> number.
     """
 
     run_dir: Path
@@ -65,6 +71,7 @@ class TrainResult:
     metrics: dict[str, Any]
     exported: Path | None = None
     is_main: bool = True
+    bad_records: dict[str, int] = field(default_factory=dict)
 
 
 def train(
@@ -107,9 +114,12 @@ def train(
     recipe.check()
     world = init_world(recipe.device)
     try:
-        checkpoint = world.decide(lambda: find_checkpoint(recipe.run_dir, resume))
-        run = prepare_run(recipe, world, model, processor, batches, checkpoint, suite_reader)
-        return Trainer(run, callbacks).run()
+        refuse_early(recipe, world, batches)
+        suite = read_suite(recipe, world, suite_reader)
+        with hold_folder(recipe.run_dir, world):
+            checkpoint = world.decide(lambda: find_checkpoint(recipe.run_dir, resume))
+            run = prepare_run(recipe, world, model, processor, batches, checkpoint, suite)
+            return Trainer(run, callbacks).run()
     finally:
         world.close()
 
@@ -137,8 +147,9 @@ class Trainer:
         self.groups, self.optimizer, self.stream = run.groups, run.optimizer, run.stream
         self.checkpoints, self.evaluation, self.total_steps = run.checkpoints, run.evaluation, run.total_steps
         self.callbacks = list(callbacks)
-        self.run_dir = run.recipe.run_dir
+        self.run_dir, self.digests = run.recipe.run_dir, run.digests
         self.reporter, self.flops = Reporter(run), FlopsMeter(run)
+        self.bad_records = BadRecordNotices(run.recipe.data.max_bad_share)
         trace = self.run_dir / "profile" / f"rank-{run.world.rank}.json"
         self.profiler = StepProfiler(run.recipe.logging.profile_steps, trace)
         self.signals = StopSignals()
@@ -166,16 +177,17 @@ class Trainer:
                 if self.world.decide(lambda: self.checkpoints.last_saved_step != self.step):
                     self._save(blocking=True)
             finally:
-                self.checkpoints.finish(strict=False)  # what is being written is worth keeping, whatever happened
+                self.checkpoints.finish()  # what is being written is worth keeping, whatever happened
                 self.stream.close()
                 self.reporter.close()
+        bad = self._bad_records()
         exported = None
         if finished and self.recipe.checkpoint.export:
             exported = self.export(self.run_dir / "model")
         if self.world.is_main:
-            summary = {"steps": self.step, "finished": finished, "metrics": self.state.metrics}
+            summary = {"steps": self.step, "finished": finished, "bad_records": bad, "metrics": self.state.metrics}
             write_text(self.run_dir / "summary.json", json.dumps(summary, indent=1))
-        return TrainResult(self.run_dir, self.step, finished, self.state.metrics, exported, self.world.is_main)
+        return TrainResult(self.run_dir, self.step, finished, self.state.metrics, exported, self.world.is_main, bad)
 
     def train_step(self) -> None:
         """One optimizer step. Every process calls it."""
@@ -222,8 +234,24 @@ class Trainer:
             self.stop_requested = f"signal {signal.Signals(int(signals.max())).name}"
         self.time_fraction = budgets[0].item()
         if counts.supervised == 0:
-            raise TrainingError(f"step {self.step + 1} has nothing to learn: none of its tokens is supervised")
+            raise TrainingError(nothing_to_learn(self.step + 1, self._data_report(), self.recipe.data.sources))
+        if warning := self.bad_records.update(self._data_report()):
+            self.reporter.message(warning)
         return counts, waits.max().item()
+
+    def _data_report(self) -> DataReport | None:
+        """What this process's data skipped; None for batches that were given."""
+        report = getattr(self.stream, "report", None)
+        return None if report is None else report()
+
+    def _bad_records(self) -> dict[str, int]:
+        """Records that the run skipped, over all processes: `source/kind` -> number."""
+        report = self._data_report()
+        own = {} if report is None else {f"{source}/{kind}": n for (kind, source), n in report.bad.items()}
+        total: Counter[str] = Counter()
+        for found in self.world.gather_objects(own):
+            total.update(found)
+        return dict(total)
 
     def _set_learning_rates(self) -> None:
         position = max(float(self.step), self.time_fraction * self.total_steps)
@@ -330,9 +358,14 @@ class Trainer:
             self._save()
 
     def _save(self, blocking: bool = False) -> None:
-        run = {"total_steps": self.total_steps, "seed": self.recipe.seed, "world_size": self.world.size}
-        data = {"data": self.world.gather_objects(self.stream.state())}
-        self.checkpoints.save(self.step, {**self.state.to_dict(), **run, **data}, blocking)
+        run = {
+            "total_steps": self.total_steps,
+            "seed": self.recipe.seed,
+            "world_size": self.world.size,
+            "digests": self.digests,
+            "data": self.world.gather_objects(self.stream.state()),
+        }
+        self.checkpoints.save(self.step, self.state.to_dict() | run, blocking)
 
     def export(self, folder: Path) -> Path:
         """Write the model as a `save_pretrained` folder, LoRA merged. Every process calls it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,9 +52,28 @@ def load_model(recipe: Recipe) -> tuple[FlorenceVLForConditionalGeneration, Any]
     return model, processor
 
 
+def check_attention(names: Iterable[str | None], device: torch.device) -> None:
+    """Refuse attention that can't train on a device.
+
+    Raises:
+        ValueError: flex attention on a CPU, which has no backward pass there.
+    """
+    if "flex_attention" in names and device.type == "cpu":
+        raise ValueError(
+            "model.attn_implementation flex_attention has no backward pass on a CPU. Leave the key out (packed rows "
+            "then use sdpa_varlen), or name sdpa"
+        )
+
+
 def choose_attention(model: FlorenceVLForConditionalGeneration, recipe: Recipe, device: torch.device) -> None:
-    """Give the LLM `sdpa_varlen` for packed rows on a CPU, unless the recipe names a backend or compiles the LLM."""
+    """Give the LLM `sdpa_varlen` for packed rows on a CPU, unless the recipe names a backend or compiles the LLM.
+
+    Raises:
+        ValueError: As `check_attention`.
+    """
+    text = model.config.get_text_config()
+    check_attention([text._attn_implementation, model.config.vision_config._attn_implementation], device)
     packed = recipe.data.packing.mode == "packed"
     free = recipe.model.attn_implementation is None and not recipe.compile.llm
-    if packed and free and device.type == "cpu" and model.config.get_text_config()._attn_implementation == "sdpa":
+    if packed and free and device.type == "cpu" and text._attn_implementation == "sdpa":
         model.set_attn_implementation({"text_config": SDPA_VARLEN})

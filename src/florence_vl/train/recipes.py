@@ -33,8 +33,11 @@ RETIRED: dict[str, Any] = {
     "guards.first_loss_factor": 1.2,
     "guards.spike_factor": 5.0,
 }
+MAX_FILES = 64  # that a recipe may read through `extends`
+MAX_VALUES = 20_000  # in a recipe, its aliases counted each time
 OVERRIDE = "command line"
 DEFAULT = "default"
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(:-([^}]*))?\}")
 
 
 @dataclass
@@ -115,8 +118,16 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     return resolve_recipe(source, overrides).recipe
 
 
-def resolve_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> ResolvedRecipe:
-    """Like `load_recipe`, with the origin of each value."""
+def resolve_recipe(
+    source: str | Path | Mapping[str, Any], overrides: Iterable[str] = (), need_variables: bool = True
+) -> ResolvedRecipe:
+    """Like `load_recipe`, with the origin of each value.
+
+    Args:
+        source: As of `load_recipe`.
+        overrides: As of `load_recipe`.
+        need_variables: False leaves a `${NAME}` that the environment does not set as it is.
+    """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     files: list[Path] = []
@@ -131,11 +142,12 @@ def resolve_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[s
         default_name = _recipe_name(path)
     for override in overrides:
         _apply_override(values, origins, override)
-    values = _expand_variables(values)
+    written, values = values, _expand_variables(values, need_variables)
     _drop_retired(values, origins)
     if not values.get("name"):
         values["name"] = default_name
     recipe = _validate(values, Recipe)
+    recipe.unexpanded = _unexpanded(written, values)
     try:
         recipe.output.format(name=recipe.name)
     except (KeyError, IndexError, ValueError):
@@ -168,10 +180,9 @@ def read_dataclass(cls: type[Settings], source: str | Path, overrides: Iterable[
 def _read(path: Path, values: dict, origins: dict[str, str], files: list[Path], chain: tuple[Path, ...]) -> None:
     if path in chain:
         raise ValueError("recipes extend each other in a circle: " + " -> ".join(p.name for p in (*chain, path)))
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if len(files) >= MAX_FILES:
+        raise ValueError(f"{path}: `extends` reads more than {MAX_FILES} files; extend each base once")
+    content = _read_yaml(path.read_text(encoding="utf-8"), str(path))
     if content is None:
         content = {}
     if not isinstance(content, dict):
@@ -184,6 +195,39 @@ def _read(path: Path, values: dict, origins: dict[str, str], files: list[Path], 
             origins.pop(key, None)
     _merge(values, content, origins, _display(path))
     files.append(path)
+
+
+def _read_yaml(text: str, where: str) -> Any:
+    """A YAML document of bounded size: aliases of aliases make a short text expand beyond any memory.
+
+    Raises:
+        ValueError: Not YAML, or too large.
+    """
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"{where}: the YAML is nested too deeply") from None
+    sizes: dict[int, int | None] = {}
+
+    def size(node: Any) -> int:
+        if not isinstance(node, (dict, list)):
+            return 1
+        if id(node) in sizes:
+            known = sizes[id(node)]
+            if known is None:
+                raise ValueError(f"{where}: an alias stands inside its own anchor")
+            return known
+        sizes[id(node)] = None
+        total = 1 + sum(size(item) for item in (node.values() if isinstance(node, dict) else node))
+        if total > MAX_VALUES:
+            raise ValueError(f"{where}: more than {MAX_VALUES} values, aliases counted each time")
+        sizes[id(node)] = total
+        return total
+
+    size(content)
+    return content
 
 
 def _extend(
@@ -214,10 +258,7 @@ def _apply_override(values: dict, origins: dict[str, str], override: str) -> Non
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise ValueError(f"override {override!r} is not of the form key.path=value")
-    try:
-        value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError:
-        raise ValueError(f"override {override!r}: the value is not valid YAML") from None
+    value = _read_yaml(text, f"override {override!r}") if text else None
     pieces = key.strip().split(".")
     node: Any = values
     for depth, piece in enumerate(pieces[:-1]):
@@ -256,12 +297,12 @@ def _list_index(node: list, piece: str, override: str) -> int:
     return int(piece)
 
 
-def _expand_variables(value: Any) -> Any:
+def _expand_variables(value: Any, need: bool) -> Any:
     """Fill `${NAME}` and `${NAME:-default}` in texts from the environment."""
     if isinstance(value, dict):
-        return {key: _expand_variables(item) for key, item in value.items()}
+        return {key: _expand_variables(item, need) for key, item in value.items()}
     if isinstance(value, list):
-        return [_expand_variables(item) for item in value]
+        return [_expand_variables(item, need) for item in value]
     if not isinstance(value, str):
         return value
 
@@ -269,11 +310,25 @@ def _expand_variables(value: Any) -> Any:
         name, default = match.group(1), match.group(3)
         if name in os.environ:
             return os.environ[name]
-        if default is None:
+        if default is None and need:
             raise ValueError(f"the recipe uses ${{{name}}}, which the environment does not set")
-        return default
+        return match.group(0) if default is None else default
 
-    return re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(:-([^}]*))?\}", fill, value)
+    return _VARIABLE.sub(fill, value)
+
+
+def _unexpanded(written: Any, values: Any, path: str = "") -> dict[str, tuple[str, str]]:
+    """Texts with variables in them: key path -> (as written, as filled in)."""
+    if isinstance(written, dict):
+        pairs = [(str(key), item, values[key]) for key, item in written.items() if key in values]
+    elif isinstance(written, list):
+        pairs = [(str(index), *both) for index, both in enumerate(zip(written, values, strict=True))]
+    else:
+        return {path: (written, values)} if isinstance(written, str) and _VARIABLE.search(written) else {}
+    found: dict[str, tuple[str, str]] = {}
+    for key, item, value in pairs:
+        found |= _unexpanded(item, value, f"{path}.{key}" if path else key)
+    return found
 
 
 def _validate(values: dict[str, Any], cls: type[Settings]) -> Settings:

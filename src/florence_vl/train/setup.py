@@ -17,10 +17,11 @@ import yaml
 from florence_vl.files import write_text
 from florence_vl.train.checkpoint import CheckpointManager
 from florence_vl.train.config import Recipe
-from florence_vl.train.evaluation import RunEvaluation, SuiteReader, read_suite
+from florence_vl.train.evaluation import RunEvaluation, Scorer
+from florence_vl.train.fingerprint import check_fingerprint, fingerprint
 from florence_vl.train.guards import SpikeDetector
 from florence_vl.train.metrics import Notices
-from florence_vl.train.model import choose_attention, load_model
+from florence_vl.train.model import check_attention, choose_attention, load_model
 from florence_vl.train.optimizer import Group, apply_parts, build_optimizer, parameter_groups
 from florence_vl.train.parallel import Parallelised, parallelise, resolve_strategy
 from florence_vl.train.step import Batch, StepCounts, seed_everything
@@ -106,6 +107,7 @@ class Run:
         total_steps: Steps of the whole run.
         evaluation: What `recipe.evaluate` asks for; None when nothing.
         image_size: Height and width of images in pixels.
+        digests: Of the sources' files, by path.
         state: What was done before.
     """
 
@@ -120,6 +122,7 @@ class Run:
     total_steps: int
     evaluation: RunEvaluation | None
     image_size: tuple[int, int]
+    digests: dict[str, str]
     state: RunState
 
 
@@ -130,7 +133,7 @@ def prepare_run(
     processor: Any = None,
     batches: BatchFactory | None = None,
     checkpoint: Path | None = None,
-    suite_reader: SuiteReader | None = None,
+    suite: Scorer | None = None,
 ) -> Run:
     """Set up a run. Every process calls it.
 
@@ -141,14 +144,12 @@ def prepare_run(
         processor: The model's.
         batches: Instead of the recipe's data.
         checkpoint: Where the run goes on; None begins it.
-        suite_reader: As in `train`.
+        suite: Scores `evaluate.suite`; of `read_suite`, on the main process.
 
     Raises:
         ValueError: The recipe, the data or the checkpoint can't be used.
         FileNotFoundError: A file that the recipe names isn't there.
     """
-    _refuse_early(recipe, batches)
-    suite = read_suite(recipe, world, suite_reader)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     seed_everything(recipe.seed)
@@ -191,10 +192,11 @@ def prepare_run(
     )
     groups = parameter_groups(parallel.model, recipe.parts, recipe.optimizer, recipe.schedule)
     optimizer = build_optimizer(groups, recipe.optimizer, world.device)
-    checkpoints = CheckpointManager(recipe.run_dir, recipe.checkpoint, parallel.model, optimizer)
+    checkpoints = CheckpointManager(recipe.run_dir, recipe.checkpoint, parallel.model, optimizer, world)
+    digests = {} if data is None else world.decide(lambda: fingerprint(recipe.data.sources))
     state, data_state = RunState(), None
     if checkpoint is not None:
-        state, data_state = _restore(recipe, checkpoints.load(checkpoint))
+        state, data_state = _restore(recipe, checkpoints.load(checkpoint), digests)
         checkpoints.last_saved_step = state.step
     # Only now: a resume that failed must leave the description of the run that it failed to resume.
     world.decide(lambda: describe_run(recipe, model, processor))
@@ -214,19 +216,29 @@ def prepare_run(
         total_steps,
         evaluation,
         image_size,
+        digests,
         state,
     )
 
 
-def _refuse_early(recipe: Recipe, batches: BatchFactory | None) -> None:
-    """Refuse what can be refused before a model is loaded."""
+def refuse_early(recipe: Recipe, world: World, batches: BatchFactory | None = None) -> None:
+    """Refuse what can be refused before a model is loaded.
+
+    Raises:
+        ValueError: A strategy that doesn't fit the processes, a missing package, or attention that can't train here.
+    """
+    resolve_strategy(recipe.parallel, world)
     if recipe.data.stream is not None and batches is None:
         from florence_vl.train.data import require_energon
 
         require_energon()
+    chosen = recipe.model.attn_implementation
+    check_attention(chosen.values() if isinstance(chosen, dict) else [chosen], world.device)
 
 
-def _restore(recipe: Recipe, saved: Mapping[str, Any]) -> tuple[RunState, Mapping[str, Any] | None]:
+def _restore(
+    recipe: Recipe, saved: Mapping[str, Any], digests: Mapping[str, str]
+) -> tuple[RunState, Mapping[str, Any] | None]:
     """The state of a checkpoint, and where its data stands."""
     from florence_vl.data.packing import merge_states
 
@@ -235,6 +247,7 @@ def _restore(recipe: Recipe, saved: Mapping[str, Any]) -> tuple[RunState, Mappin
             f"the checkpoint is of a run with seed {saved['seed']}, the recipe has {recipe.seed}: the data's order "
             "would differ. Restore the seed"
         )
+    check_fingerprint(saved.get("digests", {}), digests)
     states = [state for state in saved["data"] if state]
     return RunState.from_dict(saved), merge_states(states) if states else None
 
