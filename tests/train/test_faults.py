@@ -64,7 +64,7 @@ def test_half_the_pictures_missing_is_said_loudly_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = _records(tmp_path, present=4)
-    result = _train(records, tmp_path / "run", logging={"progress": "plain"})
+    result = _train(records, tmp_path / "run", logging={"progress": "plain"}, batch_size=8, micro_batch_size=8)
     assert "WARNING: " in capsys.readouterr().err
     assert sum(result.bad_records.values()) > 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -176,19 +176,21 @@ class CheckpointManager:
         """
         self.finish()
         temporary = self.folder / f".saving-{checkpoint_name(step)}"
+        failure = self._try(step, temporary, trainer_state, blocking)
+        if failure is not None and blocking and self.world.decide(lambda: self._clean_up(step, temporary, failure)):
+            failure = self._try(step, temporary, trainer_state, blocking)
+        if failure is None:
+            return
+        if blocking:
+            raise CheckpointError(self._explain(step, failure)) from failure
+        self._report(step, temporary, failure)
+
+    def _try(self, step: int, temporary: Path, trainer_state: dict[str, Any], blocking: bool) -> BaseException | None:
         try:
             self._write(step, temporary, trainer_state, blocking)
-        except _FAILURES:
-            if blocking and self.world.decide(lambda: self._failed(step, temporary, error)):
-                try:
-                    self._write(step, temporary, trainer_state, blocking)
-                    return
-                except _FAILURES as again:
-                    error = again
-            text = self._explain(step, error)
-            if blocking:
-                raise CheckpointError(text) from error
-            self._report(text, temporary, step, error)
+        except _FAILURES as error:
+            return error
+        return None
 
     def _write(self, step: int, temporary: Path, trainer_state: dict[str, Any], blocking: bool) -> None:
         def begin() -> None:
@@ -225,7 +227,7 @@ class CheckpointManager:
             if self.world.is_main:
                 self._publish(step, temporary)
         except _FAILURES as error:
-            self._report(self._explain(step, error), temporary, step, error)
+            self._report(step, temporary, error)
 
     def _publish(self, step: int, temporary: Path) -> None:
         target = self.folder / checkpoint_name(step)
@@ -272,7 +274,7 @@ class CheckpointManager:
         os.replace(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
-    def _failed(self, step: int, temporary: Path, error: BaseException) -> bool:
+    def _clean_up(self, step: int, temporary: Path, error: BaseException) -> bool:
         """Remove what was begun (on the main process); True when there is room for another try."""
         shutil.rmtree(temporary, ignore_errors=True)
         found = list_checkpoints(self.run_dir)
@@ -292,10 +294,10 @@ class CheckpointManager:
             f"the last good one is {last[-1][1].name if last else 'none'}"
         )
 
-    def _report(self, text: str, temporary: Path, step: int, error: BaseException) -> None:
+    def _report(self, step: int, temporary: Path, error: BaseException) -> None:
         if self.world.is_main:
-            log.error("%s", text)
-            self._failed(step, temporary, error)
+            log.error("%s", self._explain(step, error))
+            self._clean_up(step, temporary, error)
 
     def _state(self) -> dict[str, Any]:
         # The groups' settings are not stored: the recipe and the step decide them.

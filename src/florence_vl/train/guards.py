@@ -78,7 +78,8 @@ def describe_bad(report: DataReport) -> str:
     if not report.num_bad:
         return ""
     counted = ", ".join(f"{number} x {kind} in {source}" for (kind, source), number in report.bad.most_common(5))
-    return f"{report.num_bad} of {report.records} records are bad ({report.bad_share:.1%}): {counted}"
+    drawn = report.num_bad + report.samples
+    return f"{report.num_bad} of {drawn} records are bad ({report.num_bad / drawn:.1%}): {counted}"
 
 
 def nothing_to_learn(step: int, report: DataReport | None, sources: Sequence[SourceConfig]) -> str:
@@ -90,6 +91,11 @@ def nothing_to_learn(step: int, report: DataReport | None, sources: Sequence[Sou
         roots = [f"{source.path} with image_root {source.image_root}" for source in sources]
         text += f". Check data.sources ({'; '.join(roots)}): florence-vl data inspect shows a source's records"
     return text
+
+
+def _is_much(report: DataReport, allowed: float) -> bool:
+    """Of what was drawn: `report.records` also counts the records that were only measured so far."""
+    return report.num_bad > allowed * (report.num_bad + report.samples)
 
 
 class BadRecordNotices:
@@ -104,7 +110,7 @@ class BadRecordNotices:
 
     def update(self, report: DataReport | None) -> str | None:
         """A warning when it is time for one."""
-        if report is None or report.num_bad < self._next or report.bad_share <= self.allowed:
+        if report is None or report.num_bad < self._next or not _is_much(report, self.allowed):
             return None
         self._next = 2 * report.num_bad
         return f"WARNING: {describe_bad(report)}. They are skipped, and listed in {report.path}"
