@@ -27,7 +27,8 @@ class BatchLayout:
         max_images_per_row: Most images in a packed row; bounds the tower's memory.
         batch_size: Rows (packed) or samples (padded) of one forward of one process.
         global_batch_size: Rows (packed) or samples (padded) of one optimizer step over all processes and accumulation.
-        window: Records that are looked at together, for packing or for grouping by length.
+        window: Records that are looked at together, about: windows end with their epoch, and for grouping by length
+            they are whole steps, at least one.
         pad_to_max_length: Packed mode: pad every row to `tokens_per_row` (one shape, for `torch.compile`); False pads
             to the longest row of the batch.
         group_by_length: Padded mode: batches of samples of similar length; False keeps the mixture's order.
@@ -70,14 +71,53 @@ class BatchLayout:
         return self.global_batch_size // self.batch_size
 
     @property
-    def lanes(self) -> int:
-        """Independent streams: one row (packed) or one batch (padded) a step each."""
+    def groups_per_step(self) -> int:
+        """Groups (rows, or padded batches) of one optimizer step, over all processes."""
         return self.global_batch_size if self.mode == "packed" else self.batches_per_step
 
     @property
-    def lanes_per_batch(self) -> int:
-        """Lanes that one micro-batch is made of."""
+    def groups_per_batch(self) -> int:
+        """Groups that one micro-batch is made of."""
         return self.batch_size if self.mode == "packed" else 1
+
+    def window_at(self, number: int, epoch: int) -> Window:
+        """A window of the stream; no window crosses the end of an epoch (padded: of an epoch's last step).
+
+        Args:
+            number: Packed: its number from 0. Padded: any of its steps, since a padded window is whole steps and its
+                groups are therefore known without a look at the records.
+            epoch: Records of an epoch of the mixture.
+        """
+        if self.mode == "packed":
+            windows = -(-epoch // self.window)
+            turn, index = divmod(number, windows)
+            first, end = (turn * epoch + i * epoch // windows for i in (index, index + 1))
+            return Window(number, first, end, number + 1)
+        size = self.global_batch_size
+        turn = number * size // epoch
+        begin, stop = (-(-t * epoch // size) for t in (turn, turn + 1))  # first steps of this epoch and of the next
+        steps = stop - begin
+        windows = -(-steps // max(1, self.window // size))
+        index = ((number - begin + 1) * windows - 1) // steps
+        first, end = (begin + i * steps // windows for i in (index, index + 1))
+        return Window(first, first * size, end * size, end)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Records that are laid out together.
+
+    Attributes:
+        number: See `BatchLayout.window_at`.
+        first: Its first position in the mixture's stream.
+        end: The position behind its last one.
+        following: Number of the next window.
+    """
+
+    number: int
+    first: int
+    end: int
+    following: int
 
 
 def pack_first_fit(
@@ -119,25 +159,56 @@ def pack_first_fit(
     return [sorted(row) for row in rows]
 
 
-def arrange(lengths: Sequence[int], images: Sequence[int], config: BatchLayout, seed: int) -> list[list[int]]:
-    """Rows (packed) or batches (padded) of the samples of a window, in the order of use.
+def arrange(lengths: Sequence[int], images: Sequence[int], layout: BatchLayout, seed: int) -> list[list[int]]:
+    """Rows (packed) or batches (padded) of samples, in the order of use.
 
     Args:
         lengths: Tokens of each sample.
         images: Images of each sample.
-        config: The layout.
+        layout: The layout.
         seed: Shuffles the order of the rows, which packing and grouping sort by length.
     """
-    if config.mode == "packed":
-        groups = pack_first_fit(lengths, images, config.tokens_per_row, config.max_images_per_row)
+    if layout.mode == "packed":
+        groups = pack_first_fit(lengths, images, layout.tokens_per_row, layout.max_images_per_row)
     else:
         order = list(range(len(lengths)))
-        if config.group_by_length:
+        if layout.group_by_length:
             order.sort(key=lambda i: (lengths[i], i))
-        groups = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
-        if not config.group_by_length:
+        groups = [order[i : i + layout.batch_size] for i in range(0, len(order), layout.batch_size)]
+        if not layout.group_by_length:
             return groups
     return [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
+
+
+def deal_steps(
+    places: Sequence[int], lengths: Sequence[int], size: int, layout: BatchLayout, seed: int
+) -> list[list[int]]:
+    """Padded batches of a window of whole steps: always as many, so that a step's window follows from its number.
+
+    Grouped by length, the samples of a step are of like length and its batches in ascending order: processes that
+    compute neighboring batches at the same time wait little for each other.
+
+    Args:
+        places: Place in the window of each good sample, ascending; bad ones leave their places empty.
+        lengths: Tokens of each good sample.
+        size: Places of the window.
+        layout: The layout.
+        seed: Shuffles the order of the steps.
+
+    Returns:
+        Batches as lists of indices into `places`, step by step; a batch may be empty.
+    """
+    count = size // layout.batch_size
+    if not layout.group_by_length:
+        groups: list[list[int]] = [[] for _ in range(count)]
+        for index, place in enumerate(places):
+            groups[place // layout.batch_size].append(index)
+        return groups
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    groups = [order[i * len(order) // count : (i + 1) * len(order) // count] for i in range(count)]
+    per_step = layout.batches_per_step
+    steps = np.random.default_rng(seed).permutation(count // per_step)
+    return [group for step in steps for group in groups[step * per_step : (step + 1) * per_step]]
 
 
 def measure(encoder: RecordEncoder, record: Record) -> tuple[int, int]:
@@ -153,7 +224,7 @@ def measure(encoder: RecordEncoder, record: Record) -> tuple[int, int]:
     return len(ids), int((ids == processor.image_token_id).sum()) // processor.num_image_tokens()
 
 
-def check_fits(encoder: RecordEncoder, config: BatchLayout, record: Record, tokens: int, images: int) -> None:
+def check_fits(encoder: RecordEncoder, layout: BatchLayout, record: Record, tokens: int, images: int) -> None:
     """Refuse a sample that no packed row can hold.
 
     Raises:
@@ -161,10 +232,10 @@ def check_fits(encoder: RecordEncoder, config: BatchLayout, record: Record, toke
         ValueError: The encoder's policy for long samples is "error".
     """
     text = ""
-    if config.mode == "packed" and tokens > config.tokens_per_row:
-        text = f"{tokens} tokens, more than packing.tokens_per_row={config.tokens_per_row}"
-    elif config.mode == "packed" and images > config.max_images_per_row:
-        text = f"{images} images, more than packing.max_images_per_row={config.max_images_per_row}"
+    if layout.mode == "packed" and tokens > layout.tokens_per_row:
+        text = f"{tokens} tokens, more than packing.tokens_per_row={layout.tokens_per_row}"
+    elif layout.mode == "packed" and images > layout.max_images_per_row:
+        text = f"{images} images, more than packing.max_images_per_row={layout.max_images_per_row}"
     if text:
         text = f"record {record.id!r} of {record.source!r} has {text}"
         if encoder.on_long == "error":
@@ -177,14 +248,14 @@ class RowCollator:
 
     Args:
         encoder: Gives the pad token.
-        config: The layout.
+        layout: The layout.
     """
 
-    def __init__(self, encoder: RecordEncoder, config: BatchLayout) -> None:
-        self.packed = config.mode == "packed"
+    def __init__(self, encoder: RecordEncoder, layout: BatchLayout) -> None:
+        self.packed = layout.mode == "packed"
         pad = encoder.processor.tokenizer.pad_token_id
         self._pad = PaddedCollator(pad)
-        self._pack = PackedCollator(pad, config.tokens_per_row, pad_to_max_length=config.pad_to_max_length)
+        self._pack = PackedCollator(pad, layout.tokens_per_row, pad_to_max_length=layout.pad_to_max_length)
 
     def __call__(self, rows: list[list[Sample]]) -> dict[str, torch.Tensor]:
         """Collate; rows may be empty, all of them too (then the batch teaches nothing but keeps the ranks in step)."""

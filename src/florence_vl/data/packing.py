@@ -1,19 +1,20 @@
-"""From a mixture to batches: windows of records are measured, packed into rows, encoded by workers and collated.
+"""From a mixture to batches: windows of records are measured, laid out, encoded by workers and collated.
 
-The stream of rows is cut into *lanes*: lane v (0 <= v < V) owns the windows v, v + V, v + 2V, ... of the mixture and
-gives one row a step. What a window's rows hold depends on the seed and the window alone, so row (step, lane) is a pure
-function of the seed, whatever the number of processes; a process of rank r takes its share of the V lanes. Resuming
-needs the step alone: the number of rows in the windows before it is found again from the texts, without any image. A
-`state()` with cursors saves even that.
+The stream of a mixture is cut into windows that end with their epoch. What the rows of a window hold depends on the
+seed and the window alone. Each optimizer step takes the next rows, so after the last step of an epoch each record was
+drawn as often as its weight says; a step's micro-batches are dealt to the processes in turn. A step's rows are thus a
+pure function of (seed, step), whatever the number of processes. Resuming needs the step alone: in padded mode the
+window follows from it, in packed mode the rows of the windows before are counted again from the texts, without any
+image, unless a `state()` holds the place.
 
 Planning (lengths, from text and image sizes) and encoding (decoded images) are two worker pools, so no worker ever
-holds a window's pictures.
+holds a window's pictures. Each process plans the whole stream, since any window's rows may become any process's.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import deque
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
@@ -22,7 +23,17 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from florence_vl.data.encode import RecordEncoder, Sample
-from florence_vl.data.layout import MODES, BatchLayout, RowCollator, arrange, check_fits, measure, pack_first_fit
+from florence_vl.data.layout import (
+    MODES,
+    BatchLayout,
+    RowCollator,
+    Window,
+    arrange,
+    check_fits,
+    deal_steps,
+    measure,
+    pack_first_fit,
+)
 from florence_vl.data.mixture import Mixture
 from florence_vl.data.records import BadRecord
 from florence_vl.data.report import BadEntry, DataReport, rank_file
@@ -30,28 +41,29 @@ from florence_vl.data.sampler import check_rank, mix
 
 T = TypeVar("T")
 
+ORDER = 2
+"""Version of the order of records, part of the data state: a run cannot go on in another order."""
+
 
 @dataclass
 class WindowPlan:
     """Rows (or padded batches) of one window.
 
     Attributes:
-        window: Number of the window in the mixture's stream.
+        window: The window.
         groups: Positions in the mixture, a list for every row or padded batch, in the order of use.
-        records: Number of records of the window.
         bad: Records that cannot become a sample, as far as their text tells.
         error: What ended the measuring; the run ends with it when the window's turn comes.
     """
 
-    window: int
+    window: Window
     groups: list[list[int]] = field(default_factory=list)
-    records: int = 0
     bad: list[BadEntry] = field(default_factory=list)
     error: Exception | None = None
 
 
 class WindowPlanner(Dataset[WindowPlan]):
-    """`planner[w]` measures the records of window w and lays them out; a pure function of (mixture, w).
+    """`planner[number]` measures the records of a window and lays them out; a pure function of mixture and number.
 
     Args:
         mixture: Gives the records by position.
@@ -63,25 +75,51 @@ class WindowPlanner(Dataset[WindowPlan]):
     def __init__(self, mixture: Mixture, encoder: RecordEncoder, layout: BatchLayout, seed: int = 0) -> None:
         self.mixture, self.encoder, self.layout, self.seed = mixture, encoder, layout, seed
 
-    def __getitem__(self, window: int) -> WindowPlan:
-        layout = self.layout
-        first = window * layout.window
-        positions, lengths, images, bad = [], [], [], []
-        for position in range(first, first + layout.window):
+    def window(self, number: int) -> Window:
+        """See `BatchLayout.window_at`."""
+        return self.layout.window_at(number, len(self.mixture))
+
+    def numbers(self, first: int) -> Iterator[int]:
+        """Numbers of all windows from one on, without end."""
+        while True:
+            window = self.window(first)
+            yield window.number
+            first = window.following
+
+    def __getitem__(self, number: int) -> WindowPlan:
+        plan = WindowPlan(window := self.window(number))
+        positions, lengths, images = [], [], []
+        for position in range(window.first, window.end):
             try:
-                record = self.mixture[position]
-                tokens, count = measure(self.encoder, record)
-                check_fits(self.encoder, layout, record, tokens, count)
+                tokens, count = self.measure(position)
             except BadRecord as error:
-                bad.append(bad_entry(self.mixture, position, error))
-                continue
+                plan.bad.append(bad_entry(self.mixture, position, error))
             except (ValueError, OSError) as error:
-                return WindowPlan(window, error=error)
-            positions.append(position)
-            lengths.append(tokens)
-            images.append(count)
-        groups = arrange(lengths, images, layout, mix(self.seed, window, 3))
-        return WindowPlan(window, [[positions[i] for i in group] for group in groups], layout.window, bad)
+                plan.error = error
+                return plan
+            else:
+                positions.append(position)
+                lengths.append(tokens)
+                images.append(count)
+        seed = mix(self.seed, window.number, 3)
+        if self.layout.mode == "packed":
+            groups = arrange(lengths, images, self.layout, seed)
+        else:
+            places = [position - window.first for position in positions]
+            groups = deal_steps(places, lengths, window.end - window.first, self.layout, seed)
+        plan.groups = [[positions[i] for i in group] for group in groups]
+        return plan
+
+    def measure(self, position: int) -> tuple[int, int]:
+        """Tokens and images of the record at a position.
+
+        Raises:
+            BadRecord: It cannot become a sample, as far as its text tells.
+        """
+        record = self.mixture[position]
+        tokens, count = measure(self.encoder, record)
+        check_fits(self.encoder, self.layout, record, tokens, count)
+        return tokens, count
 
 
 def bad_entry(mixture: Mixture, position: int, error: BadRecord) -> BadEntry:
@@ -100,7 +138,7 @@ class MicroBatch:
         groups: Positions in the mixture, a list for every row or padded batch.
         records: Records of the windows that begin with it.
         bad: Bad records of these windows, and of the micro-batch once it is encoded.
-        cursors: After the last micro-batch of a step: where each lane stands, (round, row).
+        cursor: Window and row behind its step.
         tensors: The collated batch, once encoded.
         ids: Source and id of its samples, once encoded.
         tokens: Tokens of its samples, once encoded.
@@ -113,7 +151,7 @@ class MicroBatch:
     groups: list[list[int]] = field(default_factory=list)
     records: int = 0
     bad: list[BadEntry] = field(default_factory=list)
-    cursors: dict[int, tuple[int, int]] | None = None
+    cursor: tuple[int, int] = (0, 0)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     ids: list[tuple[str, str]] = field(default_factory=list)
     tokens: int = 0
@@ -190,14 +228,9 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
         self.ids: list[tuple[str, str]] = []
         self._planner, self._layout = planner, layout
         self._rank, self._world_size = rank, world_size
-        per_batch = layout.lanes_per_batch
-        # micro-batch b of a step belongs to rank b % world_size, so its content is the same for any world size
-        self._lanes = [
-            [b * per_batch + i for i in range(per_batch)] for b in range(rank, layout.batches_per_step, world_size)
-        ]
         self._step = self._start_step = start_step
         self._fingerprint = _fingerprint(planner)
-        self._cursors, counts = self._read_state(state)
+        self._cursor, counts = self._read_state(state)
         path = rank_file(layout.bad_records_file, rank)
         self._report = DataReport(layout.max_bad_share, layout.min_records, path, counts)
         self._num_workers = num_workers
@@ -205,67 +238,64 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
         self._plans: Iterator[WindowPlan] | None = None
         self._encoded: Iterator[MicroBatch] | None = None  # workers start with the first batch
 
-    def _read_state(
-        self, state: Mapping[str, Any] | None
-    ) -> tuple[dict[int, tuple[int, int]] | None, Mapping[str, Any] | None]:
-        """Cursors of this rank's lanes and counts of its report, as far as the state has them."""
-        if state is None:
-            return None, None
-        if state["step"] != self._start_step:
-            raise ValueError(f"the data state is of step {state['step']}, the run resumes at step {self._start_step}")
-        check_fingerprint(state["fingerprint"], self._fingerprint)
-        cursors = {int(lane): (int(m), int(row)) for lane, (m, row) in state["cursors"].items()}
-        own = [lane for lanes in self._lanes for lane in lanes]
-        known = all(lane in cursors for lane in own)
-        reports = state["reports"] if state["world_size"] == self._world_size else {}
-        return ({lane: cursors[lane] for lane in own} if known else None), reports.get(str(self._rank))
+    def _read_state(self, state: Mapping[str, Any] | None) -> tuple[tuple[int, int] | None, Mapping[str, Any] | None]:
+        """Window and row at the start step, and the counts of this rank's report, as far as they are known."""
+        cursor, counts = None, None
+        if state is not None:
+            if state["step"] != self._start_step:
+                raise ValueError(
+                    f"the data state is of step {state['step']}, the run resumes at step {self._start_step}"
+                )
+            check_fingerprint(state["fingerprint"], self._fingerprint)
+            cursor = (int(state["cursor"][0]), int(state["cursor"][1]))
+            if state["world_size"] == self._world_size:
+                counts = state["reports"].get(str(self._rank))
+        if self._layout.mode == "padded":
+            window = self._planner.window(self._start_step)
+            cursor = (window.number, (self._start_step - window.number) * self._layout.groups_per_step)
+        return cursor, counts
+
+    def _groups(self, cursor: tuple[int, int], begun: list[WindowPlan]) -> Iterator[tuple[list[int], tuple[int, int]]]:
+        """All groups from a window and row on, each with the window and row behind it; adds to `begun` new windows."""
+        first, skip = cursor
+        plan_workers = min(self._num_workers, max(1, self._num_workers // 4))
+        self._plans = _load(self._planner, self._planner.numbers(first), plan_workers, prefetch=4)
+        empty = 0
+        for plan in self._plans:
+            if plan.error is not None:
+                raise plan.error
+            if not skip:
+                begun.append(plan)
+            for row in range(skip, len(plan.groups)):
+                yield plan.groups[row], (plan.window.number, row + 1)
+            skip = 0
+            empty = 0 if plan.groups else empty + plan.window.end - plan.window.first
+            if empty >= _MAX_BAD_IN_A_ROW:
+                raise ValueError(f"{empty} records in a row are bad; the last: {plan.bad[-1]}")
 
     def _planned(self) -> Iterator[MicroBatch]:
         """Micro-batches from the start step on, not yet encoded; the last carries the error that ended the planning."""
-        own = [lane for lanes in self._lanes for lane in lanes]
-        total = self._layout.lanes
-        cursors = dict(self._cursors) if self._cursors is not None else dict.fromkeys(own, (0, 0))
-        start = dict(cursors)
-        first_round = min(m for m, _ in cursors.values())
-        windows = (m * total + lane for m in itertools.count(first_round) for lane in own if m >= start[lane][0])
-        self._plans = _load(self._planner, windows, min(self._num_workers, max(1, self._num_workers // 4)), prefetch=4)
-        waiting: dict[int, deque[WindowPlan]] = {lane: deque() for lane in own}
-        current: dict[int, WindowPlan | None] = dict.fromkeys(own)
-
-        def next_group(lane: int, batch: MicroBatch | None) -> list[int]:
-            m, row = cursors[lane]
-            for _ in range(_MAX_EMPTY_WINDOWS):
-                plan = current[lane]
-                if plan is None:
-                    assert self._plans is not None
-                    while not waiting[lane]:
-                        fresh = next(self._plans)
-                        if fresh.error is not None:
-                            raise fresh.error
-                        waiting[fresh.window % total].append(fresh)
-                    plan = current[lane] = waiting[lane].popleft()
-                    if batch is not None and row == 0:
-                        batch.records += plan.records
-                        batch.bad.extend(plan.bad)
-                if row < len(plan.groups):
-                    cursors[lane] = (m, row + 1)
-                    return plan.groups[row]
-                m, row, current[lane] = m + 1, 0, None
-            assert plan is not None
-            raise ValueError(
-                f"{_MAX_EMPTY_WINDOWS * self._layout.window} records in a row are bad; the last: {plan.bad[-1]}"
-            )
-
+        layout = self._layout
+        begun: list[WindowPlan] = []
+        groups = self._groups(self._cursor or (0, 0), begun)
         try:
-            for _ in range(0 if self._cursors is not None else self._start_step):
-                for lane in own:
-                    next_group(lane, None)
+            if self._cursor is None:
+                for _ in range(self._start_step * layout.groups_per_step):
+                    next(groups)
+                begun.clear()
             for step in itertools.count(self._start_step):
-                for index, lanes in enumerate(self._lanes):
-                    batch = MicroBatch(step, last_of_step=index == len(self._lanes) - 1)
-                    batch.groups = [next_group(lane, batch) for lane in lanes]
-                    if batch.last_of_step:
-                        batch.cursors = dict(cursors)
+                taken = list(itertools.islice(groups, layout.groups_per_step))
+                size = layout.groups_per_batch
+                # micro-batch b of a step belongs to rank b % world_size, so its content is the same for any world size
+                own = range(self._rank, layout.batches_per_step, self._world_size)
+                for b in own:
+                    batch = MicroBatch(step, last_of_step=b == own[-1], cursor=taken[-1][1])
+                    batch.groups = [positions for positions, _ in taken[b * size : (b + 1) * size]]
+                    for plan in begun:
+                        if mix(plan.window.first) % self._world_size == self._rank:  # each window is counted once
+                            batch.records += plan.window.end - plan.window.first
+                            batch.bad.extend(plan.bad)
+                    begun.clear()
                     yield batch
         except (ValueError, OSError) as error:
             yield MicroBatch(-1, last_of_step=False, error=error)
@@ -297,7 +327,7 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
             samples=len(batch.ids),
         )
         if batch.last_of_step:
-            self._step, self._cursors = batch.step + 1, batch.cursors
+            self._step, self._cursor = batch.step + 1, batch.cursor
         if self._pin_memory:
             return {name: value.pin_memory() for name, value in batch.tensors.items()}
         return batch.tensors
@@ -309,14 +339,13 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
     def state(self) -> dict[str, Any]:
         """Where the data stands after the last whole step: plain types, for a checkpoint.
 
-        The step alone is enough to resume; with the cursors of all lanes (`merge_states` over ranks) no text is
-        measured again.
+        The step alone is enough to resume; with the place of packed rows no text is measured again.
         """
         return {
             "step": self._step,
             "world_size": self._world_size,
             "fingerprint": self._fingerprint,
-            "cursors": {str(lane): list(cursor) for lane, cursor in (self._cursors or {}).items()},
+            "cursor": list(self._cursor or (0, 0)),
             "reports": {str(self._rank): self._report.counts()},
         }
 
@@ -329,7 +358,8 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
         self._encoded = self._plans = iter(())
 
 
-_MAX_EMPTY_WINDOWS = 100
+_MAX_BAD_IN_A_ROW = 25_000
+"""Records; where no row at all comes of so many, the run ends."""
 
 
 def build_batches(
@@ -406,6 +436,12 @@ def check_fingerprint(found: Mapping[str, Any], expected: Mapping[str, Any]) -> 
     Raises:
         ValueError: Names what differs.
     """
+    if "order" in expected and found.get("order") != expected["order"]:
+        raise ValueError(
+            f"cannot resume at the same data: the checkpoint's run draws records in order {found.get('order', 1)}, "
+            f"this version in order {expected['order']} (since then an epoch is exactly one pass). Finish the run with "
+            "the version that began it, or start a new run from the checkpoint's weights"
+        )
     for key in expected:
         if found.get(key) != expected[key]:
             raise ValueError(
@@ -428,7 +464,7 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     merged = dict(states[0])
     for state in states:
         check_fingerprint(state["fingerprint"], merged["fingerprint"])
-    for part in ("cursors", "reports", "streams"):  # by lane or rank; only `data.stream` has streams
+    for part in ("reports", "streams"):  # by rank; only `data.stream` has streams
         if part in merged:
             merged[part] = {key: value for state in states for key, value in state[part].items()}
     return merged
@@ -437,7 +473,8 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _fingerprint(planner: WindowPlanner) -> dict[str, Any]:
     config, mixture = planner.layout, planner.mixture
     keep = ("mode", "tokens_per_row", "max_images_per_row", "global_batch_size", "window", "group_by_length")
-    print_ = {f"packing.{key}": value for key, value in asdict(config).items() if key in keep}
+    print_: dict[str, Any] = {"order": ORDER}
+    print_ |= {f"packing.{key}": value for key, value in asdict(config).items() if key in keep}
     if config.mode == "padded":
         print_["packing.batch_size"] = config.batch_size
     print_["seed"] = planner.seed
@@ -449,13 +486,15 @@ def _fingerprint(planner: WindowPlanner) -> dict[str, Any]:
     return print_
 
 
-def estimate_steps(
-    mixture: Mixture, encoder: RecordEncoder, packing: BatchLayout, epochs: float = 1.0, seed: int = 0, windows: int = 8
+def count_steps(
+    mixture: Mixture,
+    encoder: RecordEncoder,
+    packing: BatchLayout,
+    epochs: float = 1.0,
+    seed: int = 0,
+    limit: int = 200_000,
 ) -> int:
-    """Optimizer steps of so many epochs.
-
-    Exact up to bad records in padded mode; in packed mode the number of rows is extrapolated from `windows` windows
-    spread over the epoch (their texts are measured, no image is decoded).
+    """Optimizer steps of so many epochs, the last one filled up with records of the next.
 
     Args:
         mixture: See `build_batches`, as for the next two.
@@ -463,16 +502,45 @@ def estimate_steps(
         packing: The layout.
         epochs: Passes of the mixture.
         seed: As in `build_batches`.
-        windows: Windows to measure.
+        limit: Packed rows are counted by measuring texts, no image is decoded. Where the stream holds more than this
+            many records, windows evenly spread over it are measured and the number of rows is extrapolated.
     """
-    records = len(mixture) * epochs
+    records = math.ceil(len(mixture) * epochs)
     if packing.mode == "padded":
-        return max(1, -(-int(records) // packing.global_batch_size))
-    planner = WindowPlanner(mixture, encoder, packing, seed)
-    total = max(1, -(-len(mixture) // packing.window))
-    chosen = sorted({int(i * total / min(windows, total)) for i in range(min(windows, total))})
-    rows = sum(len(planner[window].groups) for window in chosen)
-    return max(1, round(rows / len(chosen) * records / packing.window / packing.global_batch_size))
+        return max(1, -(-records // packing.global_batch_size))
+    planner = _Remembering(mixture, encoder, packing, seed)
+    windows = list(itertools.takewhile(lambda n: planner.window(n).first < records, planner.numbers(0)))
+    step = max(1, -(-len(mixture) * math.ceil(epochs) // limit))
+    rows = seen = 0.0
+    for number in windows[::step]:
+        plan = planner[number]
+        if plan.error is not None:
+            raise plan.error
+        part = min(1.0, (records - plan.window.first) / (plan.window.end - plan.window.first))
+        rows += part * len(plan.groups)
+        seen += part * (plan.window.end - plan.window.first)
+    return max(1, math.ceil(round(rows * records / seen, 6) / packing.global_batch_size))
+
+
+class _Remembering(WindowPlanner):
+    """A planner that measures each record once, for several epochs."""
+
+    def __init__(self, mixture: Mixture, encoder: RecordEncoder, layout: BatchLayout, seed: int = 0) -> None:
+        super().__init__(mixture, encoder, layout, seed)
+        self._sizes: dict[tuple[int, int], tuple[int, int] | BadRecord] = {}
+
+    def measure(self, position: int) -> tuple[int, int]:
+        key = self.mixture.locate(position)
+        size = self._sizes.get(key)
+        if size is None:
+            try:
+                size = super().measure(position)
+            except BadRecord as error:
+                size = error
+            self._sizes[key] = size
+        if isinstance(size, BadRecord):
+            raise size
+        return size
 
 
 __all__ = [
@@ -483,7 +551,7 @@ __all__ = [
     "WindowPlanner",
     "arrange",
     "build_batches",
-    "estimate_steps",
+    "count_steps",
     "measure",
     "merge_states",
     "pack_first_fit",

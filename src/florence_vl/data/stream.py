@@ -350,7 +350,6 @@ class StreamBatches(Iterator[dict[str, torch.Tensor]]):
             "step": self._step,
             "world_size": self._world_size,
             "fingerprint": self._fingerprint,
-            "cursors": {},
             "streams": {str(self._rank): _pack(self._loader.save_state_rank())},
             "reports": {str(self._rank): self._report.counts()},
         }

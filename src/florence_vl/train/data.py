@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from florence_vl.data.layout import BatchLayout
 from florence_vl.data.mixture import Mixture, MixtureSource
-from florence_vl.data.packing import Batches, build_batches, estimate_steps
+from florence_vl.data.packing import Batches, build_batches, count_steps
 from florence_vl.data.readers import Filter, Reader, open_reader
 from florence_vl.data.records import Record
 from florence_vl.train.config import DataConfig, Recipe, SourceConfig, StreamConfig
@@ -220,4 +220,4 @@ class TrainingData:
 
     def steps(self, epochs: float) -> int:
         """Optimizer steps of so many passes over the mixture."""
-        return estimate_steps(self.mixture, self.encoder, self.plan, epochs, self.recipe.seed)
+        return count_steps(self.mixture, self.encoder, self.plan, epochs, self.recipe.seed)
