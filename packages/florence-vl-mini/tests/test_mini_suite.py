@@ -50,6 +50,17 @@ def test_the_questions_are_those_of_the_first_release() -> None:
     assert digest.hexdigest() == "e6e507ea4d4c3a2cde9f96abfc2ee72d75ce5e78b9bcc4f526f40f61fbc6bc80"
 
 
+def test_the_suite_for_tables_asks_more_and_begins_with_the_same() -> None:
+    few, many = mini_rows(3, 4), mini_rows(9, 8, "mini_tables")
+    assert set(many) == {benchmark.name for benchmark in choose("mini_tables")}
+    for name, rows in few.items():
+        others = many[name.replace("mini_", "mini_tables_")]
+        assert others[: len(rows)] == rows
+        assert len(others) > len(rows) or len(rows) < 4
+    columns = {column for benchmark in choose("mini") for column in benchmark.columns}
+    assert columns == {column for benchmark in choose("mini_tables") for column in benchmark.columns}
+
+
 def test_every_right_answer_is_read_as_right(mini_small: Path) -> None:
     skills: Counter[str] = Counter()
     for benchmark in choose("mini"):

@@ -1,10 +1,15 @@
-"""The mini suite: about 1,000 questions on held-out pictures of the mini data, in the paper's four groups."""
+"""The mini suite: about 1,000 questions on held-out pictures of the mini data, in the paper's four groups.
+
+`mini_tables` asks more of the same kind, 2,000 questions that begin with those of `mini`, for tables that must tell
+rows apart.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,26 +19,30 @@ from florence_vl.files import atomic_folder, cache_dir
 
 PICTURES = 260  # of the split `test`, whose sprites, fonts and words are in no training picture
 QUESTIONS_PER_GROUP = 300
+TABLES_PICTURES, TABLES_QUESTIONS_PER_GROUP = 1400, 500
 SEED = 0
 SIZE = 256  # px
 
 
-def mini_rows(pictures: int = PICTURES, per_group: int = QUESTIONS_PER_GROUP) -> dict[str, list[dict[str, Any]]]:
+def mini_rows(
+    pictures: int = PICTURES, per_group: int = QUESTIONS_PER_GROUP, prefix: str = "mini"
+) -> dict[str, list[dict[str, Any]]]:
     """Rows of the suite by benchmark name; the same on every machine.
 
     Args:
         pictures: How many pictures are asked about.
-        per_group: At most so many questions of each group.
+        per_group: At most that many questions of each group.
+        prefix: Of the benchmarks' names.
     """
     from florence_vl_mini.scenes import GROUPS, SceneGenerator
 
     scenes = SceneGenerator(seed=SEED, split="test", size=SIZE)
-    rows: dict[str, list[dict[str, Any]]] = {f"mini_{group}": [] for group in GROUPS}
+    rows: dict[str, list[dict[str, Any]]] = {f"{prefix}_{group}": [] for group in GROUPS}
     for index in range(pictures):
         scene = scenes[index]
         image = None
         for number, question in enumerate(scene.questions):
-            group = rows[f"mini_{question.group}"]
+            group = rows[f"{prefix}_{question.group}"]
             if len(group) >= per_group:
                 continue
             image = image or _png(scene.image)
@@ -55,12 +64,21 @@ def mini_folder(folder: Path | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder, mini_rows())
         return folder
-    folder = cache_dir() / "mini-suite" / _version()
+    return _cached("mini-suite", mini_rows)
+
+
+def tables_folder() -> Path:
+    """A folder in the cache with the parquet files of `mini_tables`, made when it isn't there."""
+    return _cached("mini-tables", lambda: mini_rows(TABLES_PICTURES, TABLES_QUESTIONS_PER_GROUP, "mini_tables"))
+
+
+def _cached(name: str, make: Callable[[], dict[str, list[dict[str, Any]]]]) -> Path:
+    folder = cache_dir() / name / _version()
     if folder.is_dir():
         return folder
     try:
         with atomic_folder(folder) as partial:
-            _write(partial, mini_rows())
+            _write(partial, make())
     except (OSError, ValueError):
         if not folder.is_dir():  # else another process was first
             raise
@@ -99,3 +117,4 @@ def _write(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
 
 
 SUITE = PackagedSuite(Path(__file__).parent / "suites", "florence-vl-mini", mini_folder)
+TABLES_SUITE = PackagedSuite(Path(__file__).parent / "suites_tables", "florence-vl-mini-tables", tables_folder)
