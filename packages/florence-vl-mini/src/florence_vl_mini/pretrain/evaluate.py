@@ -77,6 +77,14 @@ class Florence2Runner:
                 out.append(text.strip())
         return out
 
+    def detect(self, images: Sequence[Image.Image]) -> list[tuple[list[str], list[list[float]]]]:
+        """Names and boxes (left, top, right, bottom in pixels) that `<OD>` finds in each picture."""
+        out = []
+        for image, answer in zip(images, self.answer(images, "<OD>"), strict=True):
+            parsed = self.processor.post_process_generation(text=answer, task="<OD>", image_size=image.size)["<OD>"]
+            out.append((parsed["labels"], parsed["bboxes"]))
+        return out
+
     @torch.no_grad()
     def log_likelihood(self, image: Image.Image, task: str, answers: Sequence[str]) -> Tensor:
         """Sum of the answers' token log-probabilities: (answers,)."""
@@ -159,7 +167,8 @@ def _f1(found: list[Any], wanted: list[Any], labels: bool) -> float:
     return 2 * matches(found, wanted, labels) / (len(found) + len(wanted))
 
 
-def _held_out(kind: str, n: int, seed: int, size: int, keep: Callable[[Scene], bool] = lambda _: True) -> list[Scene]:
+def held_out(kind: str, n: int, seed: int, size: int, keep: Callable[[Scene], bool] = lambda _: True) -> list[Scene]:
+    """The first `n` scenes of a kind on the test split that `keep` accepts; fewer where they are very rare."""
     generator = SceneGenerator(seed + 1000, "test", size, {kind: 1.0})
     out: list[Scene] = []
     for index in range(200 * n):
@@ -172,23 +181,26 @@ def _held_out(kind: str, n: int, seed: int, size: int, keep: Callable[[Scene], b
 
 
 def evaluate_florence2(path: str | Path, scenes: int = 300, seed: int = 0, device: str = "auto") -> dict[str, Any]:
-    """Captions, reading and detection of a Florence-2 on held-out scenes.
+    """Captions, reading and detection of a Florence-2 on held-out scenes, and its scores by size.
 
     Args:
         path: Folder with model and processor.
         scenes: Pictures a task.
         seed: Seed of the pictures.
-        device: Where to run.
+        device: `auto`, `cpu`, `cuda` or `mps`.
 
     Returns:
-        {"caption": ..., "ocr": ..., "od": ...}: figures with intervals, each with its "chance".
+        {"caption": ..., "ocr": ..., "od": ...} and what `evaluate_details` returns: figures with intervals, each with
+        its "chance".
     """
+    from florence_vl_mini.pretrain.details import evaluate_details
+
     runner = Florence2Runner(path, device)
     size = runner.processor.image_processor.size["height"]
     known = {s.name for s in assets.sprites("train")}
     rng = Random(seed)
 
-    singles = _held_out("single", scenes, seed, size)
+    singles = held_out("single", scenes, seed, size)
     names = sorted({s.regions[0].name for s in singles})
     captions = runner.answer([s.image for s in singles], "<CAPTION>")
     right = [float(c == s.caption) for c, s in zip(captions, singles, strict=True)]
@@ -215,7 +227,7 @@ def evaluate_florence2(path: str | Path, scenes: int = 300, seed: int = 0, devic
         }
     }
 
-    words = _held_out("lettering", scenes, seed, size, lambda s: len(s.texts) == 1 and s.texts[0].text.isalpha())
+    words = held_out("lettering", scenes, seed, size, lambda s: len(s.texts) == 1 and s.texts[0].text.isalpha())
     read = runner.answer([s.image for s in words], "<OCR>")
     by_length: dict[str, list[float]] = defaultdict(list)
     accuracy, chance, exact = [], [], []
@@ -234,12 +246,8 @@ def evaluate_florence2(path: str | Path, scenes: int = 300, seed: int = 0, devic
         "chance": {"character accuracy": float(np.mean(chance)), "exact": 0.0},
     }
 
-    pictures = _held_out("objects", scenes, seed, size, lambda s: all(r.name in known for r in s.regions))
-    answers = runner.answer([s.image for s in pictures], "<OD>")
-    found: list[list[tuple[str, Sequence[float]]]] = []
-    for answer in answers:
-        parsed = runner.processor.post_process_generation(text=answer, task="<OD>", image_size=(size, size))["<OD>"]
-        found.append(list(zip(parsed["labels"], parsed["bboxes"], strict=True)))
+    pictures = held_out("objects", scenes, seed, size, lambda s: all(r.name in known for r in s.regions))
+    found = [list(zip(labels, boxes, strict=True)) for labels, boxes in runner.detect([s.image for s in pictures])]
     wanted = [[(r.name, r.box) for r in s.regions] for s in pictures]
     moved = found[1:] + found[:1]
     report["od"] = {
@@ -250,7 +258,7 @@ def evaluate_florence2(path: str | Path, scenes: int = 300, seed: int = 0, devic
             "box and name": float(np.mean([_f1(f, w, True) for f, w in zip(moved, wanted, strict=True)])),
         },
     }
-    return report
+    return report | evaluate_details(runner, scenes, seed)
 
 
 # --- what the features of each prompt tell
@@ -399,7 +407,7 @@ def _grid_positions(path: str | Path) -> int:
 def to_markdown(report: dict[str, Any]) -> str:
     """The report as tables."""
     lines = ["| task | measure | score | 95 % interval | n | chance |", "|---|---|---|---|---|---|"]
-    for task in ("caption", "ocr", "od"):
+    for task in (task for task in report if task != "probe"):
         chance = report[task]["chance"]
         for measure, figure in report[task].items():
             if measure == "chance":
