@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import codecs
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union
@@ -20,20 +23,90 @@ class BadRecord(ValueError):
 
     Args:
         kind: One of `BadRecord.KINDS`: "image" (missing, broken, or not an image), "unsupervised" (no token to
-            learn), "too_long" (does not fit `max_length`), "messages" (malformed conversation).
+            learn), "too_long" (does not fit `max_length`), "messages" (malformed conversation), "unreadable" (damaged
+            bytes, or anything else that made the reader or the encoder fail).
         message: What was found, for the user.
     """
 
-    KINDS = ("image", "unsupervised", "too_long", "messages")
+    KINDS = ("image", "unsupervised", "too_long", "messages", "unreadable")
 
     def __init__(self, kind: str, message: str) -> None:
         if kind not in self.KINDS:
             raise ValueError(f"unknown kind of bad record {kind!r}. {did_you_mean(kind, self.KINDS)}")
-        super().__init__(message)
+        super().__init__(printable(message))
         self.kind = kind
 
     def __reduce__(self) -> tuple[type[BadRecord], tuple[str, str]]:
         return type(self), (self.kind, str(self))
+
+
+@contextmanager
+def bad_record_on_error(where: str) -> Iterator[None]:
+    """Make every exception of the block a `BadRecord`, so that one record cannot end a run.
+
+    `DataReport` counts these like other bad records and stops the run when there are too many, so that a fault of the
+    program does not stay hidden.
+
+    Args:
+        where: Name of the record, for messages.
+
+    Raises:
+        BadRecord: The block's own, or kind "unreadable" with the type and text of another exception.
+    """
+    try:
+        yield
+    except BadRecord:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise BadRecord("unreadable", f"{where}: {reason}") from error
+
+
+def printable(text: str) -> str:
+    """The text with lone surrogates and control characters escaped, so that it can be printed and written as UTF-8."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" or not _unsafe(c) else ascii(c)[1:-1] for c in text)
+
+
+def _unsafe(character: str) -> bool:
+    return character < " " or "\x7f" <= character < "\xa0" or "\ud800" <= character <= "\udfff"
+
+
+def decode_text(data: bytes, where: str) -> str:
+    """Text of a file: UTF-8, or what its byte order mark says. Nothing is replaced.
+
+    Args:
+        data: The file's bytes.
+        where: Name of the file, for messages.
+
+    Raises:
+        BadRecord: kind "messages": the bytes are not such text.
+    """
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise BadRecord(
+            "messages",
+            f"{where} is not {encoding.removesuffix('-sig').upper()} text (byte {error.start}: {error.reason}): "
+            "convert it to UTF-8",
+        ) from None
+    if "\0" in text:
+        raise BadRecord("messages", f"{where} holds NUL characters: convert it to UTF-8")
+    return text
+
+
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+MAX_IMAGE_BYTES = 256 << 20
+"""Largest encoded image inside an archive; what claims to be larger is a bad record."""
 
 
 @dataclass(frozen=True)
@@ -45,27 +118,36 @@ class ImageRef:
         offset: First byte of the image.
         length: Number of bytes; None reads to the end of the file.
         name: What messages call the image; `uri@offset` by default.
+        crc: CRC-32 of the bytes, where the archive gives it.
     """
 
     uri: str
     offset: int = 0
     length: int | None = None
     name: str | None = None
+    crc: int | None = None
 
     def read(self) -> bytes:
         """The encoded image's bytes.
 
         Raises:
             FileNotFoundError: The file does not exist.
-            ValueError: The file ends before `length` bytes.
+            ValueError: The file ends before `length` bytes, or there are more than `MAX_IMAGE_BYTES`.
         """
         import fsspec
 
+        limit = MAX_IMAGE_BYTES + 1
+        if self.length is not None and self.length >= limit:
+            raise ValueError(f"{self} has {self.length} bytes, more than the limit of {MAX_IMAGE_BYTES}")
         with fsspec.open(self.uri, "rb") as file:
             file.seek(self.offset)
-            data = file.read() if self.length is None else file.read(self.length)
+            data = file.read(limit if self.length is None else self.length)
+        if len(data) == limit:
+            raise ValueError(f"{self} has more than the limit of {MAX_IMAGE_BYTES} bytes")
         if self.length is not None and len(data) != self.length:
             raise ValueError(f"{self}: expected {self.length} bytes, the file ends after {len(data)}")
+        if self.crc is not None and zlib.crc32(data) != self.crc:
+            raise ValueError(f"{self} is damaged: its checksum differs from the archive's")
         return data
 
     def __str__(self) -> str:
@@ -117,6 +199,7 @@ class Record:
         Raises:
             BadRecord: kind "messages", naming the record, what was found and what was expected.
         """
+        self.id = printable(self.id)
         self.messages = normalise_messages(self.messages, where=f"record {self.id!r} of {self.source!r}")
         parts = self.num_image_parts
         if parts != len(self.images):
@@ -168,7 +251,7 @@ def normalise_messages(messages: Any, where: str = "conversation") -> list[dict[
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
             raise bad(f"message {index} must be a dict with 'role' and 'content', found {message!r:.80}")
         role, content = message["role"], message["content"]
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise bad(f"message {index} has unknown role {role!r}. {did_you_mean(str(role), ROLES)}")
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
@@ -176,10 +259,18 @@ def normalise_messages(messages: Any, where: str = "conversation") -> list[dict[
             raise bad(f"message {index} ({role}) has no content: give text, or a list of text and image parts")
         for part in content:
             kind = part.get("type") if isinstance(part, Mapping) else None
-            if kind not in PART_TYPES:
+            if not isinstance(kind, str) or kind not in PART_TYPES:
                 raise bad(f"message {index} ({role}) has a part of unknown type {kind!r}; known: text, image")
             if kind == "text" and not isinstance(part.get("text"), str):
                 raise bad(f"message {index} ({role}) has a text part without text: {part!r:.80}")
+            if kind == "text":
+                try:
+                    part["text"].encode()
+                except UnicodeEncodeError as error:
+                    raise bad(
+                        f"message {index} ({role}) holds half of a character (a lone surrogate, "
+                        f"{part['text'][error.start]!a}): the text was cut or escaped wrongly"
+                    ) from None
             if kind == "image" and role != "user":
                 raise bad(f"message {index} ({role}) shows an image; only user messages can")
         result.append({"role": role, "content": [dict(part) for part in content]})

@@ -42,8 +42,8 @@ from florence_vl.data.layout import BatchLayout, RowCollator, arrange, check_fit
 from florence_vl.data.packing import check_fingerprint, check_sizes
 from florence_vl.data.readers import Filter, files
 from florence_vl.data.readers.base import Caption, as_prompts
-from florence_vl.data.readers.webdataset import is_image, is_text, record_from_members
-from florence_vl.data.records import BadRecord, ImageSource, Record
+from florence_vl.data.readers.webdataset import is_image, is_text, parse_json, record_from_members
+from florence_vl.data.records import BadRecord, ImageSource, Record, bad_record_on_error, decode_text
 from florence_vl.data.report import BadEntry, DataReport, rank_file
 
 
@@ -122,26 +122,28 @@ class RecordTaskEncoder(TaskEncoder):
         """A record from the members of a shard's sample."""
         base, key = basic_sample_keys(crude), crude["__key__"]
         try:
-            return StreamSample(**base, record=self._record(key, crude))
+            with bad_record_on_error(f"{self.name}/{key}"):
+                record = self._record(key, crude)
         except BadRecord as error:
             return StreamSample(**base, bad=self._bad(key, error))
+        if record is None:
+            raise SkipSample
+        return StreamSample(**base, record=record)
 
-    def _record(self, key: str, crude: Mapping[str, Any]) -> Record:
+    def _record(self, key: str, crude: Mapping[str, Any]) -> Record | None:
+        """The record of a sample; None when the filters leave it out."""
         members = {f"{key}.{name}": data for name, data in crude.items() if isinstance(data, bytes)}
         row: dict[str, Any] = {}
         for name, data in members.items():
             if name.lower().endswith(".json"):
-                try:
-                    row = json.loads(data)
-                except ValueError as error:
-                    raise BadRecord("messages", f"{self.name}/{name}: invalid JSON: {error}") from None
+                row = parse_json(data, f"{self.name}/{name}")
         if self.filters and not all(keep(row) for keep in self.filters):
-            raise SkipSample
+            return None
         names = sorted(name for name in members if is_image(name))
         images: list[ImageSource] = [members[name] for name in names]
-        text = next((data.decode("utf-8", "replace") for name, data in members.items() if is_text(name)), None)
+        text = next((decode_text(data, f"{self.name}/{n}") for n, data in members.items() if is_text(n)), None)
         number, where = zlib.crc32(key.encode()), f"{self.name}/{key}"
-        return record_from_members(key, names, images, row, text, self.caption, self.name, number, where)
+        return record_from_members(key, names, images, row, text, self.caption, self.name, number, where).check()
 
     def _bad(self, key: str, error: BadRecord) -> BadEntry:
         return BadEntry(error.kind, self.name, -1, -1, f"{key}: {error}")

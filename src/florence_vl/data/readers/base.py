@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from florence_vl.data.records import BadRecord, Record, image_part, text_part
+from florence_vl.data.records import BadRecord, Record, bad_record_on_error, image_part, text_part
 from florence_vl.data.sampler import mix
 from florence_vl.registry import Registry, did_you_mean
 
@@ -39,15 +39,17 @@ class Reader:
         """Record number `index`.
 
         Raises:
-            BadRecord: The record is malformed.
+            BadRecord: The record cannot be read, whatever the reason.
             IndexError: Outside [0, len).
         """
-        raise TypeError(f"{type(self).__name__} must define __getitem__")
-
-    def _check_index(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {self.path}, which has {len(self)}")
-        return int(index)
+        with bad_record_on_error(f"{self.name} record {index}"):
+            return self._read(int(index)).check()
+
+    def _read(self, index: int) -> Record:
+        """Record number `index`, in [0, len); `__getitem__` checks what it returns."""
+        raise TypeError(f"{type(self).__name__} must define _read")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r}, {len(self)} records)"
@@ -61,8 +63,8 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "!=": operator.ne,
     "<=": operator.le,
     ">=": operator.ge,
-    "in": lambda value, options: value in options,
-    "not in": lambda value, options: value not in options,
+    "in": lambda value, options: any(value == option for option in options),
+    "not in": lambda value, options: all(value != option for option in options),
     "filled": lambda value, wanted: bool(str(value or "").strip()) == wanted,
 }
 

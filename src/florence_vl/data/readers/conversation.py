@@ -63,10 +63,11 @@ def from_llava(conversations: Any, num_images: int, where: str) -> list[dict[str
     for number, turn in enumerate(conversations):
         if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
             raise bad(f"turn {number} must have 'from' and 'value', found {turn!r:.80}")
-        if turn["from"] not in _LLAVA_ROLES:
+        if not isinstance(turn["from"], str) or turn["from"] not in _LLAVA_ROLES:
             raise bad(f"turn {number} is from {turn['from']!r}. {did_you_mean(str(turn['from']), _LLAVA_ROLES)}")
         if not isinstance(turn["value"], str):
             raise bad(f"turn {number} has no text, found {turn['value']!r:.80}")
+        refuse_meaning(turn, f"{where}: turn {number}")
         role = _LLAVA_ROLES[turn["from"]]
         if role == "assistant" and all(message["role"] == "system" for message in messages):
             continue
@@ -147,10 +148,15 @@ def from_messages(
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
             raise bad(f"message {number} must have 'role' and 'content', found {message!r:.80}")
+        refuse_meaning(message, f"{where}: message {number}")
         content = message["content"]
         if isinstance(content, str):
-            split = message["role"] == "user" and listed
-            content = split_placeholders(content) if split else [text_part(content)]
+            if message["role"] == "user" and PLACEHOLDER in content and not listed:
+                raise bad(
+                    f"message {number} shows {PLACEHOLDER} but the record names no image (as text, the word belongs "
+                    "into a text part)"
+                )
+            content = split_placeholders(content) if message["role"] == "user" else [text_part(content)]
         parts = []
         for part in content if isinstance(content, Sequence) else []:
             kind = part.get("type") if isinstance(part, Mapping) else None
@@ -174,6 +180,78 @@ def from_messages(
         sources = [image_source(image, store) for image in rest]
         place_images(result, len(sources), where)
     return result, sources
+
+
+def from_row(
+    row: Mapping[str, Any], layout: str, images: Sequence[Any], store: ImageStore, where: str
+) -> tuple[list[dict[str, Any]], list[ImageSource]]:
+    """Messages and images of a row of any layout. Keys that change the meaning are used, or the record is bad.
+
+    Args:
+        row: The record as it was stored.
+        layout: The key of its conversation: `conversations`, `messages` or `texts`.
+        images: Its images, as the row names them.
+        store: Resolves names.
+        where: Name of the record, for messages.
+
+    Raises:
+        BadRecord: kind "messages" or "image".
+    """
+    refuse_meaning(row, where)
+    if layout == "messages":
+        messages, sources = from_messages(row.get("messages"), list(images), store, where)
+    else:
+        convert = from_llava if layout == "conversations" else from_pairs
+        messages = convert(row.get(layout), len(images), where)
+        sources = [image_source(image, store) for image in images]
+    systems = [row[key] for key in SYSTEM_KEYS if row.get(key)]
+    if systems:
+        system = systems[0]
+        if len(systems) > 1 or not isinstance(system, str) or any(m["role"] == "system" for m in messages):
+            raise BadRecord("messages", f"{where}: expected one system text, found also {system!r:.80}")
+        messages.insert(0, {"role": "system", "content": [text_part(system)]})
+    return messages, sources
+
+
+SYSTEM_KEYS = ("system", "system_prompt")
+_OTHER_MEDIA = ("video", "videos", "audio", "audios", "speech", "pdf", "point_cloud")
+_TOOLS = ("tools", "functions", "tool_calls", "function_call")
+_WEIGHTS = ("weight", "loss_weight", "loss", "train", "trainable")
+MEANING_KEYS = (*SYSTEM_KEYS, *_OTHER_MEDIA, *_TOOLS)
+"""Keys of a row that change what it says; tables are read with these columns."""
+
+
+def refuse_meaning(row: Mapping[str, Any], where: str) -> None:
+    """Refuse a row or a turn with a key that changes its meaning and that this package does not use.
+
+    Raises:
+        BadRecord: kind "messages": media other than images, tools, or the weight of a turn.
+    """
+    for key in (*_OTHER_MEDIA, *_TOOLS):
+        if not _is_empty(row.get(key)):
+            raise BadRecord("messages", f"{where} has {key!r}, which is not supported: {row[key]!r:.60}")
+    if "role" in row or "from" in row:
+        for key in _WEIGHTS:
+            if row.get(key) is not None and row[key] != 1:
+                raise BadRecord(
+                    "messages", f"{where} has {key}={row[key]!r:.60}; turns cannot be weighed one by one: leave it out"
+                )
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, (str, bytes, Sequence, Mapping)) and not value)
+
+
+def row_images(row: Mapping[str, Any], where: str) -> list[Any]:
+    """Images that a row names under `image` or `images`, whichever is filled.
+
+    Raises:
+        BadRecord: kind "messages": both are, with different images.
+    """
+    found = [listed for key in ("image", "images") if (listed := as_list(row.get(key)))]
+    if len(found) == 2 and found[0] != found[1]:
+        raise BadRecord("messages", f"{where} names images under 'image' and under 'images', and they differ")
+    return found[0] if found else []
 
 
 def as_list(images: Any) -> list[Any]:

@@ -90,6 +90,13 @@ def open_file(path: str | Path) -> IO[bytes]:
         raise FileNotFoundError(f"no such data file: {text}") from None
 
 
+def pointer_hint(path: str | Path) -> str:
+    """What to add to an error about a file's format: whether the file is a Git LFS pointer instead of the file."""
+    with open_file(path) as file:
+        pointer = file.read(64).startswith(b"version https://git-lfs.github.com/spec/")
+    return ". It is a Git LFS pointer, not the file itself: fetch the file with `git lfs pull`" if pointer else ""
+
+
 def read_range(path: str | Path, offset: int, length: int) -> bytes:
     """`length` bytes from `offset`: one positioned read, safe in forked workers and threads.
 

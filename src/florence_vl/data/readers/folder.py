@@ -11,10 +11,10 @@ from typing import Any
 
 from florence_vl.data.readers import files
 from florence_vl.data.readers.base import READERS, Caption, Reader, as_prompts
-from florence_vl.data.readers.conversation import from_llava, from_messages
+from florence_vl.data.readers.conversation import from_row
 from florence_vl.data.readers.images import ImageStore
 from florence_vl.data.readers.webdataset import IMAGE_EXTENSIONS
-from florence_vl.data.records import BadRecord, ImageRef, ImageSource, Record
+from florence_vl.data.records import BadRecord, ImageRef, ImageSource, Record, decode_text
 
 _CAPTION_COLUMNS = ("text", "caption")
 _METADATA = ("metadata.jsonl", "metadata.csv")
@@ -34,6 +34,7 @@ class FolderReader(Reader):
         prompts: User texts for captions, see `Caption`.
         strip_prefixes: Openings to cut from captions.
         name: Name of the source.
+        allow_outside: Also open images outside the folder that the metadata file names.
 
     Raises:
         FileNotFoundError: No such folder, or no images in it.
@@ -47,14 +48,20 @@ class FolderReader(Reader):
         prompts: str | Sequence[str] | None = None,
         strip_prefixes: Sequence[str] = (),
         name: str | None = None,
+        allow_outside: bool = False,
     ) -> None:
         super().__init__(path, name)
         self.root = files.local(path)
         if not files.is_folder(self.root):
             raise FileNotFoundError(f"no such folder: {self.root}")
-        self.images = ImageStore(self.root)
+        if all(files.exists(files.join(self.root, name)) for name in ("dataset_info.json", "state.json")):
+            raise ValueError(
+                f"{self.root} was written by datasets' save_to_disk, whose Arrow files are not read here: write it as "
+                f"parquet (datasets.load_from_disk({self.root!r}).to_parquet(...))"
+            )
+        self.images = ImageStore(self.root, allow_outside)
         self.metadata = next((m for m in _METADATA if files.exists(files.join(self.root, m))), None)
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[Any] = []  # objects, or why a line is none
         self._paths: list[str] = []
         column = caption
         if self.metadata:
@@ -74,52 +81,54 @@ class FolderReader(Reader):
         assert self.metadata is not None
         path = files.join(self.root, self.metadata)
         with files.open_file(path) as file:
-            text = file.read().decode("utf-8-sig")
-        rows: list[dict[str, Any]] = []
+            text = decode_text(file.read(), path)
+        rows: list[Any] = []
         if self.metadata.endswith(".csv"):
             rows = list(csv.DictReader(io.StringIO(text)))
         else:
-            for number, line in enumerate(text.splitlines(), 1):
-                if not line.strip():
-                    continue
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise ValueError(
-                        f"{path} line {number}: invalid JSON: {error.msg} at column {error.colno}"
-                    ) from None
+            rows = [_parse_line(f"{path} line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
         if not rows:
             raise ValueError(f"{path} holds no records")
-        for number, row in enumerate(rows, 1):
-            if not isinstance(row, dict) or not row.get("file_name"):
-                raise ValueError(f"{path}: record {number} has no 'file_name'")
+        if isinstance(rows[0], BadRecord) or not rows[0].get("file_name"):
+            reason = rows[0] if isinstance(rows[0], BadRecord) else f"{path}: record 1 has no 'file_name'"
+            raise ValueError(f"{reason}. The first record must be readable: it tells the file's layout")
         return rows
 
     def __len__(self) -> int:
         return len(self._rows) or len(self._paths)
 
-    def __getitem__(self, index: int) -> Record:
-        index = self._check_index(index)
+    def _read(self, index: int) -> Record:
         if self._rows:
             row = self._rows[index]
-            name = str(row["file_name"])
-            source = self.images[name]
+            if isinstance(row, BadRecord):
+                raise row
+            name = row.get("file_name")
+            if not isinstance(name, str) or not name:
+                raise BadRecord("messages", f"{self.metadata}: record {index + 1} has no 'file_name'")
             where = f"{self.name}/{name}"
-            if row.get("messages"):
-                messages, images = from_messages(row["messages"], [name], self.images, where)
-                return Record(name, self.name, messages, images).check()
-            if row.get("conversations"):
-                messages = from_llava(row["conversations"], 1, where)
-            else:
-                messages = self.caption.messages(row.get(self.caption.column), index, where)
-            return Record(name, self.name, messages, [source]).check()
+            layout = next((key for key in ("messages", "conversations") if row.get(key)), None)
+            if layout:
+                messages, images = from_row(row, layout, [name], self.images, where)
+                return Record(name, self.name, messages, images)
+            messages = self.caption.messages(row.get(self.caption.column), index, where)
+            return Record(name, self.name, messages, [self.images[name]])
         path = self._paths[index]
         sidecar = path.rsplit(".", 1)[0] + ".txt"
         try:
             with files.open_file(sidecar) as file:
-                text = file.read().decode("utf-8", "replace")
+                text = decode_text(file.read(), sidecar)
         except FileNotFoundError:
             raise BadRecord("messages", f"{path} has no caption: {sidecar} does not exist") from None
         found: ImageSource = ImageRef(path, name=path) if files.is_url(path) else path
         name = path[len(self.root.rstrip("/")) + 1 :]
-        return Record(name, self.name, self.caption.messages(text, index, path), [found]).check()
+        return Record(name, self.name, self.caption.messages(text, index, path), [found])
+
+
+def _parse_line(where: str, line: str) -> dict[str, Any] | BadRecord:
+    try:
+        row = json.loads(line)
+    except RecursionError:
+        return BadRecord("messages", f"{where}: the JSON is nested too deeply")
+    except ValueError as error:
+        return BadRecord("messages", f"{where}: invalid JSON: {error}")
+    return row if isinstance(row, dict) else BadRecord("messages", f"{where}: expected an object")

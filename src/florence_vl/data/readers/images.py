@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import os
+import re
 import struct
 import tarfile
 import zipfile
@@ -14,9 +17,9 @@ import numpy as np
 
 from florence_vl.data.readers import files
 from florence_vl.data.readers.index import cached_array
-from florence_vl.data.records import BadRecord, ImageRef, ImageSource
+from florence_vl.data.records import MAX_IMAGE_BYTES, BadRecord, ImageRef, ImageSource
 
-_MEMBER = np.dtype([("hash", "<u8"), ("offset", "<u8"), ("size", "<u8"), ("method", "<u2")])
+_MEMBER = np.dtype([("hash", "<u8"), ("offset", "<u8"), ("size", "<u8"), ("method", "<u2"), ("crc", "<u4")])
 _IN_TAR, _STORED, _DEFLATED = 0, 1, 2
 _ARCHIVES = (".tar", ".zip")
 
@@ -27,18 +30,21 @@ class ImageStore:
     Args:
         roots: A folder, an fsspec URL, a `.tar` or `.zip`, or several of these, searched in order. None takes names as
             paths. Archives are indexed once (hash of the member's name -> offset, memory-mapped).
+        allow_outside: With roots, also take absolute names, names with `..`, and URLs. Links are followed.
 
     Raises:
         FileNotFoundError: A root does not exist.
         ValueError: A root is a compressed tar.
     """
 
-    def __init__(self, roots: str | Path | Sequence[str | Path] | None) -> None:
+    def __init__(self, roots: str | Path | Sequence[str | Path] | None, allow_outside: bool = False) -> None:
         if roots is None:
             roots = []
         elif isinstance(roots, (str, Path)):
             roots = [roots]
         self.roots = [files.local(root) for root in roots]
+        self.allow_outside = allow_outside
+        self._near: str | None = None
         self._indices: dict[str, np.ndarray] = {}
         for root in self.roots:
             if root.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")):
@@ -55,15 +61,19 @@ class ImageStore:
         return self._indices[root]
 
     def __getstate__(self) -> dict[str, object]:
-        return {"roots": self.roots, "_indices": {}}
+        return {**self.__dict__, "_indices": {}}
 
     def __getitem__(self, name: str) -> ImageSource:
         """The source of an image.
 
         Raises:
-            BadRecord: kind "image": no archive among the roots holds it. A missing file in a folder is found out when
-                it is opened.
+            BadRecord: kind "image": the name leads out of the roots, or no archive among the roots holds it. A missing
+                file in a folder is found out when it is opened.
         """
+        if name.startswith("data:"):
+            return name
+        if self.roots and not self.allow_outside:
+            self._check_inside(name)
         folders = [root for root in self.roots if not root.endswith(_ARCHIVES)]
         for root in self.roots:
             if root.endswith(_ARCHIVES):
@@ -76,8 +86,31 @@ class ImageStore:
                 break
             path = files.join(folder, name)
         if self.roots and not folders:
-            raise BadRecord("image", f"no image {name!r} in {', '.join(self.roots)}")
-        return ImageRef(path, name=path) if files.is_url(path) and not path.startswith("data:") else path
+            raise BadRecord("image", f"no image {name!r} in {', '.join(self.roots)}{self._hint(name)}")
+        return ImageRef(path, name=path) if files.is_url(path) else path
+
+    def _check_inside(self, name: str) -> None:
+        under_url = any(files.is_url(root) and name.startswith(f"{root.rstrip('/')}/") for root in self.roots)
+        outside = (files.is_url(name) and not under_url) or name.startswith(("/", "~")) or os.path.isabs(name)
+        if outside or ".." in re.split(r"[/\\]", name):
+            raise BadRecord(
+                "image",
+                f"the image name {name!r:.200} leads out of {', '.join(self.roots)}: give names "
+                "relative to image_root, or allow it with allow_outside=true",
+            )
+
+    def _hint(self, name: str) -> str:
+        """Where the first archive holds a file of that name in another folder; looked up once, for the first miss."""
+        if self._near is None:
+            self._near = ""
+            base = name.rpartition("/")[2]
+            for root in self.roots:
+                members = _names(root)
+                near = next((member for member in members if member.rpartition("/")[2] == base), None)
+                if near or members:
+                    self._near = f"; {root} holds {near or members[0]!r}" + ("" if near else " and others")
+                    break
+        return self._near
 
     def _in_archive(self, root: str, name: str) -> ImageSource | None:
         index = self._index(root)
@@ -85,22 +118,45 @@ class ImageStore:
         at = int(np.searchsorted(index["hash"], wanted))
         if at == len(index) or index["hash"][at] != wanted:
             return None
-        offset, size, method = (int(index[at][key]) for key in ("offset", "size", "method"))
+        offset, size, method, crc = (int(index[at][key]) for key in ("offset", "size", "method", "crc"))
         if method != _IN_TAR:  # a zip's local header has its own lengths of name and extra field
             header = files.read_range(root, offset, 30)
             name_length, extra_length = struct.unpack("<HH", header[26:30])
             offset += 30 + name_length + extra_length
         if method == _DEFLATED:
-            return zlib.decompress(files.read_range(root, offset, size), -zlib.MAX_WBITS)
-        return ImageRef(root, offset, size, name=f"{root}/{name}")
+            return _inflate(files.read_range(root, offset, min(size, MAX_IMAGE_BYTES)), f"{root}/{name}", crc)
+        return ImageRef(root, offset, size, name=f"{root}/{name}", crc=None if method == _IN_TAR else crc)
+
+
+def _inflate(data: bytes, name: str, crc: int) -> bytes:
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        content = inflater.decompress(data, MAX_IMAGE_BYTES)
+    except zlib.error as error:
+        raise BadRecord("image", f"{name} is damaged: {error}") from None
+    if not inflater.eof:
+        size = "more than the limit" if len(content) == MAX_IMAGE_BYTES else "cut off before the end"
+        raise BadRecord("image", f"{name} is {size} ({MAX_IMAGE_BYTES} bytes are the limit)")
+    if zlib.crc32(content) != crc:
+        raise BadRecord("image", f"{name} is damaged: its checksum differs from the archive's")
+    return content
+
+
+def _names(root: str, most: int = 200_000) -> list[str]:
+    """Names of an archive's first files."""
+    with files.open_file(root) as file:
+        if root.endswith(".zip"):
+            return [name for name in zipfile.ZipFile(file).namelist()[:most] if not name.endswith("/")]
+        with open_tar(file, root) as tar:
+            return [member.name for member in itertools.islice(tar, most) if member.isfile()]
 
 
 def _hash(name: str) -> np.uint64:
     name = name.lstrip("/").removeprefix("./")
-    return np.frombuffer(hashlib.blake2b(name.encode(), digest_size=8).digest(), dtype="<u8")[0]
+    return np.frombuffer(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), dtype="<u8")[0]
 
 
-def _members(rows: list[tuple[np.uint64, int, int, int]]) -> np.ndarray:
+def _members(rows: list[tuple[np.uint64, int, int, int, int]]) -> np.ndarray:
     array = np.array(rows, dtype=_MEMBER)
     return array[np.argsort(array["hash"], kind="stable")]
 
@@ -108,10 +164,13 @@ def _members(rows: list[tuple[np.uint64, int, int, int]]) -> np.ndarray:
 def _scan_tar(path: str) -> np.ndarray:
     rows = []
     with files.open_file(path) as file, open_tar(file, path) as tar:
-        for member in tar:
-            if member.isfile():
-                rows.append((_hash(member.name), member.offset_data, member.size, _IN_TAR))
-            tar.members = []  # type: ignore[attr-defined]  # keeps memory flat
+        try:
+            for member in tar:
+                if member.isfile():
+                    rows.append((_hash(member.name), member.offset_data, member.size, _IN_TAR, 0))
+                tar.members = []  # type: ignore[attr-defined]  # keeps memory flat
+        except (tarfile.TarError, OSError) as error:
+            raise ValueError(f"{path} is damaged after {len(rows)} files: {error}") from None
     return _members(rows)
 
 
@@ -124,7 +183,7 @@ def open_tar(file: object, path: str) -> tarfile.TarFile:
     try:
         return tarfile.open(fileobj=file, mode="r:")  # type: ignore[call-overload]
     except tarfile.TarError as error:
-        raise ValueError(f"{path} is not an uncompressed tar file: {error}") from None
+        raise ValueError(f"{path} is not an uncompressed tar file: {error}{files.pointer_hint(path)}") from None
 
 
 def _scan_zip(path: str) -> np.ndarray:
@@ -133,12 +192,12 @@ def _scan_zip(path: str) -> np.ndarray:
         try:
             entries = zipfile.ZipFile(file).infolist()
         except zipfile.BadZipFile as error:
-            raise ValueError(f"{path} is not a zip file: {error}") from None
+            raise ValueError(f"{path} is not a zip file: {error}{files.pointer_hint(path)}") from None
     for entry in entries:
         if entry.is_dir():
             continue
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or entry.flag_bits & 1:
             raise ValueError(f"{path}: {entry.filename} is encrypted or packed by an unknown method; unpack the zip")
         method = _STORED if entry.compress_type == zipfile.ZIP_STORED else _DEFLATED
-        rows.append((_hash(entry.filename), entry.header_offset, entry.compress_size, method))
+        rows.append((_hash(entry.filename), entry.header_offset, entry.compress_size, method, entry.CRC))
     return _members(rows)

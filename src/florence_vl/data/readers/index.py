@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from florence_vl.data.readers import files
-from florence_vl.files import cache_dir
+from florence_vl.files import atomic_file, cache_dir
 
-_VERSION = 1
+_VERSION = 2
 _CHUNK = 1 << 24
 _SPACE = b" \t\r\n\x0b\x0c"
 
@@ -28,7 +26,7 @@ def cached_array(key: Any, kind: str, build: Callable[[], np.ndarray]) -> np.nda
     """The array of `build()`, made once and then memory-mapped from the cache folder.
 
     Args:
-        key: JSON-serialisable; names what the array was made from (identities of files, options).
+        key: JSON-serializable; names what the array was made from (identities of files, options).
         kind: Name of the index; part of the key and of the file name.
         build: Makes the array.
 
@@ -40,14 +38,8 @@ def cached_array(key: Any, kind: str, build: Callable[[], np.ndarray]) -> np.nda
     path = folder / f"{kind}-{digest}.npy"
     if not path.exists():
         array = build()
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
-            try:
-                np.save(file, array)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-        os.replace(file.name, path)
+        with atomic_file(path) as temporary:
+            np.save(temporary, array)
     return np.load(path, mmap_mode="r") if path.stat().st_size > 128 else np.load(path)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,15 @@ import numpy as np
 
 from florence_vl.data.readers import files
 from florence_vl.data.readers.base import READERS, Reader
-from florence_vl.data.readers.conversation import as_list, from_llava, from_messages, image_source
+from florence_vl.data.readers.conversation import MEANING_KEYS, from_row, row_images
 from florence_vl.data.readers.images import ImageStore
 from florence_vl.data.readers.index import cached_array, line_number, scan_json_array, scan_json_lines
-from florence_vl.data.records import BadRecord, Record
+from florence_vl.data.records import BadRecord, Record, printable
 
+_log = logging.getLogger(__name__)
+
+# read, or known to say nothing that training could use
+_USED = ("id", "image", "images", "source", "url", "width", "height", "task_name", "model", "license")
 _SPACE = b" \t\r\n"
 
 
@@ -40,6 +46,15 @@ class IndexedJson:
             raise ValueError(f"{self.path} is empty")
         with files.open_file(self.path) as file:
             head = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip(_SPACE)
+        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise ValueError(f"{self.path} is UTF-16 text: convert it to UTF-8")
+        if head and not head.startswith((b"[", b"{")):
+            hint = files.pointer_hint(self.path)
+            raise ValueError(
+                f"{self.path} is neither a JSON list of records nor JSON lines: it begins with {head[:20]!r}{hint}"
+            )
+        if head.startswith(b"{") and head[1:].lstrip(_SPACE).startswith(b'"') and b"\n" in head.rstrip(_SPACE):
+            self._check_lines(head)
         self.is_array = head.startswith(b"[")
         scan = scan_json_array if self.is_array else scan_json_lines
         kind = "json" if self.is_array else "jsonl"
@@ -48,6 +63,15 @@ class IndexedJson:
         self._length = len(self._offsets) - 1
         if self._length < 1:
             raise ValueError(f"{self.path} holds no records")
+
+    def _check_lines(self, head: bytes) -> None:
+        """Refuse one object written over several lines, such as `{"data": [...]}`."""
+        first = head.split(b"\n", 1)[0].rstrip(_SPACE)
+        if first == b"{" or first.endswith((b"[", b"{", b",")):
+            raise ValueError(
+                f"{self.path} is one JSON object over several lines, not a list of records: write the list that it "
+                "holds to a file of its own"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_offsets": None}  # workers map the index themselves
@@ -85,6 +109,8 @@ class IndexedJson:
         text = self.raw(index)
         try:
             row = json.loads(text)
+        except RecursionError:
+            raise BadRecord("messages", f"{self.where(index)}: the JSON is nested too deeply") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             start = int(self.offsets[index]) + (error.start if isinstance(error, UnicodeDecodeError) else 0)
             line = line_number(self.path, start)
@@ -109,28 +135,39 @@ class _JsonReader(Reader):
         path: str | Path,
         image_root: str | Path | Sequence[str | Path] | None = None,
         name: str | None = None,
+        allow_outside: bool = False,
     ) -> None:
         super().__init__(path, name)
         self.rows = IndexedJson(path)
-        self.images = ImageStore(image_root if image_root is not None else _parent(self.rows.path))
+        self.images = ImageStore(image_root if image_root is not None else _parent(self.rows.path), allow_outside)
         self._check_layout()
 
     def _check_layout(self) -> None:
-        first = self.rows[0]
+        try:
+            first = self.rows[0]
+        except BadRecord as error:
+            raise ValueError(f"{error}. The first record must be readable: it tells the file's layout") from None
         if self.required not in first:
             other = "messages" if self.required == "conversations" else "llava"
             hint = ""
             if READER_KEYS[other] in first:
                 hint = f" It is read by the reader {other!r}."
             raise ValueError(
-                f"{self.path}: the first record has no {self.required!r}; its keys are {', '.join(first)}.{hint}"
+                f"{self.path}: the first record has no {self.required!r}; its keys are "
+                f"{printable(', '.join(first))}.{hint}"
             )
+        unused = set(first) - {self.required, *_USED, *MEANING_KEYS}
+        if unused:
+            _log.warning("%s: keys that are not used: %s", self.path, printable(", ".join(sorted(unused))))
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def _where(self, index: int, row: dict[str, Any]) -> str:
-        return f"{self.name} record {index} (id {row.get('id', index)!r})"
+    def _read(self, index: int) -> Record:
+        row = self.rows[index]
+        where = f"{self.name} record {index} (id {row.get('id', index)!r:.80})"
+        messages, sources = from_row(row, self.required, row_images(row, where), self.images, where)
+        return Record(str(row.get("id", index)), self.name, messages, sources)
 
 
 def _parent(path: str) -> str:
@@ -148,6 +185,7 @@ class LlavaReader(_JsonReader):
         path: JSON list or JSON lines; local or fsspec URL.
         image_root: Where image names are found, see `ImageStore`; the file's folder by default.
         name: Name of the source.
+        allow_outside: Also open images outside `image_root`: absolute names, `..`, URLs.
 
     Raises:
         FileNotFoundError: No such file or image root.
@@ -155,14 +193,6 @@ class LlavaReader(_JsonReader):
     """
 
     required = "conversations"
-
-    def __getitem__(self, index: int) -> Record:
-        row = self.rows[self._check_index(index)]
-        where = self._where(index, row)
-        images = as_list(row.get("image", row.get("images")))
-        messages = from_llava(row.get("conversations"), len(images), where)
-        sources = [image_source(image, self.images) for image in images]
-        return Record(str(row.get("id", index)), self.name, messages, sources).check()
 
 
 @READERS.register("messages")
@@ -173,6 +203,7 @@ class MessagesReader(_JsonReader):
         path: JSON lines or JSON list; local or fsspec URL.
         image_root: Where image names are found, see `ImageStore`; the file's folder by default.
         name: Name of the source.
+        allow_outside: Also open images outside `image_root`: absolute names, `..`, URLs.
 
     Raises:
         FileNotFoundError: No such file or image root.
@@ -180,10 +211,3 @@ class MessagesReader(_JsonReader):
     """
 
     required = "messages"
-
-    def __getitem__(self, index: int) -> Record:
-        row = self.rows[self._check_index(index)]
-        where = self._where(index, row)
-        images = row.get("images", row.get("image"))
-        messages, sources = from_messages(row.get("messages"), images, self.images, where)
-        return Record(str(row.get("id", index)), self.name, messages, sources).check()

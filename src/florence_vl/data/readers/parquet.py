@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import numpy as np
 
 from florence_vl.data.readers import files
 from florence_vl.data.readers.base import READERS, Caption, Filter, Reader, as_prompts
-from florence_vl.data.readers.conversation import as_list, from_llava, from_messages, from_pairs, image_source
+from florence_vl.data.readers.conversation import MEANING_KEYS, as_list, from_row, image_source
 from florence_vl.data.readers.images import ImageStore
 from florence_vl.data.readers.index import cached_array
-from florence_vl.data.records import Record
+from florence_vl.data.records import BadRecord, Record
 from florence_vl.registry import did_you_mean
 
 LAYOUTS = ("texts", "conversations", "messages")
@@ -57,6 +58,10 @@ class ParquetReader(Reader):
         filters: Rows to keep; the kept numbers are found once and cached.
         image_template: Name of the image file from the row's columns, e.g. "{uid}.jpg".
         id_column: Column of record ids.
+        source_column: Column that names the collection a row comes from; it becomes part of the record's source.
+        min_ratings: For `texts` with ratings for each turn (FineVision): name of a rating (`relevance` for the column
+            `relevance_ratings`) -> least value of the turns that are kept.
+        allow_outside: Also open images outside `image_root`, see `ImageStore`.
         name: Name of the source.
 
     Raises:
@@ -75,20 +80,28 @@ class ParquetReader(Reader):
         image_template: str | None = None,
         id_column: str = "id",
         name: str | None = None,
+        source_column: str | None = None,
+        min_ratings: Mapping[str, float] | None = None,
+        allow_outside: bool = False,
     ) -> None:
         super().__init__(path, name)
         require_pyarrow()
         self.files = files.find_files(path, (".parquet",))
+        _check_splits(self.files)
         self.id_column, self.image_template = id_column, image_template
+        self.source_column, self.min_ratings = source_column, dict(min_ratings or {})
         self.filters = tuple(filters)
         self.caption = Caption(caption, as_prompts(prompts), tuple(strip_prefixes)) if caption else None
         columns = self._open(self.files[0]).schema_arrow.names
         self.layout, self.columns = self._choose_layout(columns)
+        if self.min_ratings and self.layout != "texts":
+            raise ValueError(f"min_ratings go with the column 'texts'; {self.path} is read by {self.layout!r}")
+        self.columns += [key for key in MEANING_KEYS if key in columns]
         folder = self.files[0].rsplit("/", 1)[0] if "/" in self.files[0] else "."
-        self.images = ImageStore(image_root if image_root is not None else folder)
+        self.images = ImageStore(image_root if image_root is not None else folder, allow_outside)
         identities = [files.identity(file) for file in self.files]
         # (file, row group, rows) of every row group
-        self._groups = cached_array(identities, "parquet", self._scan_groups)
+        self._groups = cached_array([identities, sorted(self.columns)], "parquet", self._scan_groups)
         self._ends = np.cumsum(self._groups[:, 2])
         total = int(self._ends[-1]) if len(self._ends) else 0
         self._kept: np.ndarray | None = None
@@ -120,7 +133,8 @@ class ParquetReader(Reader):
             try:
                 found = parquet.ParquetFile(file if not files.is_url(file) else files.open_file(file))
             except Exception as error:
-                raise ValueError(f"{file} is not a readable parquet file: {error}") from None
+                hint = files.pointer_hint(file)
+                raise ValueError(f"{file} is not a readable parquet file: {error}{hint}") from None
             _OPEN[key] = found
             while len(_OPEN) > 32:
                 _OPEN.popitem(last=False)
@@ -129,6 +143,9 @@ class ParquetReader(Reader):
     def _choose_layout(self, columns: list[str]) -> tuple[str, list[str]]:
         known = set(columns)
         wanted = [f.column for f in self.filters] + ([self.caption.column] if self.caption else [])
+        further = [f"{name}_ratings" for name in self.min_ratings]
+        further += [self.source_column] if self.source_column else []
+        wanted += further
         for column in wanted:
             if column not in known:
                 raise ValueError(f"{self.path} has no column {column!r}. {did_you_mean(column, columns)}")
@@ -150,17 +167,26 @@ class ParquetReader(Reader):
                         f"image_template {self.image_template!r} names column {field!r}. {did_you_mean(field, columns)}"
                     )
             self.image_column = None
-            return layout, [text, *fields, *([self.id_column] if self.id_column in known else [])]
+            return layout, [text, *fields, *further, *([self.id_column] if self.id_column in known else [])]
         if layout == "caption" and self.image_column is None:
             raise ValueError(
                 f"{self.path} has captions but no column of images ({', '.join(_IMAGE_COLUMNS)}); give image_template"
             )
         extra = [column for column in (self.image_column, self.id_column) if column in known]
-        return layout, [text, *extra]
+        return layout, [text, *further, *extra]
 
     def _scan_groups(self) -> np.ndarray:
-        rows = []
+        rows: list[tuple[int, int, int]] = []
+        telling = {*self.columns, *LAYOUTS, *_IMAGE_COLUMNS, *MEANING_KEYS}
+        expected = telling & set(self._open(self.files[0]).schema_arrow.names)
         for number, file in enumerate(self.files):
+            found = telling & set(self._open(file).schema_arrow.names)
+            if found != expected:
+                raise ValueError(
+                    f"{self.path} holds tables of different layouts: {self.files[0]} has "
+                    f"{', '.join(sorted(expected))}; {file} has {', '.join(sorted(found)) or 'none of them'}. Name the "
+                    "files of one data set, e.g. by a pattern"
+                )
             metadata = self._open(file).metadata
             rows += [(number, g, metadata.row_group(g).num_rows) for g in range(metadata.num_row_groups)]
         return np.array(rows, dtype=np.int64).reshape(-1, 3)
@@ -193,25 +219,51 @@ class ParquetReader(Reader):
         offset = row - (int(self._ends[number - 1]) if number else 0)
         return dict(table.slice(offset, 1).to_pylist()[0])
 
-    def __getitem__(self, index: int) -> Record:
-        row = self._row(self._check_index(index))
-        identifier = str(row.get(self.id_column) or index)
-        where = f"{self.name} row {index} (id {identifier!r})"
+    def _read(self, index: int) -> Record:
+        row = self._row(index)
+        identifier = str(index if row.get(self.id_column) is None else row[self.id_column])
+        where = f"{self.name} row {index} (id {identifier!r:.80})"
+        source = f"{self.name}/{row[self.source_column]}" if row.get(self.source_column) else self.name
         if self.image_template:
             listed: list[Any] = [self.image_template.format(**row)]
         else:
             listed = as_list(row.get(self.image_column)) if self.image_column else []
-        if self.layout == "messages":
-            messages, sources = from_messages(row["messages"], listed, self.images, where)
-            return Record(identifier, self.name, messages, sources).check()
         if self.caption:
             messages = self.caption.messages(row[self.caption.column], index, where)
-        elif self.layout == "texts":
-            messages = from_pairs(row["texts"], len(listed), where)
-        else:
-            messages = from_llava(row["conversations"], len(listed), where)
-        sources = [image_source(image, self.images) for image in listed]
-        return Record(identifier, self.name, messages, sources).check()
+            return Record(identifier, source, messages, [image_source(image, self.images) for image in listed])
+        if self.min_ratings:
+            row[self.layout] = self._rated(row, where)
+        messages, sources = from_row(row, self.layout, listed, self.images, where)
+        return Record(identifier, source, messages, sources)
+
+    def _rated(self, row: dict[str, Any], where: str) -> list[Any]:
+        """The question-answer pairs whose ratings are high enough; a pair without a rating is kept."""
+        turns = row[self.layout]
+        for name, least in self.min_ratings.items():
+            ratings = row[f"{name}_ratings"]
+            if ratings is not None and len(ratings) != len(row[self.layout]):
+                raise BadRecord(
+                    "messages", f"{where} has {len(ratings)} {name} ratings for {len(row[self.layout])} turns"
+                )
+            low = {i for i, rating in enumerate(ratings or []) if rating is not None and rating < least}
+            turns = [None if i in low else turn for i, turn in enumerate(turns)]
+        turns = [turn for turn in turns if turn is not None]
+        if not turns:
+            raise BadRecord("unsupervised", f"{where}: no turn reaches the ratings {self.min_ratings}")
+        return turns
 
 
+def _check_splits(paths: Sequence[str]) -> None:
+    """Refuse a folder that holds the training split beside another one.
+
+    Raises:
+        ValueError: It does.
+    """
+    splits = {match[1]: path for path in paths if (match := _SPLIT.match(path.rpartition("/")[2]))}
+    if len(splits) > 1:
+        found = "; ".join(f"{name}: {path}" for name, path in sorted(splits.items()))
+        raise ValueError(f"the files belong to several splits: {found}. Name one of them by a pattern, e.g. train-*")
+
+
+_SPLIT = re.compile(r"(train|test|validation|val|dev)[-._]")
 _OPEN: OrderedDict[tuple[int, str], Any] = OrderedDict()

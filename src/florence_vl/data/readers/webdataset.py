@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,10 +12,10 @@ import numpy as np
 
 from florence_vl.data.readers import files
 from florence_vl.data.readers.base import READERS, Caption, Filter, Reader, as_prompts
-from florence_vl.data.readers.conversation import as_list, from_llava, from_messages, from_pairs
+from florence_vl.data.readers.conversation import from_row, refuse_meaning, row_images
 from florence_vl.data.readers.images import ImageStore, open_tar
 from florence_vl.data.readers.index import cached_array
-from florence_vl.data.records import BadRecord, ImageRef, ImageSource, Record
+from florence_vl.data.records import BadRecord, ImageRef, ImageSource, Record, decode_text, printable
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _TEXT_EXTENSIONS = ("txt", "caption", "text")
@@ -98,9 +99,9 @@ class WebDatasetReader(Reader):
     def _passes(self, shard: int, first: int, count: int) -> bool:
         try:
             row = self._json(shard, self._parts(shard, first, count))
-        except BadRecord:
+            return row is not None and all(f(row) for f in self.filters)
+        except Exception:
             return True  # kept, so that it is counted as bad when it is read
-        return row is not None and all(f(row) for f in self.filters)
 
     def _parts(self, shard: int, first: int, count: int) -> dict[str, np.void]:
         """Members of a sample by their full names."""
@@ -111,17 +112,11 @@ class WebDatasetReader(Reader):
         for name, member in parts.items():
             if name.lower().endswith(".json"):
                 text = files.read_range(self.shards[shard], int(member["offset"]), int(member["size"]))
-                try:
-                    row = json.loads(text)
-                except ValueError as error:
-                    raise BadRecord("messages", f"{self.shards[shard]}/{name}: invalid JSON: {error}") from None
-                if not isinstance(row, dict):
-                    raise BadRecord("messages", f"{self.shards[shard]}/{name}: expected an object")
-                return row
+                return parse_json(text, f"{self.shards[shard]}/{name}")
         return None
 
-    def __getitem__(self, index: int) -> Record:
-        shard, _, first, count = (int(x) for x in self._samples[self._check_index(index)])
+    def _read(self, index: int) -> Record:
+        shard, _, first, count = (int(x) for x in self._samples[index])
         path = self.shards[shard]
         parts = self._parts(shard, first, count)
         key = _split_key(next(iter(parts)))[0]
@@ -140,8 +135,26 @@ class WebDatasetReader(Reader):
     def _caption_text(self, path: str, parts: dict[str, np.void]) -> str | None:
         for name, member in parts.items():
             if is_text(name):
-                return files.read_range(path, int(member["offset"]), int(member["size"])).decode("utf-8", "replace")
+                data = files.read_range(path, int(member["offset"]), int(member["size"]))
+                return decode_text(data, f"{path}/{name}")
         return None
+
+
+def parse_json(data: bytes, where: str) -> dict[str, Any]:
+    """The object in a JSON member.
+
+    Raises:
+        BadRecord: kind "messages": it is none.
+    """
+    try:
+        row = json.loads(decode_text(data, where))
+    except RecursionError:
+        raise BadRecord("messages", f"{where}: the JSON is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise BadRecord("messages", f"{where}: invalid JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise BadRecord("messages", f"{where}: expected an object, found {type(row).__name__}")
+    return row
 
 
 def is_image(name: str) -> bool:
@@ -182,25 +195,24 @@ def record_from_members(
         BadRecord: The sample is malformed.
     """
     identifier = str(row.get("id") or row.get("uid") or row.get("key") or key)
-    if "messages" in row:
+    layout = next((key for key in ("messages", "conversations", "texts") if key in row), None)
+    if layout == "messages":
         by_name = {PurePosixPath(name).name: image for name, image in zip(names, images, strict=True)}
-        listed = as_list(row.get("images", row.get("image")))
+        listed = row_images(row, where)
         chosen = [by_name.get(PurePosixPath(str(image)).name) for image in listed] if listed else list(images)
         if any(image is None for image in chosen):
             raise BadRecord("image", f"{where}: the JSON names images {listed} that the sample does not hold")
-        messages, _ = from_messages(row["messages"], ["member"] * len(chosen), ImageStore(None), where)
         images = [image for image in chosen if image is not None]
-    elif "conversations" in row:
-        messages = from_llava(row["conversations"], len(images), where)
-    elif "texts" in row:
-        messages = from_pairs(row["texts"], len(images), where)
+    if layout:  # the members are the images, whatever the messages call them
+        messages, _ = from_row(row, layout, [b"member"] * len(images), ImageStore(None), where)
     else:
+        refuse_meaning(row, where)
         if caption.column != "txt":
             text = row.get(caption.column)
         elif text is None:
             text = row.get("caption")
         messages = caption.messages(text, index, where)
-    return Record(identifier, source, messages, images).check()
+    return Record(identifier, source, messages, images)
 
 
 def _split_key(name: str) -> tuple[str, str]:
@@ -220,6 +232,8 @@ def _scan_shard(path: str) -> np.ndarray:
 
     rows = []
     sample, last = -1, None
+    keys: set[str] = set()
+    names: dict[str, str] = {}  # of the sample: what a member is -> its name
     with files.open_file(path) as file, open_tar(file, path) as tar:
         try:
             for member in tar:
@@ -227,12 +241,38 @@ def _scan_shard(path: str) -> np.ndarray:
                 if not member.isfile():
                     continue
                 key, extension = _split_key(member.name)
-                if not extension or key.rpartition("/")[2].startswith("__"):
-                    continue
+                base = member.name.rpartition("/")[2]
+                if not extension or base.startswith(("__", ".")) or member.name.startswith("__MACOSX/"):
+                    continue  # of WebDataset's own, or hidden files of a desktop
                 if key != last:
+                    if key in keys:
+                        raise ValueError(
+                            f"{path}: the sample {printable(key)!r} comes back with the member "
+                            f"{printable(member.name)!r} after another sample: members of one sample must stand "
+                            "together (tar --sort=name)"
+                        )
+                    keys.add(key)
+                    names.clear()
                     sample, last = sample + 1, key
-                rows.append((sample, member.offset, len(member.name.encode()), member.offset_data, member.size))
-        except tarfile.TarError as error:
+                ending = extension.lower().rpartition(".")[2]
+                what = "text" if is_text(base) else "json" if ending == "json" else member.name
+                if what in names:
+                    raise ValueError(
+                        f"{path}: the sample {printable(key)!r} has two members {printable(names[what])!r} and "
+                        f"{printable(member.name)!r}: a sample holds one text, one .json and no name twice. Its key "
+                        "is the name up to the first dot, so keys must have no dots"
+                    )
+                names[what] = member.name
+                rows.append(
+                    (
+                        sample,
+                        member.offset,
+                        len(os.fsencode(member.name)),
+                        member.offset_data,
+                        member.size,
+                    )
+                )
+        except (tarfile.TarError, OSError) as error:
             raise ValueError(f"{path} is damaged after {len(rows)} members: {error}") from None
         file.seek(0, 2)
         if rows and rows[-1][3] + rows[-1][4] > file.tell():
