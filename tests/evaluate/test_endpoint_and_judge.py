@@ -14,7 +14,14 @@ import pytest
 
 from florence_vl.evaluate.answer import Answer
 from florence_vl.evaluate.benchmark import Generation
-from florence_vl.evaluate.endpoint import ChatEndpoint, EndpointAnswerer, EndpointError, message_content
+from florence_vl.evaluate.endpoint import (
+    JUDGE_KEY_VARIABLE,
+    KEY_VARIABLE,
+    ChatEndpoint,
+    EndpointAnswerer,
+    EndpointError,
+    message_content,
+)
 from florence_vl.evaluate.judge import Judge, fill
 from florence_vl.evaluate.metrics import Verdict
 from florence_vl.evaluate.question import IMAGE, BytesPicture, Question
@@ -29,8 +36,9 @@ Reply = Callable[[dict[str, Any]], tuple[int, Any]]
 class Server:
     """An OpenAI-compatible server in a thread."""
 
-    def __init__(self, reply: Reply, models: tuple[str, ...] = ("served",)) -> None:
+    def __init__(self, reply: Reply, models: tuple[str, ...] = ("served",), location: str | None = None) -> None:
         self.reply, self.models = reply, models
+        self.headers: list[dict[str, str]] = []
         self.seen: list[dict[str, Any]] = []
         outer = self
 
@@ -41,12 +49,15 @@ class Server:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.seen.append(body)
+                outer.headers.append(dict(self.headers))
                 self._send(*outer.reply(body))
 
             def _send(self, code: int, value: Any) -> None:
                 data = value if isinstance(value, bytes) else json.dumps(value).encode()
                 self.send_response(code)
                 self.send_header("Content-Length", str(len(data)))
+                if location is not None:
+                    self.send_header("Location", location)
                 self.end_headers()
                 self.wfile.write(data)
 
@@ -136,6 +147,79 @@ def test_a_refusal_is_not_retried(serve: Callable[..., Server]) -> None:
     with pytest.raises(EndpointError, match="refused: HTTP 400: context too long"):
         client(server).chat([], 5)
     assert len(server.seen) == 1
+
+
+def test_keys_stay_with_their_host(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    server = serve(lambda body: said("yes"))
+    client(server).chat([], 5)
+    client(server, key_variable=JUDGE_KEY_VARIABLE).chat([], 5)
+    assert "secret" not in str(server.headers)
+    assert "authorization" not in str(server.headers).lower()
+    monkeypatch.setenv(KEY_VARIABLE, "for-the-model")
+    client(server).chat([], 5)
+    assert server.headers[-1]["Authorization"] == "Bearer for-the-model"
+    client(server, key_variable=JUDGE_KEY_VARIABLE).chat([], 5)
+    assert "Authorization" not in server.headers[-1]
+    openai = ChatEndpoint("https://api.openai.com", "x", key_variable=JUDGE_KEY_VARIABLE)
+    assert openai._headers["Authorization"] == "Bearer secret"
+    for url in ("https://api.openai.com.example.org", "https://example.org/api.openai.com"):
+        assert "Authorization" not in ChatEndpoint(url, "x", key_variable=JUDGE_KEY_VARIABLE)._headers
+
+
+def test_redirects_are_not_followed(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    other = serve(lambda body: said("yes"))
+    server = serve(lambda body: (307, b""), location=f"{other.url}/v1/chat/completions")
+    with pytest.raises(EndpointError, match=r"redirects to 'http://127.0.0.1:\d+/v1/chat/completions', which is not"):
+        client(server).chat([], 5)
+    assert other.headers == []
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://example.org:8000", "unencrypted: use https://, or an SSH tunnel"),
+        ("http://10.0.0.7/v1", "unencrypted"),
+        ("http://localhost.example.org", "unencrypted"),
+        ("ftp://localhost", "begins with http:// or https://"),
+        ("https://user:word@example.org", "put the key into"),
+        ("https:///v1", "begins with http:// or https://"),
+    ],
+)
+def test_addresses_that_are_refused(url: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ChatEndpoint(url, "x")
+
+
+def test_odd_replies_end_no_evaluation(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("florence_vl.evaluate.endpoint.MAX_BODY", 1 << 20)
+    deep = b"[" * 100_000 + b"]" * 100_000
+    choice: Callable[[Any], Any] = lambda content: (200, {"choices": [{"message": {"content": content}}]})  # noqa: E731
+    replies: list[tuple[Any, Any]] = [
+        (choice([{"type": "text", "text": "a "}, {"type": "text", "text": "cat"}]), "a cat"),
+        (choice([{"type": "reasoning", "text": "hm"}, {"type": "output_text", "text": "cat"}]), "cat"),
+        (choice(None), ""),
+        (choice(7), "sent no chat completion"),
+        (choice(["cat"]), "sent no chat completion"),
+        ((200, []), "sent no chat completion"),
+        ((200, {"choices": [None]}), "sent no chat completion"),
+        ((200, deep), "no JSON"),
+        ((200, b" " * (2 << 20)), "more than 1048576 bytes"),
+        ((500, b"x" * (2 << 20)), "HTTP 500"),
+    ]
+    for reply, expected in replies:
+        server = serve(lambda body, reply=reply: reply)
+        (answer,) = EndpointAnswerer(client(server, retries=1), 1).answer([QUESTION], Generation(7))
+        assert (answer.text if answer.error is None else answer.error).find(expected) >= 0, (reply[1], answer)
+        assert (answer.error is None) == (expected in ("a cat", "cat", ""))
+
+
+def test_a_broken_picture_loses_its_question_only(serve: Callable[..., Server]) -> None:
+    broken = Question("2", "b", (IMAGE, "What?"), (BytesPicture(b"no picture"),))
+    found = EndpointAnswerer(client(serve(lambda body: said("yes"))), 2).answer([broken, QUESTION], Generation(7))
+    assert found[1] == Answer("yes")
+    assert "image of b question 2" in (found[0].error or "")
 
 
 def test_the_model_must_be_clear(serve: Callable[..., Server]) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,8 @@ from florence_vl.evaluate.local import (
     folder_fingerprint,
     load_answerer,
     split_lengths,
-    state_fingerprint,
 )
-from florence_vl.evaluate.question import Question
+from florence_vl.evaluate.question import BytesPicture, Question
 from florence_vl.evaluate.runner import EvaluationPlan, describe, open_results, plan, run, shard
 from florence_vl.evaluate.scoring import score_folder
 from florence_vl.evaluate.store import ResultsFolder, append_lines, read_lines
@@ -300,7 +302,7 @@ def test_unanswered_questions_make_a_score_incomplete(small_plan: EvaluationPlan
     scores = score_folder(folder.path, draws=0)
     pope, mme = scores.benchmarks["pope"], scores.benchmarks["mme"]
     assert not pope.complete
-    assert pope.note == "incomplete: 1 of 4 questions unanswered"
+    assert pope.note.startswith("incomplete: 1 of 4 questions unanswered; not the paper's benchmark")
     assert mme.scores["perception"] == 0  # the pair that lost a question is left out, not counted as wrong or right
     assert mme.scores["cognition"] == 50
     assert scores.benchmarks["mmvp"].complete
@@ -348,17 +350,106 @@ def test_damaged_files_are_named(tmp_path: Path, small_plan: EvaluationPlan) -> 
         score_folder(tmp_path)
 
 
-def test_fingerprints(tmp_path: Path) -> None:
+def test_a_fingerprint_covers_every_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy whose projector is noise, with the same sizes and times, is another model."""
+    monkeypatch.setenv("FLORENCE_VL_CACHE", str(tmp_path / "cache"))
     model, processor = tiny_model()
-    other, _ = tiny_model(seed=1)
-    assert state_fingerprint(model) == state_fingerprint(tiny_model()[0]) != state_fingerprint(other)
-    model.save_pretrained(tmp_path / "a")
     processor.save_pretrained(tmp_path / "a")
+    model.save_pretrained(tmp_path / "a")
     before = folder_fingerprint(tmp_path / "a")
     assert before == folder_fingerprint(tmp_path / "a")
+    assert (tmp_path / "cache" / "fingerprints.json").is_file()
+    weights = tmp_path / "a" / "model.safetensors"
+    times = weights.stat()
+    assert times.st_size > 1 << 20  # large enough for its digest to be kept
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert folder_fingerprint(tmp_path / "a") != before
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    assert folder_fingerprint(tmp_path / "a") == before
     template = tmp_path / "a" / "chat_template.jinja"
     template.write_text(template.read_text() + " ")
     assert folder_fingerprint(tmp_path / "a") != before
+
+
+def test_another_models_answers_are_not_taken(small_plan: EvaluationPlan, tmp_path: Path) -> None:
+    model, processor = tiny_model()
+    folder = ResultsFolder(tmp_path / "run")
+    open_results(folder, LocalAnswerer(model, processor), small_plan)
+    open_results(folder, LocalAnswerer(tiny_model()[0], processor), small_plan)
+    with torch.no_grad():
+        next(model.model.multi_modal_projector.parameters())[0, 0] += 1e-3
+    with pytest.raises(ValueError, match="answers of another model: fingerprint"):
+        open_results(folder, LocalAnswerer(model, processor), small_plan)
+
+
+def test_a_part_of_a_benchmark_is_not_the_whole(benchmark_folder: Path, tmp_path: Path) -> None:
+    made = plan(choose("pope"), lambda benchmark: benchmark.questions(benchmark_folder))
+    folder = ResultsFolder(tmp_path / "run")
+    open_results(folder, Scripted(), made)
+    run(Scripted(), made, folder)
+    score = score_folder(folder.path, draws=0).benchmarks["pope"]
+    assert score.note == "not the paper's benchmark: 4 questions in the data, 9000 in all"
+    facts = describe(made)["pope"]
+    assert (facts["size"], facts["available"]) == (9000, 4)
+    (tmp_path / "data" / "pope").mkdir(parents=True)
+    table = (benchmark_folder / "pope.parquet").read_bytes()
+    (tmp_path / "data" / "pope" / "test-00001-of-00003.parquet").write_bytes(table)
+    with pytest.raises(
+        FileNotFoundError, match=r"1 of 3 files are there; missing: .*test-00000-of-00003.parquet, .*2-of"
+    ):
+        choose("pope")[0].questions(tmp_path / "data")
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_an_unreadable_picture_or_a_long_prompt_loses_one_question(
+    own: bool, small_plan: EvaluationPlan, llava_folder: Path
+) -> None:
+    if own:
+        model, processor = tiny_model()
+        answerer = LocalAnswerer(model, processor, batch_size=8)
+    else:
+        answerer = load_answerer(str(llava_folder), batch_size=8)
+    good = list(small_plan.questions["pope"][:2])
+    broken = replace(good[0], id="broken", images=(BytesPicture(b"\xff\xd8\xff no picture"),))
+    limit = answerer.model.config.get_text_config().max_position_embeddings
+    long = replace(good[0], id="long", parts=(*good[0].parts, "word " * limit))
+    found = answerer.answer([good[0], broken, long, good[1]], Generation(3))
+    assert [answer.error is None for answer in found] == [True, False, False, True]
+    assert "image 0 of pope question broken" in (found[1].error or "")
+    assert re.search(rf"prompt has \d+ tokens, images included; the LLM's context holds {limit}", found[2].error or "")
+    assert [found[0], found[3]] == answerer.answer(good, Generation(3))
+    assert all(answer.error for answer in answerer.answer([broken, long], Generation(3)))
+
+
+def test_a_gated_fusion_sees_each_question(small_plan: EvaluationPlan) -> None:
+    """Tokens of a picture depend on the question, so neither they nor a prompt's beginning are shared."""
+    model, processor = tiny_model(fusion="gated", gate={"context": "question"})
+    torch.manual_seed(0)
+    for parameter in model.model.fusion.parameters():  # equal to channel fusion until trained
+        torch.nn.init.normal_(parameter, std=1.0)
+    asked = small_plan.questions["pope"][:2]
+    questions = [replace(q, id=f"{q.id}/{word}", parts=(*q.parts, word)) for q in asked for word in ("a", "b c d")]
+    together = LocalAnswerer(model, processor, batch_size=8)
+    alone = LocalAnswerer(model, processor, batch_size=1, share_prefix=False)
+    assert answers(together, questions, tokens=6) == answers(alone, questions, tokens=6)
+    assert together.encoded_images == len({(q.picture_key, q.text) for q in questions}) > 1
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image", "image": _image(questions[0])}, *questions[0].content()[1:]]}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    )  # fmt: skip
+    out = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    text = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert text == answers(alone, questions[:1], tokens=6)["pope", questions[0].id].text
+
+
+def _image(question: Question) -> Any:
+    from florence_vl.model.pictures import open_image
+
+    return open_image(question.images[0].read())
 
 
 def test_the_description_says_what_a_score_depends_on(small_plan: EvaluationPlan) -> None:

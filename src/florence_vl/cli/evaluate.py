@@ -40,7 +40,8 @@ def run_command(
         None,
         "--model",
         "-m",
-        help="Folder of any image-text-to-text model, `mini`, or the URL of an OpenAI-compatible server.",
+        help="Folder of any image-text-to-text model, `mini`, or the URL of an OpenAI-compatible server "
+        "(its key: $FLORENCE_VL_MODEL_API_KEY).",
     ),
     suite: str = typer.Option(
         "mini", "--suite", "-s", help="Suites, benchmarks and YAML files of your own, with commas."
@@ -52,7 +53,9 @@ def run_command(
     protocol: str = typer.Option("current", "--protocol", help="current, or authors: settings of the paper's runs."),
     batch_size: int = typer.Option(16, "--batch-size", "-b", min=1, help="Questions at a time."),
     processes: int = typer.Option(1, "--processes", min=1, help="Processes that share the questions (one a GPU)."),
-    judge: str | None = typer.Option(None, "--judge", help="URL of an OpenAI-compatible judge."),
+    judge: str | None = typer.Option(
+        None, "--judge", help="URL of an OpenAI-compatible judge (its key: $FLORENCE_VL_JUDGE_API_KEY)."
+    ),
     judge_model: str | None = typer.Option(None, "--judge-model", help="Its model, when it serves several."),
     served_model: str | None = typer.Option(
         None, "--served-model", help="Model to ask, when --model is a URL that serves several."
@@ -90,10 +93,10 @@ def run_command(
     folder = ResultsFolder(out)
     judge_client = None
     if judge is not None:
-        from florence_vl.evaluate.endpoint import ChatEndpoint
+        from florence_vl.evaluate.endpoint import JUDGE_KEY_VARIABLE, ChatEndpoint
         from florence_vl.evaluate.judge import Judge
 
-        judge_client = Judge(ChatEndpoint(judge, judge_model, retries=retries))
+        judge_client = Judge(ChatEndpoint(judge, judge_model, retries=retries, key_variable=JUDGE_KEY_VARIABLE))
     if processes > 1:
         failed = _run_processes(processes, made, folder)
     else:

@@ -106,6 +106,7 @@ class Benchmark:
         columns: The paper's column name -> the score that stands in it.
         judge: `none`, `required` (nothing can be scored without one) or `optional`.
         authors: Fields that differ in the authors' protocol (lmms-eval of August 2024), used by `--protocol authors`.
+        size: Number of questions of the whole benchmark, where known: fewer in the data folder are not the benchmark.
         differences: What distinguishes the authors' run, this protocol and lmms-eval's present one.
         protocol: `current` or `authors`.
     """
@@ -121,6 +122,7 @@ class Benchmark:
     columns: Mapping[str, str] = field(default_factory=dict)
     judge: str = "none"
     authors: Mapping[str, Any] = field(default_factory=dict)
+    size: int | None = None
     differences: str = ""
     protocol: str = "current"
 

@@ -1,10 +1,15 @@
-"""Answers from an OpenAI-compatible endpoint: retried, and when it fails for good, a question without answer."""
+"""Answers from an OpenAI-compatible endpoint: retried, and when it fails for good, a question without answer.
+
+The client is our own: the `openai` package follows redirects, reads bodies of any size, and takes its key from
+`OPENAI_API_KEY` wherever the address leads.
+"""
 
 from __future__ import annotations
 
 import base64
 import http.client
 import io
+import ipaddress
 import json
 import os
 import time
@@ -13,12 +18,16 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlsplit
 
 from florence_vl.evaluate.answer import Answer, Answerer
 from florence_vl.evaluate.benchmark import Generation
 from florence_vl.evaluate.question import IMAGE, Question
 
-KEY_VARIABLE = "OPENAI_API_KEY"
+OPENAI_HOST = "api.openai.com"
+KEY_VARIABLE = "FLORENCE_VL_MODEL_API_KEY"
+JUDGE_KEY_VARIABLE = "FLORENCE_VL_JUDGE_API_KEY"
+MAX_BODY = 16 << 20  # bytes of a reply
 
 
 class EndpointError(Exception):
@@ -29,16 +38,18 @@ class ChatEndpoint:
     """Client of one OpenAI-compatible server.
 
     Args:
-        url: Base address, with or without `/v1`.
+        url: Base address, with or without `/v1`: https, or plain http on this machine. Redirects are not followed.
         model: Name of the model; the server's only one by default.
-        key: API key; `$OPENAI_API_KEY` by default.
+        key: API key. By default that of the environment variable `key_variable`; `OPENAI_API_KEY` is sent to
+            api.openai.com only.
         retries: Further attempts after a lost connection, a timeout, 429 or a server's error.
         wait: Seconds before the second attempt; doubles with each.
         timeout: Seconds for one attempt.
         sleep: For tests.
+        key_variable: Environment variable with the key.
 
     Raises:
-        ValueError: The address is none, or no model is named and the server can't be asked, or serves several.
+        ValueError: The address is not allowed, or no model is named and the server can't be asked, or serves several.
     """
 
     def __init__(
@@ -50,12 +61,18 @@ class ChatEndpoint:
         wait: float = 1.0,
         timeout: float = 120.0,
         sleep: Callable[[float], None] = time.sleep,
+        key_variable: str = KEY_VARIABLE,
     ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"an endpoint's address begins with http:// or https://, found {url!r}")
+        host = _check_address(url)
         base = url.rstrip("/").removesuffix("/chat/completions")
         self.url = base if base.endswith("/v1") else f"{base}/v1"
-        key = key or os.environ.get(KEY_VARIABLE)
+        key = key or os.environ.get(key_variable)
+        if not key and host == OPENAI_HOST:
+            key = os.environ.get("OPENAI_API_KEY")
+        handlers: list[Any] = [_NoRedirect()]
+        if _is_loopback(host):
+            handlers.append(urllib.request.ProxyHandler({}))
+        self._opener = urllib.request.build_opener(*handlers)
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self._timeout = timeout
         self.retries, self.wait, self._sleep = retries, wait, sleep
@@ -63,7 +80,7 @@ class ChatEndpoint:
 
     def _only_model(self) -> str:
         try:
-            served = [item["id"] for item in self._send("GET", "/models", None)["data"]]
+            served = [str(item["id"]) for item in self._send("GET", "/models", None)["data"]]
         except (EndpointError, KeyError, TypeError) as error:
             raise ValueError(f"{self.url} doesn't say which models it serves ({error}); name one") from None
         if len(served) != 1:
@@ -80,9 +97,9 @@ class ChatEndpoint:
         reply = self._send("POST", "/chat/completions", body)
         try:
             choice = reply["choices"][0]
-            return choice["message"]["content"] or "", choice.get("finish_reason") != "length"
-        except (KeyError, IndexError, TypeError):
-            raise EndpointError(f"{self.url} sent no chat completion: {str(reply)[:200]}") from None
+            return _text(choice["message"]["content"]), choice.get("finish_reason") != "length"
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise EndpointError(f"{self.url} sent no chat completion: {json.dumps(reply)[:200]}") from None
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -92,10 +109,15 @@ class ChatEndpoint:
                 self._sleep(self.wait * 2 ** (attempt - 1))
             request = urllib.request.Request(f"{self.url}{path}", data, self._headers, method=method)
             try:
-                with urllib.request.urlopen(request, timeout=self._timeout) as reply:
-                    text = reply.read().decode("utf-8", "replace")
+                with self._opener.open(request, timeout=self._timeout) as reply:
+                    body_bytes = reply.read(MAX_BODY + 1)
             except urllib.error.HTTPError as error:
-                text = error.read().decode("utf-8", "replace")[:200]
+                text = error.read(1 << 12).decode("utf-8", "replace")[:200]
+                if 300 <= error.code < 400:
+                    where = error.headers.get("Location", "")
+                    raise EndpointError(
+                        f"{self.url}{path} redirects to {where!r}, which is not followed: give that address instead"
+                    ) from None
                 if error.code != 429 and error.code < 500:
                     raise EndpointError(f"{self.url}{path} refused: HTTP {error.code}: {text}") from None
                 problem = f"HTTP {error.code}: {text}"
@@ -103,11 +125,52 @@ class ChatEndpoint:
             except (OSError, http.client.HTTPException) as error:  # lost connections and timeouts
                 problem = f"{type(error).__name__}: {error}"
                 continue
+            if len(body_bytes) > MAX_BODY:
+                raise EndpointError(f"{self.url}{path} sent more than {MAX_BODY} bytes")
+            text = body_bytes.decode("utf-8", "replace")
             try:
                 return json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 problem = f"no JSON: {text[:200]!r}"
         raise EndpointError(f"{self.url}{path} failed {self.retries + 1} times, last with {problem}")
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None  # urllib then raises the HTTPError of the redirect
+
+
+def _check_address(url: str) -> str:
+    """Host of an address that may be asked; see `ChatEndpoint`."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"an endpoint's address begins with http:// or https://, found {url!r}")
+    if parts.username or parts.password:
+        raise ValueError(f"put the key into ${KEY_VARIABLE}, not into the address of {parts.hostname}")
+    if parts.scheme == "http" and not _is_loopback(parts.hostname):
+        raise ValueError(
+            f"{url} would send questions, pictures and keys unencrypted: use https://, or an SSH tunnel to a port of "
+            "this machine (ssh -L 8000:localhost:8000 HOST, then http://localhost:8000)"
+        )
+    return parts.hostname
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _text(content: Any) -> str:
+    """Text of a message: a string, or the text parts of a list."""
+    if content is None:
+        return ""
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content if part.get("type", "text") in ("text", "output_text"))
+    if not isinstance(content, str):
+        raise TypeError("content is neither text nor a list of parts")
+    return content
 
 
 class EndpointAnswerer(Answerer):
@@ -131,10 +194,10 @@ class EndpointAnswerer(Answerer):
         return list(self._pool.map(lambda question: self._one(question, generation), questions))
 
     def _one(self, question: Question, generation: Generation) -> Answer:
-        messages = [{"role": "user", "content": message_content(question)}]
         try:
+            messages = [{"role": "user", "content": message_content(question)}]
             text, finished = self.endpoint.chat(messages, generation.max_new_tokens, generation.temperature)
-        except EndpointError as error:
+        except (EndpointError, ValueError, OSError) as error:  # also a picture that can't be read
             return Answer("", error=str(error))
         return Answer(text, finished)
 

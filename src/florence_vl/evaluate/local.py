@@ -7,11 +7,12 @@ P length of the longest common beginning, S length of the longest rest, N tokens
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from torch import Tensor
 from florence_vl.evaluate.answer import Answer, Answerer
 from florence_vl.evaluate.benchmark import Generation
 from florence_vl.evaluate.question import Question
-from florence_vl.model.features import encode_images
+from florence_vl.files import cache_dir, sha256, write_text
+from florence_vl.model.features import encode_images, state_hash
 from florence_vl.model.pictures import open_image
 
 
@@ -61,13 +63,14 @@ class LocalAnswerer(Answerer):
                 "(chat_template.jinja), for example from `florence-vl build`"
             )
         self.model, self.processor, self.batch_size = model, processor, batch_size
-        self.identity = identity or {"model": type(model).__name__, "fingerprint": state_fingerprint(model)}
+        self.identity = identity or {"model": type(model).__name__, "fingerprint": state_hash(model)}
         self.share_prefix = share_prefix
         self.seed = seed
         self.encoded_images = 0  # how often the vision side ran
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
         self._cached_images = cached_images
         self._own = hasattr(processor, "tokenize") and hasattr(model, "num_image_tokens")
+        self._by_question = self._own and model.model.fusion.uses_context
         self._stop = _stop_ids(model, processor)
 
     def close(self) -> None:
@@ -77,8 +80,8 @@ class LocalAnswerer(Answerer):
     def answer(self, questions: Sequence[Question], generation: Generation) -> list[Answer]:
         """Greedy answers (sampled with a temperature above 0).
 
-        Raises:
-            ValueError: An image is missing or broken; the message names the question.
+        A question whose picture can't be read, or whose prompt is longer than the LLM's context, gets no answer; the
+        reason is the answer's `error`.
         """
         if generation.temperature > 0:  # the same batch is drawn the same way, also after a resume
             name = "/".join(f"{q.benchmark}:{q.id}" for q in questions)
@@ -86,22 +89,62 @@ class LocalAnswerer(Answerer):
         modes = [(module, module.training) for module in self.model.modules()] if self.model.training else []
         self.model.eval()
         try:
-            return self._answer_own(questions, generation) if self._own else self._answer_any(questions, generation)
+            opened, unread = self._open_pictures(questions)
+            asked = [question for question in questions if id(question) not in unread]
+            ask = self._answer_own if self._own else self._answer_any
+            found = iter(ask(asked, opened, generation) if asked else [])
+            return [Answer("", error=unread[id(q)]) if id(q) in unread else next(found) for q in questions]
         finally:
             for module, training in modes:  # one by one: frozen parts stay as they were
                 module.training = training
 
+    def _open_pictures(self, questions: Sequence[Question]) -> tuple[dict[str, Any], dict[int, str]]:
+        """Pictures that are not encoded yet, by key, and for questions with an unreadable one the reason, by `id`."""
+        opened: dict[str, Any] = {}
+        unread: dict[int, str] = {}
+        for question in questions:
+            for position, picture in enumerate(question.images):
+                if picture.key in opened or self._key(question, position) in self._cache:
+                    continue
+                try:
+                    opened[picture.key] = _open(question, position)
+                except (OSError, ValueError) as error:
+                    unread[id(question)] = str(error)
+        return opened, unread
+
+    def _without_long(
+        self,
+        lengths: Sequence[int],
+        questions: Sequence[Question],
+        ask: Callable[[list[Question]], list[Answer]],
+    ) -> list[Answer] | None:
+        """Answers where a prompt is longer than the LLM's context: the others are asked. None where all fit."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is None or max(lengths) <= limit:
+            return None
+        rest = [q for q, length in zip(questions, lengths, strict=True) if length <= limit]
+        found = iter(ask(rest) if rest else [])
+        message = "the prompt has {} tokens, images included; the LLM's context holds {}"
+        return [
+            next(found) if length <= limit else Answer("", error=message.format(length, limit)) for length in lengths
+        ]
+
     # ---------------------------------------------------------------- any model
 
-    def _answer_any(self, questions: Sequence[Question], generation: Generation) -> list[Answer]:
+    def _answer_any(
+        self, questions: Sequence[Question], opened: dict[str, Any], generation: Generation
+    ) -> list[Answer]:
         chats = [[{"role": "user", "content": question.content()}] for question in questions]
         texts = [self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
-        images = [[_open(question, i) for i in range(len(question.images))] for question in questions]
-        some = any(images)
-        self.encoded_images += sum(map(len, images))
+        images = [[opened[picture.key] for picture in question.images] for question in questions]
         inputs = self.processor(
-            text=texts, images=images if some else None, return_tensors="pt", padding=True, padding_side="left"
+            text=texts, images=images if any(images) else None, return_tensors="pt", padding=True, padding_side="left"
         )
+        lengths = inputs["attention_mask"].sum(-1).tolist()
+        again = self._without_long(lengths, questions, lambda rest: self._answer_any(rest, opened, generation))
+        if again is not None:
+            return again
+        self.encoded_images += sum(map(len, images))
         inputs = inputs.to(self.model.device)
         for name, value in inputs.items():
             if torch.is_tensor(value) and value.is_floating_point():
@@ -111,16 +154,36 @@ class LocalAnswerer(Answerer):
 
     # ---------------------------------------------------------------- Florence-VL
 
-    def encode(self, questions: Sequence[Question]) -> dict[str, Tensor]:
-        """Projected tokens (N, H) of these questions' pictures, by key; those seen before come from the cache."""
+    def _key(self, question: Question, position: int) -> str:
+        """What the tokens of a picture depend on: the picture, and with a gated fusion the question too."""
+        picture = question.images[position].key
+        return f"{picture}\0{question.text}" if self._by_question else picture
+
+    def encode(self, questions: Sequence[Question], opened: dict[str, Any]) -> dict[str, Tensor]:
+        """Projected tokens (N, H) of these questions' pictures, by `_key`; those seen before come from the cache.
+
+        Args:
+            questions: The questions.
+            opened: Pictures that may not be in the cache, by their own key.
+        """
         wanted: dict[str, tuple[Question, int]] = {}
         for question in questions:
-            for position, image in enumerate(question.images):
-                wanted.setdefault(image.key, (question, position))
+            for position in range(len(question.images)):
+                wanted.setdefault(self._key(question, position), (question, position))
         missing = [key for key in wanted if key not in self._cache]
         if missing:
-            images = [_open(*wanted[key]) for key in missing]
-            self._cache |= dict(zip(missing, encode_images(self.model, self.processor, images), strict=True))
+            places = [wanted[key] for key in missing]
+            context: dict[str, Tensor] = {}
+            if self._by_question:  # one picture a chat, so that each has the whole question
+                chats = [
+                    [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q.text}]}]
+                    for q, _ in places
+                ]
+                rows = self.processor.question_inputs(chats)
+                context = {name: torch.tensor(value, device=self.model.device) for name, value in rows.items()}
+            images = [opened[question.images[position].key] for question, position in places]
+            encoded = encode_images(self.model, self.processor, images, **context)
+            self._cache |= dict(zip(missing, encoded, strict=True))
             self.encoded_images += len(missing)
         found = {}
         for key in wanted:
@@ -135,30 +198,42 @@ class LocalAnswerer(Answerer):
         chat = [{"role": "user", "content": question.content()}]
         text = self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         ids, _ = self.processor.tokenize(text)
-        counts = iter([features[image.key].shape[0] for image in question.images])
+        counts = iter([features[self._key(question, i)].shape[0] for i in range(len(question.images))])
         image_id = self.processor.image_token_id
         expanded: list[int] = []
         for token in ids:
             expanded += [token] * (next(counts) if token == image_id else 1)
         return expanded
 
-    def _answer_own(self, questions: Sequence[Question], generation: Generation) -> list[Answer]:
-        features = self.encode(questions)
+    def _answer_own(
+        self, questions: Sequence[Question], opened: dict[str, Any], generation: Generation
+    ) -> list[Answer]:
+        features = self.encode(questions, opened)
         rows = [self.token_ids(question, features) for question in questions]
+        lengths = [len(row) for row in rows]
+        again = self._without_long(lengths, questions, lambda rest: self._answer_own(rest, opened, generation))
+        if again is not None:
+            return again
         groups: dict[str, list[int]] = {}
         for index, question in enumerate(questions):
             groups.setdefault(question.picture_key, []).append(index)
         prefixes = [self._common(questions[m[0]], [rows[i] for i in m]) for m in groups.values()]
-        share = self.share_prefix and len(questions) > len(groups) and all(prefixes) and not self._slides()
+        share = (
+            self.share_prefix
+            and not self._by_question
+            and len(questions) > len(groups)
+            and all(prefixes)
+            and not self._slides()
+        )
         if not share:
-            images = [features[image.key] for question in questions for image in question.images]
+            images = [features[self._key(q, i)] for q in questions for i in range(len(q.images))]
             ids, mask = self._pad(rows)
             inputs = {"input_ids": ids, "attention_mask": mask}
             out = self.model.generate(**inputs, **_encoded(images), **self._options(generation))
             return self._read(out[:, ids.shape[1] :])
         firsts = [questions[members[0]] for members in groups.values()]
         heads_GP, mask_GP = self._pad([rows[m[0]][:n] for m, n in zip(groups.values(), prefixes, strict=True)])
-        images = [features[image.key] for question in firsts for image in question.images]
+        images = [features[self._key(q, i)] for q in firsts for i in range(len(q.images))]
         cache = self.model(
             input_ids=heads_GP,
             attention_mask=mask_GP,
@@ -282,30 +357,31 @@ def _stop_ids(model: Any, processor: Any) -> list[int]:
     return found
 
 
-def state_fingerprint(model: torch.nn.Module) -> str:
-    """Hash of a model's weights in memory, from sums over every tensor."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        flat = value.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)].to("cpu", torch.float64)
-        digest.update(f"{name}{tuple(value.shape)}{value.detach().double().sum().item():.12e}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def folder_fingerprint(folder: Path) -> str:
-    """Hash of a saved model: names and sizes of its files, text files whole, of weights the first and last mebibyte."""
-    digest = hashlib.sha256()
+    """Hash of every byte of a saved model's files, reports and logs aside.
+
+    Digests of large files are kept in the cache folder under path, size, inode and times of change, so weights are
+    read once.
+    """
+    known_file = cache_dir() / "fingerprints.json"
+    try:
+        known = json.loads(known_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    digest, added = hashlib.sha256(), False
     for path in sorted(folder.iterdir()):
         if not path.is_file() or path.suffix in {".md", ".log", ".html"}:
             continue
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-            if size > 2 << 20:
-                file.seek(-(1 << 20), 2)
-                digest.update(file.read())
+        facts = path.stat()
+        key = f"{path.resolve()}:{facts.st_size}:{facts.st_ino}:{facts.st_mtime_ns}:{facts.st_ctime_ns}"
+        if key not in known:
+            known[key] = sha256(path)
+            added = added or facts.st_size > 1 << 20
+        digest.update(f"{path.name}:{known[key]}\n".encode())
+    if added:
+        kept = {key: value for key, value in known.items() if int(key.rsplit(":", 4)[1]) > 1 << 20}
+        with contextlib.suppress(OSError):  # a read-only cache costs time only
+            write_text(known_file, json.dumps(kept))
     return digest.hexdigest()[:16]
 
 
@@ -347,13 +423,17 @@ def load_answerer(
         wanted: Any = dtype if dtype != "auto" else ("float32" if place == "cpu" else "auto")
         wanted = wanted if wanted == "auto" else getattr(torch, wanted)
         try:
-            loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype=wanted).to(place).eval()
+            loaded = (
+                AutoModelForImageTextToText.from_pretrained(folder, dtype=wanted, trust_remote_code=False)
+                .to(place)
+                .eval()
+            )
         except ValueError as error:
             raise ValueError(f"{folder} holds a {kind!r}, which is no image-text-to-text model: {error}") from None
-        processor = AutoProcessor.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     if folder.is_dir():
         fingerprint = folder_fingerprint(folder)
     else:
-        fingerprint = str(getattr(loaded.config, "_commit_hash", None) or state_fingerprint(loaded))
+        fingerprint = str(getattr(loaded.config, "_commit_hash", None) or state_hash(loaded))
     identity = {"model": str(model), "fingerprint": fingerprint, "dtype": str(loaded.dtype).removeprefix("torch.")}
     return LocalAnswerer(loaded, processor, batch_size, identity, share_prefix, seed=seed)

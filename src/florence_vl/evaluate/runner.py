@@ -110,6 +110,7 @@ def describe(made: EvaluationPlan) -> dict[str, dict[str, Any]]:
             "fingerprint": made.fingerprints[name],
             "questions": len(made.questions[name]),
             "available": made.available.get(name, len(made.questions[name])),
+            "size": benchmark.size,
             "limit": made.limit,
             "seed": made.seed,
             **{k: facts[k] for k in ("title", "group", "columns", "metric", "judge", "protocol", "differences")},

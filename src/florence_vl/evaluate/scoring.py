@@ -50,6 +50,11 @@ class BenchmarkScore:
     note: str = ""
 
     @property
+    def another_size(self) -> bool:
+        """Whether the data held another number of questions than the whole benchmark has, a shard of it for example."""
+        return self.facts.get("size") not in (None, self.facts["available"])
+
+    @property
     def complete(self) -> bool:
         """Whether every question of the run was answered and scored."""
         return bool(self.scores) and self.answered >= self.expected and not self.unjudged
@@ -154,7 +159,10 @@ def _score(
     missing = result.expected - result.answered
     notes = [f"{missing} of {result.expected} questions unanswered"] if missing > 0 else []
     notes += [f"{result.unjudged} answers not judged"] if result.unjudged else []
-    result.note = "incomplete: " + ", ".join(notes) if notes else ""
+    parts = ["incomplete: " + ", ".join(notes)] if notes else []
+    if result.another_size:
+        parts.append(f"not the paper's benchmark: {facts['available']} questions in the data, {facts['size']} in all")
+    result.note = "; ".join(parts)
     return result, found
 
 

@@ -138,12 +138,25 @@ def find_files(folder: Path, benchmark: str, split: str, config: str | None = No
         place = place / config
     everything = sorted(place.rglob("*.parquet")) if main or place.name == config else []
     named = [path for path in everything if _split_of(path, split)]
+    _check_shards(named or everything)
     if named:
         return named
     if everything and not any(_split_of(path, other) for path in everything for other in _SPLITS):
         return everything
     looked = ", ".join(map(str, [*singles, place / f"**/{split}*.parquet"]))
     raise FileNotFoundError(f"no parquet file of {benchmark!r}: looked for {looked}")
+
+
+def _check_shards(paths: Sequence[Path]) -> None:
+    """Refuse a part of a set of files that are named `...-00000-of-00002.parquet`."""
+    groups: dict[tuple[str, int], set[int]] = {}
+    for path in paths:
+        if match := re.fullmatch(r"(.*)-(\d+)-of-(\d+)", path.stem):
+            groups.setdefault((str(path.with_name(match[1])), int(match[3])), set()).add(int(match[2]))
+    for (prefix, total), there in groups.items():
+        if absent := [number for number in range(total) if number not in there]:
+            names = ", ".join(f"{prefix}-{number:05}-of-{total:05}.parquet" for number in absent[:3])
+            raise FileNotFoundError(f"{len(there)} of {total} files are there; missing: {names}")
 
 
 _SPLITS = ("train", "test", "validation", "val", "dev", "testdev", "testmini", "image", "lite")
@@ -195,7 +208,10 @@ def _image_bytes(image: Any, where: TablePicture) -> bytes:
     if image.get("bytes"):
         return image["bytes"]
     if image.get("path"):
-        file = Path(where.path).parent / image["path"]
+        folder = Path(where.path).parent
+        file = folder / image["path"]
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{where} refers to {image['path']!r}, which is outside of {folder}")
         if file.is_file():
             return file.read_bytes()
         raise ValueError(f"missing image: {where} refers to {file}, which isn't there")

@@ -345,12 +345,26 @@ def tower_features(
 
 @torch.inference_mode()
 def encode_images(
-    model: FlorenceVLForConditionalGeneration, processor: FlorenceVLProcessor, images: Sequence[Image.Image]
+    model: FlorenceVLForConditionalGeneration,
+    processor: FlorenceVLProcessor,
+    images: Sequence[Image.Image],
+    question_ids: Tensor | None = None,
+    question_mask: Tensor | None = None,
 ) -> list[Tensor]:
-    """Projected tokens of each image, (N, H): what `mm_encoder_outputs` takes instead of running the tower again."""
+    """Projected tokens of each image, (N, H): what `mm_encoder_outputs` takes instead of running the tower again.
+
+    Args:
+        model: A Florence-VL.
+        processor: Its processor.
+        images: The images.
+        question_ids: (I, Q) the question beside each image, for a fusion with `uses_context`.
+        question_mask: (I, Q), 1 where `question_ids` counts.
+    """
     inputs = processor.image_processor(list(images), return_tensors="pt")
     pixels = inputs.pop("pixel_values").to(model.device, model.dtype)
-    return list(model.get_image_features(pixels, **inputs).pooler_output)
+    return list(
+        model.get_image_features(pixels, question_ids=question_ids, question_mask=question_mask, **inputs).pooler_output
+    )
 
 
 __all__ = [
