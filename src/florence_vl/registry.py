@@ -82,8 +82,8 @@ def plugins(kind: str) -> dict[str, EntryPoint]:
     """What installed packages add to the library by entry points of the group `florence_vl.<kind>`, by name.
 
     Args:
-        kind: `models`, `vision`, `llms` (see `florence_vl.model.packaged`), `suites`, `recipes`, `datasets` or
-            `commands`.
+        kind: `models`, `vision`, `llms` (see `florence_vl.model.packaged`), `suites`, `recipes`, `datasets`,
+            `pictures` or `commands`.
     """
     return {point.name: point for point in entry_points(group=f"florence_vl.{kind}")}
 

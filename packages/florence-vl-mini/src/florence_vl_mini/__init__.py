@@ -69,6 +69,12 @@ def photos() -> list[dict[str, str]]:
     return [row | {"file": str(DATA / "photos" / row["file"])} for row in rows]
 
 
+def photo_files() -> list[str]:
+    """Files of the photographs that show something: the entry point of `florence_vl.pictures`, for pages."""
+    textures = ("brick", "grass", "gravel")
+    return [row["file"] for row in photos() if row["id"] not in textures]
+
+
 def florence2_path() -> Path:
     """The folder of the mini Florence-2 (weights, tokenizer, processor, model card).
 

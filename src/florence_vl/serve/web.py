@@ -1,0 +1,366 @@
+"""A page that talks to an OpenAI-compatible server: chat, what the model sees, why it answered, two servers side by side.
+
+The page holds no model: it is a client of the HTTP API, in a process of its own. The tabs on features and attribution
+appear where the server has `/v1/features` and `/v1/attribution`.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+MAX_UPLOAD = "16mb"
+
+
+@dataclass(frozen=True)
+class Server:
+    """An OpenAI-compatible server.
+
+    Attributes:
+        url: Its address without `/v1`.
+        key: Its API key; empty without one.
+    """
+
+    url: str
+    key: str = ""
+
+    def post(self, path: str, body: dict[str, Any], timeout: float = 300) -> dict[str, Any]:
+        """The JSON answer to a JSON request.
+
+        Raises:
+            ValueError: The server refused it, or cannot be reached; the message is the server's own.
+        """
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key or 'none'}"}
+        request = urllib.request.Request(f"{self.url}{path}", json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
+                return json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            raise ValueError(_message(error.read(), error.code)) from None
+        except OSError as error:
+            raise ValueError(f"no answer from {self.url}: {error}") from None
+
+    def client(self) -> Any:
+        """The official client, pointed at this server."""
+        from openai import OpenAI
+
+        return OpenAI(base_url=f"{self.url}/v1", api_key=self.key or "none", max_retries=0)
+
+    def models(self) -> list[str]:
+        """Names of its models.
+
+        Raises:
+            ValueError: It cannot be reached.
+        """
+        import openai
+
+        try:
+            return [model.id for model in self.client().models.list()]
+        except openai.OpenAIError as error:
+            raise ValueError(f"no models from {self.url}: {error}") from None
+
+    def has(self, path: str) -> bool:
+        """Whether the server knows a path: it answers a POST of nothing with another status than 404."""
+        request = urllib.request.Request(
+            f"{self.url}{path}",
+            b"{}",
+            {"Content-Type": "application/json", "Authorization": f"Bearer {self.key or 'none'}"},
+        )
+        try:
+            urllib.request.urlopen(request, timeout=10)
+        except urllib.error.HTTPError as error:
+            return error.code not in (404, 405)
+        except OSError:
+            return False
+        return True
+
+
+def _message(body: bytes, status: int) -> str:
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"the server answered {status}"
+
+
+def data_url(picture: Image.Image) -> str:
+    """A picture as a PNG `data:` address."""
+    file = io.BytesIO()
+    picture.convert("RGB").save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def from_data_url(url: str) -> Image.Image:
+    """The picture of a `data:` address that this server made."""
+    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+
+
+def to_messages(history: Sequence[dict[str, Any]], question: str, picture: Image.Image | None) -> list[dict[str, Any]]:
+    """The request's messages: earlier turns as they were, and the new question with its picture.
+
+    Args:
+        history: `{"role", "text", "image"}` a turn; `image` is a data address or None.
+        question: The new text.
+        picture: The new picture, or None.
+    """
+
+    def turn(role: str, text: str, image: str | None) -> dict[str, Any]:
+        if image is None:
+            return {"role": role, "content": text}
+        parts = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": text}]
+        return {"role": role, "content": parts}
+
+    earlier = [turn(item["role"], item["text"], item.get("image")) for item in history]
+    return [*earlier, turn("user", question, data_url(picture) if picture is not None else None)]
+
+
+def stream_answer(
+    server: Server, model: str, messages: list[dict[str, Any]], **options: Any
+) -> Iterator[tuple[str, str]]:
+    """The answer so far and a line on its speed, as it grows.
+
+    Raises:
+        ValueError: The server refused the request.
+    """
+    import openai
+
+    text, status, started = "", "", time.monotonic()
+    first = None
+    try:
+        stream = server.client().chat.completions.create(
+            model=model, messages=messages, stream=True, stream_options={"include_usage": True}, **options
+        )
+        with stream:
+            for chunk in stream:
+                if chunk.choices and chunk.choices[0].delta.content:
+                    first = first or time.monotonic()
+                    text += chunk.choices[0].delta.content
+                if chunk.usage is not None:
+                    status = _speed(chunk.usage, started, first)
+                yield text, status
+    except openai.APIStatusError as error:
+        body = error.response.read() if not error.response.is_closed else error.response.content
+        raise ValueError(_message(body, error.status_code)) from None
+    except openai.OpenAIError as error:
+        raise ValueError(f"no answer from {server.url}: {error}") from None
+
+
+def _speed(usage: Any, started: float, first: float | None) -> str:
+    now = time.monotonic()
+    count = usage.completion_tokens
+    rate = f", {(count - 1) / (now - first):.1f} tokens/s" if first is not None and count > 1 and now > first else ""
+    details = getattr(usage, "prompt_tokens_details", None)
+    cached = getattr(details, "cached_tokens", None) or 0
+    return (
+        f"{usage.prompt_tokens} prompt tokens ({cached} cached), {count} answer tokens{rate}; "
+        f"first token after {(first or now) - started:.2f} s"
+    )
+
+
+def build_page(servers: Sequence[Server], examples: Sequence[str] = ()) -> Any:
+    """The page.
+
+    Args:
+        servers: One server, or two to compare.
+        examples: Picture files that are offered in the chat.
+
+    Raises:
+        ValueError: A server cannot be reached.
+    """
+    import gradio as gr
+
+    names = [server.models() for server in servers]
+    theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    with gr.Blocks(title="Florence-VL", analytics_enabled=False) as page:
+        gr.Markdown("# Florence-VL")
+        with gr.Tab("Chat"):
+            _chat_tab(gr, servers[0], names[0], examples)
+        if servers[0].has("/v1/features"):
+            with gr.Tab("What it sees"):
+                _features_tab(gr, servers[0], names[0], examples)
+        if servers[0].has("/v1/attribution"):
+            with gr.Tab("Why"):
+                _attribution_tab(gr, servers[0], names[0], examples)
+        with gr.Tab("Compare"):
+            _compare_tab(gr, servers, names, examples)
+    page.florence_vl_theme = theme
+    return page
+
+
+def _controls(gr: Any, names: list[str]) -> tuple[Any, Any, Any, Any]:
+    with gr.Accordion("Options", open=False):
+        model = gr.Dropdown(names, value=names[0], label="Model", interactive=True)
+        tokens = gr.Slider(1, 512, value=128, step=1, label="Answer tokens at most")
+        temperature = gr.Slider(0, 1.5, value=0, step=0.05, label="Temperature")
+        seed = gr.Number(0, label="Seed", precision=0)
+    return model, tokens, temperature, seed
+
+
+def _options(tokens: float, temperature: float, seed: float) -> dict[str, Any]:
+    return {"max_tokens": int(tokens), "temperature": float(temperature), "seed": int(seed)}
+
+
+def _picture(gr: Any, examples: Sequence[str]) -> Any:
+    picture = gr.Image(type="pil", label="Picture", sources=["upload", "clipboard"], height=320)
+    if examples:
+        gr.Examples([[path] for path in examples], [picture], label="Pictures", cache_examples=False)
+    return picture
+
+
+def _chat_tab(gr: Any, server: Server, names: list[str], examples: Sequence[str]) -> None:
+    turns = gr.State([])
+    sent = gr.State(None)  # the picture that is in the conversation already
+    with gr.Row():
+        with gr.Column(scale=1):
+            picture = _picture(gr, examples)
+            model, tokens, temperature, seed = _controls(gr, names)
+        with gr.Column(scale=2):
+            chat = gr.Chatbot(label="Conversation", height=420)
+            question = gr.Textbox(label="Question", placeholder="What is shown in the picture?", submit_btn=True)
+            status = gr.Markdown("")
+            with gr.Row():
+                stop = gr.Button("Stop", variant="stop")
+                clear = gr.Button("New conversation")
+
+    def ask(text, image, turns, sent, model, tokens, temperature, seed):  # type: ignore[no-untyped-def]
+        if not text or not text.strip():
+            raise gr.Error("Type a question.", print_exception=False)
+        url = data_url(image) if image is not None else None
+        new = image if url is not None and url != sent else None
+        messages = to_messages(turns, text, new)
+        turns = [*turns, {"role": "user", "text": text, "image": url if new is not None else None}]
+        shown = [{"role": turn["role"], "content": turn["text"]} for turn in turns]
+        answer = ""
+        try:
+            for answer, line in stream_answer(server, model, messages, **_options(tokens, temperature, seed)):
+                done = [*turns, {"role": "assistant", "text": answer}]
+                yield [*shown, {"role": "assistant", "content": answer}], line, done, url or sent, ""
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
+    inputs = [question, picture, turns, sent, model, tokens, temperature, seed]
+    running = question.submit(ask, inputs, [chat, status, turns, sent, question], concurrency_limit=4)
+    stop.click(None, cancels=[running])
+    clear.click(lambda: ([], "", [], None), None, [chat, status, turns, sent], cancels=[running])
+
+
+def _features_tab(gr: Any, server: Server, names: list[str], examples: Sequence[str]) -> None:
+    gr.Markdown("The first three principal components of each prompt's features, in one shared basis.")
+    with gr.Row():
+        with gr.Column(scale=1):
+            picture = _picture(gr, examples)
+            model = gr.Dropdown(names, value=names[0], label="Model")
+            prompt = gr.Textbox(label="A prompt of your own", placeholder="Where are the animals?")
+            look = gr.Button("Look", variant="primary")
+        gallery = gr.Gallery(label="Features", columns=3, height=420)
+
+    def show(image, model, prompt):  # type: ignore[no-untyped-def]
+        if image is None:
+            raise gr.Error("Choose a picture.", print_exception=False)
+        body: dict[str, Any] = {"model": model, "image": data_url(image), "format": "pca"}
+        if prompt and prompt.strip():
+            body["prompts"] = {"yours": prompt.strip()}
+        try:
+            found = server.post("/v1/features", body)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        return [(from_data_url(item["image"]), item["name"]) for item in found["data"]]
+
+    look.click(show, [picture, model, prompt], gallery)
+    prompt.submit(show, [picture, model, prompt], gallery)
+
+
+def _attribution_tab(gr: Any, server: Server, names: list[str], examples: Sequence[str]) -> None:
+    gr.Markdown("Ask, then choose a word of the answer: where it comes from, and how much each feature gives.")
+    with gr.Row():
+        with gr.Column(scale=1):
+            picture = _picture(gr, examples)
+            model = gr.Dropdown(names, value=names[0], label="Model")
+            question = gr.Textbox(label="Question", value="What is shown in the picture?")
+            ask = gr.Button("Ask", variant="primary")
+        with gr.Column(scale=2):
+            words = gr.Radio([], label="Answer")
+            heat = gr.Image(label="Where", height=320)
+            shares = gr.Label(label="Share of each feature")
+    state = gr.State(None)
+
+    def answer(image, model, question):  # type: ignore[no-untyped-def]
+        if image is None:
+            raise gr.Error("Choose a picture.", print_exception=False)
+        body = {"model": model, "image": data_url(image), "question": question}
+        try:
+            found = server.post("/v1/attribution", body)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        choices = [(item["token"], index) for index, item in enumerate(found["data"])]
+        return gr.Radio(choices, value=0 if choices else None), found, *explain(found, 0 if choices else None)
+
+    def explain(found, index):  # type: ignore[no-untyped-def]
+        if not found or index is None:
+            return None, None
+        item = found["data"][index]
+        return from_data_url(item["heat_map"]), item["shares"]
+
+    ask.click(answer, [picture, model, question], [words, state, heat, shares])
+    words.input(explain, [state, words], [heat, shares])
+
+
+def _compare_tab(gr: Any, servers: Sequence[Server], names: list[list[str]], examples: Sequence[str]) -> None:
+    known = {
+        f"{model} at {server.url}": (server, model)
+        for server, found in zip(servers, names, strict=True)
+        for model in found
+    }
+    labels = list(known)
+    with gr.Row():
+        with gr.Column(scale=1):
+            picture = _picture(gr, examples)
+            question = gr.Textbox(label="Question", value="What is shown in the picture?")
+            tokens = gr.Slider(1, 512, value=128, step=1, label="Answer tokens at most")
+            seed = gr.Number(0, label="Seed", precision=0)
+            ask = gr.Button("Compare", variant="primary")
+        with gr.Column(scale=1):
+            left = gr.Dropdown(labels, value=labels[0], label="Left")
+            left_text, left_line = gr.Textbox(label="Answer", lines=8), gr.Markdown("")
+        with gr.Column(scale=1):
+            right = gr.Dropdown(labels, value=labels[-1], label="Right")
+            right_text, right_line = gr.Textbox(label="Answer", lines=8), gr.Markdown("")
+
+    def run(which, image, question, tokens, seed):  # type: ignore[no-untyped-def]
+        server, model = known[which]
+        try:
+            yield from stream_answer(server, model, to_messages([], question, image), **_options(tokens, 0, seed))
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
+    for which, outputs in ((left, [left_text, left_line]), (right, [right_text, right_line])):
+        ask.click(run, [which, picture, question, tokens, seed], outputs, concurrency_limit=4)
+
+
+def launch(page: Any, host: str = "127.0.0.1", port: int = 7860, block: bool = True) -> Any:
+    """Serve the page; nothing is shared outside the host.
+
+    Returns:
+        What gradio's `launch` returns.
+    """
+    return page.queue(max_size=32).launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        quiet=True,
+        show_error=True,
+        max_file_size=MAX_UPLOAD,
+        prevent_thread_lock=not block,
+        theme=page.florence_vl_theme,
+    )
