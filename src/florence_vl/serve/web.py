@@ -1,4 +1,4 @@
-"""A page that talks to an OpenAI-compatible server: chat, what the model sees, why it answered, two servers side by side.
+"""A page for OpenAI-compatible servers: chat, what the model sees, why it answered, two servers side by side.
 
 The page holds no model: it is a client of the HTTP API, in a process of its own. The tabs on features and attribution
 appear where the server has `/v1/features` and `/v1/attribution`.
@@ -317,11 +317,8 @@ def _attribution_tab(gr: Any, server: Server, names: list[str], examples: Sequen
 
 
 def _compare_tab(gr: Any, servers: Sequence[Server], names: list[list[str]], examples: Sequence[str]) -> None:
-    known = {
-        f"{model} at {server.url}": (server, model)
-        for server, found in zip(servers, names, strict=True)
-        for model in found
-    }
+    pairs = [(server, model) for server, found in zip(servers, names, strict=True) for model in found]
+    known = {f"{model} at {server.url}": (server, model) for server, model in pairs}
     labels = list(known)
     with gr.Row():
         with gr.Column(scale=1):
