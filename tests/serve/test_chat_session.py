@@ -8,7 +8,7 @@ from PIL import Image
 
 from florence_vl.model.loading import check_folder, choose_device, load_model
 from florence_vl.model.tiny import tiny_model
-from florence_vl.serve.session import ChatSession, GenerationOptions, encode_images, stream_answer
+from florence_vl.serve.session import ChatSession, GenerationOptions
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_images_are_encoded_once_each(parts, session, monkeypatch):
     session.ask("two")
     session.show(picture("blue"))
     session.ask("three")
-    assert counts == [1, 1]
+    assert counts == [1, 1]  # the second turn's picture alone goes through the tower
     assert len(session.images) == 2
 
 
@@ -123,11 +123,11 @@ def test_failed_answer_takes_the_question_back(session, monkeypatch):
     session.show(picture())
 
     def broken(*args, **kwargs):
-        raise RuntimeError("out of memory")
+        raise RuntimeError("broken weights")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(session.model), "generate", broken)
-        with pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(type(session.model), "forward", broken)
+        with pytest.raises(RuntimeError, match="broken weights"):
             session.ask("What?")
     assert session.messages == []
     session.ask("What?")
@@ -150,22 +150,44 @@ def test_sampling_with_a_seed_repeats(parts):
     assert one == two != other
 
 
-def test_counts_of_images_are_checked(parts):
-    user = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]
-    with pytest.raises(ValueError, match="1 image parts but 0 images"):
-        list(stream_answer(*parts, user, [], GenerationOptions()))
-
-
 def test_empty_question_is_refused(session):
     with pytest.raises(ValueError, match="question is empty"):
         session.ask("  ")
 
 
-def test_encode_images_matches_the_model(parts):
+def test_later_turns_prefill_only_what_is_new(parts, monkeypatch):
     model, processor = parts
-    tokens = encode_images(model, processor, [picture(), picture("blue")])
-    assert [token.shape for token in tokens] == [(4, 48)] * 2
-    assert not torch.equal(tokens[0], tokens[1])
+    session = ChatSession(model, processor, options=GenerationOptions(max_new_tokens=6))
+    seen = []
+    real = type(model).forward
+
+    def counting(self, *args, **kwargs):
+        if kwargs.get("inputs_embeds") is not None:
+            seen.append(kwargs["inputs_embeds"].shape[1])
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", counting)
+    session.show(picture())
+    for _ in range(5):
+        session.ask("What is shown?")
+    text = processor.apply_chat_template(session.messages[:-1], add_generation_prompt=True, tokenize=False)
+    whole = len(processor.tokenize(text)[0]) + processor.num_image_tokens() - 1
+    assert session.cached_tokens + seen[-1] == whole
+    new_turn = len(processor.tokenize(text)[0]) - len(
+        processor.tokenize(processor.apply_chat_template(session.messages[:-2], tokenize=False))[0]
+    )
+    assert seen[-1] <= new_turn + 6 + 4  # the question, and what re-tokenizing the answer before it may change
+
+
+def test_a_conversation_beyond_the_context_is_refused_with_both_numbers(session):
+    with pytest.raises(ValueError, match=r"the prompt has \d+ tokens .* the context of this model is 1024 tokens"):
+        session.ask("word " * 1100)
+    assert session.messages == []
+    session.options = GenerationOptions(max_new_tokens=5000)
+    with pytest.raises(StopIteration):
+        stream = session.stream("word " * 250)
+        while True:
+            next(stream)
 
 
 @pytest.mark.parametrize(
@@ -176,8 +198,7 @@ def test_encode_images_matches_the_model(parts):
         ({"temperature": 1, "top_p": 0}, "top_p"),
         ({"temperature": 1, "top_k": 0}, "top_k"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
-        ({"top_p": 0.9}, "top_p is for sampling"),
-        ({"seed": 1}, "seed is for sampling"),
+        ({"stop": ("",)}, "stop text is empty"),
     ],
 )
 def test_options_out_of_range(settings, message):

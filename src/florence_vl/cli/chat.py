@@ -51,6 +51,9 @@ def command(
     from florence_vl.model.loading import check_folder, load_model
     from florence_vl.serve.session import ChatSession, GenerationOptions
 
+    for name, value in (("--top-p", top_p), ("--top-k", top_k), ("--seed", seed)):
+        if temperature == 0 and value is not None:
+            raise ValueError(f"{name} is for sampling: give a --temperature above 0 too, for example 0.7")
     options = GenerationOptions(
         max_new_tokens=max_new_tokens,
         temperature=temperature,

@@ -1,0 +1,738 @@
+"""One engine thread answers all requests: batching at every step, image features and prefixes kept between requests.
+
+The way of a request: `prepare` (caller's thread: tokens, hashes of pictures, their pixels) -> queue -> prefill of what
+no earlier request computed -> one token a step beside the other rows -> events to the caller. In float32 an answer is
+the one that transformers' `generate` gives, whatever runs beside it and whatever was kept.
+Shape letters: B rows, S new tokens of a prefill, L columns, H width of the LLM, X vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from florence_vl.model.repetition import RepetitionStop
+from florence_vl.serve.cache import ByteLRU, PrefixCache, RowBatch, Segment, common_length
+from florence_vl.serve.sampling import GenerationOptions, Grammars, Sampler, TextStream, TokenLogprob, stop_ids
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+    from florence_vl.model.processing import FlorenceVLProcessor
+
+logger = logging.getLogger(__name__)
+
+_REPETITION = RepetitionStop()
+SHARED_TOKENS = 16  # a request waits a round when it shares this many tokens with one whose prefill goes first
+
+
+class QueueFull(RuntimeError):
+    """No place for another request."""
+
+
+class ContextTooLong(ValueError):
+    """Prompt, or prompt and longest answer, exceed the LLM's context."""
+
+
+class OutOfMemory(RuntimeError):
+    """The device has no memory for this request; the engine lives on."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Limits of an engine.
+
+    Attributes:
+        max_batch: Rows that are answered at the same time.
+        max_queue: Requests that wait besides.
+        feature_bytes: Of image features that are kept.
+        prefix_bytes: Of keys and values of prefixes that are kept.
+        max_prefill: New tokens that go through the LLM in one prefill, at most (a longer prompt goes alone).
+    """
+
+    max_batch: int = 16
+    max_queue: int = 64
+    feature_bytes: int = 1 << 28
+    prefix_bytes: int = 1 << 30
+    max_prefill: int = 8192
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "max_prefill"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("max_queue", "feature_bytes", "prefix_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+
+
+@dataclass
+class PreparedImage:
+    """A picture of a prompt: its key, where its tokens stand, and what the tower needs when its features are not kept.
+
+    Attributes:
+        key: Hash of the decoded pixels, the processor's settings, the adapter, and the question where the fusion uses
+            it: equal keys have equal features.
+        start: First position in the prompt.
+        end: One past the last.
+    """
+
+    key: bytes
+    picture: Image.Image
+    question: list[int] | None
+    start: int = 0
+    end: int = 0
+    inputs: Mapping[str, Tensor] | None = None
+
+
+@dataclass
+class Prompt:
+    """A rendered and tokenized conversation.
+
+    Attributes:
+        ids: With the placeholder once for each image token.
+        tokens: What the prefix cache compares: the ids, and at placeholders the image's key.
+        images: In reading order.
+        adapter: Name of the LoRA adapter, None for the base.
+    """
+
+    ids: list[int]
+    tokens: list[Hashable]
+    images: list[PreparedImage]
+    adapter: str | None = None
+
+    @property
+    def image_tokens(self) -> int:
+        return sum(image.end - image.start for image in self.images)
+
+
+@dataclass(frozen=True)
+class Event:
+    """A piece of an answer.
+
+    Attributes:
+        text: New text.
+        logprobs: Of the tokens since the last event, when asked for.
+        finish: On the last event `stop` or `length`, `cancelled`, or `error`.
+        error: What went wrong.
+    """
+
+    text: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: str | None = None
+    error: Exception | None = None
+
+
+class Answer:
+    """A request on its way. Iterate over the pieces of text, or wait for `result()`.
+
+    Attributes:
+        prompt: The request's.
+        options: The request's.
+        ids: Tokens chosen so far.
+        cached_tokens: Tokens of the prompt that were not computed again.
+        finish: Why it ended; None while it runs.
+    """
+
+    def __init__(
+        self, prompt: Prompt, options: GenerationOptions, stream: TextStream, sink: Callable[[Event], None] | None
+    ) -> None:
+        self.prompt, self.options = prompt, options
+        self.ids: list[int] = []
+        self.cached_tokens = 0
+        self.finish: str | None = None
+        self._stream = stream
+        self._cancelled = False
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._sink = sink or self._events.put
+        self._held: list[TokenLogprob] = []
+        self._sampler: Sampler | None = None
+
+    def cancel(self) -> None:
+        """Give up: the engine frees the row before its next step."""
+        self._cancelled = True
+
+    def __iter__(self) -> Iterator[str]:
+        """Pieces of text as they come.
+
+        Raises:
+            OutOfMemory: The device has no memory for it.
+            RuntimeError: Computing the answer failed, or the engine was closed.
+        """
+        while True:
+            event = self._events.get()
+            if event.text:
+                yield event.text
+            if event.error is not None:
+                raise event.error
+            if event.finish is not None:
+                return
+
+    def result(self) -> str:
+        """The whole text; waits for it."""
+        return "".join(self)
+
+    def _emit(self, text: str, finish: str | None = None, error: Exception | None = None) -> None:
+        if text or finish or error:
+            logprobs, self._held = tuple(self._held), []
+            self._sink(Event(text, logprobs, finish, error))
+
+    def _end(self, finish: str, error: Exception | None = None) -> None:
+        if self.finish is None:
+            self.finish = finish
+            text = self._stream.finish() if error is None and finish != "cancelled" else ""
+            self._emit(text, finish, error)
+
+
+@dataclass
+class EngineStats:
+    """Counters since the start."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    images_encoded: int = 0
+    feature_hits: int = 0
+    steps: int = 0
+    out_of_memory: int = 0
+    cancelled: int = 0
+
+
+@dataclass
+class _Running:
+    batch: RowBatch
+    rows: list[Answer] = field(default_factory=list)
+
+
+class Engine:
+    """Answers conversations about images, many at a time, on one thread of its own.
+
+    Args:
+        model: In eval mode, on its device. Nothing else may run it meanwhile; `call` lends it out between steps.
+        processor: The model's.
+        config: Limits.
+        adapters: Names of LoRA adapters that `model.load_adapter` loaded.
+
+    Raises:
+        ValueError: The LLM is not made of attention layers only, or has no end token.
+    """
+
+    def __init__(
+        self,
+        model: FlorenceVLForConditionalGeneration,
+        processor: FlorenceVLProcessor,
+        config: EngineConfig | None = None,
+        adapters: Sequence[str] = (),
+    ) -> None:
+        self.model, self.processor = model, processor
+        self.config = config or EngineConfig()
+        self.adapters = tuple(adapters)
+        text: Any = model.config.get_text_config()
+        kinds = set(getattr(text, "layer_types", None) or ())
+        if not kinds <= {"full_attention", "sliding_attention"}:
+            raise ValueError(f"the engine needs an LLM of attention layers; this one has {', '.join(sorted(kinds))}")
+        self.context: int = text.max_position_embeddings
+        self.stats = EngineStats()
+        self.features = ByteLRU(self.config.feature_bytes)
+        self.prefixes = PrefixCache(self.config.prefix_bytes)
+        self._num_layers: int = text.num_hidden_layers
+        self._stop = set(stop_ids(model, processor.tokenizer))
+        self._suppressed = [*(model.generation_config.suppress_tokens or [])]
+        self._grammars = Grammars(processor.tokenizer, text.vocab_size)
+        self._settings = hashlib.sha256(
+            json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str).encode()
+        ).digest()
+        self._wake = threading.Condition()
+        self._waiting: deque[Answer] = deque()
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._running: dict[str | None, _Running] = {}
+        self._adapter: str | None = None
+        self._closing = False
+        self._thread: threading.Thread | None = None
+
+    # ------------------------------------------------------------ callers' threads
+
+    def prepare(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        images: Sequence[Image.Image] = (),
+        adapter: str | None = None,
+    ) -> Prompt:
+        """Render and tokenize a conversation, hash its pictures and process those whose features are not kept.
+
+        Args:
+            messages: With `content` as text, or as a list of text and image parts.
+            images: Decoded RGB pictures, one for each image part in reading order.
+            adapter: Name of a LoRA adapter; None for the base.
+
+        Raises:
+            ContextTooLong: The prompt leaves no room for an answer.
+            ValueError: Malformed messages, as many image parts as don't fit the pictures, or an unknown adapter.
+        """
+        if adapter is not None and adapter not in self.adapters:
+            raise ValueError(f"no adapter {adapter!r}; loaded: {', '.join(self.adapters) or 'none'}")
+        contents = [m.get("content") for m in messages]
+        parts = sum(
+            p.get("type") in ("image", "image_url") for c in contents if isinstance(c, (list, tuple)) for p in c
+        )
+        if parts != len(images):
+            raise ValueError(f"the conversation has {parts} image parts but {len(images)} images were given")
+        processor = self.processor
+        text = processor.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        ids, _ = processor.tokenize(text)
+        questions: list[list[int] | None] = [None] * len(images)
+        if images and self.model.model.fusion.uses_context:
+            inputs = processor.question_inputs([messages])
+            questions = [
+                ids[: sum(mask)] for ids, mask in zip(inputs["question_ids"], inputs["question_mask"], strict=True)
+            ]
+        prepared = [
+            PreparedImage(self._key(image, question, adapter), image, question)
+            for image, question in zip(images, questions, strict=True)
+        ]
+        prompt = Prompt([], [], prepared, adapter)
+        following = iter(prepared)
+        for token in ids:
+            if token != processor.image_token_id:
+                prompt.ids.append(token)
+                prompt.tokens.append(token)
+                continue
+            image = next(following)
+            count = processor.image_tokens(image.picture.height, image.picture.width)
+            image.start, image.end = len(prompt.ids), len(prompt.ids) + count
+            prompt.ids += [token] * count
+            prompt.tokens += [image.key] * count
+        if len(prompt.ids) >= self.context:
+            raise ContextTooLong(
+                f"the prompt has {len(prompt.ids)} tokens ({prompt.image_tokens} of images), but the context of this "
+                f"model is {self.context} tokens: shorten it, or start a new conversation"
+            )
+        for image in prepared:
+            if image.key not in self.features:
+                image.inputs = self._process(image)
+        return prompt
+
+    def submit(self, prompt: Prompt, options: GenerationOptions, sink: Callable[[Event], None] | None = None) -> Answer:
+        """Queue a request.
+
+        Args:
+            prompt: From `prepare`.
+            options: How the answer is chosen.
+            sink: Called on the engine's thread with each event, instead of the answer's own queue; must not block.
+
+        Raises:
+            QueueFull: `max_queue` requests wait already.
+            ContextTooLong: The longest answer does not fit behind the prompt.
+            ValueError: The JSON schema is unusable.
+            RuntimeError: The engine is closed.
+        """
+        room = self.context - len(prompt.ids)
+        if options.max_new_tokens is not None and options.max_new_tokens > room:
+            raise ContextTooLong(
+                f"the prompt has {len(prompt.ids)} tokens and the answer may have {options.max_new_tokens}, but the "
+                f"context of this model is {self.context} tokens: at most {room} are left for the answer"
+            )
+        options = dataclasses.replace(options, max_new_tokens=options.max_new_tokens or room)
+        matcher = self._grammars.matcher(options.json_schema) if options.json_schema is not None else None
+        answer = Answer(prompt, options, TextStream(self.processor.tokenizer, options.stop), sink)
+        answer._sampler = Sampler(options, self._suppressed, matcher, self.model.device)
+        with self._wake:
+            if self._closing:
+                raise RuntimeError("the engine is closed")
+            if self.load >= self.capacity:
+                raise QueueFull(f"{self.load} requests run or wait; the limit is {self.capacity}")
+            self._waiting.append(answer)
+            self.stats.requests += 1
+            self._start()
+        return answer
+
+    def call(self, function: Callable[[], Any]) -> Future[Any]:
+        """Run a function on the engine's thread between two steps, with the base model's weights in place."""
+        future: Future[Any] = Future()
+        with self._wake:
+            if self._closing:
+                raise RuntimeError("the engine is closed")
+            self._calls.append((function, future))
+            self._start()
+        return future
+
+    @property
+    def capacity(self) -> int:
+        """Requests that may run and wait together."""
+        return self.config.max_batch + self.config.max_queue
+
+    @property
+    def load(self) -> int:
+        """Requests that run or wait."""
+        return len(self._waiting) + self.running
+
+    @property
+    def running(self) -> int:
+        """Rows that are answered now."""
+        return sum(len(running.rows) for running in list(self._running.values()))
+
+    def close(self) -> None:
+        """End all answers with an error and the thread."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="florence-vl-engine", daemon=True)
+            self._thread.start()
+        self._wake.notify()
+
+    def _key(self, image: Image.Image, question: list[int] | None, adapter: str | None) -> bytes:
+        head = f"{image.mode} {image.width}x{image.height} {adapter} {question} "
+        return hashlib.sha256(self._settings + head.encode() + image.tobytes()).digest()
+
+    def _process(self, image: PreparedImage) -> Mapping[str, Tensor]:
+        return self.processor.image_processor([image.picture], return_tensors="pt")
+
+    # ------------------------------------------------------------ the engine's thread
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while True:
+                with self._wake:
+                    self._wake.wait_for(lambda: self._closing or self._waiting or self._calls or self._running)
+                    if self._closing:
+                        break
+                try:
+                    self.step()
+                except Exception as error:  # a fault of the engine itself must not leave callers waiting
+                    logger.exception("the engine's step failed")
+                    self._fail_all(error)
+        self._fail_all(RuntimeError("the engine was closed"))
+
+    def step(self) -> None:
+        """Admit what waits, then one token for every row."""
+        while self._calls:
+            function, future = self._calls.popleft()
+            self._use(None)
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+        self._drop_cancelled()
+        self._admit()
+        for adapter in list(self._running):
+            self._use(adapter)
+            self._decode(self._running[adapter])
+            if not self._running[adapter].rows:
+                del self._running[adapter]
+        self.stats.steps += 1
+
+    def _fail_all(self, error: Exception) -> None:
+        with self._wake:
+            waiting, running, calls = list(self._waiting), list(self._running.values()), list(self._calls)
+            self._waiting.clear()
+            self._running.clear()
+            self._calls.clear()
+        for answer in [*waiting, *(row for batch in running for row in batch.rows)]:
+            answer._end("error", error)
+        for _, future in calls:
+            future.set_exception(error)
+
+    def _drop_cancelled(self) -> None:
+        for answer in [answer for answer in self._waiting if answer._cancelled]:
+            self._waiting.remove(answer)
+            self._finish(answer, "cancelled")
+        for running in self._running.values():
+            for index in reversed(range(len(running.rows))):
+                if running.rows[index]._cancelled:
+                    self._remove(running, index, "cancelled")
+        for adapter in [adapter for adapter, running in self._running.items() if not running.rows]:
+            del self._running[adapter]
+
+    def _finish(self, answer: Answer, reason: str, error: Exception | None = None) -> None:
+        self.stats.cancelled += reason == "cancelled"
+        answer._end(reason, error)
+
+    def _remove(self, running: _Running, index: int, reason: str, error: Exception | None = None) -> None:
+        answer = running.rows[index]
+        if error is None:
+            self._keep(running.batch, index, answer)
+        running.batch.remove(index)
+        last = running.rows.pop()
+        if index < len(running.rows):
+            running.rows[index] = last
+        self._finish(answer, reason, error)
+
+    def _keep(self, batch: RowBatch, index: int, answer: Answer) -> None:
+        start, end = batch.spans[index]
+        tokens = [*answer.prompt.tokens, *answer.ids][: end - start]
+        self.prefixes.insert(tokens, lambda a, b: batch.segment(index, a, b), answer.prompt.adapter)
+
+    def _use(self, adapter: str | None) -> None:
+        if not self.adapters or (adapter == self._adapter and adapter is not None):
+            return
+        if adapter is None:
+            self.model.disable_adapters()
+        else:
+            self.model.enable_adapters()
+            self.model.set_adapter(adapter)
+        self._adapter = adapter
+
+    # ------------------------------------------------------------ prefill
+
+    def _admit(self) -> None:
+        fresh: list[tuple[RowBatch, int, Answer]] = []
+        while self._waiting and self.running + len(fresh) < self.config.max_batch:
+            group = self._choose(self.config.max_batch - self.running - len(fresh))
+            self._use(group[0][0].prompt.adapter)
+            fresh += self._prefill_or_fail(group)
+        for adapter in {answer.prompt.adapter for _, _, answer in fresh}:
+            rows = [(batch, row, answer) for batch, row, answer in fresh if answer.prompt.adapter == adapter]
+            running = self._running.get(adapter)
+            sources = [(running.batch, i) for i in range(len(running.rows))] if running else []
+            try:
+                batch = RowBatch.gather([*sources, *((batch, row) for batch, row, _ in rows)])
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._forget_caches()
+                for _, _, answer in rows:
+                    self._finish(answer, "error", OutOfMemory("no memory for this request: try again later"))
+                continue
+            kept = running.rows if running else []
+            self._running[adapter] = _Running(batch, [*kept, *(answer for _, _, answer in rows)])
+
+    def _choose(self, free: int) -> list[tuple[Answer, int]]:
+        """Requests for the next prefill and the length of what is known of each: the first that waits, and those that
+        resemble it in length and don't share what it is about to compute."""
+        chosen: list[tuple[Answer, int]] = []
+        total = 0
+        for answer in list(self._waiting):
+            tokens = answer.prompt.tokens
+            known = self._match(answer)[0]
+            new = len(tokens) - known
+            if chosen:
+                first, first_known = chosen[0]
+                size = len(first.prompt.tokens) - first_known
+                if answer.prompt.adapter != first.prompt.adapter or not size / 2 <= new <= size * 2:
+                    continue
+                if total + max(new, size) > self.config.max_prefill:
+                    continue
+                if self.config.prefix_bytes and any(
+                    common_length(tokens, other.prompt.tokens) >= known + SHARED_TOKENS for other, _ in chosen
+                ):
+                    continue
+            chosen.append((answer, known))
+            total += new
+            if len(chosen) == free:
+                break
+        for answer, _ in chosen:
+            self._waiting.remove(answer)
+        return chosen
+
+    def _prefill_or_fail(self, group: list[tuple[Answer, int]]) -> list[tuple[RowBatch, int, Answer]]:
+        answers = [answer for answer, _ in group]
+        try:
+            return self._prefill(answers)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                logger.exception("a prefill failed")
+                for answer in answers:
+                    self._finish(answer, "error", error)
+                return []
+        self._forget_caches()
+        done: list[tuple[RowBatch, int, Answer]] = []
+        for answer in answers:  # one by one, with the caches' memory free
+            try:
+                done += self._prefill([answer])
+            except Exception as error:
+                failure = OutOfMemory("no memory for this request: try again later, or with fewer images")
+                self._finish(answer, "error", failure if is_out_of_memory(error) else error)
+        return done
+
+    def _prefill(self, answers: list[Answer]) -> list[tuple[RowBatch, int, Answer]]:
+        matches = [self._match(answer) for answer in answers]
+        known = [length for length, _ in matches]
+        features = self._encode(answers, known)
+        batch = RowBatch.of_prefixes([parts for _, parts in matches], self._num_layers)
+        past = batch.length
+        tails = [answer.prompt.ids[n:] for answer, n in zip(answers, known, strict=True)]
+        longest = max(map(len, tails))
+        device = self.model.device
+        ids_BS = torch.zeros(len(tails), longest, dtype=torch.long)
+        mask_BL = torch.zeros(len(tails), past + longest, dtype=torch.long)
+        positions_BS = torch.zeros_like(ids_BS)
+        for row, (tail, n) in enumerate(zip(tails, known, strict=True)):
+            ids_BS[row, : len(tail)] = torch.tensor(tail)
+            mask_BL[row, past - n : past + len(tail)] = 1
+            positions_BS[row] = torch.arange(n, n + longest).clamp(max=self.context - 1)
+        embeds_BSH = self.model.get_input_embeddings()(ids_BS.to(device))
+        for row, (answer, n) in enumerate(zip(answers, known, strict=True)):
+            for image in answer.prompt.images:
+                if image.end > n:
+                    skip = max(n - image.start, 0)
+                    embeds_BSH[row, image.start + skip - n : image.end - n] = features[image.key][skip:].to(
+                        embeds_BSH.dtype
+                    )
+        last_B = torch.tensor([len(tail) - 1 for tail in tails], device=device)
+        keep, index_B = torch.unique(last_B, return_inverse=True)
+        output = self.model(
+            inputs_embeds=embeds_BSH,
+            attention_mask=mask_BL.to(device),
+            position_ids=positions_BS.to(device),
+            past_key_values=batch.cache(),
+            use_cache=True,
+            logits_to_keep=keep,
+        )
+        logits_BX = output.logits[torch.arange(len(tails), device=device), index_B].float()
+        batch.spans = [(past - n, past + len(tail)) for n, tail in zip(known, tails, strict=True)]
+        going = []
+        for row, answer in enumerate(answers):
+            answer.cached_tokens = known[row]
+            self.stats.prompt_tokens += len(answer.prompt.ids)
+            self.stats.cached_tokens += known[row]
+            self._keep(batch, row, answer)
+            if reason := self._advance(answer, logits_BX[row]):
+                self._finish(answer, reason)
+            else:
+                going.append((batch, row, answer))
+        return going
+
+    def _match(self, answer: Answer) -> tuple[int, list[Segment]]:
+        # At least one token is computed: its logits choose the first of the answer.
+        return self.prefixes.match(answer.prompt.tokens[:-1], answer.prompt.adapter)
+
+    def _encode(self, answers: Sequence[Answer], known: Sequence[int]) -> dict[bytes, Tensor]:
+        """Image tokens (N, H) by key, of the images that are not wholly in the known beginnings."""
+        found: dict[bytes, Tensor] = {}
+        missing: dict[bytes, PreparedImage] = {}
+        for answer, n in zip(answers, known, strict=True):
+            for image in answer.prompt.images:
+                if image.end <= n or image.key in found or image.key in missing:
+                    continue
+                cached = self.features.get(image.key)
+                if cached is None:
+                    missing[image.key] = image
+                else:
+                    found[image.key] = cached
+                    self.stats.feature_hits += 1
+        groups: dict[tuple[int, ...], list[PreparedImage]] = {}
+        for image in missing.values():
+            image.inputs = image.inputs or self._process(image)
+            groups.setdefault(tuple(image.inputs["pixel_values"].shape), []).append(image)
+        for images in groups.values():
+            inputs = {
+                name: torch.cat([image.inputs[name] for image in images if image.inputs is not None])
+                for name in images[0].inputs or ()
+            }
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+            if images[0].question is not None:
+                rows = [image.question or [] for image in images]
+                width = max(1, *map(len, rows))
+                inputs["question_ids"] = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+                inputs["question_mask"] = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
+            moved = {name: value.to(self.model.device) for name, value in inputs.items()}
+            tokens = self.model.get_image_features(**moved).pooler_output
+            self.stats.images_encoded += len(images)
+            for image, tokens_NH in zip(images, tokens, strict=True):
+                assert len(tokens_NH) == image.end - image.start, (
+                    "the processor counts other tokens than the tower gives"
+                )
+                found[image.key] = tokens_NH.clone()  # a view would keep the whole batch alive
+                self.features.put(image.key, found[image.key])
+                image.inputs = None
+        return found
+
+    # ------------------------------------------------------------ decode
+
+    def _decode(self, running: _Running) -> None:
+        length = running.batch.length
+        while running.rows:
+            try:
+                logits_BX = self._forward_one(running)
+                break
+            except Exception as error:
+                running.batch.rewind(length)
+                if not is_out_of_memory(error):
+                    logger.exception("a step failed")
+                    for index in reversed(range(len(running.rows))):
+                        self._remove(running, index, "error", error)
+                    return
+                if self.prefixes.bytes or self.features.bytes:
+                    self._forget_caches()
+                else:  # the youngest row gives way
+                    self.stats.out_of_memory += 1
+                    self._remove(running, len(running.rows) - 1, "error", OutOfMemory("no memory for this request"))
+        else:
+            return
+        running.batch.spans = [(start, length + 1) for start, _ in running.batch.spans]
+        reasons = [self._advance(answer, logits_X) for answer, logits_X in zip(running.rows, logits_BX, strict=True)]
+        for index in reversed(range(len(reasons))):
+            if reason := reasons[index]:
+                self._remove(running, index, reason)
+
+    def _forward_one(self, running: _Running) -> Tensor:
+        batch, device = running.batch, self.model.device
+        starts_B1 = torch.tensor([[start] for start, _ in batch.spans], device=device)
+        mask_BL = (torch.arange(batch.length + 1, device=device) >= starts_B1).long()
+        output = self.model(
+            input_ids=torch.tensor([[answer.ids[-1]] for answer in running.rows], device=device),
+            attention_mask=mask_BL,
+            position_ids=batch.length - starts_B1,
+            past_key_values=batch.cache(),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float()
+
+    def _advance(self, answer: Answer, logits_X: Tensor) -> str | None:
+        """Choose the next token of a row and tell its caller; returns why the answer ends, if it does."""
+        sampler = answer._sampler
+        assert sampler is not None
+        token, logprob = sampler(logits_X, [*answer.prompt.ids, *answer.ids] if sampler.reads_ids else ())
+        answer.ids.append(token)
+        self.stats.generated_tokens += 1
+        if token in self._stop:
+            return "stop"
+        if logprob is not None:
+            answer._held.append(logprob)
+        answer._emit(answer._stream.push(token))
+        if answer._stream.stopped or sampler.ended:
+            return "stop"
+        if answer.options.stop_repetition and bool(_REPETITION.repeating(torch.tensor([answer.ids]))):
+            return "stop"
+        return "length" if len(answer.ids) >= (answer.options.max_new_tokens or 0) else None
+
+    def _forget_caches(self) -> None:
+        self.stats.out_of_memory += 1
+        self.prefixes.clear()
+        self.features.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that memory is short, on whatever device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        sign in str(error) for sign in ("can't allocate memory", "out of memory", "not enough memory")
+    )

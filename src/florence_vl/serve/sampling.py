@@ -1,0 +1,245 @@
+"""How one answer is chosen and read: sampling settings, the next token, text from tokens, stop strings, grammars.
+
+Shape letter: X vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How an answer is chosen.
+
+    Attributes:
+        max_new_tokens: Longest answer, in tokens; None for what the context leaves.
+        temperature: 0 takes the likeliest token each time, whatever `top_p`, `top_k` and `seed` say; above 0 samples.
+        top_p: Sample from the likeliest tokens that hold this share of the probability; None for all.
+        top_k: Sample from that many likeliest tokens; None for all.
+        repetition_penalty: Above 1 makes tokens that were said less likely (arXiv 1909.05858).
+        seed: Makes sampling repeatable, whatever else runs beside it; None draws one.
+        stop: Texts that end the answer; the answer does not contain them.
+        logprobs: Report each token's log-probability, and those of this many likeliest tokens; None reports nothing.
+        stop_repetition: End an answer that is one block of tokens over and over.
+        json_schema: The answer is a JSON value of this schema, a JSON text; needs llguidance.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    max_new_tokens: int | None = 256
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    json_schema: str | None = None
+    stop_repetition: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if not 0 <= self.temperature <= 10:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) to 10")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}; it must be at least 1")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0")
+        if any(not text for text in self.stop):
+            raise ValueError("a stop text is empty")
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A chosen token and the likeliest ones: (id, natural log of the probability before temperature) each."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Grammars:
+    """Compiles JSON schemas for one tokenizer (llguidance; its tables are built once).
+
+    Args:
+        tokenizer: A fast one.
+        vocab_size: Columns of the logits.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._tables: Any = None
+
+    def matcher(self, json_schema: str) -> Any:
+        """A matcher at the beginning of an answer.
+
+        Raises:
+            ValueError: llguidance is missing, or it does not understand the schema.
+        """
+        try:
+            from llguidance import LLMatcher
+            from llguidance.hf import from_tokenizer
+        except ImportError:
+            raise ValueError('structured output needs llguidance: pip install "florence-vl[serve]"') from None
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(json.loads(json_schema))
+        except ValueError as error:
+            raise ValueError(f"the JSON schema cannot be used: {error}") from None
+        if self._tables is None:
+            self._tables = from_tokenizer(self._tokenizer, n_vocab=self._vocab_size)
+        matcher = LLMatcher(self._tables, grammar)
+        if matcher.is_error():
+            raise ValueError(f"the JSON schema cannot be used: {matcher.get_error()}")
+        return matcher
+
+
+class Sampler:
+    """Chooses the tokens of one answer, as transformers' `generate` does.
+
+    Args:
+        options: How.
+        suppressed: Ids that are never chosen.
+        matcher: A grammar's, from `Grammars`.
+        device: Of the logits.
+    """
+
+    def __init__(
+        self, options: GenerationOptions, suppressed: Sequence[int], matcher: Any, device: torch.device
+    ) -> None:
+        self.options, self.matcher = options, matcher
+        self.reads_ids = options.repetition_penalty != 1.0
+        self._processors = LogitsProcessorList()
+        if self.reads_ids:
+            self._processors.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
+        if suppressed:
+            self._processors.append(SuppressTokensLogitsProcessor(list(suppressed), device=str(device)))
+        self._warpers = LogitsProcessorList()
+        self._generator: torch.Generator | None = None
+        if options.temperature > 0:
+            if options.temperature != 1.0:
+                self._warpers.append(TemperatureLogitsWarper(options.temperature))
+            if options.top_k is not None:
+                self._warpers.append(TopKLogitsWarper(options.top_k))
+            if options.top_p is not None and options.top_p < 1.0:
+                self._warpers.append(TopPLogitsWarper(options.top_p))
+            self._generator = torch.Generator(device)
+            if options.seed is None:
+                self._generator.seed()
+            else:
+                self._generator.manual_seed(options.seed)
+
+    def __call__(self, logits_X: Tensor, ids: Sequence[int]) -> tuple[int, TokenLogprob | None]:
+        """The next token.
+
+        Args:
+            logits_X: Float32.
+            ids: The row so far, prompt included.
+        """
+        scores_1X = logits_X[None]
+        ids_1L = torch.tensor([ids] if self.reads_ids else [[]], dtype=torch.long, device=logits_X.device)
+        scores_1X = self._processors(ids_1L, scores_1X)
+        if self.matcher is not None:
+            allowed = torch.frombuffer(bytearray(self.matcher.compute_logit_bias()), dtype=torch.uint8)
+            allowed_X = torch.zeros(scores_1X.shape[-1], dtype=torch.bool)
+            allowed_X[: len(allowed)] = allowed[: scores_1X.shape[-1]] > 0
+            scores_1X = scores_1X.masked_fill(~allowed_X.to(scores_1X.device), float("-inf"))
+        if self._generator is None:
+            token = int(scores_1X.argmax(-1))
+        else:
+            probabilities_1X = torch.softmax(self._warpers(ids_1L, scores_1X), dim=-1)
+            token = int(torch.multinomial(probabilities_1X, 1, generator=self._generator))
+        if self.matcher is not None:
+            self.matcher.consume_token(token)
+        if self.options.logprobs is None:
+            return token, None
+        logprobs_X = logits_X.log_softmax(-1)
+        top = logprobs_X.topk(self.options.logprobs)
+        pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+        return token, TokenLogprob(token, float(logprobs_X[token]), pairs)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the grammar allows nothing more."""
+        return self.matcher is not None and bool(self.matcher.is_stopped())
+
+
+class TextStream:
+    """Text of a growing list of tokens, piece by piece, that ends before the first stop text.
+
+    The pieces joined are `tokenizer.decode` of all tokens, cut at the stop text. What may still change (half a
+    character, the beginning of a stop text) is held back.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stop = tokenizer, stop
+        self._ids: list[int] = []
+        self._start = self._read = 0
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that a token completes; `stopped` says whether a stop text was met."""
+        self._ids.append(token)
+        whole = self._decode(self._start)
+        if whole.endswith("\ufffd"):
+            return ""
+        return self._release(whole)
+
+    def finish(self) -> str:
+        """What was held back."""
+        piece = "" if self.stopped else self._release(self._decode(self._start))
+        rest, self._held = self._held, ""
+        return piece + ("" if self.stopped else rest)
+
+    def _decode(self, start: int, end: int | None = None) -> str:
+        return self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True)
+
+    def _release(self, whole: str) -> str:
+        text = self._held + whole[len(self._decode(self._start, self._read)) :]
+        self._start, self._read = self._read, len(self._ids)
+        found = [position for stop in self._stop if (position := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        hold = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - hold :]
+        return text[: len(text) - hold]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that a stop text begins with."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def stop_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Ids that end an answer: those of the generation config, and the tokenizer's end token.
+
+    Raises:
+        ValueError: There is none, so answers would never end.
+    """
+    stop = model.generation_config.eos_token_id
+    found = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
+    own = tokenizer.eos_token_id
+    found += [own] if own is not None and own not in found else []
+    if not found:
+        raise ValueError("the model has no end-of-text token, so its answers would never end: set eos_token_id")
+    return found

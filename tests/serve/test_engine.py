@@ -1,0 +1,129 @@
+"""The engine's answers are `generate`'s, whatever runs beside them and whatever is kept; what is kept is bounded."""
+
+import random
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from florence_vl.model.tiny import tiny_model
+from florence_vl.serve.engine import Engine, EngineConfig
+from florence_vl.serve.sampling import GenerationOptions
+
+COLORS = ("red", "green", "blue", "gold", "white", "black")
+
+
+def picture(color, size=(50, 30)):
+    return Image.new("RGB", size, color)
+
+
+def turn(role, text, images=0):
+    return {"role": role, "content": [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}]}
+
+
+def reference(parts, messages, images, options):
+    model, processor = parts
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    inputs = processor(text=[text], images=[list(images)] if images else None, return_tensors="pt")
+    names = ("input_ids", "attention_mask", "pixel_values", "image_sizes")
+    inputs = {name: inputs[name] for name in names if name in inputs}
+    if model.model.fusion.uses_context and images:
+        questions = processor.question_inputs([messages])
+        inputs |= {name: torch.tensor(rows) for name, rows in questions.items()}
+    how = {"do_sample": False}
+    if options.temperature:
+        how = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p or 1.0}
+        how["top_k"] = options.top_k or 0
+        torch.manual_seed(options.seed)
+    with torch.inference_mode():
+        output = model.generate(
+            **inputs, max_new_tokens=options.max_new_tokens, repetition_penalty=options.repetition_penalty, **how
+        )
+    return output[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return tiny_model()
+
+
+def random_request(rng):
+    """A conversation, its pictures and options; few texts and pictures, so that beginnings and images repeat."""
+    messages, images = [], []
+    if rng.random() < 0.2:
+        messages.append({"role": "system", "content": [{"type": "text", "text": "Answer in one word."}]})
+    for index in range(rng.randint(1, 3)):
+        count = rng.choice((0, 1, 1, 2)) if index == 0 else rng.choice((0, 0, 1))
+        if messages and messages[-1]["role"] == "user":
+            messages.append(turn("assistant", rng.choice(("A dog.", "Two people on the street"))))
+        messages.append(turn("user", rng.choice(("What is shown?", "What is shown on the left of it?", "Why")), count))
+        images += [picture(rng.choice(COLORS), rng.choice(((50, 30), (20, 60)))) for _ in range(count)]
+    sampled = {}
+    if rng.random() < 0.4:
+        sampled = {"temperature": rng.choice((0.7, 1.0, 2.0)), "seed": rng.randint(0, 99)}
+        sampled |= {"top_p": rng.choice((None, 0.9)), "top_k": rng.choice((None, 20))}
+    penalty = rng.choice((1.0, 1.0, 1.3))
+    return messages, images, GenerationOptions(rng.randint(1, 12), repetition_penalty=penalty, **sampled)
+
+
+def run_schedules(parts, count, seed):
+    """Random requests in random order and concurrency through engines of random limits; the number of differences."""
+    rng = random.Random(seed)
+    known = {}
+    differences = 0
+    for _ in range(count):
+        config = EngineConfig(
+            max_batch=rng.choice((1, 2, 5, 16)),
+            feature_bytes=rng.choice((0, 1600, 1 << 20)),
+            prefix_bytes=rng.choice((0, 100_000, 1 << 24)),
+            max_prefill=rng.choice((40, 8192)),
+        )
+        with Engine(*parts, config) as engine:
+            requests = [random_request(rng) for _ in range(rng.randint(1, 8))]
+            answers = []
+            for messages, images, options in requests:
+                answers.append(engine.submit(engine.prepare(messages, images), options))
+                if rng.random() < 0.3:
+                    answers[-1].result()
+            for (messages, images, options), answer in zip(requests, answers, strict=True):
+                while answer.finish is None:
+                    time.sleep(0.001)
+                key = repr((messages, [image.tobytes() for image in images], options))
+                if key not in known:
+                    known[key] = reference(parts, messages, images, options)
+                differences += answer.ids != known[key]
+            assert engine.features.bytes <= config.feature_bytes
+            assert engine.prefixes.bytes <= config.prefix_bytes
+    return differences
+
+
+def test_random_schedules_give_the_tokens_of_generate(parts):
+    assert run_schedules(parts, 25, seed=0) == 0
+
+
+@pytest.mark.slow
+def test_five_hundred_random_schedules_give_the_tokens_of_generate(parts):
+    assert run_schedules(parts, 500, seed=1) == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"llm": "gemma3_text"}, {"llm": "qwen3"}, {"fusion": "token"}, {"fusion": "gated"}, {"llm": "mistral"}],
+    ids=str,
+)
+def test_other_models_give_the_tokens_of_generate(settings):
+    assert run_schedules(tiny_model(**settings), 3, seed=2) == 0
+
+
+def test_a_sliding_window_gives_the_tokens_of_generate():
+    parts = tiny_model("mistral")
+    parts[0].config.text_config.sliding_window = 8
+    long = turn("user", "What is shown on the left of it, and what on the right of it? " * 3, 1)
+    options = GenerationOptions(12)
+    with Engine(*parts) as engine:
+        first = [engine.submit(engine.prepare([long], [picture(c)]), options) for c in ("red", "blue")]
+        again = engine.submit(engine.prepare([long], [picture("red")]), options)
+        for answer, color in zip([*first, again], ("red", "blue", "red"), strict=True):
+            answer.result()
+            assert answer.ids == reference(parts, [long], [picture(color)], options)
