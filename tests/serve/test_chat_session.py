@@ -184,10 +184,7 @@ def test_a_conversation_beyond_the_context_is_refused_with_both_numbers(session)
         session.ask("word " * 1100)
     assert session.messages == []
     session.options = GenerationOptions(max_new_tokens=5000)
-    with pytest.raises(StopIteration):
-        stream = session.stream("word " * 250)
-        while True:
-            next(stream)
+    assert "".join(session.stream("word " * 250)) != ""  # the longest answer is what the context leaves
 
 
 @pytest.mark.parametrize(

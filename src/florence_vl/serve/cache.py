@@ -27,6 +27,9 @@ class RowLayer(DynamicLayer):
 
     def __init__(self) -> None:
         super().__init__()
+        self.keys: Any = None
+        self.values: Any = None
+        self.is_initialized = False
         self.length = 0
         self.rows = 0
 

@@ -284,10 +284,8 @@ class Engine:
         """
         if adapter is not None and adapter not in self.adapters:
             raise ValueError(f"no adapter {adapter!r}; loaded: {', '.join(self.adapters) or 'none'}")
-        contents = [m.get("content") for m in messages]
-        parts = sum(
-            p.get("type") in ("image", "image_url") for c in contents if isinstance(c, (list, tuple)) for p in c
-        )
+        contents = [message["content"] for message in messages if isinstance(message.get("content"), (list, tuple))]
+        parts = sum(part.get("type") in ("image", "image_url") for content in contents for part in content)
         if parts != len(images):
             raise ValueError(f"the conversation has {parts} image parts but {len(images)} images were given")
         processor = self.processor
@@ -653,9 +651,7 @@ class Engine:
             tokens = self.model.get_image_features(**moved).pooler_output
             self.stats.images_encoded += len(images)
             for image, tokens_NH in zip(images, tokens, strict=True):
-                assert len(tokens_NH) == image.end - image.start, (
-                    "the processor counts other tokens than the tower gives"
-                )
+                assert len(tokens_NH) == image.end - image.start, "processor and tower count image tokens differently"
                 found[image.key] = tokens_NH.clone()  # a view would keep the whole batch alive
                 self.features.put(image.key, found[image.key])
                 image.inputs = None
