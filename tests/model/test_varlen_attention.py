@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, modeling_flash_attention_utils
 
 from florence_vl.model.tiny import tiny_model
 from florence_vl.model.varlen_attention import SDPA_VARLEN, sample_bounds
@@ -60,3 +63,65 @@ def test_it_can_be_chosen_for_the_llm_of_a_florence_vl():
     model.set_attn_implementation({"text_config": SDPA_VARLEN})
     assert model.model.language_model.config._attn_implementation == SDPA_VARLEN
     assert model.config.vision_config._attn_implementation != SDPA_VARLEN
+
+
+def flash_stand_ins(monkeypatch):
+    """transformers' dispatch of `flash_attention_2` with the two kernels computed by PyTorch; returns the calls."""
+    called = []
+
+    def attend(q, k, v, softmax_scale):
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        out = nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return out.transpose(1, 2)
+
+    def whole(q, k, v, causal=True, softmax_scale=None, **kwargs):
+        called.append("whole")
+        return attend(q, k, v, softmax_scale)
+
+    def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=True, softmax_scale=None):
+        called.append("varlen")
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+        assert max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max())
+        bounds = cu_seqlens_q.tolist()
+        assert bounds[-1] == len(q)
+        parts = [attend(q[None, a:b], k[None, a:b], v[None, a:b], softmax_scale) for a, b in itertools.pairwise(bounds)]
+        return torch.cat(parts, 1)[0]
+
+    monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
+    monkeypatch.setattr(
+        modeling_flash_attention_utils, "_lazy_imports", lambda *_, **__: (whole, varlen, None, None, None)
+    )
+    return called
+
+
+def implement(model, name, monkeypatch):
+    if name == "flash_attention_2":  # not installed here, so it can't be chosen by `set_attn_implementation`
+        called = flash_stand_ins(monkeypatch)
+        model.model.language_model.config._attn_implementation = name
+        return called
+    model.set_attn_implementation({"text_config": name})
+    return []
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize(
+    "name",
+    ["sdpa", "eager", SDPA_VARLEN, "flash_attention_2", pytest.param("flex_attention", marks=pytest.mark.slow)],
+)
+def test_samples_of_any_number_of_rows_are_isolated_with_every_backend(name, rows, monkeypatch):
+    model, _ = tiny_model()
+    model.eval()
+    called = implement(model, name, monkeypatch)
+    tokens = torch.randint(20, 500, (rows, 12), generator=torch.Generator().manual_seed(1))
+    positions = torch.tensor([[*range(4), *range(7), 0], [*range(9), *range(3)], [*range(12)]])[:rows]
+    with torch.no_grad():
+        packed = model(tokens, position_ids=positions).logits
+        assert set(called) <= {"varlen"}
+        model.set_attn_implementation({"text_config": "eager"})
+        for row, bounds in enumerate(sample_bounds(positions)):
+            for start, end in itertools.pairwise(bounds):
+                alone = model(tokens[row : row + 1, start:end]).logits[0]
+                torch.testing.assert_close(packed[row, start:end], alone, rtol=1e-4, atol=1e-5)
+    assert bool(called) == (name == "flash_attention_2")

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.models.florence2.modeling_florence2 import Florence2VisionPositionalEmbeddingCosine1D
 from transformers.utils import can_return_tuple, torch_compilable_check
+from transformers.utils.generic import is_flash_attention_requested
 
 from florence_vl.model.configuration import FlorenceVLConfig
 from florence_vl.model.contract import check_loading
@@ -26,6 +27,7 @@ from florence_vl.model.fusion import build_fusion, merge_tokens
 from florence_vl.model.gated import GatedFusion, ZeroLinear
 from florence_vl.model.projector import Projector
 from florence_vl.model.towers import TOWERS, Florence2Tower
+from florence_vl.model.varlen_attention import flash_bounds
 from florence_vl.model.views import FeatureFill
 
 Part = Literal["tower", "projector", "llm"]
@@ -427,6 +429,8 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         if past_key_values is None and attention_mask is None and position_ids is not None:
             # Packed rows: with a cache transformers drops the block mask and samples would see each other.
             kwargs.setdefault("use_cache", False)
+            if is_flash_attention_requested(self.language_model.config) and "cu_seq_lens_q" not in kwargs:
+                kwargs.update(flash_bounds(position_ids.expand(inputs_embeds.shape[0], -1)))
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

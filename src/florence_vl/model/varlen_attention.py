@@ -63,6 +63,23 @@ def sample_bounds(position_ids: Tensor) -> list[list[int]]:
     return [[*row.nonzero()[:, 0].tolist(), row.numel()] for row in begins]
 
 
+def flash_bounds(position_ids: Tensor) -> dict[str, Any]:
+    """What tells flash attention where the samples of packed rows are, by transformers' names.
+
+    transformers derives it from the positions for a single row only; several rows would get plain causal attention
+    across their samples.
+
+    Args:
+        position_ids: (B, L), restarting with each sample.
+    """
+    begins_BL = torch.ones_like(position_ids, dtype=torch.bool)
+    begins_BL[:, 1:] = position_ids.diff(dim=-1) != 1
+    starts = begins_BL.flatten().nonzero()[:, 0]
+    bounds = torch.cat([starts, starts.new_tensor([position_ids.numel()])]).to(torch.int32)
+    longest = int(bounds.diff().max())
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
 def sdpa_varlen(
     module: nn.Module,
     query: Tensor,
@@ -109,4 +126,4 @@ def register_attention() -> None:
     AttentionMaskInterface.register(SDPA_VARLEN, sdpa_varlen_mask)
 
 
-__all__ = ["SDPA_VARLEN", "register_attention", "sample_bounds", "sdpa_varlen", "sdpa_varlen_mask"]
+__all__ = ["SDPA_VARLEN", "flash_bounds", "register_attention", "sample_bounds", "sdpa_varlen", "sdpa_varlen_mask"]
