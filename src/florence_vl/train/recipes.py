@@ -174,7 +174,7 @@ def read_dataclass(cls: type[Settings], source: str | Path, overrides: Iterable[
     _read(find_recipe(source), values, origins, [], ())
     for override in overrides:
         _apply_override(values, origins, override)
-    return _validate(_expand_variables(values), cls)
+    return _validate(_expand_variables(values, True), cls)
 
 
 def _read(path: Path, values: dict, origins: dict[str, str], files: list[Path], chain: tuple[Path, ...]) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -80,7 +80,7 @@ class _Tables:
         title: str,
         label: str,
         labels: Iterable[Any],
-        columns: dict[str, tuple[str, Iterable[float]]],
+        columns: Mapping[str, tuple[str, Iterable[float]]],
         decimals: int = 1,
     ) -> None:
         """`columns`: name -> (unit, numbers)."""
@@ -457,15 +457,15 @@ def _nature(out: _Tables, read: Reader) -> None:
         "groups", "population_engineers_hurricanes.csv", "Hurricanes", "State", names,
         {"Storms": ("number", [float(states[s]["hurricanes"]) for s in names])}, 0,
     )  # fmt: skip
-    for title, of in {
+    for title, listed in {
         "State populations": "Texas Florida Ohio Iowa Maine Nevada Utah Oregon",
         "People by state": "California Illinois Georgia Indiana Kansas Idaho Hawaii",
     }.items():
         out.add(
-            "groups", "population_engineers_hurricanes.csv", title, "State", of.split(),
+            "groups", "population_engineers_hurricanes.csv", title, "State", listed.split(),
             {
-                "People": ("millions", [float(states[s]["population"]) / 1e6 for s in of.split()]),
-                "Experts": ("per 1000", [float(states[s]["engineers"]) * 1000 for s in of.split()]),
+                "People": ("millions", [float(states[s]["population"]) / 1e6 for s in listed.split()]),
+                "Experts": ("per 1000", [float(states[s]["engineers"]) * 1000 for s in listed.split()]),
             },
         )  # fmt: skip
 

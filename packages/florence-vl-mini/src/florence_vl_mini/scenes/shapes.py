@@ -63,8 +63,8 @@ def mask(rng: Random, shape: str, side: int, outline: bool = False) -> Image.Ima
     elif shape in ("triangle", "star", "square") and rng.random() < 0.15:
         image = image.rotate(rng.uniform(-20, 20), expand=True)
     image = image.resize((max(1, image.width // SUPERSAMPLING), max(1, image.height // SUPERSAMPLING)))
-    box = image.point([0] * 64 + [255] * 192).getbbox()
-    return image.crop(box) if box else image
+    covered = image.point([0] * 64 + [255] * 192).getbbox()
+    return image.crop(covered) if covered else image
 
 
 def _corners(shape: str) -> list[tuple[float, float]]:
