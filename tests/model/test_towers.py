@@ -230,7 +230,7 @@ def test_dropout_can_be_switched_off():
 def test_rates_of_dropout_are_the_configs():
     rates = {"dropout": 0.1, "attention_dropout": 0.2, "activation_dropout": 0.3}
     model, _ = tiny_model(vision_config=tiny_florence2(text_config=rates))
-    encoder = model.model.vision_tower.encoder
+    encoder = model.train().model.vision_tower.encoder
     layer = encoder.layers[0]
     assert (encoder.dropout, layer.dropout, layer.activation_dropout, layer.self_attn.dropout) == (0.1, 0.1, 0.3, 0.2)
 
@@ -256,6 +256,18 @@ def test_hidden_states_of_the_vision_model_are_returned(tower):
         attentions = model.get_image_features(pixels, output_attentions=True).attentions
         assert len(attentions) == 2
         assert attentions[0].ndim == 4
+
+
+def test_a_frozen_tower_is_deterministic_under_checkpointing():
+    rates = {"dropout": 0.5, "attention_dropout": 0.5, "activation_dropout": 0.5}
+    fields = tiny_florence2(vision_config={"drop_path_rate": 0.5}, text_config=rates)
+    model, _ = tiny_model(vision_config=fields)
+    pixels = torch.randn(1, 3, 64, 64)
+    calm = model.get_image_features(pixels).pooler_output
+    model.gradient_checkpointing_enable()
+    model.set_trainable(tower=False, projector=True, llm=True)
+    model.train()
+    torch.testing.assert_close(model.get_image_features(pixels).pooler_output, calm)
 
 
 def test_a_tower_says_its_dtype_and_device():

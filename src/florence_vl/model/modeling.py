@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.models.florence2.modeling_florence2 import Florence2VisionPositionalEmbeddingCosine1D
 from transformers.utils import can_return_tuple, torch_compilable_check
@@ -23,6 +22,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from florence_vl.model.configuration import FlorenceVLConfig
 from florence_vl.model.contract import check_loading
+from florence_vl.model.frozen import keep_frozen_in_eval
 from florence_vl.model.fusion import build_fusion, merge_tokens
 from florence_vl.model.gated import GatedFusion, ZeroLinear
 from florence_vl.model.projector import Projector
@@ -247,21 +247,11 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         return modules[part]
 
     def train(self, mode: bool = True) -> FlorenceVLModel:
-        """`nn.Module.train`, but a part without trainable parameters stays in eval: no dropout, no DropPath."""
+        """`nn.Module.train`, but what is frozen stays in eval; see `florence_vl.model.frozen`."""
         super().train(mode)
-        for module in (self.multi_modal_projector, self.language_model):  # the tower does so by itself
-            if mode and not any(parameter.requires_grad for parameter in module.parameters()):
-                module.eval()
-        self._keep_checkpointing_alive(mode)
+        if mode:
+            keep_frozen_in_eval(self)
         return self
-
-    def _keep_checkpointing_alive(self, mode: bool) -> None:
-        # A frozen LLM still passes gradients to the projector, so its layers must go on checkpointing, which
-        # transformers does in training mode only. The layers' children, where dropout lives, stay in eval.
-        if mode and not self.language_model.training:
-            for module in self.language_model.modules():
-                if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
-                    module.training = True
 
     @can_return_tuple
     def get_image_features(

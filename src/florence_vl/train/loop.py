@@ -36,7 +36,7 @@ from florence_vl.train.guards import (
 )
 from florence_vl.train.lock import hold_folder
 from florence_vl.train.metrics import FlopsMeter, Reporter, memory_gib
-from florence_vl.train.optimizer import format_table, set_training_mode, trainable_table
+from florence_vl.train.optimizer import format_table, trainable_table
 from florence_vl.train.recipes import load_recipe
 from florence_vl.train.schedule import lr_factor
 from florence_vl.train.setup import BatchFactory, Run, prepare_run, refuse_early
@@ -168,7 +168,7 @@ class Trainer:
         self._introduce()
         with self.signals:
             try:
-                set_training_mode(self.model)
+                self.model.train()
                 while not self._is_done() and self.stop_requested is None:
                     self.train_step()
                 finished = self._is_done()

@@ -48,7 +48,7 @@ def apply_parts(model: FlorenceVLForConditionalGeneration, parts: PartsConfig) -
         _train_last_layers(model, parts.llm.last_layers)
     if parts.llm.lora is not None:
         add_lora(model, parts.llm.lora)
-    set_training_mode(model)
+    model.train()
 
 
 def llm_layers(model: FlorenceVLForConditionalGeneration) -> nn.ModuleList:
@@ -110,23 +110,6 @@ def add_lora(model: FlorenceVLForConditionalGeneration, config: LoraConfig) -> N
         PeftLoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=pattern),
         language_model,
     )
-
-
-def set_training_mode(model: nn.Module) -> None:
-    """`model.train()`, but every module whose parameters are all frozen is deterministic: in eval.
-
-    A frozen block inside a part that trains (LoRA's base, an LLM's first layers) must have no dropout either. Layers
-    that recompute activations keep their own flag, which transformers reads to checkpoint; their children obey.
-    """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    model.train()
-    for module in model.modules():
-        parameters = list(module.parameters())
-        if parameters and not any(p.requires_grad for p in parameters):
-            checkpoints = isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
-            for child in module.modules():
-                child.training = checkpoints and child is module
 
 
 def parameter_groups(

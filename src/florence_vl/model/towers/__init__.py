@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from florence_vl.model.frozen import keep_frozen_in_eval
 from florence_vl.registry import Registry
 
 TOWERS: Registry[type[VisionTower]] = Registry("tower")
@@ -20,8 +21,11 @@ class VisionTower(nn.Module, ABC):
     """Contract of every tower: `(B, 3, H, W) -> {feature name: (B, N, D)}`, sizes known before any forward."""
 
     def train(self, mode: bool = True) -> VisionTower:
-        """`nn.Module.train`, but a tower without trainable parameters stays in eval: no dropout, no DropPath."""
-        return super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
+        """`nn.Module.train`, but what is frozen stays in eval; see `florence_vl.model.frozen`."""
+        super().train(mode)
+        if mode:
+            keep_frozen_in_eval(self)
+        return self
 
     @property
     def dtype(self) -> torch.dtype:

@@ -65,18 +65,23 @@ class DropPath(nn.Dropout):
 
 
 class _Switched:
-    """BART's functional dropouts read their rate from an `nn.Dropout`, so that tools which switch dropout off reach it.
+    """BART's functional dropouts read their rate from an `nn.Dropout`.
 
-    Mixed into a BART module after construction, when `dropout` and `activation_dropout` are plain numbers.
+    So tools that switch dropout off reach it, and a frozen layer that recomputes activations has none. Mixed into a
+    BART module after construction, when `dropout` and `activation_dropout` are plain numbers.
     """
 
     @property
     def dropout(self) -> float:
-        return self.dropouts["dropout"].p  # type: ignore[attr-defined]
+        return self._rate("dropout")
 
     @property
     def activation_dropout(self) -> float:
-        return self.dropouts["activation_dropout"].p  # type: ignore[attr-defined]
+        return self._rate("activation_dropout")
+
+    def _rate(self, name: str) -> float:
+        module: nn.Dropout = self.dropouts[name]  # type: ignore[attr-defined]
+        return module.p if module.training else 0.0
 
 
 class SwitchedEncoder(_Switched, BartEncoder):
