@@ -10,9 +10,9 @@ import zipfile
 import pytest
 from PIL import Image
 
-from florence_vl.data.readers import READERS
+from florence_vl.data.readers import READERS, open_reader
 from florence_vl.data.records import BadRecord
-from florence_vl.data.sources import DATASETS, open_dataset
+from florence_vl.data.sources import DATASETS, open_dataset, verify_dataset
 from florence_vl.model.pictures import open_image
 
 
@@ -116,10 +116,28 @@ def docmatix(root):
 
     page = {"bytes": jpeg(), "path": None}
     texts = [{"user": f"Q{i}?", "assistant": f"A{i}.", "source": "PDFA key: 1"} for i in range(3)]
-    (root / "images").mkdir()
+    for folder in ("data", "pdf", "zero-shot-exp"):  # the configs images, pdf and zero-shot-exp
+        (root / folder).mkdir()
     table = pa.table({"images": [[page, page], [page]], "texts": [texts, texts[:1]]})
-    pq.write_table(table, root / "images" / "train-00000-of-01106.parquet")
-    return root / "images", {}, 2
+    pq.write_table(table, root / "data" / "train-00000-of-01106.parquet")
+    pq.write_table(pa.table({"pdf": [b"%PDF"], "texts": [texts]}), root / "pdf" / "train-00000-of-00001.parquet")
+    pq.write_table(table, root / "zero-shot-exp" / "test-00000-of-00001.parquet")
+    return root, {}, 2
+
+
+def rated(root, **columns):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = [{"user": "Q?", "assistant": "A.", "source": "ai2d"}]
+    rows = [{"images": [{"bytes": jpeg(), "path": None}] * n, "texts": texts, **columns} for n in (1, 0)]
+    (root / "ai2d").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), root / "ai2d" / "train-00000-of-00001.parquet")
+    return root, {}, 2
+
+
+def finevision(root):
+    return rated(root, source="ai2d", relevance_ratings=[5], formatting_ratings=[4])
 
 
 PIXELPROSE_ROWS = [
@@ -155,6 +173,8 @@ MADE = {
     "vision-flan": vision_flan,
     "vision-flan-191": lambda root: vision_flan(root, "image_191-task_1k.zip"),
     "docmatix": docmatix,
+    "finevision": finevision,
+    "the-cauldron": rated,
 }
 
 
@@ -165,7 +185,7 @@ def test_every_data_set_is_read_from_its_schema(tmp_path, name):
     assert len(reader) == expected
     for index in range(expected):
         record = reader[index].check()
-        assert record.source == name
+        assert record.source.split("/")[0] == name
         assert record.messages[-1]["role"] == "assistant"
         assert record.text("assistant").strip()
         for image in record.images:
@@ -235,3 +255,83 @@ def test_non_commercial_data_is_marked():
     assert {name for name in DATASETS if DATASETS[name].commercial is False} == {
         name for name in DATASETS if name.startswith("sharegpt4v")
     }
+
+
+def write_img2dataset(root, key):
+    """A shard as img2dataset's writer leaves it: tar, table and figures side by side."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{key: " This image displays a red barn.", "status": "success", "key": "000000000", "uid": "u0"}]
+    pq.write_table(pa.Table.from_pylist(rows), root / "00000.parquet")
+    (root / "00000_stats.json").write_text('{"count": 1}')
+    with tarfile.open(root / "00000.tar", "w") as tar:
+        for ending, data in (("jpg", jpeg()), ("json", json.dumps(rows[0]).encode()), ("txt", b"x")):
+            member = tarfile.TarInfo(f"000000000.{ending}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("key", ["vlm_caption", "caption"])
+def test_img2dataset_folders_are_read_from_their_tars(tmp_path, key):
+    write_img2dataset(tmp_path, key)
+    reader = open_dataset("pixelprose", tmp_path)
+    assert len(reader) == 1
+    assert reader[0].text("assistant") == "A red barn."
+    assert open_image(reader[0].images[0]).size == (16, 12)
+
+
+def test_alt_text_is_not_taken_for_captions(tmp_path):
+    write_img2dataset(tmp_path, "caption")
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        data = json.dumps({"caption": "buy now", "status": "success"}).encode()
+        member = tarfile.TarInfo("0.json")
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+    with pytest.raises(ValueError, match="--caption_col vlm_caption"):
+        open_dataset("pixelprose", tmp_path)
+
+
+def test_shards_beside_foreign_tables_are_refused(tmp_path):
+    write_img2dataset(tmp_path, "caption")
+    (tmp_path / "00000.parquet").rename(tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match=r"do not belong together.*other\.parquet"):
+        open_dataset("pixelprose", tmp_path)
+
+
+def test_a_whole_download_of_several_configs_is_refused_by_the_plain_reader(tmp_path):
+    docmatix(tmp_path)
+    with pytest.raises(ValueError, match=r"several splits: test: .*; train: "):
+        open_reader(tmp_path)
+    (tmp_path / "zero-shot-exp" / "test-00000-of-00001.parquet").unlink()
+    with pytest.raises(ValueError, match="different layouts"):
+        open_reader(tmp_path)
+
+
+def test_finevision_keeps_the_source_and_turns_with_high_ratings(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = [{"user": f"Q{i}?", "assistant": f"A{i}."} for i in range(3)]
+    rows = [
+        {"images": [{"bytes": jpeg(), "path": None}], "texts": texts, "source": "ai2d", "relevance_ratings": ratings}
+        for ratings in ([5, 1, None], [1, 1, 1], [5])
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train-00000-of-00001.parquet")
+    reader = open_dataset("finevision", tmp_path, min_ratings={"relevance": 3})
+    assert reader[0].source == "finevision/ai2d"
+    assert reader[0].text("assistant") == "A0.\nA2."
+    with pytest.raises(BadRecord, match="no turn reaches") as error:
+        reader[1]
+    assert error.value.kind == "unsupervised"
+    with pytest.raises(BadRecord, match="1 relevance ratings for 3 turns"):
+        reader[2]
+    assert open_dataset("finevision", tmp_path)[1].text("assistant") == "A0.\nA1.\nA2."
+
+
+def test_verify_names_what_differs_from_the_published_data(tmp_path):
+    docmatix(tmp_path)
+    found = "\n".join(verify_dataset("docmatix", tmp_path))
+    assert "2 records, 1,273,215 are published" in found
+    assert "1105 of 1106 shards are missing, e.g. number 1" in found
+    assert "of the examined images are shown by another record too" in found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,11 @@ def inspect_command(
 ) -> None:
     """Records as training sees them: what is learned in green, token and image counts, lengths, pictures."""
     from rich.console import Console
+    from rich.text import Text
 
     from florence_vl.data import inspect
+    from florence_vl.data.records import printable
+    from florence_vl.files import write_text
 
     source, encoder = _open(data, overrides, dataset, reader, image_root, option, model, template, max_length)
     if start >= len(source):
@@ -62,13 +66,13 @@ def inspect_command(
         name = f"{record.source} / {record.id}" if record else "unreadable"
         counts = f", {sample.num_tokens} tokens, {sample.num_supervised} learned" if sample.num_tokens else ""
         images = f", {len(record.images)} images" if record else ""
-        console.rule(f"{sample.index}: {name}{images}{counts}", align="left")
+        console.rule(Text(printable(f"{sample.index}: {name}{images}{counts}")), align="left")
         if sample.error is not None:
             console.print(f"skipped in training ({sample.error.kind}): {sample.error}", style="red", markup=False)
         if console.is_terminal:
             console.print(inspect.rich_text(sample))
         else:
-            print(inspect.plain_text(sample))
+            _print(inspect.plain_text(sample))
     if encoder is None:
         console.print("\nNo tokens are counted without a processor: give --model.", style="yellow")
     if lengths:
@@ -76,11 +80,10 @@ def inspect_command(
         name = "tokens" if encoder else "characters"
         console.rule(f"{name} a record, {stats.examined} of {stats.records} records", align="left")
         for line in inspect.histogram(stats.tokens or stats.characters):
-            print(line)
+            _print(line)
         _print_bad(console, stats)
     if page is not None:
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(inspect.html_page(shown, f"{data}: {len(source)} records"), encoding="utf-8")
+        write_text(page, inspect.html_page(shown, f"{data}: {len(source)} records"), errors="backslashreplace")
         console.print(f"\npage: {page}")
     if all(sample.error is not None for sample in shown):
         raise typer.Exit(1)
@@ -141,8 +144,25 @@ def stats_command(
 @app.command("sources")
 def sources_command(
     name: str = typer.Argument(None, help="One data set, with all that is known of it.", show_default=False),
+    verify: str = typer.Option(None, "--verify", help="A copy of it to check: counts, shards, images, duplicates."),
+    sample: int = typer.Option(1000, "--sample", min=0, help="With --verify: records that are examined; 0: all."),
+    image_root: list[str] = _ROOT,
 ) -> None:
-    """The data sets of the paper: where they come from, their licence, how their images are found."""
+    """The data sets of the paper: where they come from, their license, how their images are found."""
+    if verify is not None:
+        if name is None:
+            raise ValueError("--verify needs the name of the data set: florence-vl data sources NAME --verify PATH")
+        from florence_vl.data.sources import verify_dataset
+
+        found = verify_dataset(name, verify, sample, **({"image_root": image_root} if image_root else {}))
+        for line in found:
+            _print(line)
+        if found:
+            raise typer.Exit(1)
+        _print(f"{verify} is {name} as published")
+        return
+    if image_root:
+        raise ValueError("--image-root goes with --verify")
     from rich.console import Console
     from rich.table import Table
 
@@ -197,6 +217,12 @@ def prepare_command(
     except ImportError as error:
         raise ValueError(f'streaming needs the extra: pip install "florence-vl[stream]" ({error})') from None
     typer.echo(f"{prepare_shards(folder, workers)} samples: {folder}")
+
+
+def _print(text: str) -> None:
+    """Print what the terminal's encoding has no character for as an escape."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _print_bad(console: Any, stats: Any) -> None:

@@ -6,12 +6,17 @@ right reader, columns and filters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from florence_vl.data.readers import READERS, Filter, Reader, guess_reader, open_reader
+from florence_vl.data.inspect import inspect_records
+from florence_vl.data.readers import READERS, Filter, Reader, WebDatasetReader, files, guess_reader, open_reader
+from florence_vl.model.pictures import open_image
 from florence_vl.registry import Registry
 
 
@@ -29,6 +34,7 @@ class Dataset:
         licence: Licence of the annotations, as stated by the publisher.
         commercial: Whether the licence allows commercial use; None when it is not stated for all of the data.
         layouts: Reader name -> its options; the first that fits the path is used.
+        folder: Folder of the repository that holds the files; a whole download is read from there.
         note: What to know before training on it.
         revision: Commit that the authors of Florence-VL used, where they named one.
     """
@@ -43,6 +49,7 @@ class Dataset:
     commercial: bool | None
     layouts: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"llava": {}})
     note: str = ""
+    folder: str | None = None
     revision: str | None = None
 
     @property
@@ -82,8 +89,9 @@ _add(
             *("exif", "sha256"),
         ),
         images=(
-            "URL only: fetch with img2dataset. As WebDataset tars (save the columns uid, status, vlm_caption) the tars "
-            "are the data; as files, <image_root>/<uid>.jpg (option image_template)"
+            "URL only: fetch with img2dataset. As WebDataset tars (with --caption_col vlm_caption, or save the columns "
+            "uid, status, vlm_caption) the tars are the data; images that were saved under their uid are read by the "
+            "table: <image_root>/<uid>.jpg (option image_template)"
         ),
         licence="CC-BY-4.0 (annotations)",
         commercial=True,
@@ -160,7 +168,10 @@ _add(
         ),
         licence="CC-BY-4.0 and OpenAI's terms",
         commercial=None,
-        note="40,688 rows are text only; some files of VG_100K_2 are unreadable (skipped and counted)",
+        note=(
+            "40,688 rows are text only; some files of VG_100K_2 are unreadable (skipped and counted); most original "
+            "links of OCR-VQA are dead: its images are mirrored at ej2/llava-ocr-vqa"
+        ),
     )
 )
 _add(
@@ -211,14 +222,50 @@ _add(
     Dataset(
         name="docmatix",
         hub_id="HuggingFaceM4/Docmatix",
-        files=("images/*.parquet (1,106 shards, 159 GB)",),
+        files=("data/train-*.parquet (1,106 shards of 380 to 407 MB, about 440 GB)",),
         records=1_273_215,
         columns=("images", "texts"),
         images="bytes in the parquet files; all question-answer pairs of a row share its pages",
         licence="MIT",
         commercial=True,
         layouts={"parquet": {}},
-        note="a record is a document with its pages and all its pairs; the authors used a copy of single pages",
+        folder="data",
+        note=(
+            "a record is a document with its pages and all its pairs; the authors used a copy of single pages. The "
+            "configs pdf and zero-shot-exp lie in folders of those names and are not read"
+        ),
+    )
+)
+_RATINGS = ("relevance", "image_correspondence", "visual_dependency", "formatting")
+_add(
+    Dataset(
+        name="finevision",
+        hub_id="HuggingFaceM4/FineVision",
+        files=("<subset>/train-*.parquet, one folder for each of its collections",),
+        records=None,
+        columns=("images", "texts", "source", *(f"{name}_ratings" for name in _RATINGS)),
+        images="bytes in the parquet files; text-only rows have none",
+        licence="each collection has its own; none for the whole",
+        commercial=None,
+        layouts={"parquet": {"source_column": "source"}},
+        note=(
+            "each turn has ratings from 1 to 5 (relevance, image_correspondence, visual_dependency, formatting); "
+            "min_ratings={relevance: 3} leaves out the turns below"
+        ),
+    )
+)
+_add(
+    Dataset(
+        name="the-cauldron",
+        hub_id="HuggingFaceM4/the_cauldron",
+        files=("<subset>/train-*.parquet, one folder for each of its 50 collections",),
+        records=None,
+        columns=("images", "texts"),
+        images="bytes in the parquet files",
+        licence="each collection has its own; CC-BY-4.0 for the prompts",
+        commercial=None,
+        layouts={"parquet": {}},
+        note="each pair of texts names its collection under `source`",
     )
 )
 
@@ -236,13 +283,97 @@ def open_dataset(name: str, path: str | Path, **options: Any) -> Reader:
         ValueError: Unknown data set (near names are listed), or the path has another layout.
     """
     dataset = DATASETS[name]
+    if dataset.folder is not None and files.is_folder(files.join(path, dataset.folder)):
+        path = files.join(path, dataset.folder)
     guessed = guess_reader(path)
     if guessed not in dataset.layouts:
         raise ValueError(
             f"{path} looks like {guessed!r}; data set {name!r} is read as {' or '.join(map(repr, dataset.layouts))}. "
             f"Expected from {dataset.url}: {', '.join(dataset.files)}"
         )
-    return open_reader(path, guessed, **{"name": name, **dataset.layouts[guessed], **options})
+    own = dict(dataset.layouts[guessed])
+    if guessed == "webdataset" and "caption" in own and "caption" not in options:
+        own |= _renamed_caption(path, own)
+    return open_reader(path, guessed, **{"name": name, **own, **options})
 
 
-__all__ = ["DATASETS", "READERS", "Dataset", "open_dataset"]
+def _renamed_caption(path: str | Path, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Options for shards whose caption img2dataset stored under `caption` (its --caption_col renames the column).
+
+    Raises:
+        ValueError: `caption` holds other text than the data set's captions.
+    """
+    column = own["caption"]
+    plain = open_reader(path, "webdataset", caption="caption")
+    assert isinstance(plain, WebDatasetReader)
+    rows = [row for index in range(min(len(plain), 20)) if (row := plain.json(index))]
+    if not rows or any(column in row for row in rows):
+        return {}
+    opening = tuple(prefix.split()[0] for prefix in own.get("strip_prefixes", ()))
+    texts = [str(row["caption"]).strip() for row in rows if row.get("caption")]
+    if not texts or sum(text.startswith(opening) for text in texts) * 2 < len(texts):
+        raise ValueError(
+            f"{path}: the samples have neither {column!r} nor captions like the data set's under 'caption': fetch with "
+            f"--caption_col {column}, or save the column {column}"
+        )
+    filters = tuple(replace(f, column="caption") if f.column == column else f for f in own.get("filters", ()))
+    return {"caption": "caption", "filters": filters}
+
+
+def verify_dataset(name: str, path: str | Path, sample: int = 1000, **options: Any) -> list[str]:
+    """What is wrong with a copy of a known data set, before a run depends on it.
+
+    Args:
+        name: Name in `DATASETS`.
+        path: As for `open_dataset`.
+        sample: Records, spread over the data set, whose images are decoded; 0 for all.
+        options: Arguments of the reader.
+
+    Returns:
+        One line for each finding; empty when all is as published.
+
+    Raises:
+        FileNotFoundError, ValueError: As `open_dataset`: nothing there, another layout, or missing columns.
+    """
+    dataset = DATASETS[name]
+    reader = open_dataset(name, path, **options)
+    found = []
+    if dataset.records is not None and len(reader) != dataset.records:
+        found.append(f"{len(reader):,} records, {dataset.records:,} are published")
+    found += _missing_shards(getattr(reader, "files", None) or getattr(reader, "shards", []))
+    seen: dict[bytes, str] = {}
+    repeated = 0
+    bad: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    step = max(1, len(reader) // sample) if sample else 1
+    for item in inspect_records(reader, range(0, len(reader), step)):
+        if item.error is not None:
+            bad[item.error.kind] += 1
+            examples.setdefault(item.error.kind, str(item.error))
+            continue
+        assert item.record is not None
+        for image in item.record.images:
+            digest = hashlib.sha256(open_image(image).tobytes()).digest()
+            repeated += seen.setdefault(digest, item.record.id) != item.record.id
+    found += [f"{count} x {kind}, e.g. {examples[kind]}" for kind, count in bad.most_common()]
+    if repeated:
+        found.append(f"{repeated} of the examined images are shown by another record too")
+    return found
+
+
+def _missing_shards(paths: Sequence[str]) -> list[str]:
+    """Shards named `...-00003-of-00010...` whose series is not whole."""
+    series: dict[tuple[str, int], set[int]] = {}
+    for path in paths:
+        match = re.search(r"(.*)-(\d+)-of-(\d+)[^/]*$", str(path))
+        if match:
+            series.setdefault((match[1], int(match[3])), set()).add(int(match[2]))
+    return [
+        f"{name}-*: {total - len(numbers)} of {total} shards are missing, e.g. number "
+        f"{min(set(range(total)) - numbers, default=0)}"
+        for (name, total), numbers in series.items()
+        if len(numbers) < total
+    ]
+
+
+__all__ = ["DATASETS", "READERS", "Dataset", "open_dataset", "verify_dataset"]

@@ -35,6 +35,9 @@ def guess_reader(path: str | Path) -> str:
     if lower.endswith(".tar"):
         return "webdataset"
     if files.is_folder(text):
+        layout = _img2dataset(text)
+        if layout:
+            return layout
         for suffix, name in ((".parquet", "parquet"), (".tar", "webdataset")):
             try:
                 files.find_files(text, (suffix,))
@@ -48,6 +51,29 @@ def guess_reader(path: str | Path) -> str:
         f"cannot tell the format of {text}: name a reader ({', '.join(READERS.names())}), or use .json, .jsonl, "
         ".parquet, .tar or a folder"
     )
+
+
+def _img2dataset(folder: str) -> str | None:
+    """The reader of a folder that img2dataset wrote: each shard's table lies beside its tar or its folder.
+
+    Raises:
+        ValueError: The folder holds shards and tables that do not belong together.
+    """
+    try:
+        tables = {name.removesuffix(".parquet") for name in files.find_files(folder, (".parquet",))}
+    except FileNotFoundError:
+        return None
+    try:
+        shards = {name.removesuffix(".tar") for name in files.find_files(folder, (".tar",))}
+    except FileNotFoundError:
+        beside = all(files.exists(f"{table}_stats.json") and files.is_folder(table) for table in tables)
+        return "folder" if beside else None
+    if not tables <= shards:
+        raise ValueError(
+            f"{folder} holds .tar shards and .parquet tables that do not belong together, such as "
+            f"{min(tables - shards)}.parquet: name the files of one kind, e.g. {folder}/*.tar"
+        )
+    return "webdataset"
 
 
 def open_reader(path: str | Path, reader: str | None = None, **options: Any) -> Reader:

@@ -132,6 +132,15 @@ class WebDatasetReader(Reader):
             text = self._caption_text(path, parts)
         return record_from_members(key, names, images, row, text, self.caption, self.name, index, where)
 
+    def json(self, index: int) -> dict[str, Any] | None:
+        """The object in a sample's JSON member; None without one.
+
+        Raises:
+            BadRecord: It is malformed.
+        """
+        shard, _, first, count = (int(x) for x in self._samples[index])
+        return self._json(shard, self._parts(shard, first, count))
+
     def _caption_text(self, path: str, parts: dict[str, np.void]) -> str | None:
         for name, member in parts.items():
             if is_text(name):
