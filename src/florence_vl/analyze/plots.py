@@ -134,7 +134,7 @@ def headroom_figure(found: Headroom) -> Any:
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes: Any = figure.subplots(1, 2)
-    split = [choice for choice in found.choices if "question" not in choice.name]
+    split = [choice for choice in found.choices if "other half" in choice.name]
     for ax, name, label in ((axes[0], "accuracy", "right answers, %"), (axes[1], "nll", "nats a right answer")):
         scale = 100 if name == "accuracy" else 1
         for group, color, marker, text in (
