@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from florence_vl.evaluate.local import LocalAnswerer, load_answerer, state_fingerprint
+from florence_vl.evaluate.local import LocalAnswerer, load_answerer
 from florence_vl.evaluate.runner import open_results, plan, run
 from florence_vl.evaluate.scoring import Scores, score_folder
 from florence_vl.evaluate.store import ResultsFolder
 from florence_vl.evaluate.suites import choose, data_folder
+from florence_vl.model.features import state_hash
 
 if TYPE_CHECKING:
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
@@ -63,7 +64,7 @@ def evaluate(
         loaded, processor = model
         identity: dict[str, Any] = {
             "model": str(loaded.config.name_or_path or type(loaded).__name__),
-            "fingerprint": state_fingerprint(loaded),
+            "fingerprint": state_hash(loaded),
             "dtype": str(loaded.dtype).removeprefix("torch."),
         }
         answerer = LocalAnswerer(loaded.eval(), processor, batch_size, identity, seed=seed)
