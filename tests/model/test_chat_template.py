@@ -17,7 +17,7 @@ from florence_vl.model.chat_template import (
 )
 from florence_vl.model.image_processing import FlorenceVLImageProcessor
 from florence_vl.model.processing import BREAK, FlorenceVLProcessor, ImageTokenRule
-from florence_vl.model.tiny import TINY_SPECIAL_TOKENS, tiny_processor, tiny_tokenizer
+from florence_vl.model.tiny import TINY_SPECIAL_TOKENS, tiny_model, tiny_processor, tiny_tokenizer
 
 CHATS = [name for name in CHAT_TEMPLATES if name != "plain"]
 
@@ -342,3 +342,43 @@ def test_every_template_marks_what_is_generated():
 def test_bad_conversations(messages, message):
     with pytest.raises(ValueError, match=message):
         tiny_processor().apply_chat_template(messages)
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_ids_in_use_equal_ids_in_training(name, adds_bos):
+    """Also with tokenizers that put a begin token in front by themselves."""
+    from tokenizers.processors import TemplateProcessing
+
+    from florence_vl.serve.engine import Engine
+
+    processor = tiny_processor()
+    tokenizer = processor.tokenizer
+    tokenizer.bos_token = "<|begin_of_text|>" if name == "llama3" else "<s>"
+    if name == "vicuna_v1":
+        tokenizer.eos_token = "</s>"
+    bos = tokenizer.bos_token_id
+    if adds_bos:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{tokenizer.bos_token} $A",
+            pair=f"{tokenizer.bos_token} $A $B",
+            special_tokens=[(tokenizer.bos_token, bos)],
+        )
+    processor.chat_template = CHAT_TEMPLATES[name].build(tokenizer, processor.image_token)
+    picture = Image.new("RGB", (64, 64))
+    user = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "Hi <s>"}]}]
+    record = Record("1", "s", [*user, {"role": "assistant", "content": "A"}], [picture])
+    trained = RecordEncoder(processor)(record).input_ids.tolist()
+    assert trained.count(bos) == int(adds_bos or name == "llama3")
+    rendered = processor.apply_chat_template(user, add_generation_prompt=True, tokenize=False)
+    used = {
+        "processor": processor(text=rendered, images=picture)["input_ids"][0],
+        "template": processor.apply_chat_template(user, add_generation_prompt=True, tokenize=True, return_dict=True)[
+            "input_ids"
+        ][0],
+    }
+    with Engine(tiny_model()[0], processor) as engine:
+        used["engine"] = engine.prepare(user, [picture]).ids
+    for where, ids in used.items():
+        assert list(ids) == trained[: len(ids)], where
+        assert len(ids) < len(trained)

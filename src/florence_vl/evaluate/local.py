@@ -137,8 +137,15 @@ class LocalAnswerer(Answerer):
         chats = [[{"role": "user", "content": question.content()}] for question in questions]
         texts = [self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
         images = [[opened[picture.key] for picture in question.images] for question in questions]
+        bos = getattr(getattr(self.processor, "tokenizer", None), "bos_token", None)
+        written = bool(bos) and all(text.startswith(bos) for text in texts)  # by the template: not a second time
         inputs = self.processor(
-            text=texts, images=images if any(images) else None, return_tensors="pt", padding=True, padding_side="left"
+            text=texts,
+            images=images if any(images) else None,
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            **({"add_special_tokens": False} if written else {}),
         )
         lengths = inputs["attention_mask"].sum(-1).tolist()
         again = self._without_long(lengths, questions, lambda rest: self._answer_any(rest, opened, generation))

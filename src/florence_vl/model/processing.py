@@ -397,7 +397,8 @@ class FlorenceVLProcessor(ProcessorMixin):
         Args:
             images: Images of all prompts in reading order (or a list of images for each prompt): PIL images, paths,
                 addresses, bytes or uint8 arrays.
-            text: Rendered prompt or prompts.
+            text: Rendered prompt or prompts. The chat template writes the begin token, so the tokenizer adds none
+                unless `add_special_tokens=True` is given: ids in use equal ids in training.
             **kwargs: transformers' keywords for text and images (`padding`, `max_length`, `return_tensors`, ...).
 
         Returns:
@@ -406,6 +407,8 @@ class FlorenceVLProcessor(ProcessorMixin):
         Raises:
             ValueError: The counts of placeholders and images differ, or truncation would cut an image.
         """
+        if "add_special_tokens" not in kwargs.get("text_kwargs", {}):
+            kwargs.setdefault("add_special_tokens", False)
         texts = [text] if isinstance(text, str) else text
         if not texts or not any(isinstance(item, str) and BREAK in item for item in texts):
             return super().__call__(images=images, text=text, **kwargs)
