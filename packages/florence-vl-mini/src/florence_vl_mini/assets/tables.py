@@ -201,7 +201,7 @@ def _gapminder(out: _Tables, read: Reader) -> None:
         def column(key: str, year: int, of: list[str] = countries, scale: float = 1.0) -> list[float]:
             return [at[c, year][key] / scale for c in of]
 
-        years = (1955, 1980, 2005)
+        years: Sequence[int] = (1955, 1980, 2005)
         out.add(
             "groups", "gapminder.json", f"Life: {region}", "Country", countries,
             {str(y): ("years", column("life_expect", y)) for y in years}, 0,
@@ -294,7 +294,7 @@ def _work(out: _Tables, read: Reader) -> None:
         "Finance": "financial_activities", "Government": "government", "Mining": "mining_and_logging",
         "Media": "information", "Business": "professional_and_business_services",
     }  # fmt: skip
-    years = (2006, 2008, 2010, 2012, 2014, 2015)
+    years: Sequence[int] = (2006, 2008, 2010, 2012, 2014, 2015)
     for name in ("Building", "Factories", "Shops", "Leisure", "Finance", "Mining"):
         scale = 1000 if name != "Mining" else 1
         unit = "millions" if name != "Mining" else "thousands"
@@ -333,10 +333,10 @@ def _work(out: _Tables, read: Reader) -> None:
         "Leisure": "Leisure and hospitality", "Trade": "Wholesale and Retail Trade",
     }  # fmt: skip
     for label in ("Farms", "Building", "Finance", "Media", "Factory", "Leisure"):
-        years = (2000, 2002, 2004, 2006, 2008, 2009)
+        sampled = (2000, 2002, 2004, 2006, 2008, 2009)
         out.add(
-            "series", "unemployment-across-industries.json", f"No job: {label}", "Year", years,
-            {"Rate": ("percent", [fmean(rates[industries[label], y]) for y in years])},
+            "series", "unemployment-across-industries.json", f"No job: {label}", "Year", sampled,
+            {"Rate": ("percent", [fmean(rates[industries[label], y]) for y in sampled])},
         )  # fmt: skip
     for title, labels in {
         "Unemployment": ("Farms", "Building", "Finance", "State", "Media", "Trade"),
