@@ -64,7 +64,7 @@ def test_a_run_is_exported_in_another_type(
     assert loaded.dtype == torch.bfloat16
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.to(torch.bfloat16))
     assert main(["export", str(tmp_path / "run"), "--out", str(out)]) == 2
-    assert "--force" in capsys.readouterr().err
+    assert "--overwrite" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "x"), "--dtype", "bf61"]) == 2
     assert "Did you mean 'bf16'" in capsys.readouterr().err
 
@@ -110,3 +110,22 @@ def test_trackers_hear_of_every_metric(
     step, row = heard[2][1]  # type: ignore[misc]
     assert step == 4
     assert {"loss", "grad_norm", "tokens_per_s", "lr/llm"} <= row.keys()
+
+
+def test_idle_threads_do_not_spin_for_long_unless_the_user_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    from florence_vl.cli.main import main
+
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that both are put back
+        monkeypatch.delenv(name)
+    main(["--version"])
+    assert os.environ["GOMP_SPINCOUNT"] == "30000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    main(["--version"])
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    main(["--version"])
+    assert "GOMP_SPINCOUNT" not in os.environ

@@ -104,6 +104,15 @@ def build_app(called: str | None) -> typer.Typer:
     return root
 
 
+def _share_processor() -> None:
+    """Let idle OpenMP threads spin for a short time only, before torch is imported; what the user set stands.
+
+    By default they spin for so long that a second busy program slows a command tenfold.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+
+
 def _quiet_libraries() -> None:
     """Keep advice and progress bars of libraries out of the terminal; `--debug` leaves them on."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -163,6 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     called = next((word for word in arguments if not word.startswith("-")), None)
     if not arguments:
         arguments = ["--help"]
+    _share_processor()
     try:
         if called is not None and called not in commands():
             message = f"no command {called!r}. {did_you_mean(called, commands())}"

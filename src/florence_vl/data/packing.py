@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
@@ -194,6 +195,13 @@ class MicroBatchEncoder(Dataset[MicroBatch]):
         return samples
 
 
+def ignore_stop_signals(_worker: int) -> None:
+    """Leave signals to the training process: one to the whole group (a time limit, Ctrl-C) must not end its workers."""
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 def _load(dataset: Dataset[T], indices: Iterator[Any], workers: int, prefetch: int) -> Iterator[T]:
     """`dataset[i]` for endless indices, in order, computed ahead by workers (0: in this process)."""
     loader = DataLoader(
@@ -202,6 +210,7 @@ def _load(dataset: Dataset[T], indices: Iterator[Any], workers: int, prefetch: i
         sampler=indices,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
+        worker_init_fn=ignore_stop_signals if workers else None,
         generator=torch.Generator(),  # the loader's own seed must not move the training's random state
     )
     return iter(loader)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from florence_vl.files import MARK, atomic_folder
+from florence_vl.files import MARK, atomic_folder, check_destination
 from florence_vl.train.checkpoint import find_checkpoint, load_weights
 from florence_vl.train.checkpoint_files import read_trainer_state
 from florence_vl.train.optimizer import apply_parts
@@ -145,6 +145,8 @@ def export_run(
 
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}. {did_you_mean(dtype, _DTYPES)}")
+    if folder is not None:
+        check_destination(folder, overwrite=overwrite)
     if not run.is_dir():
         raise FileNotFoundError(f"no such run: {run}")
     checkpoint = find_checkpoint(run, run)

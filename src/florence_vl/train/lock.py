@@ -33,6 +33,7 @@ class RunLock:
     """
 
     def __init__(self, run_dir: Path) -> None:
+        self._made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]  # innermost first
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / LOCK_FILE
         self._file: int | None = None
@@ -63,8 +64,9 @@ class RunLock:
         self.path.unlink(missing_ok=True)
         os.close(self._file)
         self._file = None
-        if not any(self.path.parent.iterdir()):
-            self.path.parent.rmdir()
+        with contextlib.suppress(OSError):  # the first that holds something ends it
+            for folder in self._made:
+                folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from florence_vl.data.report import DataReport
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
 
+# Left by a run that a signal stopped, with everything saved: a launcher that hides exit codes can look for it.
+STOPPED_FILE = "STOPPED"
 Callback = Callable[["Trainer", dict[str, Any]], None]
 
 
@@ -165,6 +167,8 @@ class Trainer:
     def run(self) -> TrainResult:
         """Train, leave a checkpoint and, at the end, an export."""
         finished = False
+        if self.world.is_main:
+            (self.run_dir / STOPPED_FILE).unlink(missing_ok=True)
         self._introduce()
         with self.signals:
             try:
@@ -185,6 +189,8 @@ class Trainer:
         if finished and self.recipe.checkpoint.export:
             exported = self.export(self.run_dir / "model")
         if self.world.is_main:
+            if not finished:
+                write_text(self.run_dir / STOPPED_FILE, f"{self.stop_requested}: saved step {self.step}\n")
             summary = {"steps": self.step, "finished": finished, "bad_records": bad, "metrics": self.state.metrics}
             write_text(self.run_dir / "summary.json", json.dumps(summary, indent=1))
         return TrainResult(self.run_dir, self.step, finished, self.state.metrics, exported, self.world.is_main, bad)

@@ -216,12 +216,17 @@ class Parallelised:
 
     @contextlib.contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
-        """Context of a forward and backward pass; gradients are exchanged in the step's last one only."""
+        """Context of a forward and backward pass of one micro-batch.
+
+        DDP exchanges gradients in the step's last one. A sharded model scatters them in each, so that a process never
+        holds the whole gradient (4 bytes a parameter) between micro-batches; what is replicated between groups (hsdp)
+        is exchanged in the last one.
+        """
         context: AbstractContextManager[Any] = nullcontext()
         if self.strategy == "ddp" and not last:
             context = self.module.no_sync()  # type: ignore[operator]
-        elif self.strategy in ("fsdp", "hsdp"):
-            self.module.set_requires_gradient_sync(last)  # type: ignore[operator]
+        elif self.strategy == "hsdp":
+            self.module.set_requires_all_reduce(last)  # type: ignore[operator]
         with context:
             yield
 

@@ -42,7 +42,7 @@ class Workload:
 
 
 @dataclass
-class Plan:
+class CostPlan:
     """The answer of `plan_recipe`; sizes in GiB a device, FLOPs as plain numbers.
 
     Attributes:
@@ -59,11 +59,11 @@ class Plan:
         fits: Whether it does.
         largest_micro_batch: Rows of the largest one that fits; 0 when none does.
         samples: Of the whole run.
-        flops_per_run: ...
+        flops_per_run: FLOPs of the whole run.
         samples_per_s: Over all devices, at the stated MFU.
-        tokens_per_s: ...
-        device_hours: ...
-        hours: Wall time.
+        tokens_per_s: Likewise.
+        device_hours: Of the whole run.
+        hours: Wall time of the whole run.
         assumptions: What the figures rest on.
     """
 
@@ -171,7 +171,7 @@ def plan_recipe(
     mfu: float = 0.4,
     workload: Workload | None = None,
     samples: int | None = None,
-) -> Plan:
+) -> CostPlan:
     """Compute a recipe's costs.
 
     Args:
@@ -202,7 +202,7 @@ def plan_recipe(
     run = sum(per_sample.values()) * total_samples if total_samples else None
     rate = devices * peak * 1e12 * mfu / sum(per_sample.values())
     available = (capacity - RESERVE_GIB) * USABLE
-    return Plan(
+    return CostPlan(
         recipe=recipe.name,
         devices=devices,
         device=device,
@@ -246,15 +246,17 @@ def _strategy(recipe: Recipe, devices: int) -> str:
 
 
 def _rows(recipe: Recipe, flops: ModelFlops, workload: Workload, micro: int) -> tuple[int, int, int]:
-    """Images, tokens and supervised tokens of a micro-batch, at their largest."""
+    """Images, tokens and supervised tokens of a micro-batch, at their largest: every text token may be supervised."""
     sample = workload.images * flops.image_tokens + workload.text_tokens
     packing = recipe.data.packing
     if packing.mode == "packed":
-        per_row = packing.tokens_per_row / sample
-        images = min(packing.max_images_per_row, max(1, round(per_row * workload.images)))
-        return micro * images, micro * packing.tokens_per_row, round(micro * per_row * workload.supervised)
-    length = recipe.data.max_length or round(sample)
-    return round(micro * max(1.0, workload.images)), micro * length, round(micro * workload.supervised)
+        length, average = packing.tokens_per_row, packing.tokens_per_row / sample
+        images = min(packing.max_images_per_row, max(1, round(average * workload.images)))
+    else:
+        length, average = recipe.data.max_length or round(sample), 1.0
+        images = round(max(1.0, workload.images))
+    text = max(length - images * flops.image_tokens, round(average * workload.supervised))
+    return micro * images, micro * length, micro * text
 
 
 def _memory(
@@ -310,8 +312,10 @@ def _static_memory(recipe: Recipe, config: FlorenceVLConfig, devices: int, strat
             reverse=True,
         )
         rest = total - sum(sizes)  # embeddings, head, projector and what stands outside blocks stay gathered
-        # two blocks gathered (one is fetched ahead), one block's gradient before it is reduced in fp32
-        gathered = compute * (rest + 2 * sizes[0]) + (compute + 4) * sizes[0]
+        # two blocks gathered (one is fetched ahead), the largest unit's gradient before it is reduced in fp32
+        ends = {id(layer.weight): layer.weight for layer in (shell.get_input_embeddings(), shell.lm_head)}
+        widest = max([sizes[0], *(weight.numel() for weight in ends.values() if weight.requires_grad)])
+        gathered = compute * (rest + 2 * sizes[0]) + (compute + 4) * widest
         memory["gathered weights"] = gathered / GIB
     else:
         if recipe.precision == "bf16":
@@ -358,6 +362,7 @@ def _assumptions(
         else f"memory is for rows of max_length {recipe.data.max_length}; FLOPs are for average samples, no padding"
     )
     found = [
+        "logits are for full rows whose every text token is supervised; gradients are scattered in each micro-batch",
         f"a sample has {workload.images:g} image(s) of {height}x{width} px, {workload.text_tokens:g} text tokens, "
         f"{workload.supervised:g} of them supervised",
         rows,
