@@ -134,7 +134,7 @@ def open_image(source: ImageInput, name: str | None = None, policy: MediaPolicy 
         image = _open(source, policy or _policy.get())
         _check_size(*image.size)
         image.load()
-        return _to_rgb(_upright(image))
+        return _to_rgb(_upright(image, own=image is not source))
     except FileNotFoundError:
         raise FileNotFoundError(f"no such image file: {name}") from None
     except MemoryError as error:
@@ -363,8 +363,12 @@ def _read(answer: http.client.HTTPResponse, connection: _Pinned, max_bytes: int,
 # ------------------------------------------------------------------ pixels
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image, own: bool) -> Image.Image:
+    """The image as its EXIF data says it is shown; a copy unless it is our own, which saves its memory."""
     try:
+        if own:
+            ImageOps.exif_transpose(image, in_place=True)
+            return image
         return ImageOps.exif_transpose(image)
     except Exception:  # unreadable EXIF says nothing about the pixels
         return image

@@ -223,7 +223,8 @@ class ParquetReader(Reader):
         row = self._row(index)
         identifier = str(index if row.get(self.id_column) is None else row[self.id_column])
         where = f"{self.name} row {index} (id {identifier!r:.80})"
-        source = f"{self.name}/{row[self.source_column]}" if row.get(self.source_column) else self.name
+        collection = row.get(self.source_column) if self.source_column else None
+        source = f"{self.name}/{collection}" if collection else self.name
         if self.image_template:
             listed: list[Any] = [self.image_template.format(**row)]
         else:
