@@ -28,8 +28,8 @@ PICTURES = {
     "receipt": "receipt", "bar_chart": "bar chart", "line_chart": "line chart", "pie_chart": "pie chart",
 }  # fmt: skip
 ALIKE = ("beige", "light gray")  # backgrounds that not everybody tells from light yellow and from white
-ONE_COLOR, MIXED = 24, 45  # range of a background's widest channel: up to the first one colour, from the second several
-NEAR = 40  # of 765: a colour is called by its name up to that distance
+ONE_COLOR, MIXED = 24, 45  # range of a background's widest channel: up to the first one color, from the second several
+NEAR = 40  # of 765: a color is called by its name up to that distance
 WRITTEN_ON = re.compile(
     "sign|newspaper|calendar|bus stop|receipt|ticket|book|hospital|police|taxi|chart|letter|sleeping"
 )
@@ -71,7 +71,7 @@ class DemoData:
 def describe(scene: Scene) -> Answer | None:
     """What a person would fill in about a scene; None where two people might differ.
 
-    "picture" is what it shows; "background" its colour, or "mixed"; "things" the number of objects, of a chart's
+    "picture" is what it shows; "background" its color, or "mixed"; "things" the number of objects, of a chart's
     bars, points or parts, or of a receipt's items; "text" the only word, or the heading; "none" where there is none.
     Left out are scenes whose objects are hard to count or bear writing, several words, words beside an object, and
     backgrounds between two names.

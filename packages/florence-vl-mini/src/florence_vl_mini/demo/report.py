@@ -63,10 +63,10 @@ def curve(points: list[dict[str, float]]) -> str:
 def bars(scores: dict[str, dict[str, dict[str, float]]]) -> str:
     """Share right by key and condition with 95 % intervals, as SVG."""
     figure, axes = _figure("Held-out pictures")
-    colours = {"before": "#d3d9e2", "no picture": "#b7c0cd", "other picture": "#9aa5b4", "after": "#2457c5"}
+    colors = {"before": "#d3d9e2", "no picture": "#b7c0cd", "other picture": "#9aa5b4", "after": "#2457c5"}
     keys = list(scores["after"])
-    width = 0.8 / len(colours)
-    for offset, (condition, colour) in enumerate(colours.items()):
+    width = 0.8 / len(colors)
+    for offset, (condition, color) in enumerate(colors.items()):
         cells = [scores[condition][key] for key in keys]
         places = [i - 0.4 + width * (offset + 0.5) for i in range(len(keys))]
         shares = [100 * cell["share"] for cell in cells]
@@ -74,7 +74,7 @@ def bars(scores: dict[str, dict[str, dict[str, float]]]) -> str:
         high = [100 * (cell["high"] - cell["share"]) for cell in cells]
         error = {"elinewidth": 0.8, "ecolor": "#5d6b7e"}
         label = CONDITIONS[condition]
-        axes.bar(places, shares, width * 0.92, yerr=[low, high], color=colour, label=label, error_kw=error)
+        axes.bar(places, shares, width * 0.92, yerr=[low, high], color=color, label=label, error_kw=error)
     axes.set_xticks(range(len(keys)), [key.replace(" ", "\n") for key in keys], fontsize=8)
     axes.set_ylim(0, 100)
     axes.set_ylabel("right, %")

@@ -272,7 +272,7 @@ PROBE_WORDS, PROBE_OBJECTS = 16, 80  # of 16 objects any feature tells all
 def probe_pictures(n: int, seed: int, size: int) -> tuple[list[Image.Image], dict[str, Tensor]]:
     """Pictures of one of `PROBE_OBJECTS` objects and one of `PROBE_WORDS` words, and labels {target: (n,)}.
 
-    text: which word; object: which name; position: cell of the object's centre in a 4 x 4 grid. The three are
+    text: which word; object: which name; position: cell of the object's center in a 4 x 4 grid. The three are
         independent.
     """
     rng = Random(f"probe/{seed}")
@@ -301,7 +301,7 @@ def probe_pictures(n: int, seed: int, size: int) -> tuple[list[Image.Image], dic
 
 
 def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, decay: float = 1e-2) -> float:
-    """Accuracy of multinomial logistic regression on standardised features, fitted by L-BFGS in float64.
+    """Accuracy of multinomial logistic regression on standardized features, fitted by L-BFGS in float64.
 
     Args:
         train: (N, D).

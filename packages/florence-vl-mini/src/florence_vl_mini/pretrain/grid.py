@@ -39,7 +39,7 @@ def _name_numbers() -> dict[str, int]:
 def name_targets(scene: Scene, side: int) -> dict[int, int]:
     """Cell of a `side` x `side` grid, row by row -> number of the name (from 1) of the object that lies there.
 
-    An object lies in the cells whose centre its box holds, and in the cell of its own centre.
+    An object lies in the cells whose center its box holds, and in the cell of its own center.
     """
     names, size = _name_numbers(), scene.image.width
     return {
@@ -68,7 +68,7 @@ def _cell(x: float, y: float, side: int) -> int:
 
 
 def cells_of(box: tuple[float, float, float, float], size: int, side: int) -> list[int]:
-    """The cells whose centre a box holds, and the cell of its own centre."""
+    """The cells whose center a box holds, and the cell of its own center."""
     left, top, right, bottom = (v * side / size for v in box)
     held = {
         row * side + column

@@ -269,7 +269,7 @@ Points = list[tuple[float, float]]
 
 
 def _invented_points(rng: Random, colors: list[str], frame: tuple[float, ...], gap: float) -> tuple[list[Points], int]:
-    """Points of each colour along a slope, `gap` apart; and the slope, 1 or -1."""
+    """Points of each color along a slope, `gap` apart; and the slope, 1 or -1."""
     left, top, right, base = frame
     u = gap / 15
     slope = rng.choice((-1, 1))

@@ -29,21 +29,21 @@ def luminance(rgb: tuple[float, ...]) -> float:
 
 
 def jitter(rng: Random, rgb: tuple[int, int, int], by: int = 10) -> tuple[int, int, int]:
-    """A colour a little off."""
+    """A color a little off."""
     return tuple(min(255, max(0, c + rng.randint(-by, by))) for c in rgb)  # type: ignore[return-value]
 
 
 def background(rng: Random, size: int, busy: float = 0.4) -> tuple[Image.Image, str | None]:
-    """A square background and its colour's name, None where it has no single colour.
+    """A square background and its color's name, None where it has no single color.
 
     Args:
-        busy: Chance of a pattern or a photographed texture instead of one colour.
+        busy: Chance of a pattern or a photographed texture instead of one color.
     """
     name = rng.choice(BACKGROUNDS)
     color = jitter(rng, COLORS[name])
     if rng.random() >= busy:
         image = Image.new("RGB", (size, size), color)
-        if rng.random() < 0.4:  # a gentle gradient of the same colour
+        if rng.random() < 0.4:  # a gentle gradient of the same color
             ramp = Image.linear_gradient("L").resize((size, size)).rotate(rng.choice((0, 90, 180, 270)))
             other = Image.new("RGB", (size, size), jitter(rng, color, 28))
             image = Image.composite(image, other, ramp)
@@ -123,7 +123,7 @@ def visible_box(image: Image.Image) -> tuple[int, int, int, int] | None:
 def readable_color(
     rng: Random, canvas: Image.Image, box: Box, contrast: float = 100
 ) -> tuple[str, tuple[int, int, int]] | None:
-    """A named text colour that stands out from what lies under `box`, or None on too mixed a ground."""
+    """A named text color that stands out from what lies under `box`, or None on too mixed a ground."""
     patch = canvas.crop(tuple(int(v) for v in box)).convert("L").resize((8, 8), Image.Resampling.BOX)  # type: ignore[arg-type]
     values = patch.tobytes()
     low, high = min(values), max(values)

@@ -15,7 +15,7 @@ LARGE, SMALL = 0.36, 0.2  # longer side / picture side; between the two an objec
 
 
 def position(box: Box, size: int) -> str:
-    """ "at the top left", "in the center", ...: the cell of a 3 x 3 grid that holds the box's centre."""
+    """ "at the top left", "in the center", ...: the cell of a 3 x 3 grid that holds the box's center."""
     column = min(2, int((box[0] + box[2]) / 2 * 3 / size))
     row = min(2, int((box[1] + box[3]) / 2 * 3 / size))
     names = (
@@ -117,7 +117,7 @@ def add_text(
     share: tuple[float, float] = (0.1, 0.17),
     tilt: float = 0.15,
 ) -> Text | None:
-    """Write `text` where nothing is yet, in a colour that stands out; None where there is no such place.
+    """Write `text` where nothing is yet, in a color that stands out; None where there is no such place.
 
     Args:
         taken: Boxes in use; the text's box is appended.
@@ -146,7 +146,7 @@ def add_text(
 
 
 def lettering(rng: Random, split: str, size: int, scene_id: str) -> Scene:
-    """One to four words in different fonts, sizes, colours and angles, perhaps beside an object."""
+    """One to four words in different fonts, sizes, colors and angles, perhaps beside an object."""
     canvas, ground = draw.background(rng, size, busy=0.45)
     taken: list[Box] = []
     regions = []
