@@ -215,3 +215,10 @@ def test_threads_and_processes(processor):
         assert a.labels.tolist() == b.labels.tolist()
     again = pickle.loads(pickle.dumps(encode))
     assert again(records[5]).labels.tolist() == alone[5].labels.tolist()
+
+
+def test_images_of_varying_token_counts_are_refused():
+    processor = tiny_processor()
+    processor.image_processor.image_aspect_ratio = "native"
+    with pytest.raises(ValueError, match="image_aspect_ratio='native' yet"):
+        RecordEncoder(processor)

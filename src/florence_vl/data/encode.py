@@ -75,7 +75,7 @@ class RecordEncoder:
 
     Raises:
         ValueError: Unknown template, option or `on_long`; a template that does not fit the tokenizer or has no
-            generation marks.
+            generation marks; images of their native aspect ratio.
     """
 
     def __init__(
@@ -90,6 +90,11 @@ class RecordEncoder:
             raise ValueError(f"unknown on_long {on_long!r}. {did_you_mean(on_long, ON_LONG)}")
         if max_length is not None and max_length < 2:
             raise ValueError(f"max_length is {max_length}; it must be at least 2 tokens")
+        if processor.image_processor.image_aspect_ratio == "native":
+            raise ValueError(
+                "training data cannot be encoded with image_aspect_ratio='native' yet: it gives each image its own "
+                "number of tokens, and the encoder counts one number for all. Set it to pad or squash"
+            )
         self.processor = processor
         self.max_length = max_length
         self.on_long = on_long
