@@ -265,6 +265,11 @@ def davit_convolutions(vision: Any) -> tuple[tuple[int, int, int], ...]:
     return tuple(zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True))
 
 
+def backbone_prefix_tokens(vision: Any) -> int:
+    """Class and register tokens in front of a vision backbone's grid, from its config."""
+    return 0 if vision.model_type.startswith("siglip") else 1 + getattr(vision, "num_register_tokens", 0)
+
+
 def _choice(field: str, value: str, options: Sequence[str]) -> None:
     if value not in options:
         raise ValueError(f"unknown {field} {value!r}. {did_you_mean(value, options)}")

@@ -111,7 +111,7 @@ class FlorenceVLPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"vision_tower\.backbone\.(vision_model\.)?head\."]  # SigLIP's, saved earlier
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
         """transformers' `from_pretrained`, which refuses a checkpoint that is not whole.
@@ -233,7 +233,8 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         """The context of images without text, (I, H); None when the fusion does not depend on the question."""
         if not self.fusion.uses_context:
             return None
-        return self.get_input_embeddings().weight.new_zeros(images, self.config.text_config.hidden_size)
+        table: Any = self.get_input_embeddings().weight
+        return table.new_zeros(images, self.config.text_config.hidden_size)
 
     def part_modules(self, part: Part) -> list[nn.Module]:
         """Modules of a part: `tower`, `projector` (with the fusion) or `llm`."""
@@ -315,7 +316,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
             tokens_GNH, _ = self.encode_images(pixel_values[images][..., :height, :width], context_GH, mask_GF)
             for image, tokens_NH in zip(images, tokens_GNH, strict=True):
                 tokens[image] = tokens_NH
-        return FlorenceVLImageFeatures(pooler_output=tokens)  # type: ignore[arg-type]
+        return FlorenceVLImageFeatures(pooler_output=tokens)
 
     def question_context(self, question_ids: Tensor | None, question_mask: Tensor | None) -> Tensor | None:
         """The question as the fusion sees it: the mean of the LLM's input embeddings, detached.

@@ -12,7 +12,7 @@ import jinja2
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin, TextKwargs
 
-from florence_vl.model.configuration import convolved_size, davit_convolutions
+from florence_vl.model.configuration import backbone_prefix_tokens, convolved_size, davit_convolutions
 from florence_vl.model.image_processing import FlorenceVLImageProcessor, FlorenceVLImagesKwargs
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ class ImageTokenRule:
             additional = int(config.mean_token == "all")
         else:
             convolutions = ((vision.patch_size, vision.patch_size, 0),)
-            prefix = 0 if "siglip" in vision.model_type else 1 + getattr(vision, "num_register_tokens", 0)
-            additional = prefix if config.mean_token == "all" else 0
+            additional = backbone_prefix_tokens(vision) if config.mean_token == "all" else 0
         fusion = build_fusion(config.fusion, dict.fromkeys(config.features or (), 1), **config.fusion_options)
         one, two, many = (fusion.num_tokens(n) for n in (1, 2, 577))
         scale, offset = two - one, 2 * one - two

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from florence_vl.model.configuration import FlorenceVLConfig
+from florence_vl.model.configuration import FlorenceVLConfig, backbone_prefix_tokens
 from florence_vl.model.towers import TOWERS, VisionTower, check_pixels
 
 
@@ -50,10 +50,7 @@ class BackboneTower(VisionTower):
     @property
     def num_prefix_tokens(self) -> int:
         """Class and register tokens in front of the grid."""
-        vision = self.config.vision_config
-        if vision.model_type in ("siglip_vision_model", "siglip2_vision_model"):
-            return 0
-        return 1 + getattr(vision, "num_register_tokens", 0)
+        return backbone_prefix_tokens(self.config.vision_config)
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of an image of that many pixels."""

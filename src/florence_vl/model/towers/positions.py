@@ -45,7 +45,7 @@ class EncoderPositions(BartLearnedPositionalEmbedding):
     The encoder's own call returns zero, so that its sum stays what the tower made it.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         *,
