@@ -26,7 +26,7 @@ for part in ${*:-alignment features pca headroom bill tables}; do
     headroom)
       florence-vl analyze headroom --model mini --suite mini --size 256 128 --limit ${LIMIT:-16} --dtype ${DTYPE:-auto} --out $out/headroom ;;
     bill)
-      florence-vl analyze bill --model mini --suite mini --size 256 192 128 --subsets none --limit ${LIMIT:-16} --dtype ${DTYPE:-auto} \
+      florence-vl analyze bill --model mini --suite mini --size 256 192 128 --limit ${LIMIT:-16} --dtype ${DTYPE:-auto} \
         --out $out/bill ;;
     tables)
       florence-vl ablate --scale mini --seeds ${SEEDS:-8} --out $out/ablations
