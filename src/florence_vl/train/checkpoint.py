@@ -274,7 +274,7 @@ class CheckpointManager:
         os.replace(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
-    def _clean_up(self, step: int, temporary: Path, error: BaseException) -> bool:
+    def _clean_up(self, step: int, temporary: Path, error: BaseException | None) -> bool:
         """Remove what was begun (on the main process); True when there is room for another try."""
         shutil.rmtree(temporary, ignore_errors=True)
         found = list_checkpoints(self.run_dir)
@@ -286,7 +286,7 @@ class CheckpointManager:
         log.warning("%s; only the newest checkpoint was kept, to make room", self._explain(step, error))
         return True
 
-    def _explain(self, step: int, error: BaseException) -> str:
+    def _explain(self, step: int, error: BaseException | None) -> str:
         last = list_checkpoints(self.run_dir)
         cause = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         return (

@@ -343,7 +343,7 @@ class Trainer:
             "minutes": self.state.minutes,
         }
 
-    def _report(self, row: dict[str, Any], scores: Mapping[str, float]) -> None:
+    def _report(self, row: dict[str, Any], scores: dict[str, float]) -> None:
         self.state.metrics = row | scores
         self.reporter.report(self.state.metrics, max(self.step / self.total_steps, self.time_fraction), bool(scores))
         if self.world.is_main:

@@ -13,6 +13,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import yaml
@@ -147,7 +148,7 @@ def resolve_recipe(
     if not values.get("name"):
         values["name"] = default_name
     recipe = _validate(values, Recipe)
-    recipe.unexpanded = _unexpanded(written, values)
+    recipe.unexpanded = MappingProxyType(_unexpanded(written, values))
     try:
         recipe.output.format(name=recipe.name)
     except (KeyError, IndexError, ValueError):
