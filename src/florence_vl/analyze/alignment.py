@@ -48,7 +48,7 @@ class AlignmentConfig:
             projection can express the same, so this only conditions the optimisation.
         center: Subtract the training pairs' mean text feature before normalizing. Off, as the paper has no such step.
         heldout: Share of pairs that is never trained on; half of it chooses the step, the other half is reported.
-        max_heldout: At most so many pairs in each half.
+        max_heldout: At most that many pairs in each half.
         duplicates: Pairs with the same caption or the same image break identity targets. `share` spreads the target
             over all of them; `first` keeps one pair of each caption and of each image.
         evaluations: Number of points of the curve.
@@ -297,8 +297,8 @@ def reduce_width(vision_NV: Tensor, train: Tensor, width: int, control: str, see
     else:
         covariance = torch.zeros(vision_NV.shape[1], vision_NV.shape[1], dtype=torch.float64)
         for part in train.split(CHUNK):
-            centred = vision_NV[part] - mean
-            covariance += (centred.T @ centred).double()
+            centered = vision_NV[part] - mean
+            covariance += (centered.T @ centered).double()
         basis = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :width].to(vision_NV)
     return torch.cat([(part - mean) @ basis for part in vision_NV.split(CHUNK)])
 
@@ -359,11 +359,11 @@ def train_alignment(
     device = torch.device(device)
     shift, scale = moments(vision_NV, split.train) if config.standardize else (torch.zeros(1), torch.ones(1))
     scale = scale.clamp_min(1e-6)
-    centre = moments(text_NT, split.train)[0] if config.center else torch.zeros(1)
+    center = moments(text_NT, split.train)[0] if config.center else torch.zeros(1)
 
     def load(rows: Tensor) -> Batch:
         vision = ((vision_NV[rows].float() - shift) / scale).to(device)
-        text = normalize(text_NT[rows].float() - centre, dim=1).to(device)
+        text = normalize(text_NT[rows].float() - center, dim=1).to(device)
         targets = ids[rows].targets() if share else None
         return Batch(vision, text, None if targets is None else targets.to(device))
 

@@ -70,10 +70,10 @@ class PCAMap:
 def otsu(values: Tensor, bins: int = 256) -> float:
     """Otsu's threshold of values in [0, 1]: the cut with the largest variance between both sides."""
     counts = torch.histc(values.double().cpu(), bins=bins, min=0, max=1)
-    centres = (torch.arange(bins, dtype=torch.float64) + 0.5) / bins
+    centers = (torch.arange(bins, dtype=torch.float64) + 0.5) / bins
     below = counts.cumsum(0)
     above = counts.sum() - below
-    sums = (counts * centres).cumsum(0)
+    sums = (counts * centers).cumsum(0)
     mean_below = sums / below.clamp_min(1)
     mean_above = (sums[-1] - sums) / above.clamp_min(1)
     between = below * above * (mean_below - mean_above) ** 2
@@ -93,8 +93,8 @@ def principal_components(tokens_ND: Tensor, count: int = 3) -> tuple[Tensor, Ten
         raise ValueError(f"{count} components need as many tokens and channels, got {tuple(tokens_ND.shape)}")
     tokens = tokens_ND.double()
     mean = tokens.mean(0)
-    centred = tokens - mean
-    values, vectors = torch.linalg.eigh(centred.T @ centred)
+    centered = tokens - mean
+    values, vectors = torch.linalg.eigh(centered.T @ centered)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)[:, :count]
     signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
     return mean, vectors * signs, values[:count] / values.sum().clamp_min(1e-12)

@@ -25,7 +25,7 @@ class TextEncoder:
     Args:
         model: A headless decoder (`AutoModel`); put in eval mode and frozen.
         tokenizer: Its tokenizer.
-        max_length: Captions are cut to so many tokens.
+        max_length: Longest caption in tokens; longer ones are cut.
     """
 
     def __init__(self, model: Any, tokenizer: Any, max_length: int = 256) -> None:

@@ -80,7 +80,7 @@ def alignment_command(
     llm: str = typer.Option("smollm2", "--llm", help="Folder or hub name of the LLM, or smollm2 (from its package)."),
     llm_dtype: str = typer.Option("float32", "--llm-dtype", help="float32, bfloat16 or float16."),
     image_root: Path | None = typer.Option(None, "--image-root", help="Folder that image paths in DATA start from."),
-    pairs: int | None = typer.Option(None, "--pairs", help="Use so many pairs, chosen at random. All by default."),
+    pairs: int | None = typer.Option(None, "--pairs", help="Number of pairs to use, chosen at random. All by default."),
     ablate: bool = typer.Option(False, "--ablate", help="Leave each feature of the one encoder out, and each alone."),
     subsets: str = typer.Option("leave-one-out", "--subsets", help="With --ablate: leave-one-out, or all subsets."),
     projection: str = typer.Option("linear", "--projection", help="linear, or mlp (pools first, then projects)."),
