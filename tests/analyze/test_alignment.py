@@ -164,7 +164,7 @@ def test_bad_features_are_refused():
 def test_intervals():
     found = interval([1.0, 2.0, 3.0])
     assert found.mean == 2.0
-    assert found.half == pytest.approx(4.303 * 1 / math.sqrt(3))
+    assert found.half == pytest.approx(4.302652729696142 * 1 / math.sqrt(3))
     assert interval([5.0]).half is None
     assert not interval([5.0]).excludes_zero
     assert paired([1.1, 2.1, 3.1], [1.0, 2.0, 3.0]).excludes_zero
