@@ -77,7 +77,7 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     Raises:
         ValueError: All checkpoints are damaged.
     """
-    problems = []
+    problems: list[str] = []
     for _, path in reversed(list_checkpoints(run_dir)):
         problem = find_damage(path)
         if problem is None:

@@ -313,8 +313,8 @@ def _static_memory(recipe: Recipe, config: FlorenceVLConfig, devices: int, strat
         )
         rest = total - sum(sizes)  # embeddings, head, projector and what stands outside blocks stay gathered
         # two blocks gathered (one is fetched ahead), the largest unit's gradient before it is reduced in fp32
-        ends = {id(layer.weight): layer.weight for layer in (shell.get_input_embeddings(), shell.lm_head)}  # type: ignore[operator]
-        widest = max([sizes[0], *(weight.numel() for weight in ends.values() if weight.requires_grad)])
+        ends: list[Any] = [shell.get_input_embeddings().weight, shell.lm_head.weight]
+        widest = max([sizes[0], *(int(weight.numel()) for weight in ends if weight.requires_grad)])
         gathered = compute * (rest + 2 * sizes[0]) + (compute + 4) * widest
         memory["gathered weights"] = gathered / GIB
     else:
