@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "doctor": ("florence_vl.cli.doctor", "Versions, devices, what is missing and the command that mends it.", "Start"),
     "build": ("florence_vl.cli.build", "Assemble a Florence-2 and an LLM into one Florence-VL.", "Start"),
     "chat": ("florence_vl.cli.chat", "Ask a model about an image, once or in a conversation.", "Start"),
+    "serve": ("florence_vl.cli.serve", "Answer over HTTP with OpenAI's API.", "Start"),
     "web": ("florence_vl.cli.web", "A page in the browser: chat, what the model sees, why, compare.", "Start"),
     "data": ("florence_vl.cli.data", "Inspect and count training data.", "Train"),
     "recipes": ("florence_vl.cli.recipes", "List and show training recipes.", "Train"),

@@ -101,7 +101,9 @@ class Grammars:
         except ImportError:
             raise ValueError('structured output needs llguidance: pip install "florence-vl[serve]"') from None
         try:
-            grammar = LLMatcher.grammar_from_json_schema(json.loads(json_schema))
+            # Compact: a small model that may write white space writes nothing else.
+            compact: Any = {"whitespace_flexible": False}
+            grammar = LLMatcher.grammar_from_json_schema(json.loads(json_schema), overrides=compact)
         except ValueError as error:
             raise ValueError(f"the JSON schema cannot be used: {error}") from None
         if self._tables is None:

@@ -1,0 +1,255 @@
+"""`florence-vl serve`: an OpenAI-compatible server of one model, or vLLM's with safe flags."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+import typer
+
+from florence_vl.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from florence_vl.serve.openai_server import Tools
+
+ENGINES = ("transformers", "vllm")
+
+epilog = """[bold]Examples[/bold]
+
+  florence-vl serve mini
+
+  florence-vl serve runs/finetune/model --port 8080 --api-key-file key.txt --max-batch 32
+
+  florence-vl serve runs/finetune/model --adapter charts=runs/charts/adapter --adapter forms=runs/forms/adapter
+
+  florence-vl serve runs/finetune/model --engine vllm --dtype bfloat16
+
+Ask it with any OpenAI client: base_url=http://127.0.0.1:8000/v1"""
+
+
+def command(
+    model: str = typer.Argument(..., help="Folder of a saved model, or `mini`, the embedded one."),
+    host: str = typer.Option("127.0.0.1", "--host", help="Address to listen on; 0.0.0.0 for all."),
+    port: int = typer.Option(8000, "--port", min=0, max=65535, help="Port to listen on."),
+    name: Optional[str] = typer.Option(None, "--name", help="The model's name in requests; by default its folder's."),  # noqa: UP045
+    adapter: list[str] = typer.Option([], "--adapter", help="NAME=FOLDER of a LoRA adapter (peft); may be repeated."),
+    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, cuda:1, mps."),
+    dtype: str = typer.Option("auto", "--dtype", help="auto, float32, bfloat16, float16."),
+    int8: bool = typer.Option(False, "--int8", help="Store the LLM's weights in 8 bits (torchao)."),
+    compile_: bool = typer.Option(False, "--compile", help="Compile the LLM with torch.compile; needs a C++ compiler."),
+    api_key_file: Optional[Path] = typer.Option(  # noqa: UP045
+        None, "--api-key-file", help="File with the key that requests must carry; else $FLORENCE_VL_API_KEY, if set."
+    ),
+    allowed_media_domain: list[str] = typer.Option(
+        [], "--allowed-media-domain", help="Host from which http(s) pictures are fetched; may be repeated."
+    ),
+    allowed_media_path: list[Path] = typer.Option(
+        [], "--allowed-media-path", help="Folder below which `file:` pictures are opened; may be repeated."
+    ),
+    max_batch: int = typer.Option(16, "--max-batch", help="Answers that are computed at the same time."),
+    max_queue: int = typer.Option(64, "--max-queue", help="Requests that may wait; more are refused with 429."),
+    cache_gib: float = typer.Option(1.0, "--cache-gib", min=0, help="GiB for keys and values of prefixes."),
+    max_body_mib: int = typer.Option(32, "--max-body-mib", min=1, help="Largest request, MiB."),
+    max_new_tokens: int = typer.Option(1024, "--max-new-tokens", min=1, help="Longest answer unless a request asks."),
+    grace: int = typer.Option(30, "--grace", min=0, help="Seconds for running answers after SIGTERM."),
+    engine: str = typer.Option("transformers", "--engine", help="transformers, or vllm: run vLLM's own server."),
+) -> None:
+    """Answer questions about images over HTTP, with OpenAI's API."""
+    if engine not in ENGINES:
+        raise ValueError(f"unknown engine {engine!r}. {did_you_mean(engine, ENGINES)}")
+    key = _key(api_key_file)
+    if host not in ("127.0.0.1", "localhost", "::1") and key is None:
+        typer.echo(f"warning: {host} is reachable from other machines and no key is set", err=True)
+    if engine == "vllm":
+        own = {"--adapter": adapter, "--int8": int8, "--compile": compile_, "--device": device != "auto"}
+        own |= {"--max-queue": max_queue != 64, "--cache-gib": cache_gib != 1.0, "--max-body-mib": max_body_mib != 32}
+        own |= {"--max-new-tokens": max_new_tokens != 1024, "--grace": grace != 30}
+        given = [flag for flag, value in own.items() if value]
+        if given:
+            raise ValueError(f"{', '.join(given)}: not with --engine vllm; call vLLM itself for its own settings")
+        words = vllm_command(model, host, port, name, dtype, max_batch, allowed_media_domain, allowed_media_path)
+        environment = {**os.environ, **({"VLLM_API_KEY": key} if key else {}), "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0"}
+        os.execve(words[0], words, environment)
+
+    import uvicorn
+
+    from florence_vl.model.pictures import MediaPolicy
+    from florence_vl.serve.engine import Engine, EngineConfig
+    from florence_vl.serve.openai_server import Server, ServerConfig, build_app
+
+    adapters = dict(_named(item) for item in adapter)
+    for folder in allowed_media_path:
+        if not folder.is_dir():
+            raise NotADirectoryError(f"--allowed-media-path {folder} is not a folder")
+    limits = EngineConfig(max_batch=max_batch, max_queue=max_queue, prefix_bytes=int(cache_gib * (1 << 30)))
+    loaded, processor = load(model, adapters, device, dtype, int8, compile_)
+    config = ServerConfig(
+        name or Path(model).resolve().name,
+        api_key=key,
+        media=MediaPolicy(
+            allowed_paths=tuple(path.resolve() for path in allowed_media_path),
+            allowed_domains=tuple(allowed_media_domain),
+        ),
+        max_body=max_body_mib << 20,
+        max_new_tokens=max_new_tokens,
+    )
+    if config.name in adapters:
+        raise ValueError(f"--adapter {config.name} has the model's own name; choose another, or give --name")
+    app = build_app(Server(Engine(loaded, processor, limits, tuple(adapters)), config, tools(loaded, processor)))
+    typer.echo(f"{config.name} on http://{host}:{port}/v1 ({loaded.device}, {loaded.dtype})")
+    # uvicorn hands SIGTERM on after its graceful end; the process then ends with 0 instead of by the signal.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=grace, server_header=False)
+
+
+def _key(file: Path | None) -> str | None:
+    key = file.read_text(encoding="utf-8").strip() if file is not None else os.environ.get("FLORENCE_VL_API_KEY")
+    if file is not None and not key:
+        raise ValueError(f"{file} is empty: write the key into it")
+    return key or None
+
+
+def _named(item: str) -> tuple[str, str]:
+    name, found, folder = item.partition("=")
+    if not (name and found and folder):
+        raise ValueError(f"--adapter {item!r}: give NAME=FOLDER")
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no adapter: it has no adapter_config.json (peft's save_pretrained)")
+    return name, folder
+
+
+def load(model: str, adapters: dict[str, str], device: str, dtype: str, int8: bool, compile_: bool) -> tuple[Any, Any]:
+    """The model with its adapters, quantized and compiled as asked, and its processor.
+
+    Raises:
+        ValueError: `int8` together with adapters, or torchao or peft is missing.
+    """
+    from florence_vl.model.loading import load_model
+
+    if int8 and adapters:
+        raise ValueError("--int8 and --adapter do not go together: merge the adapter first")
+    loaded, processor = load_model(model, device, dtype)
+    for name, folder in adapters.items():
+        try:
+            loaded.load_adapter(folder, adapter_name=name)
+        except ImportError as error:
+            raise ValueError(f'--adapter needs peft ({error}): pip install "florence-vl[peft]"') from None
+    llm: Any = loaded.model.language_model
+    if int8:
+        try:
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        except ImportError as error:
+            raise ValueError(f'--int8 needs torchao ({error}): pip install "florence-vl[quant]"') from None
+        quantize_(llm, Int8WeightOnlyConfig(version=2))
+    if compile_:
+        llm.compile(dynamic=True)
+    return loaded.eval(), processor
+
+
+def tools(model: Any, processor: Any) -> Tools:
+    """What analysis adds to the API: features as pictures or arrays, and their share in an answer."""
+    from florence_vl.serve.openai_server import Tools
+
+    several = len(model.model.vision_tower.feature_names) > 1
+    return Tools(
+        features=lambda picture, names, form: show_features(model, processor, picture, names, form),
+        attribution=(lambda picture, question, answer: show_attribution(model, processor, picture, question, answer))
+        if several
+        else None,
+    )
+
+
+def show_features(model: Any, processor: Any, picture: Any, names: Sequence[str] | None, form: str) -> dict[str, Any]:
+    """A picture's features by name: PCA in one basis as PNG, or the arrays."""
+    import base64
+    import io
+
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from florence_vl.analyze.pca import PCAConfig, pca_maps
+
+    inputs = processor.image_processor([picture], return_tensors="pt")
+    pixels = inputs["pixel_values"].to(model.device, model.dtype)
+    with torch.inference_mode():
+        features = model.model.vision_tower(pixels)
+    unknown = [name for name in names or () if name not in features]
+    if unknown:
+        raise ValueError(f"no feature {unknown[0]!r}. {did_you_mean(unknown[0], features)}")
+    chosen = {name: features[name][0].float().cpu() for name in names or features}
+    grid = model.model.vision_tower.grid_size(*pixels.shape[-2:])
+    count = grid[0] * grid[1]
+    result: dict[str, Any] = {"size": list(picture.size), "grid": list(grid), "features": {}}
+    if form == "array":
+        for name, tokens_ND in chosen.items():
+            data = tokens_ND.numpy().astype("<f4").tobytes()
+            entry = {"shape": list(tokens_ND.shape), "dtype": "float32", "data": base64.b64encode(data).decode()}
+            result["features"][name] = entry
+        return result
+    if len({tokens.shape[-1] for tokens in chosen.values()}) > 1:
+        raise ValueError("features of different widths have no common basis; ask for one of them")
+    maps = pca_maps([tokens[-count:] for tokens in chosen.values()], [grid] * len(chosen), PCAConfig(background=False))
+    for name, drawn in zip(chosen, maps, strict=True):
+        file = io.BytesIO()
+        Image.fromarray((drawn.rgb * 255).round().astype(np.uint8)).save(file, "PNG")
+        url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+        result["features"][name] = {"picture": url, "explained": [float(share) for share in drawn.explained]}
+    return result
+
+
+def show_attribution(model: Any, processor: Any, picture: Any, question: str, answer: str | None) -> dict[str, Any]:
+    """How much each feature adds to an answer, with a map of its share."""
+    from florence_vl.analyze.attribution import attribute
+
+    found = attribute(model, processor, picture, question, answer)
+    return {
+        "question": found.question,
+        "answer": found.answer,
+        "generated": found.generated,
+        "log_likelihood": found.log_likelihood,
+        "tokens": found.tokens,
+        "without_image": found.without_image,
+        "features": [
+            {
+                "name": part.name,
+                "share": part.share,
+                "drop": part.drop,
+                "drop_alone": part.drop_alone,
+                "map": part.map_HW.tolist(),
+            }
+            for part in found.features
+        ],
+    }
+
+
+def vllm_command(
+    model: str,
+    host: str,
+    port: int,
+    name: str | None,
+    dtype: str,
+    max_batch: int,
+    domains: Sequence[str],
+    paths: Sequence[Path],
+) -> list[str]:
+    """vLLM's server with safe flags: no remote code, no pictures from addresses or files that were not named.
+
+    Raises:
+        ValueError: More than one folder of pictures; vLLM takes one.
+    """
+    from florence_vl.model.loading import check_folder
+
+    if len(paths) > 1:
+        raise ValueError("vLLM takes one --allowed-media-path")
+    folder = str(check_folder(model))
+    words = [os.environ.get("VLLM_PYTHON", sys.executable), "-m", "vllm.entrypoints.openai.api_server"]
+    words += ["--model", folder, "--served-model-name", name or Path(model).resolve().name]
+    words += ["--host", host, "--port", str(port), "--dtype", dtype, "--max-num-seqs", str(max_batch)]
+    # An empty list would allow every domain: a name that cannot exist allows none.
+    words += ["--allowed-media-domains", *(domains or ["none.invalid"])]
+    return words + (["--allowed-local-media-path", str(paths[0].resolve())] if paths else [])

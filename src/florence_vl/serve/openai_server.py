@@ -1,0 +1,500 @@
+"""The HTTP API: OpenAI's chat completions over the engine, and what a Florence-VL can show besides."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import pydantic
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from starlette.exceptions import HTTPException
+
+from florence_vl.model.pictures import UPLOADS, MediaPolicy, open_image
+from florence_vl.serve.engine import Answer, ContextTooLong, Engine, Event, OutOfMemory, Prompt, QueueFull
+from florence_vl.serve.openai_types import (
+    AttributionRequest,
+    ChatRequest,
+    Conversation,
+    FeaturesRequest,
+    Strict,
+    TokenizeRequest,
+)
+from florence_vl.serve.sampling import TokenLogprob
+
+logger = logging.getLogger(__name__)
+Body = TypeVar("Body", bound=Strict)
+OPEN_PATHS = ("/health", "/ready", "/metrics")  # need no key
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What the server allows.
+
+    Attributes:
+        name: Of the model, as requests and `/v1/models` call it.
+        api_key: Requests must carry it as `Authorization: Bearer KEY`; None asks for none.
+        media: Where pictures may come from; by default requests carry them as data addresses.
+        max_body: Bytes of a request.
+        max_images: Pictures of a request.
+        max_new_tokens: Longest answer when the request names no limit, within the context.
+    """
+
+    name: str
+    api_key: str | None = None
+    media: MediaPolicy = UPLOADS
+    max_body: int = 32 << 20
+    max_images: int = 32
+    max_new_tokens: int = 1024
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What rooms above this one add; each runs on the engine's thread.
+
+    Attributes:
+        features: (picture, names or None, format) -> JSON for `/v1/features`.
+        attribution: (picture, question, answer or None) -> JSON for `/v1/attribution`.
+    """
+
+    features: Callable[..., dict[str, Any]] | None = None
+    attribution: Callable[..., dict[str, Any]] | None = None
+
+
+class ApiError(Exception):
+    """A refusal with an OpenAI error body."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param, self.retry_after = status, message, code, param, retry_after
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        headers = {"Retry-After": str(self.retry_after)} if self.retry_after is not None else None
+        return JSONResponse(self.body, self.status, headers=headers)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What a client is told about an exception; faults of the server are logged and not described."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFull):
+        return ApiError(429, str(error), "queue_full", retry_after=1)
+    if isinstance(error, ContextTooLong):
+        return ApiError(400, str(error), "context_length_exceeded", "messages")
+    if isinstance(error, OutOfMemory):
+        return ApiError(503, str(error), "out_of_memory", retry_after=5)
+    if isinstance(error, (ValueError, FileNotFoundError)):
+        return ApiError(400, str(error))
+    logger.error("a request failed", exc_info=error)
+    return ApiError(500, "the server failed on this request; its log says why")
+
+
+@dataclass
+class _Choice:
+    answer: Answer
+    text: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+class Server:
+    """Handlers of the HTTP API over one engine.
+
+    Args:
+        engine: Started by its first request.
+        config: What is allowed.
+        tools: Callables behind the own endpoints.
+    """
+
+    def __init__(self, engine: Engine, config: ServerConfig, tools: Tools | None = None) -> None:
+        self.engine, self.config, self.tools = engine, config, tools or Tools()
+        self.created = int(time.time())
+        self.draining = False
+        self._preparing = 0  # requests between the queue's check and the queue
+        self._metrics = CollectorRegistry()
+        self._metrics.register(self)
+
+    # ------------------------------------------------------------ what every handler needs
+
+    async def read(self, request: Request, kind: type[Body]) -> Body:
+        """The checked body.
+
+        Raises:
+            ApiError: Too large, not JSON, or a field is unknown, malformed or not supported.
+        """
+        data = bytearray()
+        async for chunk in request.stream():
+            data += chunk
+            if len(data) > self.config.max_body:
+                raise ApiError(413, f"the request is larger than the limit of {self.config.max_body} bytes")
+        try:
+            return kind.model_validate_json(bytes(data))
+        except pydantic.ValidationError as error:
+            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or None
+            known = "unknown or unsupported field" if first["type"] == "extra_forbidden" else first["msg"]
+            raise ApiError(400, f"{where or 'body'}: {known}", "invalid_request", where) from None
+
+    def adapter(self, model: str | None) -> str | None:
+        """The adapter that a request's `model` names; None for the base.
+
+        Raises:
+            ApiError: No such model.
+        """
+        if model is None or model == self.config.name:
+            return None
+        if model in self.engine.adapters:
+            return model
+        names = ", ".join([self.config.name, *self.engine.adapters])
+        raise ApiError(404, f"no model {model!r} here; there are: {names}", "model_not_found", "model")
+
+    async def prompt(self, body: Conversation, adapter: str | None) -> Prompt:
+        """Decode the pictures and tokenize, off the event loop."""
+        urls = body.image_urls()
+        if len(urls) > self.config.max_images:
+            raise ApiError(400, f"{len(urls)} images; the limit is {self.config.max_images}", param="messages")
+        return await asyncio.to_thread(self._prepare, body, urls, adapter)
+
+    def _prepare(self, body: Conversation, urls: Sequence[str], adapter: str | None) -> Prompt:
+        return self.engine.prepare(body.chat(), [self.picture(url) for url in urls], adapter)
+
+    def picture(self, url: str) -> Any:
+        """Decode a picture through the one gate."""
+        return open_image(url, policy=self.config.media)
+
+    def check_room(self, choices: int) -> None:
+        """Refuse at once what the queue cannot take.
+
+        Raises:
+            ApiError: 429.
+        """
+        if self.engine.load + self._preparing + choices > self.engine.capacity:
+            raise QueueFull(f"{self.engine.load} requests run or wait; the limit is {self.engine.capacity}")
+
+    # ------------------------------------------------------------ chat
+
+    async def chat(self, request: Request) -> Response:
+        """`POST /v1/chat/completions`."""
+        self.check_room(1)
+        body = await self.read(request, ChatRequest)
+        adapter = self.adapter(body.model)
+        choices = body.n or 1
+        self.check_room(choices)
+        self._preparing += choices
+        try:
+            prompt = await self.prompt(body, adapter)
+            events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+            loop = asyncio.get_running_loop()
+
+            def sink(index: int) -> Callable[[Event], None]:
+                def put(event: Event) -> None:
+                    with contextlib.suppress(RuntimeError):  # the loop has ended
+                        loop.call_soon_threadsafe(events.put_nowait, (index, event))
+
+                return put
+
+            longest = min(self.config.max_new_tokens, self.engine.context - len(prompt.ids))
+            answers: list[_Choice] = []
+            try:
+                for index in range(choices):
+                    answers.append(_Choice(self.engine.submit(prompt, body.options(index, longest), sink(index))))
+            except Exception:
+                _cancel(answers)
+                raise
+        finally:
+            self._preparing -= choices
+        head = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": body.model or self.config.name,
+        }
+        logger.info("%s: %d prompt tokens, user %s", head["id"], len(prompt.ids), body.user or "-")
+        if body.stream:
+            # The first event tells whether there is an answer at all; an error before it has a status of its own.
+            first = await self._or_gone(request, events.get(), answers)
+            if first[1].error is not None:
+                _cancel(answers)
+                raise first[1].error
+            return StreamingResponse(self._stream(body, head, answers, events, first), media_type="text/event-stream")
+        return await self._or_gone(request, self._collect(head, answers, events), answers)
+
+    async def _or_gone(self, request: Request, work: Any, answers: list[_Choice]) -> Any:
+        """Wait for work, but cancel the answers when the client leaves."""
+        task = asyncio.ensure_future(work)
+        gone = asyncio.ensure_future(_disconnected(request))
+        try:
+            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise ApiError(499, "the client closed the connection")
+            return task.result()
+        except BaseException:
+            _cancel(answers)
+            raise
+        finally:
+            gone.cancel()
+            task.cancel()
+
+    async def _collect(
+        self, head: Mapping[str, Any], choices: list[_Choice], events: asyncio.Queue[tuple[int, Event]]
+    ) -> Response:
+        open_choices = len(choices)
+        while open_choices:
+            index, event = await events.get()
+            if event.error is not None:
+                raise event.error
+            choices[index].text.append(event.text)
+            choices[index].logprobs += event.logprobs
+            open_choices -= event.finish is not None
+        listed = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": "".join(choice.text), "refusal": None},
+                "logprobs": self._logprobs(choice.answer, choice.logprobs),
+                "finish_reason": choice.answer.finish,
+            }
+            for index, choice in enumerate(choices)
+        ]
+        return JSONResponse({**head, "object": "chat.completion", "choices": listed, "usage": usage(choices)})
+
+    async def _stream(
+        self,
+        body: ChatRequest,
+        head: Mapping[str, Any],
+        choices: list[_Choice],
+        events: asyncio.Queue[tuple[int, Event]],
+        first: tuple[int, Event],
+    ) -> AsyncIterator[str]:
+        with_usage = body.stream_options is not None and body.stream_options.include_usage
+        extra = {"usage": None} if with_usage else {}
+
+        def chunk(listed: list[dict[str, Any]], **more: Any) -> str:
+            data = {**head, "object": "chat.completion.chunk", "choices": listed, **extra, **more}
+            return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
+
+        try:
+            for index in range(len(choices)):
+                delta = {"role": "assistant", "content": ""}
+                yield chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
+            open_choices = len(choices)
+            index, event = first
+            while True:
+                if event.error is not None:
+                    yield f"data: {json.dumps(as_api_error(event.error).body)}\n\n"
+                    return
+                if event.text or event.logprobs:
+                    logprobs = self._logprobs(choices[index].answer, event.logprobs)
+                    delta = {"content": event.text}
+                    yield chunk([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}])
+                if event.finish is not None:
+                    yield chunk([{"index": index, "delta": {}, "logprobs": None, "finish_reason": event.finish}])
+                    open_choices -= 1
+                if not open_choices:
+                    break
+                index, event = await events.get()
+            if with_usage:
+                yield chunk([], usage=usage(choices))
+            yield "data: [DONE]\n\n"
+        finally:  # the client left, or all is said
+            _cancel(choices)
+
+    def _logprobs(self, answer: Answer, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        if answer.options.logprobs is None:
+            return None
+        tokenizer = self.engine.processor.tokenizer
+
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            text = tokenizer.decode([token])
+            return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+
+        content = [
+            {**entry(one.token, one.logprob), "top_logprobs": [entry(*pair) for pair in one.top]} for one in entries
+        ]
+        return {"content": content, "refusal": None}
+
+    # ------------------------------------------------------------ the other endpoints
+
+    async def models(self, request: Request) -> Response:
+        """`GET /v1/models`."""
+        base = {"object": "model", "created": self.created, "owned_by": "florence-vl"}
+        listed: list[dict[str, Any]] = [
+            {"id": self.config.name, **base, "parent": None, "max_model_len": self.engine.context},
+            *({"id": name, **base, "parent": self.config.name} for name in self.engine.adapters),
+        ]
+        return JSONResponse({"object": "list", "data": listed})
+
+    async def tokenize(self, request: Request) -> Response:
+        """`POST /tokenize`: the ids of a conversation's prompt, a placeholder for each image token."""
+        body = await self.read(request, TokenizeRequest)
+        prompt = await self.prompt(body, self.adapter(body.model))
+        return JSONResponse(
+            {
+                "tokens": prompt.ids,
+                "count": len(prompt.ids),
+                "image_tokens": prompt.image_tokens,
+                "max_model_len": self.engine.context,
+            }
+        )
+
+    async def features(self, request: Request) -> Response:
+        """`POST /v1/features`."""
+        body = await self.read(request, FeaturesRequest)
+        return await self._tool(self.tools.features, body, body.features, body.format)
+
+    async def attribution(self, request: Request) -> Response:
+        """`POST /v1/attribution`."""
+        body = await self.read(request, AttributionRequest)
+        return await self._tool(self.tools.attribution, body, body.question, body.answer)
+
+    async def _tool(
+        self, tool: Callable[..., dict[str, Any]] | None, body: FeaturesRequest | AttributionRequest, *arguments: Any
+    ) -> Response:
+        if tool is None:
+            raise ApiError(404, "this server does not offer it")
+        if self.adapter(body.model) is not None:
+            raise ApiError(400, "only the base model answers here, not an adapter", param="model")
+        self.check_room(1)
+        self._preparing += 1
+        try:
+            picture = await asyncio.to_thread(self.picture, body.image)
+            return JSONResponse(await asyncio.wrap_future(self.engine.call(lambda: tool(picture, *arguments))))
+        finally:
+            self._preparing -= 1
+
+    async def health(self, request: Request) -> Response:
+        """`GET /health`: the process lives."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        """`GET /ready`: it takes requests."""
+        if self.draining or self.engine.load >= self.engine.capacity:
+            return JSONResponse({"status": "draining" if self.draining else "full"}, 503)
+        return JSONResponse({"status": "ok"})
+
+    async def metrics(self, request: Request) -> Response:
+        """`GET /metrics`: Prometheus text."""
+        return Response(generate_latest(self._metrics), media_type="text/plain; version=0.0.4")
+
+    def collect(self) -> list[Any]:
+        """Metric families of the engine, for prometheus_client."""
+        engine = self.engine
+        counters = {
+            "requests": "Requests taken.",
+            "prompt_tokens": "Tokens of prompts.",
+            "cached_tokens": "Tokens of prompts that were not computed again.",
+            "generated_tokens": "Tokens of answers.",
+            "images_encoded": "Images that went through the vision tower.",
+            "feature_hits": "Images whose features were kept.",
+            "steps": "Steps of the engine.",
+            "out_of_memory": "Times that memory was short.",
+            "cancelled": "Answers that clients gave up.",
+        }
+        gauges = {
+            "running": ("Rows that are answered now.", engine.running),
+            "waiting": ("Requests that wait.", engine.load - engine.running),
+            "feature_bytes": ("Bytes of kept image features.", engine.features.bytes),
+            "prefix_bytes": ("Bytes of kept prefixes.", engine.prefixes.bytes),
+        }
+        return [
+            *(
+                CounterMetricFamily(f"florence_vl_{name}", text, value=getattr(engine.stats, name))
+                for name, text in counters.items()
+            ),
+            *(GaugeMetricFamily(f"florence_vl_{name}", text, value=value) for name, (text, value) in gauges.items()),
+        ]
+
+
+def usage(choices: Sequence[_Choice]) -> dict[str, Any]:
+    """Token counts of a request, in OpenAI's form; image tokens count as prompt tokens."""
+    answers = [choice.answer for choice in choices]
+    prompt, said = len(answers[0].prompt.ids), sum(len(answer.ids) for answer in answers)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": said,
+        "total_tokens": prompt + said,
+        "prompt_tokens_details": {
+            "cached_tokens": answers[0].cached_tokens,
+            "image_tokens": answers[0].prompt.image_tokens,
+        },
+    }
+
+
+def _cancel(choices: Sequence[_Choice]) -> None:
+    for choice in choices:
+        choice.answer.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def build_app(server: Server) -> FastAPI:
+    """The FastAPI application of a server; `app.state.server` is the server.
+
+    Args:
+        server: Its engine is closed when the application ends.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        server.draining = True
+        await asyncio.to_thread(server.engine.close)
+
+    app = FastAPI(title="Florence-VL", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app.state.server = server
+    for method, path, handler in (
+        ("POST", "/v1/chat/completions", server.chat),
+        ("GET", "/v1/models", server.models),
+        ("POST", "/v1/features", server.features),
+        ("POST", "/v1/attribution", server.attribution),
+        ("POST", "/tokenize", server.tokenize),
+        ("GET", "/health", server.health),
+        ("GET", "/ready", server.ready),
+        ("GET", "/metrics", server.metrics),
+    ):
+        app.add_api_route(path, _guarded(server, path, handler), methods=[method])
+
+    async def refused(request: Request, error: Exception) -> Response:
+        status = error.status_code if isinstance(error, HTTPException) else 500
+        return ApiError(status, f"{request.method} {request.url.path}: {getattr(error, 'detail', error)}").response()
+
+    app.add_exception_handler(HTTPException, refused)
+    return app
+
+
+def _guarded(server: Server, path: str, handler: Callable[[Request], Any]) -> Callable[[Request], Any]:
+    async def guarded(request: Request) -> Response:
+        try:
+            key = server.config.api_key
+            if key is not None and path not in OPEN_PATHS:
+                given = request.headers.get("authorization", "").encode()
+                if not hmac.compare_digest(given, f"Bearer {key}".encode()):
+                    raise ApiError(401, "give the server's key as 'Authorization: Bearer KEY'", "invalid_api_key")
+            return await handler(request)
+        except Exception as error:
+            return as_api_error(error).response()
+
+    return guarded

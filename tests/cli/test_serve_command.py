@@ -1,0 +1,139 @@
+"""`florence-vl serve`: a process that answers and ends cleanly, adapters by name, vLLM's command, wrong usage."""
+
+import base64
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+from PIL import Image
+
+from florence_vl.cli.main import main
+from florence_vl.cli.serve import load, show_attribution, show_features, vllm_command
+from florence_vl.model.tiny import tiny_model
+from florence_vl.serve.engine import Engine
+from florence_vl.serve.sampling import GenerationOptions
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "tiny"
+    for part in tiny_model():
+        part.save_pretrained(path)
+    return path
+
+
+def test_a_process_answers_and_ends_on_sigterm(folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "florence_vl", "serve", str(folder), "--port", str(port), "--device", "cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/ready").read()
+                break
+            except OSError:
+                assert process.poll() is None, process.stdout.read()
+                time.sleep(0.1)
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "temperature": 0}
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode())
+        with urllib.request.urlopen(request) as answer:
+            assert json.load(answer)["usage"]["completion_tokens"] == 3
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_adapters_answer_by_name_and_never_share_prefixes(folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    import torch
+
+    model, _ = tiny_model()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in wrapped.named_parameters():
+        if "lora_B" in name:
+            weight.data = torch.randn(weight.shape, generator=generator)
+    wrapped.save_pretrained(tmp_path / "other")
+    loaded, processor = load(str(folder), {"other": str(tmp_path / "other")}, "cpu", "auto", False, False)
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is shown?"}]}]
+    picture = Image.new("RGB", (50, 30), "red")
+    with Engine(loaded, processor, adapters=("other",)) as engine:
+        names = [None, "other", None, "other"]
+        answers = [
+            engine.submit(engine.prepare(chat, [picture], name), GenerationOptions(max_new_tokens=8)) for name in names
+        ]
+        for answer in answers:
+            answer.result()
+    with Engine(*tiny_model()) as plain:
+        base = plain.submit(plain.prepare(chat, [picture]), GenerationOptions(max_new_tokens=8))
+        base.result()
+    assert answers[0].ids == answers[2].ids == base.ids
+    assert answers[1].ids == answers[3].ids != base.ids
+
+
+def test_int8_answers(folder):
+    pytest.importorskip("torchao")
+    loaded, processor = load(str(folder), {}, "cpu", "auto", True, False)
+    with Engine(loaded, processor) as engine:
+        prompt = engine.prepare([{"role": "user", "content": "Hi"}])
+        assert len(engine.submit(prompt, GenerationOptions(max_new_tokens=4)).result()) > 0
+
+
+def test_features_and_attribution_are_json():
+    model, processor = tiny_model()
+    picture = Image.new("RGB", (60, 40), "red")
+    shown = show_features(model, processor, picture, None, "picture")
+    assert shown["grid"] == [2, 2]
+    assert list(shown["features"]) == ["davit", "caption", "ocr", "grounding"]
+    data = base64.b64decode(shown["features"]["ocr"]["picture"].partition(",")[2])
+    assert Image.open(io.BytesIO(data)).size == (2, 2)
+    array = show_features(model, processor, picture, ["davit"], "array")["features"]["davit"]
+    assert len(base64.b64decode(array["data"])) == 4 * array["shape"][0] * array["shape"][1]
+    with pytest.raises(ValueError, match=r"no feature 'davt'\. Did you mean 'davit'"):
+        show_features(model, processor, picture, ["davt"], "array")
+    found = json.loads(json.dumps(show_attribution(model, processor, picture, "What?", "A dog.")))
+    assert abs(sum(part["share"] for part in found["features"]) - 1) < 1e-4
+
+
+def test_vllm_gets_safe_flags(folder, monkeypatch):
+    monkeypatch.setenv("VLLM_PYTHON", "/opt/vllm/bin/python")
+    words = vllm_command(str(folder), "127.0.0.1", 8000, None, "auto", 16, [], [])
+    assert words[:3] == ["/opt/vllm/bin/python", "-m", "vllm.entrypoints.openai.api_server"]
+    assert words[words.index("--allowed-media-domains") + 1] == "none.invalid"
+    assert "--trust-remote-code" not in words
+    assert "--allowed-local-media-path" not in words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--engine", "vlm"], "unknown engine 'vlm'. Did you mean 'vllm'"),
+        (["--engine", "vllm", "--int8"], "--int8: not with --engine vllm"),
+        (["--adapter", "x"], "give NAME=FOLDER"),
+        (["--adapter", "x=nowhere"], "no adapter_config.json"),
+        (["--allowed-media-path", "nowhere"], "is not a folder"),
+        (["--max-batch", "0"], "max_batch is 0"),
+    ],
+)
+def test_wrong_usage(folder, capsys, arguments, message):
+    assert main(["serve", str(folder), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_empty_key_file_is_an_error(folder, tmp_path, capsys):
+    (tmp_path / "key").touch()
+    assert main(["serve", str(folder), "--api-key-file", str(tmp_path / "key")]) == 2
+    assert "is empty" in capsys.readouterr().err
+    assert os.environ.get("FLORENCE_VL_API_KEY") is None
