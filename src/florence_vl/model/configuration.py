@@ -150,7 +150,7 @@ class FlorenceVLConfig(PreTrainedConfig):
             ValueError: See the class.
         """
         from florence_vl.model.fusion import FUSIONS
-        from florence_vl.model.gated import check_gate
+        from florence_vl.model.fusion.gated import check_gate
         from florence_vl.model.towers import TOWERS
         from florence_vl.model.views import check_views
 

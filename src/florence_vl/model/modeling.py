@@ -24,7 +24,7 @@ from florence_vl.model.configuration import FlorenceVLConfig
 from florence_vl.model.contract import check_loading
 from florence_vl.model.frozen import keep_frozen_in_eval
 from florence_vl.model.fusion import build_fusion, merge_tokens
-from florence_vl.model.gated import GatedFusion, ZeroLinear
+from florence_vl.model.fusion.gated import GatedFusion, ZeroLinear
 from florence_vl.model.projector import Projector
 from florence_vl.model.towers import TOWERS, Florence2Tower
 from florence_vl.model.varlen_attention import flash_bounds

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from florence_vl.model.fusion import FUSIONS, ChannelFusion
+from florence_vl.model.fusion.base import FUSIONS
+from florence_vl.model.fusion.paper import ChannelFusion
 from florence_vl.registry import did_you_mean
 
 Context = Literal["none", "image", "question"]

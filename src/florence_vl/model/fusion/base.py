@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from florence_vl.registry import Registry
@@ -81,53 +80,6 @@ class Fusion(nn.Module, ABC):
         return widths.pop()
 
 
-@FUSIONS.register("channel")
-class ChannelFusion(Fusion):
-    """Concatenates along channels: (B, N, sum of D). The paper's choice: as many tokens as one feature has."""
-
-    @property
-    def out_dim(self) -> int:
-        return sum(self.feature_dims.values())
-
-    def forward(self, features: Mapping[str, Tensor], context: Tensor | None = None) -> Tensor:
-        return torch.cat(self.ordered(features), dim=-1)
-
-
-@FUSIONS.register("token")
-class TokenFusion(Fusion):
-    """Concatenates along the sequence: (B, k N, D). The paper's 1728 tokens are three features of 576."""
-
-    def __init__(self, feature_dims: Mapping[str, int]) -> None:
-        super().__init__(feature_dims)
-        self._dim = self._same_width("token")
-
-    @property
-    def out_dim(self) -> int:
-        return self._dim
-
-    def num_tokens(self, num_feature_tokens: int) -> int:
-        return num_feature_tokens * len(self.feature_dims)
-
-    def forward(self, features: Mapping[str, Tensor], context: Tensor | None = None) -> Tensor:
-        return torch.cat(self.ordered(features), dim=1)
-
-
-@FUSIONS.register("average")
-class AverageFusion(Fusion):
-    """Mean over the features: (B, N, D)."""
-
-    def __init__(self, feature_dims: Mapping[str, int]) -> None:
-        super().__init__(feature_dims)
-        self._dim = self._same_width("average")
-
-    @property
-    def out_dim(self) -> int:
-        return self._dim
-
-    def forward(self, features: Mapping[str, Tensor], context: Tensor | None = None) -> Tensor:
-        return torch.stack(self.ordered(features)).mean(dim=0)
-
-
 def merge_tokens(x_BND: Tensor, grid: tuple[int, int], merge: int) -> Tensor:
     """Join squares of `merge` x `merge` neighboring tokens: (B, R C, D) -> (B, R C / merge^2, D merge^2).
 
@@ -155,6 +107,3 @@ def build_fusion(name: str, feature_dims: Mapping[str, int], **options: Any) -> 
         ValueError: No such fusion (near names listed), or the features do not fit it.
     """
     return FUSIONS[name](feature_dims, **options)
-
-
-from florence_vl.model import gated  # noqa: E402, F401  registers "gated"
