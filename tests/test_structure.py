@@ -144,7 +144,7 @@ def test_every_import_is_declared(project, package):
     declared = requirements(project)
     own = {"florence_vl", "florence_vl_mini"}
     distributions = metadata.packages_distributions() if hasattr(metadata, "packages_distributions") else {}
-    # Imported when it is there, and never installed by us: hosts that load this package as a plugin, weights in packages.
+    # Imported when it is there, never installed by us: hosts that load this package as a plugin, weights in packages.
     hosts = {"vllm", "sglang", "lmms_eval", "efficientnet_lite_pytorch"}
     absent = {"megatron": "megatron-energon", "resvg_py": "resvg-py"}  # extras that need not be installed here
     undeclared = {}
