@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -261,59 +262,78 @@ def _features_tab(gr: Any, server: Server, names: list[str], examples: Sequence[
         with gr.Column(scale=1):
             picture = _picture(gr, examples)
             model = gr.Dropdown(names, value=names[0], label="Model")
-            prompt = gr.Textbox(label="A prompt of your own", placeholder="Where are the animals?")
             look = gr.Button("Look", variant="primary")
-        gallery = gr.Gallery(label="Features", columns=3, height=420)
+        with gr.Column(scale=2):
+            gallery = gr.Gallery(label="Features", columns=2, height=520)
 
-    def show(image, model, prompt):  # type: ignore[no-untyped-def]
-        if image is None:
-            raise gr.Error("Choose a picture.", print_exception=False)
-        body: dict[str, Any] = {"model": model, "image": data_url(image), "format": "pca"}
-        if prompt and prompt.strip():
-            body["prompts"] = {"yours": prompt.strip()}
-        try:
-            found = server.post("/v1/features", body)
-        except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from None
-        return [(from_data_url(item["image"]), item["name"]) for item in found["data"]]
+    def show(image, model):  # type: ignore[no-untyped-def]
+        found = _post(gr, server, "/v1/features", image, {"model": model, "format": "picture"})
+        size = _shown_size(image)
+        return [
+            (from_data_url(feature["picture"]).resize(size, Image.Resampling.NEAREST), name)
+            for name, feature in found["features"].items()
+        ]
 
-    look.click(show, [picture, model, prompt], gallery)
-    prompt.submit(show, [picture, model, prompt], gallery)
+    look.click(show, [picture, model], gallery)
 
 
 def _attribution_tab(gr: Any, server: Server, names: list[str], examples: Sequence[str]) -> None:
-    gr.Markdown("Ask, then choose a word of the answer: where it comes from, and how much each feature gives.")
+    gr.Markdown("How much each feature adds to the likelihood of an answer, and where in the picture.")
     with gr.Row():
         with gr.Column(scale=1):
             picture = _picture(gr, examples)
             model = gr.Dropdown(names, value=names[0], label="Model")
             question = gr.Textbox(label="Question", value="What is shown in the picture?")
-            ask = gr.Button("Ask", variant="primary")
+            answer = gr.Textbox(label="Answer to explain", placeholder="the model's own when empty")
+            ask = gr.Button("Explain", variant="primary")
         with gr.Column(scale=2):
-            words = gr.Radio([], label="Answer")
-            heat = gr.Image(label="Where", height=320)
+            found_answer = gr.Textbox(label="Answer")
             shares = gr.Label(label="Share of each feature")
-    state = gr.State(None)
+            maps = gr.Gallery(label="Where", columns=2, height=420)
 
-    def answer(image, model, question):  # type: ignore[no-untyped-def]
-        if image is None:
-            raise gr.Error("Choose a picture.", print_exception=False)
-        body = {"model": model, "image": data_url(image), "question": question}
-        try:
-            found = server.post("/v1/attribution", body)
-        except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from None
-        choices = [(item["token"], index) for index, item in enumerate(found["data"])]
-        return gr.Radio(choices, value=0 if choices else None), found, *explain(found, 0 if choices else None)
+    def explain(image, model, question, answer):  # type: ignore[no-untyped-def]
+        body = {"model": model, "question": question, "answer": answer.strip() or None}
+        found = _post(gr, server, "/v1/attribution", image, body)
+        parts = found["features"]
+        total = sum(max(part["share"], 0.0) for part in parts) or 1.0
+        return (
+            found["answer"],
+            {part["name"]: max(part["share"], 0.0) / total for part in parts},
+            [(heat_map(image, part["map"]), part["name"]) for part in parts],
+        )
 
-    def explain(found, index):  # type: ignore[no-untyped-def]
-        if not found or index is None:
-            return None, None
-        item = found["data"][index]
-        return from_data_url(item["heat_map"]), item["shares"]
+    ask.click(explain, [picture, model, question, answer], [found_answer, shares, maps])
 
-    ask.click(answer, [picture, model, question], [words, state, heat, shares])
-    words.input(explain, [state, words], [heat, shares])
+
+def _post(gr: Any, server: Server, path: str, image: Any, body: dict[str, Any]) -> dict[str, Any]:
+    if image is None:
+        raise gr.Error("Choose a picture.", print_exception=False)
+    try:
+        return server.post(path, {**body, "image": data_url(image)})
+    except ValueError as error:
+        raise gr.Error(str(error), print_exception=False) from None
+
+
+def _shown_size(picture: Image.Image, side: int = 480) -> tuple[int, int]:
+    scale = side / max(picture.size)
+    return max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+
+
+def heat_map(picture: Image.Image, values_HW: Sequence[Sequence[float]]) -> Image.Image:
+    """A picture with a map over it: red where it is high, the picture in gray below.
+
+    Args:
+        picture: RGB.
+        values_HW: Rows of numbers; negative ones count as 0.
+    """
+    size = _shown_size(picture)
+    values = np.clip(np.asarray(values_HW, dtype=np.float32), 0, None)
+    values = values / (values.max() or 1.0)
+    heat = Image.fromarray((values * 255).round().astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    gray = np.asarray(picture.convert("L").resize(size), dtype=np.float32)[..., None].repeat(3, -1)
+    weight = 0.75 * np.asarray(heat, dtype=np.float32)[..., None] / 255
+    red = np.array([230.0, 40.0, 30.0], dtype=np.float32)
+    return Image.fromarray((gray * (1 - weight) + red * weight).round().astype(np.uint8))
 
 
 def _compare_tab(gr: Any, servers: Sequence[Server], names: list[list[str]], examples: Sequence[str]) -> None:
