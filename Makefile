@@ -24,7 +24,7 @@ MINI := $(if $(wildcard packages/florence-vl-mini/pyproject.toml),--editable pac
 PROJECTS := pyproject.toml $(wildcard packages/*/pyproject.toml) $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow vllm-venv test-vllm lint format bench docs mini-data mini-train clean distclean
+.PHONY: help setup demo test test-slow vllm-venv test-vllm test-web web lint format bench docs mini-data mini-train clean distclean
 
 help:  ## List these targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,6 +73,12 @@ vllm-venv: $(VLLM_VENV)/.vllm  ## Set up vLLM's own environment, .venv-vllm (3.5
 
 test-vllm: vllm-venv  ## Compare vLLM's answers with generate's, over HTTP (minutes).
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/serve/test_vllm.py $(PYTEST_ARGS)
+
+test-web: $(VENV)/.dev  ## Test the page in headless Chromium (apt install chromium, or CHROMIUM=path).
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/serve/test_web.py $(PYTEST_ARGS)
+
+web: $(VENV)/.dev $(VENV)/.demo  ## Serve the included model and open the page on http://127.0.0.1:7860.
+	$(BIN)/florence-vl web --model mini
 
 lint: $(VENV)/.dev  ## Check style, format and types.
 	$(BIN)/ruff check

@@ -390,8 +390,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _float_scale(image: Image.Image) -> float:
-    low, high = image.getextrema()
     levels = np.asarray(image)
+    low, high = float(levels.min()), float(levels.max())
     if not np.isfinite(levels).all() or low < 0 or high > 255:
         raise ValueError("its floating-point pixels are outside [0, 1] and [0, 255], or not finite")
     return 255.0 if high <= 1 else 1.0
