@@ -127,3 +127,40 @@ def test_a_sliding_window_gives_the_tokens_of_generate():
         for answer, color in zip([*first, again], ("red", "blue", "red"), strict=True):
             answer.result()
             assert answer.ids == reference(parts, [long], [picture(color)], options)
+
+
+def test_limits_and_failures_leave_the_engine_alive(parts, monkeypatch):
+    chat = [turn("user", "What is shown?", 1)]
+    with Engine(*parts, EngineConfig(max_batch=1, max_queue=0)) as engine:
+        prompt = engine.prepare(chat, [picture("red")])
+        with pytest.raises(ContextTooLong, match=r"answer may have 2000, but the context of this model is 1024"):
+            engine.submit(prompt, GenerationOptions(2000))
+        running = engine.submit(prompt, GenerationOptions(900, temperature=5.0, seed=1))
+        next(iter(running))
+        with pytest.raises(QueueFull, match="the limit is 1"):
+            engine.submit(prompt, GenerationOptions(4))
+        before = len(running.ids)
+        running.cancel()
+        while engine.load:
+            time.sleep(0.001)
+        assert running.finish == "cancelled"
+        assert before <= len(running.ids) < 900
+        with monkeypatch.context() as patch:
+            patch.setattr(type(parts[0]), "forward", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError()))
+            with pytest.raises(OutOfMemory):
+                engine.submit(prompt, GenerationOptions(4)).result()
+        answer = engine.submit(prompt, GenerationOptions(4))
+        answer.result()
+        assert answer.ids == reference(parts, chat, [picture("red")], GenerationOptions(4))
+
+
+def test_images_that_alternate_under_one_text_never_cross(parts):
+    chat = [turn("user", "What is shown?", 1)]
+    options = GenerationOptions(4)
+    expected = {color: reference(parts, chat, [picture(color)], options) for color in COLORS}
+    with Engine(*parts, EngineConfig(max_queue=1000, feature_bytes=4000, prefix_bytes=300_000)) as engine:
+        order = [COLORS[i % len(COLORS)] for i in range(120)]
+        answers = [engine.submit(engine.prepare(chat, [picture(color)]), options) for color in order]
+        for color, answer in zip(order, answers, strict=True):
+            answer.result()
+            assert answer.ids == expected[color]

@@ -249,7 +249,7 @@ class Engine:
         self.features = ByteLRU(self.config.feature_bytes)
         self.prefixes = PrefixCache(self.config.prefix_bytes)
         self._num_layers: int = text.num_hidden_layers
-        self._stop = set(stop_ids(model, processor.tokenizer))
+        self.ends = set(stop_ids(model, processor.tokenizer))
         self._suppressed = [*(model.generation_config.suppress_tokens or [])]
         self._grammars = Grammars(processor.tokenizer, text.vocab_size)
         self._settings = hashlib.sha256(
@@ -706,7 +706,7 @@ class Engine:
         token, logprob = sampler(logits_X, [*answer.prompt.ids, *answer.ids] if sampler.reads_ids else ())
         answer.ids.append(token)
         self.stats.generated_tokens += 1
-        if token in self._stop:
+        if token in self.ends:
             return "stop"
         if logprob is not None:
             answer._held.append(logprob)
