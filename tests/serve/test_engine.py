@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from florence_vl.model.tiny import tiny_model
-from florence_vl.serve.engine import Engine, EngineConfig
+from florence_vl.serve.engine import ContextTooLong, Engine, EngineConfig, OutOfMemory, QueueFull
 from florence_vl.serve.sampling import GenerationOptions
 
 COLORS = ("red", "green", "blue", "gold", "white", "black")
