@@ -54,7 +54,7 @@ setup: $(VENV)/.dev $(VENV)/.demo  ## Set up .venv for development and the demo 
 demo: $(VENV)/.demo  ## Fine-tune the embedded Florence-VL on a new task and question it, offline; writes runs/demo/report.html.
 	$(BIN)/florence-vl demo $(DEMO_ARGS)
 
-test: $(VENV)/.dev  ## Run the quick tests, a process a core.
+test: $(VENV)/.dev  ## Run the quick tests, one process per core.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
 
 test-slow: setup  ## Run the slow tests too.
@@ -85,7 +85,7 @@ lint: $(VENV)/.dev  ## Check style, format and types.
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-format: $(VENV)/.dev  ## Mend style and format.
+format: $(VENV)/.dev  ## Fix style and format.
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 

@@ -18,7 +18,7 @@ from florence_vl.evaluate.metrics import (
     vqa_accuracy,
 )
 from florence_vl.evaluate.metrics.reasoning import read_number
-from florence_vl.evaluate.metrics.text import edit_distance, evalai_normalise, vqa_normalise
+from florence_vl.evaluate.metrics.text import edit_distance, evalai_normalize, vqa_normalize
 
 CHOICES = ["a cat", "a dog", "a pig"]
 
@@ -154,11 +154,11 @@ def test_vqa_accuracy_leaves_one_annotator_out() -> None:
     assert vqa_accuracy("a", ["a"] * 10) == 0  # nothing is left of an article
 
 
-def test_normalisations() -> None:
-    assert vqa_normalise("The two men, aren't") == "2 men aren't"
-    assert vqa_normalise("dont  know.") == "don't know"
-    assert vqa_normalise("1,000") == "1000"
-    assert evalai_normalise("The dog's ball?") == "dog 's ball"
+def test_normalizations() -> None:
+    assert vqa_normalize("The two men, aren't") == "2 men aren't"
+    assert vqa_normalize("dont  know.") == "don't know"
+    assert vqa_normalize("1,000") == "1000"
+    assert evalai_normalize("The dog's ball?") == "dog 's ball"
 
 
 def test_anls() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from florence_vl.evaluate.metrics import METRICS, anls, parse_choice, relaxed_match, score_all, vqa_accuracy
-from florence_vl.evaluate.metrics.text import evalai_normalise, vqa_normalise
+from florence_vl.evaluate.metrics.text import evalai_normalize, vqa_normalize
 
 pytest.importorskip("lmms_eval")
 os.environ.setdefault("OPENAI_API_KEY", "none")  # some task modules want one at import
@@ -80,14 +80,14 @@ def explain(cases: list[Any], agree: Callable[[Any], bool], rules: dict[str, Rul
     return found
 
 
-def test_vqa_normalisation_is_identical() -> None:
+def test_vqa_normalization_is_identical() -> None:
     from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor
 
     theirs = EvalAIAnswerProcessor()
     for text in texts(3000):
-        assert evalai_normalise(text) == theirs(text)
+        assert evalai_normalize(text) == theirs(text)
         cleaned = text.replace("\n", " ").replace("\t", " ").strip()
-        assert vqa_normalise(text) == theirs.process_digit_article(theirs.process_punctuation(cleaned))
+        assert vqa_normalize(text) == theirs.process_digit_article(theirs.process_punctuation(cleaned))
 
 
 def test_vqa_accuracy() -> None:
@@ -97,7 +97,7 @@ def test_vqa_accuracy() -> None:
     draw = random.Random(2)
     pool = texts(40, seed=3, words=["a", "red", "two", "2", "dogs"])
     cases = [(draw.choice(pool), [draw.choice(pool) for _ in range(10)]) for _ in range(1500)]
-    vanishes = {"an answer of which normalisation leaves nothing is wrong": lambda c: not vqa_normalise(c[0])}
+    vanishes = {"an answer of which normalization leaves nothing is wrong": lambda c: not vqa_normalize(c[0])}
 
     def vqav2(case: Any) -> bool:
         said, answers = case
@@ -107,7 +107,7 @@ def test_vqa_accuracy() -> None:
     def textvqa(case: Any) -> bool:
         said, answers = case
         theirs = textvqa_process_results({"answers": list(answers), "question_id": 0}, [said])["exact_match"]
-        return math.isclose(vqa_accuracy(said, answers, evalai_normalise), theirs)
+        return math.isclose(vqa_accuracy(said, answers, evalai_normalize), theirs)
 
     explain(cases, vqav2, vanishes)
     explain(cases, textvqa, vanishes)

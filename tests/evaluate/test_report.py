@@ -188,7 +188,7 @@ def test_processes_share_the_questions(saved_model: Path, benchmark_folder: Path
         (["--suite", "pope"], "missing --model and --out"),
         (["--model", "x", "--out", "o", "--suite", "popee"], "Did you mean 'pope'"),
         (["--model", "x", "--out", "o", "--suite", "pope"], "needs a folder with its parquet files"),
-        (["--model", "x", "--out", "o", "--suite", "pope", "--data", "nowhere"], "is no folder"),
+        (["--model", "x", "--out", "o", "--suite", "pope", "--data", "nowhere"], "is not a folder"),
         (["--model", "x", "--out", "o", "--paper-row", "LLaVA"], "the paper has no row 'LLaVA'"),
         (["--model", "x", "--out", "o", "--protocol", "old"], "unknown protocol 'old'"),
         (["report", "nowhere"], "no results in nowhere"),

@@ -344,7 +344,7 @@ def test_damaged_files_are_named(tmp_path: Path, small_plan: EvaluationPlan) -> 
     with pytest.raises(ValueError, match=r"answers.jsonl, line 1 is damaged"):
         folder.answers()
     (tmp_path / "run" / "run.json").write_text('{"version": 99}')
-    with pytest.raises(ValueError, match="isn't a description of results"):
+    with pytest.raises(ValueError, match="was not written by this version"):
         open_results(folder, Scripted(), small_plan)
     with pytest.raises(FileNotFoundError, match="no results"):
         score_folder(tmp_path)
@@ -502,5 +502,5 @@ def test_a_model_that_sees_nothing_is_refused(tmp_path: Path) -> None:
     from transformers import LlamaConfig
 
     LlamaConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=16).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds a 'llama', which is no image-text-to-text model"):
+    with pytest.raises(ValueError, match="holds a 'llama', which is not an image-text-to-text model"):
         load_answerer(str(tmp_path))

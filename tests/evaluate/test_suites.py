@@ -219,7 +219,7 @@ def test_a_benchmark_of_ones_own_is_one_file(tmp_path: Path) -> None:
         (("title: Zoo", "titel: Zoo"), "unknown field 'titel'. Did you mean 'title'"),
         (("max_new_tokens: 8", "max_new_tokens: 0"), "max_new_tokens must be at least 1"),
         (("images: [photo]", "image: [photo]"), "unknown field 'image'. Did you mean"),
-        (("prompt:", "prompt: [a"), "no YAML"),
+        (("prompt:", "prompt: [a"), "not valid YAML"),
     ],
 )
 def test_a_bad_benchmark_file(tmp_path: Path, change: tuple[str, str], message: str) -> None:
@@ -235,7 +235,7 @@ def test_unknown_names_and_missing_files(tmp_path: Path, benchmark_folder: Path)
     with pytest.raises(FileNotFoundError, match=r"pope\.parquet.*lmms-lab-encoder/POPE"):
         benchmark.questions(tmp_path)
     (tmp_path / "pope.parquet").write_text("not parquet")
-    with pytest.raises(ValueError, match="is no parquet file"):
+    with pytest.raises(ValueError, match="is not a parquet file"):
         benchmark.questions(tmp_path)
     assert "mme" in benchmark_names()
 

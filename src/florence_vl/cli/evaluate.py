@@ -28,7 +28,7 @@ app = typer.Typer(
 )
 
 _ROW = typer.Option(
-    "Florence-VL 3B", "--paper-row", help="Row of the paper's tables beside the scores; empty for none."
+    "Florence-VL 3B", "--paper-row", help="Row of the paper's tables to show beside the scores; empty for none."
 )
 _DRAWS = typer.Option(1000, "--draws", min=0, help="Bootstrap samples of the intervals.")
 
@@ -44,27 +44,33 @@ def run_command(
         "(its key: $FLORENCE_VL_MODEL_API_KEY).",
     ),
     suite: str = typer.Option(
-        "mini", "--suite", "-s", help="Suites, benchmarks and YAML files of your own, with commas."
+        "mini", "--suite", "-s", help="Comma-separated suites, benchmarks and YAML files of your own."
     ),
-    out: Path | None = typer.Option(None, "--out", "-o", help="Results folder; a killed run goes on there."),
+    out: Path | None = typer.Option(None, "--out", "-o", help="Results folder; an interrupted run resumes from it."),
     data: Path | None = typer.Option(None, "--data", "-d", help="Folder with the benchmarks' parquet files."),
-    limit: int | None = typer.Option(None, "--limit", "-n", min=1, help="About so many questions of each benchmark."),
-    seed: int = typer.Option(0, "--seed", help="Of the sample that --limit draws, and of sampled answers."),
-    protocol: str = typer.Option("current", "--protocol", help="current, or authors: settings of the paper's runs."),
-    batch_size: int = typer.Option(16, "--batch-size", "-b", min=1, help="Questions at a time."),
-    processes: int = typer.Option(1, "--processes", min=1, help="Processes that share the questions (one a GPU)."),
+    limit: int | None = typer.Option(
+        None, "--limit", "-n", min=1, help="Approximate number of questions per benchmark."
+    ),
+    seed: int = typer.Option(0, "--seed", help="Seed of the sample that --limit draws, and of sampled answers."),
+    protocol: str = typer.Option(
+        "current", "--protocol", help="`current`, or `authors` for the settings of the paper's runs."
+    ),
+    batch_size: int = typer.Option(16, "--batch-size", "-b", min=1, help="Questions per batch."),
+    processes: int = typer.Option(1, "--processes", min=1, help="Processes that share the questions (one per GPU)."),
     judge: str | None = typer.Option(
         None, "--judge", help="URL of an OpenAI-compatible judge (its key: $FLORENCE_VL_JUDGE_API_KEY)."
     ),
-    judge_model: str | None = typer.Option(None, "--judge-model", help="Its model, when it serves several."),
+    judge_model: str | None = typer.Option(
+        None, "--judge-model", help="Model of the judge, if its server has several."
+    ),
     served_model: str | None = typer.Option(
-        None, "--served-model", help="Model to ask, when --model is a URL that serves several."
+        None, "--served-model", help="Model to use if --model is a URL of a server with several."
     ),
     retries: int = typer.Option(4, "--retries", min=0, help="Further attempts when an endpoint fails."),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, cuda:1, mps."),
     dtype: str = typer.Option("auto", "--dtype", help="auto, float32, bfloat16, float16."),
     feature_store: Path | None = typer.Option(
-        None, "--feature-store", help="Folder in which the features of the tower are kept between runs."
+        None, "--feature-store", help="Folder that stores the vision tower's features between runs."
     ),
     paper_row: str = _ROW,
     draws: int = _DRAWS,
@@ -89,7 +95,7 @@ def run_command(
         _run_shard(shard, model, served_model, retries, device, dtype, batch_size, seed, made, out, data)
         return
     if feature_store is not None and processes > 1:
-        raise ValueError("--feature-store is for one process; leave it out, or --processes")
+        raise ValueError("--feature-store works with one process only; remove it or --processes")
     folder = ResultsFolder(out)
     judge_client = None
     if judge is not None:
@@ -123,7 +129,7 @@ def run_command(
 
 
 @app.command("list")
-def list_command(suite: str | None = typer.Argument(None, help="A suite; all benchmarks by default.")) -> None:
+def list_command(suite: str | None = typer.Argument(None, help="Suite to list; all benchmarks by default.")) -> None:
     """Benchmarks with their data sets, metrics and what distinguishes the authors' protocol from this one."""
     from rich.console import Console
     from rich.table import Table
@@ -194,7 +200,7 @@ def _loader(data: Path | None) -> Any:
     from florence_vl.evaluate.suites import data_folder
 
     if data is not None and not data.is_dir():
-        raise FileNotFoundError(f"--data {data} is no folder")
+        raise FileNotFoundError(f"--data {data} is not a folder")
     return lambda benchmark: benchmark.questions(data_folder(benchmark, data))
 
 
@@ -216,7 +222,7 @@ def _store_features(answerer: Answerer, folder: Path) -> None:
 
     model = getattr(answerer, "model", None)
     if not isinstance(model, FlorenceVLForConditionalGeneration):
-        raise ValueError("--feature-store is for a Florence-VL on this machine; leave it out")
+        raise ValueError("--feature-store needs a Florence-VL on this machine; remove it")
     store_features(model, folder)
 
 

@@ -389,5 +389,5 @@ def read_benchmark(path: Path) -> Benchmark:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from None
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
     return Benchmark.from_mapping(values, str(path))

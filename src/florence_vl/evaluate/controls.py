@@ -1,4 +1,4 @@
-"""What a score owes to the picture: the same questions with another picture, with none, with a part of the features.
+"""How much of a score comes from the picture: the same questions with another picture, with none, with some features.
 
 A model can answer many questions without looking: most are answered yes, and a chart's bars have likely heights. Each
 control asks a benchmark's questions again with something taken away; what the score loses is what that gave.
@@ -129,7 +129,7 @@ def score_controls(
     say: Callable[[str], None] = lambda _: None,
     whole: Mapping[str, Sequence[Question]] | None = None,
 ) -> dict[str, dict[str, ControlScore]]:
-    """ControlScore a model under every control.
+    """Score a model under every control.
 
     Args:
         model: A Florence-VL.
@@ -137,7 +137,7 @@ def score_controls(
         sample: Benchmarks with questions whose references have `answer`, as the mini suite's.
         llm: A Florence-VL with the untrained LLM, asked without pictures; left out when None.
         batch_size: Questions at a time.
-        say: Hears what is asked next.
+        say: Called with a description of the questions that are asked next.
         whole: Benchmark name -> all its questions, for the commonest answers; those of `sample` when None.
 
     Returns:

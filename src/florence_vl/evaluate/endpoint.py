@@ -1,4 +1,4 @@
-"""Answers from an OpenAI-compatible endpoint: retried, and when it fails for good, a question without answer.
+"""Answers from an OpenAI-compatible endpoint: failed requests are retried, then the question stays unanswered.
 
 The client is our own: the `openai` package follows redirects, reads bodies of any size, and takes its key from
 `OPENAI_API_KEY` wherever the address leads.
@@ -141,7 +141,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def _check_address(url: str) -> str:
-    """Host of an address that may be asked; see `ChatEndpoint`."""
+    """Host of an address that requests may go to; see `ChatEndpoint`."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"an endpoint's address begins with http:// or https://, found {url!r}")

@@ -436,7 +436,7 @@ def load_answerer(
                 .eval()
             )
         except ValueError as error:
-            raise ValueError(f"{folder} holds a {kind!r}, which is no image-text-to-text model: {error}") from None
+            raise ValueError(f"{folder} holds a {kind!r}, which is not an image-text-to-text model: {error}") from None
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     if folder.is_dir():
         fingerprint = folder_fingerprint(folder)

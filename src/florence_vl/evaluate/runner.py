@@ -26,7 +26,7 @@ Progress = Callable[[int], None]
 
 @dataclass
 class EvaluationPlan:
-    """What is to be asked.
+    """The questions of a run.
 
     Attributes:
         questions: The chosen questions of each benchmark, by name.
@@ -34,7 +34,7 @@ class EvaluationPlan:
         limit: The `--limit` that chose them.
         seed: The seed of the choice.
         available: Number of questions each benchmark has without a limit.
-        fingerprints: Of each benchmark's protocol and questions together; answers are kept under it.
+        fingerprints: Digest of each benchmark's protocol and questions; answers are stored under it.
     """
 
     questions: dict[str, list[Question]]
@@ -61,8 +61,8 @@ def plan(
     Args:
         chosen: The benchmarks.
         load: Gives a benchmark's questions.
-        limit: About so many questions of each (units stay whole).
-        seed: Of the sample.
+        limit: Approximate number of questions per benchmark (units stay whole).
+        seed: Seed of the sample.
 
     Raises:
         FileNotFoundError: A benchmark's file isn't there.

@@ -51,8 +51,8 @@ def evaluate_sample(
         model: A Florence-VL, on its device.
         processor: Its processor.
         suite: Suites or benchmarks; those that need a judge are refused.
-        limit: About so many questions of each benchmark.
-        seed: Of the sample: the same seed, the same questions.
+        limit: Approximate number of questions per benchmark.
+        seed: Seed of the sample: the same seed selects the same questions.
         data: Folder with the benchmarks' files; not needed for the mini suite.
         batch_size: Questions at a time.
 
@@ -101,7 +101,7 @@ def suite_scorer(suite: str, limit: int, data: Path | None, batch_size: int) -> 
 
     Args:
         suite: As of `evaluate_sample`, like the rest.
-        limit: About so many questions of each benchmark.
+        limit: Approximate number of questions per benchmark.
         data: Folder with the benchmarks' files.
         batch_size: Questions at a time.
 

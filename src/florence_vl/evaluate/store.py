@@ -42,7 +42,7 @@ class ResultsFolder:
         except ValueError as error:
             raise ValueError(f"{file} is damaged: {error}. Give another folder with --out") from None
         if not isinstance(found, dict) or found.get("version") != VERSION:
-            raise ValueError(f"{file} isn't a description of results that this version writes; give another folder")
+            raise ValueError(f"{file} was not written by this version of florence-vl; give another folder with --out")
         return found
 
     def open(self, identity: Mapping[str, Any], benchmarks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     """The lines of a JSONL file; a last line that was cut short is removed from the file.
 
     Raises:
-        ValueError: Another line is no JSON object.
+        ValueError: A line other than the last is not a JSON object.
     """
     if not file.is_file():
         return []

@@ -64,7 +64,7 @@ class Table:
             try:
                 schemas.append(pq.read_schema(path))
             except (pa.ArrowException, OSError) as error:
-                raise ValueError(f"{path} is no parquet file: {error}") from None
+                raise ValueError(f"{path} is not a parquet file: {error}") from None
         self.schema = schemas[0]
         self.columns = list(schemas[0].names)
         for path, schema in zip(paths, schemas, strict=True):

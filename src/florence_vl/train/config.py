@@ -392,7 +392,7 @@ class EvaluateConfig:
         samples: How many of them, the first ones.
         suite: Suites or benchmarks with commas between them, as `florence-vl evaluate` takes them, for
             `eval/<benchmark>`. The model must be whole in one process: none or ddp.
-        limit: About so many questions of each benchmark; the same ones every time.
+        limit: Approximate number of questions per benchmark; the same ones every time.
         data: Folder with the benchmarks' files; the mini suite needs none.
         batch_size: Questions answered at a time.
     """

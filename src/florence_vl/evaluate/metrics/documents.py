@@ -10,7 +10,7 @@ from florence_vl.evaluate.metrics.text import edit_distance
 
 
 def anls(answer: str, answers: Sequence[str], threshold: float = 0.5) -> float:
-    """Average normalised Levenshtein similarity of one question (Biten et al., 2019).
+    """Average normalized Levenshtein similarity of one question (Biten et al., 2019).
 
     The best 1 - distance / longer length over the accepted answers, lower-cased with single spaces; 0 below the
     threshold.
@@ -50,7 +50,7 @@ def _number(text: str) -> float | None:
 
 @metric("anls")
 class ANLS(Metric):
-    """Average normalised Levenshtein similarity (DocVQA, InfoVQA)."""
+    """Average normalized Levenshtein similarity (DocVQA, InfoVQA)."""
 
     headline = "anls"
 
@@ -86,8 +86,8 @@ class OCRBench(Metric):
         accepted = reference["answer"]
         accepted = [accepted] if isinstance(accepted, str) else accepted
         formula = reference.get("dataset") == "HME100k"
-        given = _ocr_normalise(answer, formula)
-        hit = finished and any(wanted and wanted in given for wanted in (_ocr_normalise(a, formula) for a in accepted))
+        given = _ocr_normalize(answer, formula)
+        hit = finished and any(wanted and wanted in given for wanted in (_ocr_normalize(a, formula) for a in accepted))
         return verdict(answer, given or None, float(hit), finished)
 
     def stratum(self, reference: Reference) -> str:
@@ -98,7 +98,7 @@ class OCRBench(Metric):
         return {"accuracy": 100 * float(pooled(strata)[0]), **by_type}
 
 
-def _ocr_normalise(text: str, formula: bool) -> str:
+def _ocr_normalize(text: str, formula: bool) -> str:
     if formula:
         return text.strip().replace("\n", " ").replace(" ", "")
     return text.translate(_FULLWIDTH).lower().strip().replace("\n", " ")

@@ -30,7 +30,7 @@ _EMPHASIS = str.maketrans("", "", '*`"#$')
 
 
 def without_reasoning(text: str) -> str:
-    """The text after its last reasoning block; a block that was never closed, and all after it, is no answer."""
+    """The text after its last reasoning block; an unclosed block and all text after it are not an answer."""
     start, opened = 0, None
     for tag in _REASONING.finditer(text):
         closes = "/" in tag.groups() or tag[4] == "end_of"

@@ -28,7 +28,7 @@ _CONCLUSION = re.compile(
 )
 
 
-def mmmu_normalise(text: str) -> list[str | float]:
+def mmmu_normalize(text: str) -> list[str | float]:
     """MMMU's normal forms of an open answer: a number rounded to two places, or lower-case text (one letter padded)."""
     text = text.strip()
     try:
@@ -58,12 +58,12 @@ def mmmu_open_candidates(answer: str) -> list[str | float]:
             tails.append(shortest)
     tails = tails or [answer]
     numbers = [number for tail in tails for form in _NUMBER_FORMS for number in form.findall(tail)]
-    return list(dict.fromkeys(value for text in (*tails, *numbers) for value in mmmu_normalise(text)))
+    return list(dict.fromkeys(value for text in (*tails, *numbers) for value in mmmu_normalize(text)))
 
 
 def mmmu_open_match(candidates: Sequence[str | float], answers: Sequence[str]) -> bool:
     """Whether a candidate number equals an accepted one, or an accepted text stands in a candidate text."""
-    wanted = [value for answer in answers for value in mmmu_normalise(answer)]
+    wanted = [value for answer in answers for value in mmmu_normalize(answer)]
     texts = [value for value in wanted if isinstance(value, str) and value.strip()]
     return any(
         any(text in candidate for text in texts) if isinstance(candidate, str) else candidate in wanted

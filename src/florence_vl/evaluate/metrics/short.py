@@ -10,7 +10,7 @@ from florence_vl.evaluate.metrics.text import NUMBERS
 from florence_vl.evaluate.metrics.yes_no import parse_yes_no
 
 
-def short_normalise(text: str) -> str:
+def short_normalize(text: str) -> str:
     """Lower case, single spaces, no article in front, no marks around, no currency signs; number words as digits."""
     text = re.sub(r"[$€£]\s*", "", " ".join(text.lower().split())).strip(" .,;:!?\"'`*()")
     text = re.sub(r"^(?:a|an|the)\s+", "", text)
@@ -29,8 +29,8 @@ class ShortAnswer(Metric):
         if wanted.lower() in ("yes", "no"):
             found = parse_yes_no(answer, finished)
             return verdict(answer, found, float(found == wanted.lower()), finished)
-        said = short_normalise(answer)
-        return verdict(answer, said or None, float(said != "" and said == short_normalise(wanted)), finished)
+        said = short_normalize(answer)
+        return verdict(answer, said or None, float(said != "" and said == short_normalize(wanted)), finished)
 
     def stratum(self, reference: Reference) -> str:
         return reference.get("skill") or ""

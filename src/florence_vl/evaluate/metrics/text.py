@@ -1,4 +1,4 @@
-"""Normalisation of short answers as the VQA, EvalAI and DocVQA evaluation servers do it, and edit distance."""
+"""Normalization of short answers as the VQA, EvalAI and DocVQA evaluation servers do it, and edit distance."""
 
 from __future__ import annotations
 
@@ -75,18 +75,18 @@ def strip_articles(text: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
-def vqa_normalise(text: str) -> str:
-    """The official normalisation of VQAv2 (punctuation, digits, articles, contractions)."""
+def vqa_normalize(text: str) -> str:
+    """The official normalization of VQAv2 (punctuation, digits, articles, contractions)."""
     return strip_articles(strip_punctuation(text.replace("\n", " ").replace("\t", " ").strip()))
 
 
-def evalai_normalise(text: str) -> str:
-    """The EvalAI normalisation of TextVQA and VizWiz (MMF's `EvalAIAnswerProcessor`)."""
+def evalai_normalize(text: str) -> str:
+    """The EvalAI normalization of TextVQA and VizWiz (MMF's `EvalAIAnswerProcessor`)."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    return vqa_normalise(text)
+    return vqa_normalize(text)
 
 
-def plain_normalise(text: str) -> str:
+def plain_normalize(text: str) -> str:
     """Lower case, no ASCII punctuation, single spaces: exact match as lmms-eval has it with both `ignore_` flags."""
     return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
 

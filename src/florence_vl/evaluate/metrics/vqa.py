@@ -1,4 +1,4 @@
-"""Open short answers: VQA accuracy over ten annotators, and exact match after normalisation."""
+"""Open short answers: VQA accuracy over ten annotators, and exact match after normalization."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from florence_vl.evaluate.metrics.base import Metric, Reference, Verdict, metric, verdict
-from florence_vl.evaluate.metrics.text import evalai_normalise, plain_normalise, vqa_normalise
+from florence_vl.evaluate.metrics.text import evalai_normalize, plain_normalize, vqa_normalize
 
 
-def vqa_accuracy(answer: str, answers: Sequence[str], normalise: Callable[[str], str] = vqa_normalise) -> float:
+def vqa_accuracy(answer: str, answers: Sequence[str], normalize: Callable[[str], str] = vqa_normalize) -> float:
     """Accuracy against annotators: the mean, over each annotator left out, of min(1, agreeing others / 3).
 
-    An answer of which normalisation leaves nothing scores 0, also when an annotator's answer vanishes too.
+    An answer of which normalization leaves nothing scores 0, also when an annotator's answer vanishes too.
     """
-    given = normalise(answer)
+    given = normalize(answer)
     if not given or not answers:
         return 0.0
-    counts = Counter(normalise(other) for other in answers)
+    counts = Counter(normalize(other) for other in answers)
     same = counts[given]
     left_in, left_out = min(1.0, same / 3), min(1.0, (same - 1) / 3)
     return ((len(answers) - same) * left_in + same * left_out) / len(answers)
@@ -25,20 +25,20 @@ def vqa_accuracy(answer: str, answers: Sequence[str], normalise: Callable[[str],
 
 @metric("vqa_accuracy")
 class VQAAccuracy(Metric):
-    """VQA accuracy with the official VQAv2 normalisation (Goyal et al., 2017)."""
+    """VQA accuracy with the official VQAv2 normalization (Goyal et al., 2017)."""
 
-    normalise: Callable[[str], str] = staticmethod(vqa_normalise)
+    normalize: Callable[[str], str] = staticmethod(vqa_normalize)
 
     def read(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
-        score = vqa_accuracy(answer, reference["answers"], self.normalise)
-        return verdict(answer, self.normalise(answer) or None, score, finished)
+        score = vqa_accuracy(answer, reference["answers"], self.normalize)
+        return verdict(answer, self.normalize(answer) or None, score, finished)
 
 
 @metric("evalai_accuracy")
 class EvalAIAccuracy(VQAAccuracy):
-    """VQA accuracy with the EvalAI normalisation (TextVQA, VizWiz)."""
+    """VQA accuracy with the EvalAI normalization (TextVQA, VizWiz)."""
 
-    normalise = staticmethod(evalai_normalise)
+    normalize = staticmethod(evalai_normalize)
 
 
 @metric("exact_match")
@@ -46,6 +46,6 @@ class ExactMatch(Metric):
     """Equality with the answer without regard to case, punctuation and spacing (GQA)."""
 
     def read(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
-        given = plain_normalise(answer)
+        given = plain_normalize(answer)
         accepted = reference["answers"] if "answers" in reference else [reference["answer"]]
-        return verdict(answer, given or None, float(given != "" and given in map(plain_normalise, accepted)), finished)
+        return verdict(answer, given or None, float(given != "" and given in map(plain_normalize, accepted)), finished)
