@@ -264,7 +264,7 @@ def _features_tab(gr: Any, server: Server, names: list[str], examples: Sequence[
             model = gr.Dropdown(names, value=names[0], label="Model")
             look = gr.Button("Look", variant="primary")
         with gr.Column(scale=2):
-            gallery = gr.Gallery(label="Features", columns=2, height=520)
+            gallery = gr.Gallery(label="Features", columns=2, height="auto")
 
     def show(image, model):  # type: ignore[no-untyped-def]
         found = _post(gr, server, "/v1/features", image, {"model": model, "format": "picture"})
@@ -289,7 +289,7 @@ def _attribution_tab(gr: Any, server: Server, names: list[str], examples: Sequen
         with gr.Column(scale=2):
             found_answer = gr.Textbox(label="Answer")
             shares = gr.Label(label="Share of each feature")
-            maps = gr.Gallery(label="Where", columns=2, height=420)
+            maps = gr.Gallery(label="Where", columns=2, height="auto")
 
     def explain(image, model, question, answer):  # type: ignore[no-untyped-def]
         body = {"model": model, "question": question, "answer": answer.strip() or None}
@@ -314,21 +314,21 @@ def _post(gr: Any, server: Server, path: str, image: Any, body: dict[str, Any]) 
         raise gr.Error(str(error), print_exception=False) from None
 
 
-def _shown_size(picture: Image.Image, side: int = 480) -> tuple[int, int]:
+def _shown_size(picture: Image.Image, side: int = 320) -> tuple[int, int]:
     scale = side / max(picture.size)
     return max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
 
 
 def heat_map(picture: Image.Image, values_HW: Sequence[Sequence[float]]) -> Image.Image:
-    """A picture with a map over it: red where it is high, the picture in gray below.
+    """A picture in gray under a map: red where the map is highest, without color where it is lowest.
 
     Args:
         picture: RGB.
-        values_HW: Rows of numbers; negative ones count as 0.
+        values_HW: Rows of numbers.
     """
     size = _shown_size(picture)
-    values = np.clip(np.asarray(values_HW, dtype=np.float32), 0, None)
-    values = values / (values.max() or 1.0)
+    values = np.asarray(values_HW, dtype=np.float32)
+    values = (values - values.min()) / ((values.max() - values.min()) or 1.0)
     heat = Image.fromarray((values * 255).round().astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
     gray = np.asarray(picture.convert("L").resize(size), dtype=np.float32)[..., None].repeat(3, -1)
     weight = 0.75 * np.asarray(heat, dtype=np.float32)[..., None] / 255
