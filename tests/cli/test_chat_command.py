@@ -42,6 +42,21 @@ def test_one_question(model, photo, capsys):
     assert capsys.readouterr().out.strip() == session.ask("What is shown?")
 
 
+def test_images_at_another_resolution(photo, capsys, monkeypatch):
+    monkeypatch.setattr(loading, "check_folder", lambda model: model)
+    views = {"glance": {"size": 32, "features": ["davit"]}}
+    model, processor = tiny_model(views=views, positions="resampled", position_grid=[2, 2])
+    monkeypatch.setattr(loading, "load_model", lambda *arguments: (model, processor))
+    for flags, tokens in ((["--image-size", "96"], 9), (["--image-size", "64", "--view", "glance"], 1)):
+        assert run("--image", photo, *flags, "What is shown?") == 0
+        assert processor.image_tokens(20, 40) == tokens
+        session = ChatSession(model, processor, options=GenerationOptions(max_new_tokens=5))
+        session.show(photo)
+        assert capsys.readouterr().out.strip() == session.ask("What is shown?")
+    assert run("--image", photo, "--view", "glanse", "What?") == 2
+    assert "Did you mean 'glance'" in capsys.readouterr().err
+
+
 def test_conversation_from_standard_input(model, photo, capsys, monkeypatch):
     lines = f"What is it?\n\n/imag {photo}\n/image {photo}\n/image /no/such.png\nAnd now?\n/help\n/quit\nnever read\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))

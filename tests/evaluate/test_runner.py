@@ -504,3 +504,80 @@ def test_a_model_that_sees_nothing_is_refused(tmp_path: Path) -> None:
     LlamaConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=16).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a 'llama', which is not an image-text-to-text model"):
         load_answerer(str(tmp_path))
+
+
+VIEWS = {"glance": {"size": 32, "features": ["davit"]}}
+
+
+@pytest.fixture(scope="module")
+def views_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("views")
+    for part in tiny_model(views=VIEWS, positions="resampled", position_grid=[2, 2]):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "tokens", "setting"),
+    [
+        (["--image-size", "96"], 9, ("image_size", [96, 96])),
+        (["--aspect", "native", "--token-budget", "2"], 2, ("token_budget", 2)),
+        (["--view", "glance"], 1, ("view", "glance")),
+    ],
+)
+def test_a_model_is_evaluated_at_another_resolution(
+    benchmark_folder: Path, views_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], flags: list[str], tokens: int, setting: tuple[str, Any],
+) -> None:  # fmt: skip
+    from florence_vl.cli.main import main
+
+    counts: set[int] = set()
+    encode = LocalAnswerer.encode
+
+    def counted(self: LocalAnswerer, *arguments: Any) -> Any:
+        found = encode(self, *arguments)
+        counts.update(len(tokens_NH) for tokens_NH in found.values())
+        return found
+
+    monkeypatch.setattr(LocalAnswerer, "encode", counted)
+    command = ["evaluate", "--model", str(views_folder), "--suite", "pope", "--data", str(benchmark_folder)]
+    command += ["--limit", "2", "--draws", "0", "--out", str(tmp_path / "out")]
+    assert main([*command, *flags]) == 0
+    assert counts == {tokens}
+    name, value = setting
+    assert ResultsFolder(tmp_path / "out").description["identity"][name] == value
+    capsys.readouterr()
+    assert main(command) == 2, "answers at two resolutions don't share a folder"
+    assert name in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--aspect", "nativ"], "Did you mean 'native'"),
+        (["--token-budget", "2"], "a token budget is for the aspect 'native'"),
+        (["--view", "glanse"], "Did you mean 'glance'"),
+        (["--positions", "absolut"], "Did you mean 'absolute'"),
+    ],
+)
+def test_settings_of_the_resolution_are_checked(
+    benchmark_folder: Path, views_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    flags: list[str], message: str,
+) -> None:  # fmt: skip
+    from florence_vl.cli.main import main
+
+    command = ["evaluate", "--model", str(views_folder), "--suite", "pope", "--data", str(benchmark_folder)]
+    assert main([*command, "--out", str(tmp_path / "out"), *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_resolution_is_for_a_florence_vl_on_this_machine(
+    benchmark_folder: Path, llava_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from florence_vl.cli.main import main
+
+    command = ["evaluate", "--suite", "pope", "--data", str(benchmark_folder), "--out", str(tmp_path / "out")]
+    for model in (str(llava_folder), "http://localhost:1"):
+        assert main([*command, "--model", model, "--image-size", "96"]) == 2
+        assert "leave it out" in capsys.readouterr().err.lower()

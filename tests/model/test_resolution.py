@@ -11,7 +11,7 @@ from PIL import Image
 
 from florence_vl.model.fusion import merge_tokens
 from florence_vl.model.image_processing import FlorenceVLImageProcessor
-from florence_vl.model.resolution import native_size, set_resolution
+from florence_vl.model.resolution import native_size, resolution_settings, set_resolution
 from florence_vl.model.tiny import tiny_model
 
 SIDE = st.integers(1, 20_000)
@@ -126,3 +126,22 @@ def test_merge_quarters_the_tokens(fusion):
 def test_merge_and_the_mean_token_contradict():
     with pytest.raises(ValueError, match="can't be combined with mean_token='all'"):
         tiny_model(merge=2, mean_token="all")
+
+
+def test_a_view_as_the_default_of_a_processor():
+    views = {"glance": {"size": 32, "features": ["davit"]}}
+    model, processor = tiny_model(views=views, positions="resampled", position_grid=[2, 2])
+    named = processor.image_processor([picture(70, 90)], view="glance", return_tensors="pt")
+    set_resolution(model, processor, view="glance")
+    found = processor.image_processor([picture(70, 90)], return_tensors="pt")
+    assert found.keys() == named.keys()
+    assert all(torch.equal(found[key], named[key]) for key in named)
+    assert processor.image_tokens(70, 90) == 1
+    assert processor.image_tokens(70, 90, view="full") == 4
+    assert resolution_settings(model, processor)["view"] == "glance"
+    set_resolution(model, processor, view="full")
+    assert processor.image_tokens(70, 90) == 4
+    with pytest.raises(ValueError, match="Did you mean 'glance'"):
+        set_resolution(model, processor, view="glanse")
+    with pytest.raises(ValueError, match="token budget is for the aspect 'native'"):
+        set_resolution(model, processor, token_budget=2)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Optional
 
 import typer
 
+from florence_vl.cli.resolution import ASPECT, IMAGE_SIZE, POSITIONS, TOKEN_BUDGET, VIEW, given
 from florence_vl.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -46,6 +47,11 @@ def command(
     seed: Optional[int] = typer.Option(None, "--seed", help="Makes sampling repeatable."),  # noqa: UP045
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, cuda:1, mps."),
     dtype: str = typer.Option("auto", "--dtype", help="auto, float32, bfloat16, float16."),
+    image_size: Optional[int] = IMAGE_SIZE,  # noqa: UP045
+    aspect: Optional[str] = ASPECT,  # noqa: UP045
+    token_budget: Optional[int] = TOKEN_BUDGET,  # noqa: UP045
+    positions: Optional[str] = POSITIONS,  # noqa: UP045
+    view: Optional[str] = VIEW,  # noqa: UP045
 ) -> None:
     """Ask a model about an image, once or in a conversation."""
     from florence_vl.model.loading import check_folder, load_model
@@ -68,7 +74,13 @@ def command(
 
     pictures = [open_image(path) for path in image]
     check_folder(model)
-    session = ChatSession(*load_model(model, device, dtype), options=options, system=system)
+    loaded, processor = load_model(model, device, dtype)
+    resolution = given(image_size, aspect, token_budget, positions, view)
+    if resolution:
+        from florence_vl.model.resolution import set_resolution
+
+        set_resolution(loaded, processor, **resolution)
+    session = ChatSession(loaded, processor, options=options, system=system)
     for picture in pictures:
         session.show(picture)
     if question is not None:

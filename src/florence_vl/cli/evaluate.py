@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from florence_vl.cli.resolution import ASPECT, IMAGE_SIZE, POSITIONS, TOKEN_BUDGET, VIEW, given
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from florence_vl.evaluate.answer import Answerer
     from florence_vl.evaluate.runner import EvaluationPlan
     from florence_vl.evaluate.store import ResultsFolder
@@ -72,6 +77,11 @@ def run_command(
     feature_store: Path | None = typer.Option(
         None, "--feature-store", help="Folder that stores the vision tower's features between runs."
     ),
+    image_size: int | None = IMAGE_SIZE,
+    aspect: str | None = ASPECT,
+    token_budget: int | None = TOKEN_BUDGET,
+    positions: str | None = POSITIONS,
+    view: str | None = VIEW,
     paper_row: str = _ROW,
     draws: int = _DRAWS,
     shard: str | None = typer.Option(None, "--shard", hidden=True),
@@ -91,8 +101,10 @@ def run_command(
         reported_row(paper_row)
     chosen = choose(suite, protocol)
     made = plan(chosen, _loader(data), limit, seed)
+    resolution = given(image_size, aspect, token_budget, positions, view)
+    answers = partial(_answerer, model, served_model, retries, device, dtype, batch_size, seed, resolution)
     if shard is not None:
-        _run_shard(shard, model, served_model, retries, device, dtype, batch_size, seed, made, out, data)
+        _run_shard(shard, answers, made, out, data)
         return
     if feature_store is not None and processes > 1:
         raise ValueError("--feature-store works with one process only; remove it or --processes")
@@ -106,7 +118,7 @@ def run_command(
     if processes > 1:
         failed = _run_processes(processes, made, folder)
     else:
-        answerer = _answerer(model, served_model, retries, device, dtype, batch_size, seed)
+        answerer = answers()
         if feature_store is not None:
             _store_features(answerer, feature_store)
         try:
@@ -205,15 +217,19 @@ def _loader(data: Path | None) -> Any:
 
 
 def _answerer(
-    model: str, served: str | None, retries: int, device: str, dtype: str, batch_size: int, seed: int
-) -> Answerer:
+    model: str, served: str | None, retries: int, device: str, dtype: str, batch_size: int, seed: int,
+    resolution: dict[str, Any],
+) -> Answerer:  # fmt: skip
     if model.startswith(("http://", "https://")):
+        if resolution:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in resolution)
+            raise ValueError(f"{flags}: the server at {model} decides how images are seen. Leave it out")
         from florence_vl.evaluate.endpoint import ChatEndpoint, EndpointAnswerer
 
         return EndpointAnswerer(ChatEndpoint(model, served, retries=retries), batch_size)
     from florence_vl.evaluate.local import load_answerer
 
-    return load_answerer(model, device, dtype, batch_size, seed=seed)
+    return load_answerer(model, device, dtype, batch_size, seed=seed, resolution=resolution)
 
 
 def _store_features(answerer: Answerer, folder: Path) -> None:
@@ -287,16 +303,13 @@ def _run_here(answerer: Answerer, made: EvaluationPlan, folder: ResultsFolder) -
     return failed
 
 
-def _run_shard(
-    which: str, model: str, served: str | None, retries: int, device: str, dtype: str, batch_size: int, seed: int,
-    made: EvaluationPlan, out: Path, data: Path | None,
-) -> None:  # fmt: skip
+def _run_shard(which: str, answers: Callable[[], Answerer], made: EvaluationPlan, out: Path, data: Path | None) -> None:
     from florence_vl.evaluate.runner import open_results, run, shard
     from florence_vl.evaluate.store import ResultsFolder
 
     rank, processes = map(int, which.split("/"))
     folder = ResultsFolder(out, rank)
-    answerer = _answerer(model, served, retries, device, dtype, batch_size, seed)
+    answerer = answers()
     try:
         open_results(folder, answerer, made, data)
         folder.write_unanswered(run(answerer, shard(made, rank, processes), folder))

@@ -12,7 +12,7 @@ import copy
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from florence_vl.evaluate.question import Question
 from florence_vl.files import cache_dir, sha256, write_text
 from florence_vl.model.features import encode_images, state_hash
 from florence_vl.model.pictures import open_image
+from florence_vl.model.resolution import resolution_settings, set_resolution
 
 
 class LocalAnswerer(Answerer):
@@ -37,7 +38,8 @@ class LocalAnswerer(Answerer):
         model: In eval mode, on its device.
         processor: With a chat template.
         batch_size: Questions at a time.
-        identity: What tells this model from another; a fingerprint of the weights in memory by default.
+        identity: What tells this model from another; a fingerprint of the weights in memory by default. How a
+            Florence-VL sees images (see `resolution_settings`) is added.
         share_prefix: Whether the common beginning of prompts about one picture goes through the LLM once.
         cached_images: Encoded images that are kept for later batches.
         seed: For sampling, when a benchmark asks for a temperature.
@@ -70,6 +72,8 @@ class LocalAnswerer(Answerer):
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
         self._cached_images = cached_images
         self._own = hasattr(processor, "tokenize") and hasattr(model, "num_image_tokens")
+        if self._own:
+            self.identity = {**self.identity, **resolution_settings(model, processor)}
         self._by_question = self._own and model.model.fusion.uses_context
         self._stop = _stop_ids(model, processor)
 
@@ -399,6 +403,7 @@ def load_answerer(
     batch_size: int = 16,
     share_prefix: bool = True,
     seed: int = 0,
+    resolution: Mapping[str, Any] | None = None,
 ) -> LocalAnswerer:
     """A saved Florence-VL, or any image-text-to-text model that transformers loads without remote code.
 
@@ -409,10 +414,11 @@ def load_answerer(
         batch_size: Questions at a time.
         share_prefix: See `LocalAnswerer`.
         seed: For sampling.
+        resolution: Keywords of `florence_vl.model.resolution.set_resolution`, for a Florence-VL.
 
     Raises:
         FileNotFoundError: Nothing is there.
-        ValueError: The folder holds no such model, or it has no chat template.
+        ValueError: The folder holds no such model, it has no chat template, or it can't see images at that resolution.
     """
     from florence_vl.model.loading import check_folder, choose_device, load_model
 
@@ -423,7 +429,13 @@ def load_answerer(
         where = check_folder(model)
         loaded, processor = load_model(model, device, dtype)
         folder = Path(where)
+        if resolution:
+            set_resolution(loaded, processor, **resolution)
     else:
+        if resolution:
+            raise ValueError(
+                f"{folder} holds a {kind!r}, but {', '.join(resolution)} is for a Florence-VL: leave it out"
+            )
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         place = choose_device(device)

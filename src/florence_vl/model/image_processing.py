@@ -42,6 +42,7 @@ class FlorenceVLImageProcessor(PilBackend):
         stride: Pixels a side of one token.
         max_upscale: For `native`: how much a small image is enlarged at most.
         views: The model's table of views; see `florence_vl.model.views`.
+        view: The view of images for which no other one is named; the full one by default.
         features: Names of the model's features, for the views.
         resample: Pillow's filter, bicubic by default.
         image_mean: Channel means in [0, 1]; ImageNet's by default. CLIP and SigLIP towers bring their own.
@@ -66,6 +67,7 @@ class FlorenceVLImageProcessor(PilBackend):
     stride = 32
     max_upscale = MAX_UPSCALE
     views: dict[str, Any] | None = None
+    view: str | None = None
     features: list[str] | None = None
     model_input_names = ["pixel_values", "image_sizes", "feature_mask"]
 
@@ -115,7 +117,7 @@ class FlorenceVLImageProcessor(PilBackend):
             return getattr(self, name) if value is None else value
 
         size, stride = setting("size"), setting("stride")
-        side = self.view_settings(settings.get("view"))["size"]
+        side = self.view_settings(setting("view"))["size"]
         if side is not None:
             size, settings = {"height": side, "width": side}, {**settings, "token_budget": (side // stride) ** 2}
         if setting("image_aspect_ratio") != "native":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from florence_vl.model.views import FULL_VIEW
+
 if TYPE_CHECKING:
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
     from florence_vl.model.processing import FlorenceVLProcessor
@@ -59,6 +61,7 @@ def set_resolution(
     aspect: str | None = None,
     token_budget: int | None = None,
     positions: str | None = None,
+    view: str | None = None,
 ) -> None:
     """Let a loaded model see images at another resolution, without training.
 
@@ -70,11 +73,14 @@ def set_resolution(
         token_budget: Tokens an image at most, for `native`; by default what `image_size` gives.
         positions: `absolute` or `resampled`. Resampled when the size or the aspect changes and the model has a trained
             grid, which is taken from the processor's size before the change.
+        view: The view of every image for which no other one is named; see `florence_vl.model.views`.
 
     Raises:
-        ValueError: An unknown choice, a size or budget that the tower or the LLM's context can't take.
+        ValueError: An unknown choice or view, a size or budget that the tower or the LLM's context can't take.
     """
     images: Any = processor.image_processor
+    if token_budget is not None and (aspect or images.image_aspect_ratio) != "native":
+        raise ValueError(f"a token budget is for the aspect 'native', found {aspect or images.image_aspect_ratio!r}")
     tower: Any = model.model.vision_tower
     changes = any(value is not None for value in (image_size, aspect, token_budget))
     if model.config.tower == "florence2":
@@ -89,9 +95,26 @@ def set_resolution(
         images.image_aspect_ratio = aspect
     if token_budget is not None:
         images.token_budget = token_budget
+    if view is not None:
+        images.view_settings(view)
+        images.view = None if view == FULL_VIEW else view
     images.check()
     height, width = images.output_size(images.size["height"], images.size["width"])
     tokens = model.num_image_tokens(height, width)
     context = getattr(model.config.text_config, "max_position_embeddings", None)
     if context is not None and tokens >= context:
         raise ValueError(f"an image takes {tokens} tokens at that resolution, but the LLM's context has {context}")
+
+
+def resolution_settings(model: FlorenceVLForConditionalGeneration, processor: FlorenceVLProcessor) -> dict[str, Any]:
+    """How a model sees images now, as JSON values: what tells its answers from those at another resolution."""
+    images: Any = processor.image_processor
+    settings = {
+        "image_size": [images.size["height"], images.size["width"]],
+        "aspect": images.image_aspect_ratio,
+        "token_budget": images.token_budget,
+        "view": images.view or FULL_VIEW,
+    }
+    if model.config.tower == "florence2":
+        settings["positions"] = model.config.positions
+    return settings

@@ -1,0 +1,29 @@
+"""Flags for the resolution at which a model sees images, the same ones for every command that asks a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+IMAGE_SIZE = typer.Option(None, "--image-size", min=1, help="Side in pixels at which a Florence-VL sees images.")
+ASPECT = typer.Option(None, "--aspect", help="pad, squash, or native: the image's own aspect ratio.")
+TOKEN_BUDGET = typer.Option(None, "--token-budget", min=1, help="With --aspect native: tokens of an image at most.")
+POSITIONS = typer.Option(
+    None, "--positions", help="absolute, or resampled (the default when the size or the aspect changes)."
+)
+VIEW = typer.Option(None, "--view", help="View of every image, for a model with views; full: none of them.")
+
+
+def given(
+    image_size: int | None, aspect: str | None, token_budget: int | None, positions: str | None, view: str | None
+) -> dict[str, Any]:
+    """The flags that were given, as keywords of `florence_vl.model.resolution.set_resolution`."""
+    settings = {
+        "image_size": image_size,
+        "aspect": aspect,
+        "token_budget": token_budget,
+        "positions": positions,
+        "view": view,
+    }
+    return {name: value for name, value in settings.items() if value is not None}
