@@ -123,7 +123,7 @@ def test_a_sharded_run_exports_the_whole_model(tiny_run: ModuleType, two: Path, 
 def test_blocks_are_found_in_every_tower_and_llm(tiny_run: ModuleType) -> None:
     model = tiny_run.tiny()
     found = part_blocks(model)
-    assert {type(b).__name__ for b in found["tower"]} == {"DaViTBlock", "BartEncoderLayer"}
+    assert {type(b).__name__ for b in found["tower"]} == {"DaViTBlock", "SwitchedEncoderLayer"}
     assert {type(b).__name__ for b in found["llm"]} == {"LlamaDecoderLayer"}
     assert len(found["llm"]) == 2
     for tower in ("clip_vision_model", "siglip_vision_model", "dinov2"):
