@@ -1,4 +1,4 @@
-"""`florence-vl doctor` says what is missing, with the command that mends it, and fails only for what is needed."""
+"""`florence-vl doctor` says what is missing, with the command that fixes it, and fails only for what is needed."""
 
 import importlib.metadata
 import json
@@ -27,7 +27,7 @@ def test_reports_versions_devices_and_parts(capsys, tmp_path, monkeypatch):
     assert str(tmp_path) in checks["devices", "cache"]["found"]
     assert ("parts", "smollm2 (llms)") in checks
     assert ("extras", "train") in checks
-    assert all(item["mend"] for item in checks.values() if item["state"] != "ok")
+    assert all(item["fix"] for item in checks.values() if item["state"] != "ok")
 
 
 def test_missing_core_package_is_broken(capsys, monkeypatch):
@@ -42,7 +42,7 @@ def test_missing_core_package_is_broken(capsys, monkeypatch):
     code, checks = run_json(capsys)
     assert code == 1
     assert checks["packages", "safetensors"]["state"] == "broken"
-    assert checks["packages", "safetensors"]["mend"].startswith("pip install 'safetensors")
+    assert checks["packages", "safetensors"]["fix"].startswith("pip install 'safetensors")
 
 
 def test_version_out_of_range_is_broken_and_missing_extra_is_not(capsys, monkeypatch):
@@ -54,7 +54,7 @@ def test_version_out_of_range_is_broken_and_missing_extra_is_not(capsys, monkeyp
     assert code == 1
     assert "4.57.0" in checks["packages", "transformers"]["found"]
     assert checks["extras", "peft"]["state"] == "missing"
-    assert "[peft]" in checks["extras", "peft"]["mend"]
+    assert "[peft]" in checks["extras", "peft"]["fix"]
 
 
 def test_library_that_does_not_import_is_broken(capsys, monkeypatch):
@@ -64,7 +64,7 @@ def test_library_that_does_not_import_is_broken(capsys, monkeypatch):
     assert "no_such_library" in checks["packages", "import no_such_library"]["found"]
 
 
-def test_table_for_people_names_the_mending_command(capsys, monkeypatch):
+def test_table_for_people_names_the_fixing_command(capsys, monkeypatch):
     monkeypatch.setattr("florence_vl.model.packaged.PackagedPart.source", lambda self: None)
     monkeypatch.setattr("florence_vl.model.packaged.is_converted", lambda part: False)
     assert main.main(["doctor"]) == 0

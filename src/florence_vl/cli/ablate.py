@@ -42,16 +42,20 @@ def command(
     ),
     data: Path | None = typer.Option(None, "--data", help="Folder with the benchmarks' files (llava15)."),
     suite: str | None = typer.Option(None, "--suite", help="Benchmarks instead of the scale's own."),
-    limit: int | None = typer.Option(None, "--limit", min=1, help="About that many questions of each benchmark."),
-    launcher: str = typer.Option("python -m florence_vl", "--launcher", help="What starts training, e.g. torchrun ..."),
+    limit: int | None = typer.Option(None, "--limit", min=1, help="Approximate number of questions per benchmark."),
+    launcher: str = typer.Option(
+        "python -m florence_vl", "--launcher", help="Command that starts training, e.g. torchrun ..."
+    ),
     jobs: int | None = typer.Option(
-        None, "--jobs", help="Commands at a time, each with its share of the cores: at mini scale one a core."
+        None, "--jobs", help="Commands that run in parallel and share the cores; at mini scale one per core."
     ),
     dtype: str = typer.Option(
         "auto", "--dtype", help="Mini scale: float32 or bfloat16; auto takes bfloat16 where the processor has it."
     ),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Print the commands and what is left, run nothing."),
-    report: bool = typer.Option(False, "--report", help="Train nothing; print the tables of what is there."),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="Print the commands and what remains to be done; run nothing."
+    ),
+    report: bool = typer.Option(False, "--report", help="Print the tables of the existing results; train nothing."),
 ) -> None:
     """Train and score the rows of the paper's ablation tables; stopped at any time, it goes on where it was."""
     import os
@@ -65,7 +69,7 @@ def command(
 
     chosen = [table_of(number) for number in tables or load_tables()]
     if rows and len(chosen) != 1:
-        raise ValueError("--rows are of one table: give --table too")
+        raise ValueError("--rows needs --table, as rows belong to one table")
     names = [name for word in rows for name in _names(word, [row.name for row in chosen[0].rows])] if rows else None
     dtypes = {"auto": "bfloat16" if fast_bf16() else "float32", "float32": "float32", "bfloat16": "bfloat16"}
     if dtype not in dtypes:

@@ -81,14 +81,16 @@ def alignment_command(
     llm_dtype: str = typer.Option("float32", "--llm-dtype", help="float32, bfloat16 or float16."),
     image_root: Path | None = typer.Option(None, "--image-root", help="Folder that image paths in DATA start from."),
     pairs: int | None = typer.Option(None, "--pairs", help="Number of pairs to use, chosen at random. All by default."),
-    ablate: bool = typer.Option(False, "--ablate", help="Leave each feature of the one encoder out, and each alone."),
+    ablate: bool = typer.Option(
+        False, "--ablate", help="Evaluate one encoder without each of its features, and with each alone."
+    ),
     subsets: str = typer.Option("leave-one-out", "--subsets", help="With --ablate: leave-one-out, or all subsets."),
     projection: str = typer.Option("linear", "--projection", help="linear, or mlp (pools first, then projects)."),
     steps: int = typer.Option(300, "--steps", help="Optimizer steps."),
     batch_size: int | None = typer.Option(
         None, "--batch-size", help="Pairs in a batch. All up to 20,000, else 8,192, by default."
     ),
-    learning_rate: float = typer.Option(3e-3, "--learning-rate", help="Of Adam; cosine decay to 0."),
+    learning_rate: float = typer.Option(3e-3, "--learning-rate", help="Adam's learning rate; cosine decay to 0."),
     temperature: float = typer.Option(1.0, "--temperature", help="Divides similarities; 1 is the paper's loss."),
     symmetric: bool = typer.Option(False, "--symmetric", help="Add the text-to-image direction."),
     center: bool = typer.Option(False, "--center", help="Subtract the mean text feature before normalizing."),
@@ -96,7 +98,7 @@ def alignment_command(
     duplicates: str = typer.Option("share", "--duplicates", help="Same captions: share the target, or keep the first."),
     seeds: int = typer.Option(3, "--seeds", help="Number of seeds; intervals are over them."),
     width_control: str = typer.Option("pca", "--width-control", help="Equal width by pca, random, or none."),
-    width: int | None = typer.Option(None, "--width", help="That width. The narrowest encoder's by default."),
+    width: int | None = typer.Option(None, "--width", help="The equal width; the narrowest encoder's by default."),
     fit: str = typer.Option("squash", "--fit", help=FIT_HELP),
     encode_batch: int = typer.Option(16, "--encode-batch", help="Images in one forward of an encoder."),
     device: str = typer.Option("auto", "--device", help="cpu, cuda, cuda:1, mps or auto."),
@@ -128,7 +130,7 @@ def alignment_command(
     specs = [EncoderSpec.parse(text) for text in encoders]
     labels = unique_labels(specs)
     if ablate and len(specs) != 1:
-        raise ValueError(f"--ablate is for one encoder with several features, got {len(specs)} encoders")
+        raise ValueError(f"--ablate needs one encoder with several features, got {len(specs)} encoders")
     if not ablate and subsets != "leave-one-out":
         raise ValueError("--subsets needs --ablate")
     where = choose_device(device)
@@ -172,8 +174,8 @@ def alignment_command(
 def pca_command(
     images: list[Path] = typer.Argument(..., help="Image files, before --encoder.", metavar="IMAGES..."),
     encoder: list[str] = typer.Option(..., "--encoder", "-e", help=f"One or several: {ENCODERS_HELP}"),
-    out: Path = typer.Option(Path("pca"), "--out", help="Folder for one sheet an image (PNG) and the arrays (NPZ)."),
-    joint: bool = typer.Option(False, "--joint", help="One fit over all images: the same color means the same."),
+    out: Path = typer.Option(Path("pca"), "--out", help="Folder for one sheet per image (PNG) and the arrays (NPZ)."),
+    joint: bool = typer.Option(False, "--joint", help="One fit over all images, so that colors are comparable."),
     threshold: float | None = typer.Option(
         None, "--threshold", help="Foreground above this value of the first component in [0, 1]; Otsu's by default."
     ),
@@ -240,10 +242,12 @@ def pca_command(
 def attribution_command(
     model: str = typer.Option(..., "--model", help="Folder of a trained Florence-VL with two features or more."),
     image: list[Path] = typer.Option(..., "--image", help="Image; repeat for several."),
-    question: str = typer.Option(..., "--question", help="What is asked."),
+    question: str = typer.Option(..., "--question", help="Question about the image."),
     answer: str | None = typer.Option(None, "--answer", help="The answer to score. The model's own by default."),
     out: Path = typer.Option(Path("attribution"), "--out", help="Folder for figures (PNG), maps (NPZ) and JSON."),
-    replacement: str = typer.Option("mean", "--replacement", help="For a feature that is left out: its mean, or zero."),
+    replacement: str = typer.Option(
+        "mean", "--replacement", help="What replaces a removed feature: its mean, or zero."
+    ),
     device: str = typer.Option("auto", "--device", help="cpu, cuda, cuda:1, mps or auto."),
 ) -> None:
     """How much each feature contributes to an answer: norms through the projector, and leaving each out."""
@@ -296,8 +300,8 @@ def headroom_command(
     subsets: str = typer.Option("all", "--subsets", help=SUBSETS_HELP),
     limit: int | None = typer.Option(None, "--limit", "-n", min=1, help=LIMIT_HELP),
     data: Path | None = typer.Option(None, "--data", "-d", help="Folder with the benchmarks' parquet files."),
-    splits: int = typer.Option(20, "--splits", min=1, help="Random halves that options are chosen on."),
-    seed: int = typer.Option(0, "--seed", help="Of the sample that --limit draws, and of the halves."),
+    splits: int = typer.Option(20, "--splits", min=1, help="Number of random halves on which options are chosen."),
+    seed: int = typer.Option(0, "--seed", help="Seed of the sample that --limit draws, and of the halves."),
     device: str = typer.Option("auto", "--device", help="cpu, cuda, cuda:1, mps or auto."),
     dtype: str = typer.Option("auto", "--dtype", help="auto, float32, bfloat16, float16."),
 ) -> None:
@@ -328,8 +332,8 @@ def bill_command(
     subsets: str = typer.Option("leave-one-out", "--subsets", help=SUBSETS_HELP),
     limit: int | None = typer.Option(None, "--limit", "-n", min=1, help=LIMIT_HELP),
     data: Path | None = typer.Option(None, "--data", "-d", help="Folder with the benchmarks' parquet files."),
-    rounds: int = typer.Option(5, "--rounds", min=1, help="Times that each option's latency is measured."),
-    seed: int = typer.Option(0, "--seed", help="Of the sample that --limit draws."),
+    rounds: int = typer.Option(5, "--rounds", min=1, help="Number of latency measurements per option."),
+    seed: int = typer.Option(0, "--seed", help="Seed of the sample that --limit draws."),
     device: str = typer.Option("auto", "--device", help="cpu, cuda, cuda:1, mps or auto."),
     dtype: str = typer.Option("auto", "--dtype", help="auto, float32, bfloat16, float16."),
 ) -> None:

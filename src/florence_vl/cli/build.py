@@ -43,7 +43,7 @@ def _layers(texts: list[str]) -> dict[str, int] | None:
         try:
             layers[name] = int(value)
         except ValueError:
-            raise ValueError(f"--feature-layer {name}={value}: {value!r} is no layer number") from None
+            raise ValueError(f"--feature-layer {name}={value}: {value!r} is not a layer number") from None
     return layers or None
 
 
@@ -56,7 +56,7 @@ def _with_settings(build: BuildConfig, settings: list[str]) -> BuildConfig:
     known = {field.name for field in dataclasses.fields(BuildConfig)}
     for name in values:
         if name not in known:
-            raise ValueError(f"--set {name}: there is no such option. {did_you_mean(name, known)}")
+            raise ValueError(f"--set {name}: unknown option. {did_you_mean(name, known)}")
     try:
         return TypeAdapter(BuildConfig).validate_python({**vars(build), **values})
     except ValidationError as error:
@@ -79,7 +79,7 @@ def command(
     llm: str = typer.Option(..., "--llm", help="Decoder LLM: folder, hub id, .gguf file, or `smollm2`."),
     out: Path = typer.Option(..., "--out", "-o", help="Folder for the model; must be new or empty."),
     features: Optional[str] = typer.Option(  # noqa: UP045
-        None, "--features", help="Names of the fused features in order, with commas: davit,caption,ocr,grounding."
+        None, "--features", help="Comma-separated names of the fused features, in order: davit,caption,ocr,grounding."
     ),
     prompt: list[str] = typer.Option([], "--prompt", help="A prompt of your own, NAME=TEXT; may be repeated."),
     feature_layer: list[str] = typer.Option(
@@ -97,14 +97,14 @@ def command(
     setting: list[str] = typer.Option(
         [], "--set", help="Any other option of BuildConfig, NAME=VALUE in YAML: --set merge=2; may be repeated."
     ),
-    image_size: Optional[int] = typer.Option(None, "--image-size", help="Pixels a side; by default the tower's."),  # noqa: UP045
-    image_token: Optional[str] = typer.Option(None, "--image-token", help="Token that stands for images."),  # noqa: UP045
+    image_size: Optional[int] = typer.Option(None, "--image-size", help="Pixels per side; the tower's by default."),  # noqa: UP045
+    image_token: Optional[str] = typer.Option(None, "--image-token", help="Token that represents images."),  # noqa: UP045
     chat_template: Optional[str] = typer.Option(  # noqa: UP045
         None, "--chat-template", help="llama3, phi3, chatml, vicuna_v1, plain; by default the one that fits."
     ),
     dtype: str = typer.Option("auto", "--dtype", help="auto (the LLM's), float32, bfloat16, float16."),
-    seed: int = typer.Option(0, "--seed", help="Of the projector's first weights."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace a Florence-VL that lies in --out."),
+    seed: int = typer.Option(0, "--seed", help="Seed of the projector's initial weights."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace a Florence-VL in --out."),
 ) -> None:
     """Assemble a Florence-2 and an LLM into one Florence-VL.
 

@@ -35,14 +35,14 @@ COMMANDS = ("/image", "/add", "/reset", "/help", "/quit")
 
 
 def command(
-    question: Optional[str] = typer.Argument(None, help="The question; without one a conversation opens."),  # noqa: UP045
+    question: Optional[str] = typer.Argument(None, help="The question; omit it to start a conversation."),  # noqa: UP045
     model: str = typer.Option(..., "--model", "-m", help="Folder of a saved model, or `mini`, the embedded one."),
     image: list[Path] = typer.Option([], "--image", "-i", help="Picture that the question is about; may be repeated."),
     system: Optional[str] = typer.Option(None, "--system", help="System message."),  # noqa: UP045
     max_new_tokens: int = typer.Option(256, "--max-new-tokens", help="Longest answer, in tokens."),
-    temperature: float = typer.Option(0.0, "--temperature", help="0 takes the likeliest token; above 0 samples."),
+    temperature: float = typer.Option(0.0, "--temperature", help="0 takes the most likely token; above 0 samples."),
     top_p: Optional[float] = typer.Option(None, "--top-p", help="Sample from this share of the probability."),  # noqa: UP045
-    top_k: Optional[int] = typer.Option(None, "--top-k", help="Sample from that many likeliest tokens."),  # noqa: UP045
+    top_k: Optional[int] = typer.Option(None, "--top-k", help="Sample from this number of most likely tokens."),  # noqa: UP045
     repetition_penalty: float = typer.Option(1.0, "--repetition-penalty", help="Above 1 discourages repeating."),
     seed: Optional[int] = typer.Option(None, "--seed", help="Makes sampling repeatable."),  # noqa: UP045
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, cuda:1, mps."),
@@ -59,7 +59,7 @@ def command(
 
     for name, value in (("--top-p", top_p), ("--top-k", top_k), ("--seed", seed)):
         if temperature == 0 and value is not None:
-            raise ValueError(f"{name} is for sampling: give a --temperature above 0 too, for example 0.7")
+            raise ValueError(f"{name} applies to sampling only: add a --temperature above 0, for example 0.7")
     options = GenerationOptions(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -69,7 +69,7 @@ def command(
         seed=seed,
     )
     if question is not None and not question.strip():
-        raise ValueError("the question is empty: give one, or leave it out to open a conversation")
+        raise ValueError("the question is empty: give one, or omit it to start a conversation")
     from florence_vl.model.pictures import open_image
 
     pictures = [open_image(path) for path in image]
@@ -90,7 +90,7 @@ def command(
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  line editing and history in input()
-        typer.echo("Ask about the picture; /help lists what else there is.")
+        typer.echo("Ask about the picture; /help lists the other commands.")
     converse(session, read=lambda: input("> " if interactive else ""))
 
 
@@ -122,7 +122,7 @@ def converse(session: ChatSession, read: Callable[[], str]) -> None:
             else:
                 _print_answer(session.stream(line))
         except KeyboardInterrupt:
-            typer.echo(" (broken off)")
+            typer.echo(" (interrupted)")
         except (ValueError, OSError) as error:
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)
 

@@ -24,18 +24,22 @@ epilog = """[bold]Examples[/bold]
 
 
 def command(
-    source: str = typer.Argument(help="Checkpoint folder, .gguf file or hub id; what it is follows from its content."),
+    source: str = typer.Argument(
+        help="Checkpoint folder, .gguf file or hub id; its kind is detected from the content."
+    ),
     destination: Path = typer.Argument(None, help="Folder to write; not needed with --probe."),
     to: str = typer.Option("native", help="native, original (the authors' or Microsoft's layout) or vision-tower."),
     tower: str = typer.Option(None, help="Separate vision tower folder of a released Florence-VL."),
-    decoder: str = typer.Option(None, help="Florence-2 whose decoder `original` and `vision-tower` take."),
+    decoder: str = typer.Option(None, help="Florence-2 whose decoder goes into `original` and `vision-tower`."),
     tokenizer: str = typer.Option(None, help="Folder of the LLM's tokenizer, when the source has none."),
     template: str = typer.Option(None, help="Chat template by name; by default the one that fits the tokenizer."),
     keep_decoder: bool = typer.Option(
-        True, "--keep-decoder/--drop-decoder", help="Keep what Florence-VL never runs, so that `original` is exact."
+        True,
+        "--keep-decoder/--drop-decoder",
+        help="Keep the decoder, which Florence-VL never runs, so that `original` is exact.",
     ),
     max_shard_size: str = typer.Option("5GB", help="Largest file to write."),
-    license: str = typer.Option(None, help="Licence tag for the model card."),
+    license: str = typer.Option(None, help="License tag for the model card."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace DESTINATION."),
     revision: str = typer.Option(None, help="Revision of a hub id."),
     probe: Path = typer.Option(
@@ -45,7 +49,7 @@ def command(
     device: str = typer.Option("auto", help="With --probe: auto, cpu, cuda or mps."),
     as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:
-    """Convert checkpoints between layouts; the destination is written whole or not at all."""
+    """Convert checkpoints between layouts; the destination is written atomically."""
     if destination is None and probe is None:
         raise typer.BadParameter("missing; name the folder to write", param_hint="DESTINATION")
     if probe is None and (apply or device != "auto"):
@@ -120,7 +124,7 @@ def _probe(folder: Path, references: Path, apply: bool, device: str, as_json: bo
     found = read_references(references.expanduser())
     if not folder.is_dir() or not LAYOUTS["florence-vl"].matches(read_config(folder), ()):
         raise ValueError(
-            f"{folder} is no converted Florence-VL. Convert and probe in one go: florence-vl convert SOURCE DESTINATION"
+            f"{folder} is not a converted Florence-VL. To convert and probe in one command: florence-vl convert SOURCE DESTINATION"
             " --probe REFERENCES"
         )
     from florence_vl.model.loading import load_model

@@ -27,7 +27,9 @@ _DATASET = typer.Option(None, "--dataset", help="Name of a registered data set (
 _READER = typer.Option(None, "--reader", help="llava, messages, parquet, webdataset or folder; guessed by default.")
 _ROOT = typer.Option(None, "--image-root", help="Folder, URL, .zip or .tar where image names are found; repeatable.")
 _OPTION = typer.Option(None, "--option", help="key=value for the reader, e.g. caption=text; repeatable.")
-_MODEL = typer.Option(None, "--model", help="Folder or hub name whose processor encodes; a recipe names its own.")
+_MODEL = typer.Option(
+    None, "--model", help="Folder or hub id of the model whose processor encodes; recipes name their own."
+)
 _TEMPLATE = typer.Option(None, "--template", help="Chat template; the processor's own by default.")
 _MAX_LENGTH = typer.Option(None, "--max-length", help="Longest sample in tokens; longer ones are bad records.")
 
@@ -35,8 +37,8 @@ _MAX_LENGTH = typer.Option(None, "--max-length", help="Longest sample in tokens;
 @app.command("inspect")
 def inspect_command(
     data: str = typer.Argument(..., help="A recipe (name or .yaml), or a data file, folder or URL."),
-    overrides: list[str] = typer.Argument(None, help="Of a recipe: key.path=value.", show_default=False),
-    records: int = typer.Option(5, "--records", "-n", min=1, help="How many to show."),
+    overrides: list[str] = typer.Argument(None, help="Overrides of the recipe, key.path=value.", show_default=False),
+    records: int = typer.Option(5, "--records", "-n", min=1, help="Number of records to show."),
     start: int = typer.Option(0, "--start", min=0, help="First record, or position in the recipe's stream."),
     page: Path = typer.Option(None, "--html", help="Also write a page with the pictures."),
     lengths: int = typer.Option(1000, "--lengths", min=0, help="Records measured for the histogram; 0 for none."),
@@ -48,7 +50,7 @@ def inspect_command(
     template: str = _TEMPLATE,
     max_length: int = _MAX_LENGTH,
 ) -> None:
-    """Records as training sees them: what is learned in green, token and image counts, lengths, pictures."""
+    """Show records as training sees them: learned text in green, token and image counts, lengths, pictures."""
     from rich.console import Console
     from rich.text import Text
 
@@ -92,10 +94,10 @@ def inspect_command(
 @app.command("stats")
 def stats_command(
     data: str = typer.Argument(..., help="A recipe (name or .yaml), or a data file, folder or URL."),
-    overrides: list[str] = typer.Argument(None, help="Of a recipe: key.path=value.", show_default=False),
+    overrides: list[str] = typer.Argument(None, help="Overrides of the recipe, key.path=value.", show_default=False),
     records: int = typer.Option(10_000, "--records", min=0, help="Most records to look at (a uniform sample); 0: all."),
     check_images: bool = typer.Option(False, "--check-images", help="Decode every image."),
-    as_json: bool = typer.Option(False, "--json", help="Figures as one JSON object."),
+    as_json: bool = typer.Option(False, "--json", help="Print the counts as one JSON object."),
     dataset: str = _DATASET,
     reader: str = _READER,
     image_root: list[str] = _ROOT,
@@ -104,7 +106,7 @@ def stats_command(
     template: str = _TEMPLATE,
     max_length: int = _MAX_LENGTH,
 ) -> None:
-    """Counts and lengths of a data set, and how many of its records are bad, by kind."""
+    """Count the records, tokens and images of a data set, and its bad records by kind."""
     import json
 
     from rich.console import Console
@@ -143,12 +145,12 @@ def stats_command(
 
 @app.command("sources")
 def sources_command(
-    name: str = typer.Argument(None, help="One data set, with all that is known of it.", show_default=False),
+    name: str = typer.Argument(None, help="Show all details of this data set.", show_default=False),
     verify: str = typer.Option(None, "--verify", help="A copy of it to check: counts, shards, images, duplicates."),
     sample: int = typer.Option(1000, "--sample", min=0, help="With --verify: records that are examined; 0: all."),
     image_root: list[str] = _ROOT,
 ) -> None:
-    """The data sets of the paper: where they come from, their license, how their images are found."""
+    """List the data sets of the paper: source, license, and how their images are found."""
     if verify is not None:
         if name is None:
             raise ValueError("--verify needs the name of the data set: florence-vl data sources NAME --verify PATH")
@@ -162,7 +164,7 @@ def sources_command(
         _print(f"{verify} is {name} as published")
         return
     if image_root:
-        raise ValueError("--image-root goes with --verify")
+        raise ValueError("--image-root needs --verify")
     from rich.console import Console
     from rich.table import Table
 
@@ -278,7 +280,7 @@ def _open(
         processor = FlorenceVLProcessor.from_pretrained(_model_name(model))
         encoder = RecordEncoder(processor, template, max_length, on_long="drop")
     elif template is not None or max_length is not None:
-        raise ValueError("--template and --max-length need --model: there is no tokenizer without it")
+        raise ValueError("--template and --max-length need --model for its tokenizer")
     return source, encoder
 
 
@@ -317,7 +319,7 @@ def _model_name(name: str) -> str:
     """
     path = Path(name).expanduser()
     if not path.is_dir() and (name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1):
-        raise FileNotFoundError(f"no such model folder: {name} (another one is given by --model)")
+        raise FileNotFoundError(f"no such model folder: {name} (choose another with --model)")
     return str(path) if path.is_dir() else name
 
 

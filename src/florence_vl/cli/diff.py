@@ -19,9 +19,9 @@ Exit code 0: equal. 1: different. 2: wrong usage."""
 
 def command(
     a: str = typer.Argument(help="Checkpoint folder or hub id."),
-    b: str = typer.Argument(help="Another one; its layout may differ (a Florence-VL and a Florence-2)."),
+    b: str = typer.Argument(help="Checkpoint to compare with; its layout may differ (a Florence-VL and a Florence-2)."),
     part: str = typer.Option(None, help="Compare only this part: davit, encoder, projector, 'language model' ..."),
-    list_tensors: int = typer.Option(5, "--tensors", min=0, help="Differing tensors to name in each part."),
+    list_tensors: int = typer.Option(5, "--tensors", min=0, help="Number of differing tensors to list per part."),
     as_json: bool = typer.Option(False, "--json", help="Print everything as JSON."),
 ) -> None:
     """Compare two checkpoints by part: equal, or the largest difference and where. Streams, one tensor at a time."""

@@ -1,4 +1,4 @@
-"""`florence-vl doctor`: versions, devices, memory, packaged parts; what is missing and the command that mends it."""
+"""`florence-vl doctor`: versions, devices, memory, packaged parts; what is missing and the command that fixes it."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ class Check:
     """One line of the report.
 
     Attributes:
-        group: Heading that it stands under.
-        name: What was looked at.
+        group: Heading in the report.
+        name: What was checked.
         state: "ok", "missing" (optional, absent) or "broken" (needed, and absent or unusable).
         found: What was found.
-        mend: The command or step that mends it; empty when nothing is to do.
+        fix: The command or step that fixes it; empty if nothing is wrong.
     """
 
     group: str
     name: str
     state: State
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 def _editable_root() -> Path | None:
@@ -61,7 +61,7 @@ def _requirement(extra: str = "") -> str:
 
 
 def check_packages() -> list[Check]:
-    """Every core dependency against its range, and the presence of each extra."""
+    """Check every core dependency against its version range, and each extra."""
     from packaging.requirements import Requirement
 
     checks = []
@@ -73,8 +73,8 @@ def check_packages() -> list[Check]:
         version = importlib.metadata.version("florence-vl")
         checks.append(Check("packages", "florence-vl", "ok", version))
     except importlib.metadata.PackageNotFoundError:
-        mend = f"pip install {_requirement()}"
-        return [*checks, Check("packages", "florence-vl", "broken", "not installed, only on the path", mend)]
+        fix = f"pip install {_requirement()}"
+        return [*checks, Check("packages", "florence-vl", "broken", "not installed, only on the path", fix)]
 
     extras: dict[str, list[str]] = {}
     for requirement in requirements:
@@ -87,9 +87,9 @@ def check_packages() -> list[Check]:
             if lacking and requirement.name != "florence-vl":
                 extras[extra].append(lacking)
         elif requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            mend = f"pip install '{requirement.name}{requirement.specifier}'" if lacking else ""
+            fix = f"pip install '{requirement.name}{requirement.specifier}'" if lacking else ""
             state: State = "broken" if lacking else "ok"
-            checks.append(Check("packages", requirement.name, state, lacking or _version(requirement.name), mend))
+            checks.append(Check("packages", requirement.name, state, lacking or _version(requirement.name), fix))
     for extra, missing in extras.items():
         if missing:
             checks.append(
@@ -120,15 +120,15 @@ def _lacking(distribution: str, specifier: str) -> str:
 
 
 def check_imports() -> list[Check]:
-    """That the core libraries import (a wheel for another processor or Python is installed, yet useless)."""
+    """Check that the core libraries import; a wheel for another processor or Python is installed but does not."""
     checks = []
     for name in IMPORTED:
         try:
             importlib.import_module(name)
         except Exception as error:
             line = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-            mend = f"pip install --force-reinstall {'pillow' if name == 'PIL' else name}"
-            checks.append(Check("packages", f"import {name}", "broken", line, mend))
+            fix = f"pip install --force-reinstall {'pillow' if name == 'PIL' else name}"
+            checks.append(Check("packages", f"import {name}", "broken", line, fix))
     return checks
 
 
@@ -149,8 +149,8 @@ def check_devices() -> list[Check]:
             checks.append(Check("devices", f"cuda:{index}", "ok", text))
     elif shutil.which("nvidia-smi"):
         found = f"an NVIDIA driver, but torch {torch.__version__} sees no GPU"
-        mend = "install a CUDA build of torch: https://pytorch.org/get-started/locally"
-        checks.append(Check("devices", "cuda", "missing", found, mend))
+        fix = "install a CUDA build of torch: https://pytorch.org/get-started/locally"
+        checks.append(Check("devices", "cuda", "missing", found, fix))
     if torch.backends.mps.is_available():
         checks.append(Check("devices", "mps", "ok", platform.processor() or "Apple GPU"))
     capability = torch.backends.cpu.get_cpu_capability()
@@ -166,9 +166,9 @@ def check_devices() -> list[Check]:
     free = shutil.disk_usage(existing).free / gib
     writable = os.access(existing, os.W_OK)
     state: State = "ok" if writable and free >= 2 else "broken"
-    mend = "" if state == "ok" else "set FLORENCE_VL_CACHE to a writable folder with 2 GiB free"
+    fix = "" if state == "ok" else "set FLORENCE_VL_CACHE to a writable folder with 2 GiB free"
     text = f"{folder}, {free:.0f} GiB free{'' if writable else ', not writable'}"
-    checks.append(Check("devices", "cache", state, text, mend))
+    checks.append(Check("devices", "cache", state, text, fix))
     return checks
 
 
@@ -197,17 +197,17 @@ def check_parts() -> list[Check]:
                 checks.append(Check("parts", f"{name} ({kind})", "ok", "installed"))
     if not checks:
         in_checkout = (root := _editable_root()) and (root / "packages" / "florence-vl-mini").is_dir()
-        mend = f"pip install {'-e packages/florence-vl-mini' if in_checkout else 'florence-vl-mini'}"
-        checks.append(Check("parts", "florence-vl-mini", "missing", "the embedded models, pictures and demo", mend))
+        fix = f"pip install {'-e packages/florence-vl-mini' if in_checkout else 'florence-vl-mini'}"
+        checks.append(Check("parts", "florence-vl-mini", "missing", "the embedded models, pictures and demo", fix))
     return checks
 
 
 def command(
     as_json: bool = typer.Option(False, "--json", help="Print the checks as JSON."),
 ) -> None:
-    """Versions, devices, what is missing and the command that mends it.
+    """Check versions, devices and extras, and show how to install what is missing.
 
-    Exits with 1 when something needed is broken. torchvision, timm and open-clip are never needed.
+    Exits with 1 if a requirement is broken. torchvision, timm and open-clip are never needed.
     """
     checks = [*check_packages(), *check_imports(), *check_devices(), *check_parts()]
     broken = [check for check in checks if check.state == "broken"]
@@ -231,11 +231,11 @@ def _print(checks: list[Check]) -> None:
             title=group, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False
         )
         for check in (check for check in checks if check.group == group):
-            found = escape(check.found) + (f"\n[cyan]{escape(check.mend)}[/cyan]" if check.mend else "")
+            found = escape(check.found) + (f"\n[cyan]{escape(check.fix)}[/cyan]" if check.fix else "")
             table.add_row(signs[check.state], escape(check.name), found)
         console.print(table)
         console.print()
     broken = sum(check.state == "broken" for check in checks)
     missing = sum(check.state == "missing" for check in checks)
-    verdict = f"[red]{broken} needed and broken[/red]" if broken else "[green]all that is needed works[/green]"
-    console.print(f"{verdict}; {missing} optional and missing. torchvision, timm and open-clip are never needed.")
+    verdict = f"[red]{broken} requirements broken[/red]" if broken else "[green]all requirements work[/green]"
+    console.print(f"{verdict}; {missing} optional items missing. torchvision, timm and open-clip are never needed.")

@@ -22,23 +22,43 @@ DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 # `florence_vl.commands` that lead to such a tuple. A module exposes `app` (sub-commands) or `command` (a single
 # command, with `epilog`, its examples, beside it), and imports torch and transformers inside its functions only.
 COMMANDS: dict[str, tuple[str, str, str]] = {
-    "doctor": ("florence_vl.cli.doctor", "Versions, devices, what is missing and the command that mends it.", "Start"),
+    "doctor": (
+        "florence_vl.cli.doctor",
+        "Check versions, devices and extras, and show how to install what is missing.",
+        "Start",
+    ),
     "build": ("florence_vl.cli.build", "Assemble a Florence-2 and an LLM into one Florence-VL.", "Start"),
     "chat": ("florence_vl.cli.chat", "Ask a model about an image, once or in a conversation.", "Start"),
-    "serve": ("florence_vl.cli.serve", "Answer over HTTP with OpenAI's API.", "Start"),
-    "web": ("florence_vl.cli.web", "A page in the browser: chat, what the model sees, why, compare.", "Start"),
+    "serve": ("florence_vl.cli.serve", "Serve a model over HTTP with an OpenAI-compatible API.", "Start"),
+    "web": (
+        "florence_vl.cli.web",
+        "Open a web page to chat, to inspect features and attribution, and to compare models.",
+        "Start",
+    ),
     "data": ("florence_vl.cli.data", "Inspect and count training data.", "Train"),
     "recipes": ("florence_vl.cli.recipes", "List and show training recipes.", "Train"),
     "train": ("florence_vl.cli.train", "Train from a recipe.", "Train"),
-    "plan": ("florence_vl.cli.plan", "Parameters, FLOPs, memory and GPU-hours of a recipe before it runs.", "Train"),
+    "plan": (
+        "florence_vl.cli.plan",
+        "Estimate parameters, FLOPs, memory and GPU-hours of a recipe before it runs.",
+        "Train",
+    ),
     "export": (
         "florence_vl.cli.export",
         "Write a checkpoint as a folder that from_pretrained loads.",
         "Train",
     ),
-    "train-router": ("florence_vl.cli.train_router", "Teach a model with views which view a question needs.", "Train"),
+    "train-router": (
+        "florence_vl.cli.train_router",
+        "Train the router that chooses a view of the image for a question.",
+        "Train",
+    ),
     "evaluate": ("florence_vl.cli.evaluate", "Score a model on benchmarks.", "Measure"),
-    "analyze": ("florence_vl.cli.analyze", "Alignment loss, PCA pictures, attribution.", "Measure"),
+    "analyze": (
+        "florence_vl.cli.analyze",
+        "Compare encoders, features and fusion: alignment loss, PCA, attribution.",
+        "Measure",
+    ),
     "ablate": ("florence_vl.cli.ablate", "Run the rows of the paper's ablation tables.", "Measure"),
     "convert": ("florence_vl.cli.convert", "Convert released checkpoints to this layout and back.", "More"),
     "diff": ("florence_vl.cli.diff", "Compare two checkpoints part by part.", "More"),
@@ -52,7 +72,7 @@ EPILOG = """[bold]Examples[/bold]
 
   florence-vl COMMAND --help"""
 
-# What a user can cause and mend by calling otherwise; every other exception is a failure of the run.
+# Errors that a user can fix by calling the command differently; every other exception is a failure of the run.
 USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
@@ -149,8 +169,8 @@ def explain(error: Exception) -> tuple[str, int]:
         return _text(error) or type(error).__name__, USAGE
     if isinstance(error, ModuleNotFoundError):
         root = (error.name or "").partition(".")[0]
-        mend = "" if root == "florence_vl" or not root else " `florence-vl doctor` shows the command that installs it."
-        return f"{_text(error)}.{mend}", FAILED
+        fix = "" if root == "florence_vl" or not root else " `florence-vl doctor` shows the command that installs it."
+        return f"{_text(error)}.{fix}", FAILED
     if isinstance(error, (OSError, ImportError)):
         return _text(error), FAILED
     return f"{type(error).__name__}: {_text(error)}{_where(error)}. --debug shows the traceback.", FAILED

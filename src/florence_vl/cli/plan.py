@@ -15,17 +15,19 @@ epilog = """[bold]Examples[/bold]
 
 def command(
     recipe: str = typer.Argument(..., help="Name or path of a recipe."),
-    overrides: list[str] = typer.Argument(None, help="key.path=value, as many as wanted.", show_default=False),
+    overrides: list[str] = typer.Argument(None, help="Overrides, key.path=value.", show_default=False),
     devices: int = typer.Option(1, "--devices", min=1, help="Number of devices."),
     device: str = typer.Option("h100-80gb", "--device", help="Kind of device."),
-    mfu: float = typer.Option(0.4, "--mfu", help="Share of the peak that is assumed to be reached."),
-    images: float = typer.Option(1.0, "--images", min=0, help="Images of an average sample."),
-    text_tokens: float = typer.Option(180.0, "--text-tokens", min=1, help="Its tokens besides image tokens."),
-    supervised: float = typer.Option(120.0, "--supervised", min=1, help="How many of them are learned."),
-    samples: int = typer.Option(None, "--samples", help="Samples of the run, where the recipe can't tell."),
-    as_json: bool = typer.Option(False, "--json", help="As JSON."),
+    mfu: float = typer.Option(0.4, "--mfu", help="Assumed fraction of the peak FLOPS (model FLOPs utilization)."),
+    images: float = typer.Option(1.0, "--images", min=0, help="Images per average sample."),
+    text_tokens: float = typer.Option(180.0, "--text-tokens", min=1, help="Text tokens per average sample."),
+    supervised: float = typer.Option(
+        120.0, "--supervised", min=1, help="Text tokens per average sample that are learned."
+    ),
+    samples: int = typer.Option(None, "--samples", help="Samples of the run, if the recipe does not determine them."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
-    """Parameters, FLOPs, memory by kind, micro-batch, tokens/s and device-hours of a recipe, and their assumptions."""
+    """Estimate parameters, FLOPs, memory, micro-batch, tokens/s and device-hours of a recipe, with the assumptions."""
     import json
 
     from florence_vl.train.plan import Workload, plan_recipe

@@ -22,7 +22,7 @@ app = typer.Typer(
 def list_command(
     contains: str = typer.Argument("", help="Only recipes whose name contains this."),
 ) -> None:
-    """Names and descriptions of all recipes."""
+    """List the names and descriptions of all recipes."""
     from rich.console import Console
     from rich.table import Table
 
@@ -49,10 +49,10 @@ def list_command(
 @app.command("show")
 def show_command(
     recipe: str = typer.Argument(..., help="Name or path of a recipe."),
-    overrides: list[str] = typer.Argument(None, help="key.path=value, as many as wanted.", show_default=False),
-    yaml: bool = typer.Option(False, "--yaml", help="Only the resolved recipe, as a file to edit."),
+    overrides: list[str] = typer.Argument(None, help="Overrides, key.path=value.", show_default=False),
+    yaml: bool = typer.Option(False, "--yaml", help="Print only the resolved recipe, as YAML to edit."),
 ) -> None:
-    """The resolved recipe, checked, with the file that each value comes from."""
+    """Show the resolved and validated recipe, with the file that each value comes from."""
     import yaml as yaml_library
 
     from florence_vl.train.recipes import resolve_recipe

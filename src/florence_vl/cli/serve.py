@@ -50,11 +50,13 @@ def command(
     allowed_media_path: list[Path] = typer.Option(
         [], "--allowed-media-path", help="Folder below which `file:` pictures are opened; may be repeated."
     ),
-    max_batch: int = typer.Option(16, "--max-batch", help="Answers that are computed at the same time."),
+    max_batch: int = typer.Option(16, "--max-batch", help="Answers generated in parallel."),
     max_queue: int = typer.Option(64, "--max-queue", help="Requests that may wait; more are refused with 429."),
-    cache_gib: float = typer.Option(1.0, "--cache-gib", min=0, help="GiB for keys and values of prefixes."),
+    cache_gib: float = typer.Option(1.0, "--cache-gib", min=0, help="GiB for the key-value cache of prefixes."),
     max_body_mib: int = typer.Option(32, "--max-body-mib", min=1, help="Largest request, MiB."),
-    max_new_tokens: int = typer.Option(1024, "--max-new-tokens", min=1, help="Longest answer unless a request asks."),
+    max_new_tokens: int = typer.Option(
+        1024, "--max-new-tokens", min=1, help="Longest answer if the request sets none."
+    ),
     grace: int = typer.Option(30, "--grace", min=0, help="Seconds for running answers after SIGTERM."),
     engine: str = typer.Option("transformers", "--engine", help="transformers, or vllm: run vLLM's own server."),
 ) -> None:
@@ -118,7 +120,7 @@ def _named(item: str) -> tuple[str, str]:
     if not (name and found and folder):
         raise ValueError(f"--adapter {item!r}: give NAME=FOLDER")
     if not (Path(folder) / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no adapter: it has no adapter_config.json (peft's save_pretrained)")
+        raise FileNotFoundError(f"{folder} is not an adapter: it has no adapter_config.json (peft's save_pretrained)")
     return name, folder
 
 

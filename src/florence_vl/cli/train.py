@@ -23,12 +23,12 @@ epilog = """[bold]Examples[/bold]
 
 def command(
     recipe: str = typer.Argument(..., help="Name (florence-vl recipes list) or path of a recipe."),
-    overrides: list[str] = typer.Argument(None, help="key.path=value, as many as wanted.", show_default=False),
+    overrides: list[str] = typer.Argument(None, help="Overrides, key.path=value.", show_default=False),
     resume: str = typer.Option(
-        "never", "--resume", help="'auto' goes on from the newest checkpoint, if any; or a checkpoint's path."
+        "never", "--resume", help="'auto' resumes from the newest checkpoint, if any; or a checkpoint's path."
     ),
 ) -> None:
-    """Train from a recipe. SIGTERM, SIGUSR1 and Ctrl-C save and leave with exit code 75."""
+    """Train from a recipe. SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and exit with code 75."""
     _check_overrides(overrides or [])
     from florence_vl.evaluate.sample import suite_scorer
     from florence_vl.train.checkpoint import CheckpointError
@@ -46,7 +46,7 @@ def command(
         skipped = ", ".join(f"{number} x {name}" for name, number in sorted(result.bad_records.items()))
         typer.echo(f"skipped bad records: {skipped} (see {result.run_dir}/bad_records.jsonl)", err=True)
     if not result.finished:
-        typer.echo(f"saved step {result.steps} in {result.run_dir}; go on with: --resume auto")
+        typer.echo(f"saved step {result.steps} in {result.run_dir}; resume with: --resume auto")
         raise typer.Exit(STOPPED)
     typer.echo(f"{result.steps} steps done, loss {result.metrics['loss']:.4f}: {result.run_dir}")
     if result.exported is not None:

@@ -16,15 +16,15 @@ epilog = """[bold]Examples[/bold]
 
 
 def command(
-    server: list[str] = typer.Option([], "--server", help="Address of an OpenAI-compatible server; twice to compare."),
-    model: str | None = typer.Option(None, "--model", "-m", help="Serve this model too: folder, hub id or `mini`."),
-    host: str = typer.Option("127.0.0.1", "--host", help="Interface of the page."),
+    server: list[str] = typer.Option([], "--server", help="URL of an OpenAI-compatible server; give two to compare."),
+    model: str | None = typer.Option(None, "--model", "-m", help="Model to serve and show: folder, hub id or `mini`."),
+    host: str = typer.Option("127.0.0.1", "--host", help="Address that the page listens on."),
     port: int = typer.Option(7860, "--port", help="Port of the page."),
     server_port: int = typer.Option(8000, "--server-port", help="Port of the server that --model starts."),
-    api_key: str = typer.Option("", "--api-key", envvar="FLORENCE_VL_API_KEY", help="Key of the servers."),
-    examples: Path | None = typer.Option(None, "--examples", help="Folder of pictures to offer."),
+    api_key: str = typer.Option("", "--api-key", envvar="FLORENCE_VL_API_KEY", help="API key of the servers."),
+    examples: Path | None = typer.Option(None, "--examples", help="Folder of example pictures."),
 ) -> None:
-    """Chat, what the model sees, why it answered, and two models side by side, in the browser.
+    """Chat with a model, inspect its features and attribution, and compare two models, in the browser.
 
     The page is a client of the HTTP API and sends nothing anywhere else. Needs the extra `web`.
     """
@@ -57,7 +57,7 @@ def _examples(folder: Path | None) -> list[str]:
     if folder is None:
         return [str(path) for point in plugins("pictures").values() for path in point.load()()]
     if not folder.is_dir():
-        raise FileNotFoundError(f"--examples {folder}: there is no such folder")
+        raise FileNotFoundError(f"--examples {folder} does not exist")
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
     if not found:
         raise ValueError(f"--examples {folder} holds no PNG, JPEG or WEBP pictures")
@@ -81,4 +81,4 @@ def _start_server(model: str, port: int, key: str, address: str):  # type: ignor
                 return process
         except OSError:
             time.sleep(0.3)
-    raise RuntimeError(f"the server ended with exit code {process.returncode}; its message stands above")
+    raise RuntimeError(f"the server ended with exit code {process.returncode}; see its message above")
