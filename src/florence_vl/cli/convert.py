@@ -124,8 +124,8 @@ def _probe(folder: Path, references: Path, apply: bool, device: str, as_json: bo
     found = read_references(references.expanduser())
     if not folder.is_dir() or not LAYOUTS["florence-vl"].matches(read_config(folder), ()):
         raise ValueError(
-            f"{folder} is not a converted Florence-VL. To convert and probe in one command: florence-vl convert SOURCE DESTINATION"
-            " --probe REFERENCES"
+            f"{folder} is not a converted Florence-VL. To convert and probe in one command:"
+            " florence-vl convert SOURCE DESTINATION --probe REFERENCES"
         )
     from florence_vl.model.loading import load_model
 

@@ -19,9 +19,9 @@ def command(
     data: str = typer.Argument(..., help="Questions about one picture each, in any format that recipes read."),
     out: Optional[Path] = typer.Option(None, "--out", help="Folder for the router; the model's own by default."),  # noqa: UP045
     records: int = typer.Option(1000, "--records", min=20, help="Records to use; a fifth of them is held out."),
-    thumbnail: Optional[str] = typer.Option(
+    thumbnail: str | None = typer.Option(
         None, "--thumbnail", help="View that the router reads; the cheapest by default."
-    ),  # noqa: UP045
+    ),
     image_root: Optional[Path] = typer.Option(None, "--image-root", help="Folder or archive of the pictures."),  # noqa: UP045
     seed: int = typer.Option(0, "--seed", help="Seed of the router's initial weights."),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, mps."),
