@@ -313,7 +313,7 @@ def test_llava_scale_prints_the_papers_columns(tmp_path):
     [
         (["--table", "2"], "the paper's are 1, 4, 5, 6"),
         (["--table", "5", "--rows", "minus OCT"], "Did you mean 'minus OCR'"),
-        (["--rows", "full"], "give --table too"),
+        (["--rows", "full"], "--rows needs --table"),
         (["--table", "5", "--scale", "minni"], "Did you mean 'mini'"),
         (["--table", "5", "--scale", "llava15"], "needs --data"),
         (["--table", "5", "--dtype", "bfloat61"], "Did you mean 'bfloat16'"),

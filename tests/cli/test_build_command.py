@@ -100,7 +100,7 @@ def test_a_folder_that_holds_something_is_kept(parts, tmp_path, capsys):
         (["--chat-template", "lama3"], "Did you mean 'llama3'"),
         (["--prompt", "colors"], "NAME=VALUE"),
         (["--feature-layer", "last=-2"], "feature_layers is for a vision backbone"),
-        (["--feature-layer", "last=two"], "'two' is no layer number"),
+        (["--feature-layer", "last=two"], "'two' is not a layer number"),
         (["--image-size", "9999"], "9999"),
         (["--dtype", "int4"], "unknown dtype 'int4'"),
         (["--vision", "/no/such"], "/no/such"),

@@ -265,4 +265,4 @@ def test_wrong_usage(converted, tmp_path, capsys, arguments, message):
 
 def test_probe_needs_a_converted_model(converted, references, capsys):
     assert main.main(["convert", str(converted / "src"), "--probe", str(references)]) == 2
-    assert "is no converted Florence-VL" in capsys.readouterr().err
+    assert "is not a converted Florence-VL" in capsys.readouterr().err
