@@ -197,7 +197,9 @@ def test_sources(tmp_path):
         assert torch.equal(processor([source], return_tensors="pt").pixel_values, expected)
 
 
-def test_truncated_and_other_files_are_refused_by_name(tmp_path):
+@pytest.mark.parametrize("lenient", [False, True])
+def test_truncated_and_other_files_are_refused_by_name(tmp_path, monkeypatch, lenient):
+    monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", lenient)  # as lmms-eval does when imported
     jpeg = encode(noise(200, 200), "JPEG")
     png = encode(noise(200, 200), "PNG")
     files = {

@@ -168,5 +168,5 @@ def test_warm_up_without_captions_is_refused(data: Path, tmp_path: Path) -> None
     settings["data"] = {**settings["data"], "sources": [{"path": str(tmp_path / "text.json")}]}
     with pytest.raises(ValueError, match="of 1 records 0 show one image"):
         train(settings, *tiny_model())
-    with pytest.raises(ValueError, match=r"`warm_up.pairs` must be above 1"):
+    with pytest.raises(ValueError, match=r"`warm_up.pairs` must be 2 or more, found 1"):
         load_recipe({**settings, "warm_up": {"pairs": 1}}).check()

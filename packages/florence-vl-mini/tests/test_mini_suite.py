@@ -12,7 +12,7 @@ import pytest
 
 from florence_vl.evaluate.local import LocalAnswerer
 from florence_vl.evaluate.metrics import METRICS
-from florence_vl.evaluate.metrics.short import short_normalise
+from florence_vl.evaluate.metrics.short import short_normalize
 from florence_vl.evaluate.runner import open_results, plan, run
 from florence_vl.evaluate.scoring import score_folder
 from florence_vl.evaluate.store import ResultsFolder
@@ -74,9 +74,9 @@ def test_every_right_answer_is_read_as_right(mini_small: Path) -> None:
 
 
 def test_short_answers() -> None:
-    assert short_normalise("The red bus.") == "red bus"
-    assert short_normalise("$16.25") == "16.25" != short_normalise("1625")
-    assert short_normalise("three") == "3"
+    assert short_normalize("The red bus.") == "red bus"
+    assert short_normalize("$16.25") == "16.25" != short_normalize("1625")
+    assert short_normalize("three") == "3"
     scorer = METRICS["short_answer"]
     assert scorer.judge("Yes, it is", {"answer": "yes", "choices": []}).score == 1
     assert scorer.judge("tiger", {"answer": "A", "choices": ["tiger", "cap"]}).score == 1

@@ -170,7 +170,7 @@ def config_fields(
     Args:
         build: The options.
         vision_config: Config of the vision model.
-        own_size: Pixels a side of the vision model's own preprocessing.
+        own_size: Pixels per side in the vision model's own preprocessing; if unknown, `build.image_size` is used.
         tokenizer: Gives the function from a prompt to its ids, or None where the ids of the released weights count.
 
     Raises:
@@ -187,9 +187,10 @@ def config_fields(
     if build.feature_layers is not None:
         raise ValueError("feature_layers is for a vision backbone; a Florence-2's features are davit and prompts")
     fields |= {name: getattr(build, name) for name in ("prompt_padding", "prompt_length", "positions")}
-    if own_size is not None:
+    trained_size = own_size or build.image_size
+    if trained_size is not None:
         convolutions = davit_convolutions(vision_config.vision_config)
-        fields["position_grid"] = convolved_size(own_size, own_size, convolutions)
+        fields["position_grid"] = convolved_size(trained_size, trained_size, convolutions)
     fields |= florence2_features(vision_config, build.features, build.prompts or {}, tokenizer())
     return fields | {"vision_config": vision_config}
 

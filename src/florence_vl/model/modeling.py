@@ -508,7 +508,6 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool = False,
@@ -531,8 +530,6 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
             inputs_embeds: (B, L, H) instead of `input_ids`.
             labels: (B, L) token ids, -100 where nothing is supervised; shifted here. Image placeholders are never
                 supervised.
-            shift_labels: (B, L) labels that are shifted already, as context parallelism gives them; instead of
-                `labels`, or beside them.
             num_items_in_batch: What the summed loss is divided by (supervised tokens over all ranks and accumulation
                 steps); by default the number in this batch.
             logits_to_keep: Number of last positions, or positions, to return logits for; 0 means all.
@@ -544,12 +541,15 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
             feature_mask: (I, F).
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`.
             return_dict: `False` returns a tuple.
-            **kwargs: Passed on to the LLM.
+            **kwargs: Passed on to the LLM, except `shift_labels`: (B, L) labels that are already shifted, as context
+                parallelism gives them, instead of `labels` or beside them. Not named in the signature, because
+                transformers' Trainer would then expect it in every evaluation batch.
 
         Returns:
             Loss, logits, cache, hidden states, attentions and projected image tokens, as far as they were asked for.
             A `loss_function` that was set on the model computes the loss instead of `supervised_loss`.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         supervised = labels is not None or shift_labels is not None
         if supervised:
             kwargs.setdefault("use_cache", False)

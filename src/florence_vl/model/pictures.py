@@ -27,7 +27,7 @@ from typing import Any, Protocol, Union, runtime_checkable
 from urllib.parse import unquote, urljoin, urlsplit
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF")
 """Formats that are decoded where this build of Pillow knows them, by its names."""
@@ -133,7 +133,8 @@ def open_image(source: ImageInput, name: str | None = None, policy: MediaPolicy 
     try:
         image = _open(source, policy or _policy.get())
         _check_size(*image.size)
-        image.load()
+        with _refuse_truncated():
+            image.load()
         return _to_rgb(_upright(image, own=image is not source))
     except FileNotFoundError:
         raise FileNotFoundError(f"no such image file: {name}") from None
@@ -141,6 +142,16 @@ def open_image(source: ImageInput, name: str | None = None, policy: MediaPolicy 
         raise ValueError(f"cannot read image {name}: out of memory") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, EOFError, ...
         raise ValueError(f"cannot read image {name}: {_reason(error)}") from error
+
+
+@contextlib.contextmanager
+def _refuse_truncated() -> Iterator[None]:
+    # Pillow's flag counts for the whole process, and lmms-eval sets it when imported.
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def image_size(source: ImageInput, policy: MediaPolicy | None = None) -> tuple[int, int]:
