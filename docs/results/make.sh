@@ -1,8 +1,8 @@
 #!/bin/sh
-# Makes the mini results again, from the repository's root:
+# Recreates the results at mini scale; run it from the repository's root:
 #   docs/results/make.sh [alignment] [features] [pca] [headroom] [bill] [tables]
-# Needs florence-vl[analyze], florence-vl-mini, and the packages that `florence-vl analyze encoders` names. What was
-# interrupted goes on: features are cached, and trainings resume.
+# Needs florence-vl[analyze], florence-vl-mini, and the packages that `florence-vl analyze encoders` names. An
+# interrupted run resumes: features are cached, and training runs continue from their checkpoints.
 set -eu
 data=data/mini/test-captions
 out=${OUT:-runs/mini-results}

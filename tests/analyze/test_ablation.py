@@ -271,13 +271,13 @@ def test_verdicts_respect_the_interval_and_say_what_could_be_seen():
     assert words([48.0, 49.1, 49.9]) == "worse than the full model"
     assert words([48.0, 49.1, 49.9], paper=-1.0).endswith("the paper's direction is confirmed")
     assert words([52.0, 53.1, 53.9], paper=-1.0).endswith("the paper's direction is contradicted")
-    assert words([48.0, 53.0, 52.0]).startswith("not told apart (differences above ")
+    assert words([48.0, 53.0, 52.0]).startswith("not significant (80 % power to detect ")
     assert words([40.0]) == "no verdict: one seed"
     few, many = (
         difference(scores(table, "minus OCR", [49, 50, 51], 30, q), scores(table, "full", [50, 51, 52], 30, q), COLUMNS)
         for q in (20, 500)
     )
-    assert many.detectable < few.detectable, "more questions, smaller differences are seen"
+    assert many.detectable < few.detectable, "more questions detect smaller differences"
 
 
 def test_the_table_stands_beside_the_paper(tmp_path):

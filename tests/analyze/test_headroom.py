@@ -162,15 +162,15 @@ def test_commands_write_tables_figures_and_a_report(tmp_path, monkeypatch, capsy
     assert main(["analyze", "bill", "--model", "x", "--rounds", "1", "--out", str(tmp_path / "b")]) == 0
     printed = capsys.readouterr().out
     assert "Fixed options, 8 questions on 4 pictures" in printed
-    assert "The vision bill" in printed
+    assert "Cost of accuracy" in printed
     record = json.loads((tmp_path / "h/headroom.json").read_text())
     assert record["cheapest_equal"] in {option.name for option in options}
     for file in ("h/headroom.png", "b/bill.png", "b/bill.svg"):
         assert (tmp_path / file).stat().st_size > 500
     assert main(["analyze", "report", str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text()
-    assert "What a choice by question could win" in page
-    assert "The vision bill" in page
+    assert "Headroom: the gain of choosing features per question" in page
+    assert "Cost: accuracy against FLOPs and latency" in page
     monkeypatch.undo()
     nowhere = ["--model", str(tmp_path / "nowhere"), "--out", str(tmp_path / "n")]
     assert main(["analyze", "headroom", *nowhere]) == 2

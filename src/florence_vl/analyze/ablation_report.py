@@ -90,12 +90,12 @@ def difference(row: RowScores, reference: RowScores, columns: Sequence[str]) -> 
 
 
 def verdict(found: Difference | None, paper: float | None = None) -> str:
-    """What the interval of a difference allows to say of the row, and of the paper's claim."""
+    """The verdict on a row and on the paper's claim, from the interval of the difference."""
     if found is None:
         return "no verdict: one seed"
     gap = found.interval
     if not gap.excludes_zero:
-        return f"not told apart (differences above {found.detectable:.1f} points are seen in 80 % of cases)"
+        return f"not significant (80 % power to detect a difference of {found.detectable:.1f} points)"
     words = "worse than the full model" if gap.mean < 0 else "better than the full model"
     if paper is None or paper == 0:
         return words

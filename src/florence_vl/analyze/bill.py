@@ -1,4 +1,4 @@
-"""The vision bill: what accuracy costs, in FLOPs of tower and prefill and in time to the first token."""
+"""Accuracy against cost: FLOPs of tower and prefill, and time to the first token."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Headroom:
 
     @property
     def cheapest_equal(self) -> Choice:
-        """The cheapest fixed option whose accuracy is not told apart from the full model's, or is better."""
+        """The cheapest fixed option whose accuracy is not significantly below the full model's."""
         fitting = [o for o in self.options if o.gain_accuracy.high >= 0]
         return min(fitting, key=lambda option: option.flops)
 

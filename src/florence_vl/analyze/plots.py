@@ -15,7 +15,7 @@ from florence_vl.analyze.headroom import Headroom
 from florence_vl.files import atomic_file, write_text
 from florence_vl.statistics import interval
 
-# Okabe and Ito's colors, told apart by readers with any color vision; line styles repeat them.
+# Okabe and Ito's colors, distinguishable with any color vision; line styles repeat them.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")
 STYLES = ("-", "--", "-.", ":")
 
@@ -88,7 +88,7 @@ def table_rows(rows: Sequence[Row], reference: str) -> tuple[list[str], list[lis
     for row in rows:
         difference = "" if row is base else row.difference(base).text()
         if row is not base and not row.difference(base).excludes_zero:
-            difference += " (not told apart)" if len(row.runs) > 1 else " (one seed)"
+            difference += " (not significant)" if len(row.runs) > 1 else " (one seed)"
         cells.append(
             [
                 row.name,

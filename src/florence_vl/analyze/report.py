@@ -169,7 +169,7 @@ def ablation_section(record: dict[str, Any], folder: Path) -> Section:
 
 def headroom_tables(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Title, header and cells of each table of `florence-vl analyze headroom`."""
-    header = ["option", "right %", "difference %", "nats", "nats won", "GFLOPs", "of the full"]
+    header = ["option", "correct %", "difference %", "nats", "nats gained", "GFLOPs", "relative to full"]
     whole = record["options"][0]["flops"]
 
     def cells(row: dict[str, Any]) -> list[str]:
@@ -188,7 +188,7 @@ def headroom_tables(record: dict[str, Any]) -> list[dict[str, Any]]:
         {"title": "Chosen by question", "header": header, "cells": [cells(row) for row in record["choices"]]},
         {
             "title": "By skill",
-            "header": ["skill", "questions", "option that the other half chooses", "nats won"],
+            "header": ["skill", "questions", "option chosen on the other half", "nats gained"],
             "cells": groups,
         },
     ]
@@ -197,14 +197,14 @@ def headroom_tables(record: dict[str, Any]) -> list[dict[str, Any]]:
 def headroom_section(record: dict[str, Any], folder: Path) -> Section:
     """Tables and figure of `florence-vl analyze headroom`."""
     return Section(
-        title="What a choice by question could win",
+        title="Headroom: the gain of choosing features per question",
         text=(
-            "Features that an option leaves out are replaced by their mean; nothing is trained. Right: the greedy "
-            "answer is the right one, token for token. Nats: negative log-likelihood of the right answer. Intervals "
+            "Features outside an option are replaced by their mean; nothing is trained. Correct: the greedy answer "
+            "equals the reference token for token. Nats: negative log-likelihood of the reference. Intervals "
             "(95 %) are over pictures, differences to the full model paired by question."
         ),
         command=record.get("command", ""),
-        notes=[f"The cheapest option not told apart from the full model by right answers: {record['cheapest_equal']}."],
+        notes=[f"Cheapest option, accuracy not significantly below the full model's: {record['cheapest_equal']}."],
         tables=[
             ReportTable(t["title"], t["header"], [TableRow(cells) for cells in t["cells"]])
             for t in headroom_tables(record)
@@ -226,8 +226,8 @@ def bill_table(record: dict[str, Any]) -> dict[str, Any]:
         ]
         for row in record["rows"]
     ]
-    header = ["option", "right %", "difference to the full model", "GFLOPs", "ms to the first token", "on the front"]
-    title = f"The vision bill, {record['questions']} questions on {record['pictures']} pictures, {record['device']}"
+    header = ["option", "correct %", "difference to the full model", "GFLOPs", "ms to the first token", "Pareto front"]
+    title = f"Cost of accuracy, {record['questions']} questions on {record['pictures']} pictures, {record['device']}"
     return {"title": title, "header": header, "cells": cells}
 
 
@@ -235,8 +235,8 @@ def bill_section(record: dict[str, Any], folder: Path) -> Section:
     """Table and figure of `florence-vl analyze bill`."""
     table = bill_table(record)
     return Section(
-        title="The vision bill",
-        text="Accuracy against its cost: FLOPs of tower and prefill of one question, and time to the first token.",
+        title="Cost: accuracy against FLOPs and latency",
+        text="FLOPs are those of tower and prefill for one question; latency is the time to the first token.",
         command=record.get("command", ""),
         notes=[],
         tables=[ReportTable(table["title"], table["header"], [TableRow(cells) for cells in table["cells"]])],
