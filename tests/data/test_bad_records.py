@@ -15,6 +15,7 @@ from PIL import Image
 
 from florence_vl.data.readers import ImageStore, open_reader
 from florence_vl.data.readers import images as images_module
+from florence_vl.data.readers.conversation import from_row
 from florence_vl.data.records import BadRecord, Record, bad_record_on_error, decode_text, normalise_messages, printable
 from florence_vl.model.pictures import open_image
 
@@ -22,7 +23,7 @@ from florence_vl.model.pictures import open_image
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FLORENCE_VL_CACHE", str(tmp_path / "cache"))
-    logging.getLogger("florence_vl.data.readers.json_files").disabled = True
+    logging.getLogger("florence_vl.data.readers.conversation").disabled = True
 
 
 def png():
@@ -121,6 +122,24 @@ def test_mutated_records_are_read_or_bad_in_every_reader(tmp_path, rows):
     reader = open_reader(tmp_path / "shard.tar")
     for index in range(len(reader)):
         read(reader, index)
+    for row in rows:
+        read_table(tmp_path / "t.parquet", row)
+
+
+def read_table(path, row):
+    """Read a row as a table of its own, where Arrow has types for it and its columns are a layout."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    try:
+        parquet.write_table(pa.Table.from_pylist([row]), path)
+    except (pa.ArrowException, UnicodeEncodeError, OverflowError, TypeError):
+        return
+    for options in ({}, {"caption": "id"}):
+        try:
+            reader = open_reader(path, **options)
+        except ValueError:  # no known layout
+            continue
+        for index in range(len(reader)):
+            read(reader, index)
 
 
 def test_any_exception_of_a_record_is_a_bad_record():
@@ -264,3 +283,83 @@ def test_a_folder_of_save_to_disk_is_refused_with_the_way_out(tmp_path):
         (tmp_path / name).write_text("{}")
     with pytest.raises(ValueError, match=r"save_to_disk.*to_parquet"):
         open_reader(tmp_path)
+
+
+def test_a_csv_row_that_is_wider_than_its_header_is_bad_and_not_cut(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    lines = ["file_name,text", 'a.png,"red, blue"', "a.png,red, blue", "a.png"]
+    (tmp_path / "metadata.csv").write_bytes("\r\n".join(lines).encode())
+    reader = open_reader(tmp_path)
+    assert reader[0].text("assistant") == "red, blue"
+    for index, message in ((1, "line 3 has 3 fields, the header has 2: put quotes"), (2, "has 1 fields")):
+        with pytest.raises(BadRecord, match=message):
+            reader[index]
+
+
+def test_one_line_that_is_not_utf8_is_one_bad_record(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    good = json.dumps({"file_name": "a.png", "text": "café"}, ensure_ascii=False)
+    lines = [good.encode(), good.encode("cp1252"), good.encode()]
+    (tmp_path / "metadata.jsonl").write_bytes(b"\n".join(lines))
+    reader = open_reader(tmp_path)
+    assert [reader[index].text("assistant") for index in (0, 2)] == ["café", "café"]
+    with pytest.raises(BadRecord, match=r"line 2 is not UTF-8"):
+        reader[1]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-32-be", "utf-16"])
+def test_json_is_utf8_and_nothing_else_is_guessed(tmp_path, encoding):
+    (tmp_path / "a.jsonl").write_bytes(f"{json.dumps(LLAVA)}\n{json.dumps(LLAVA)}\n".encode(encoding))
+    with pytest.raises(ValueError, match=r"convert it to UTF-8|holds NUL|neither a JSON list|invalid JSON"):
+        open_reader(tmp_path / "a.jsonl", "llava")
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_what_stands_behind_the_end_of_a_tar_is_not_lost_silently(tmp_path, store):
+    names = [f"{n}.{ending}" for n in range(4) for ending in ("png", "txt")]
+    write_tar(tmp_path / "whole.tar", names)
+    whole = (tmp_path / "whole.tar").read_bytes()
+    header = whole.index(b"2.png") + 148  # the checksum of this member's header
+    broken = {"header": whole[:header] + b"x" * 8 + whole[header + 8 :], "two": whole + whole, "tail": whole + b"x"}
+    for name, data in broken.items():
+        (tmp_path / f"{name}.tar").write_bytes(data)
+        with pytest.raises(ValueError, match="damaged, or several archives in one"):
+            ImageStore(tmp_path / f"{name}.tar") if store else open_reader(tmp_path / f"{name}.tar")
+
+
+@pytest.mark.parametrize("further", [{"video": "a.mp4"}, {"system": "Be brief."}, {"tools": [{}]}])
+def test_keys_beside_a_caption_that_change_its_meaning_make_it_bad(tmp_path, further):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    (tmp_path / "a.png").write_bytes(png())
+    rows = [{"file_name": "a.png", "text": "A"}, {"file_name": "a.png", "text": "A", **further}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, data in (("a.png", png()), ("a.json", json.dumps({"caption": "A", **further}).encode())):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    column = {key: [json.dumps(value)] for key, value in further.items()}
+    parquet.write_table(pa.table({"image": [png()], "text": ["A"], **column}), tmp_path / "t.parquet")
+    readers = (
+        open_reader(tmp_path, "folder"),
+        open_reader(tmp_path / "s.tar"),
+        open_reader(tmp_path / "t.parquet", caption="text"),
+    )
+    for reader, index in zip(readers, (1, 0, 0), strict=True):
+        with pytest.raises(BadRecord, match="which is not supported"):
+            reader[index]
+
+
+@pytest.mark.parametrize("key", [{"weight": 0.5}, {"train": False}, {"mask": True}, {"reasoning_content": "so"}])
+@pytest.mark.parametrize("layout", ["conversations", "messages", "texts"])
+def test_weights_masks_and_reasoning_of_a_turn_are_not_ignored(key, layout):
+    row = {"conversations": LLAVA, "messages": CHAT, "texts": TEXTS}[layout]
+    row = json.loads(json.dumps(row))
+    row[layout][-1] |= key
+    with pytest.raises(BadRecord, match=next(iter(key))):
+        from_row(row, layout, ["a.png"], ImageStore(None), "row")
+    row[layout][-1] |= {name: type(value)(name not in ("mask", "reasoning_content")) for name, value in key.items()}
+    row[layout][-1].pop("reasoning_content", None)
+    from_row(row, layout, ["a.png"], ImageStore(None), "row")

@@ -83,7 +83,7 @@ def decode_text(data: bytes, where: str) -> str:
     Raises:
         BadRecord: kind "messages": the bytes are not such text.
     """
-    encoding = next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")
+    encoding = byte_order_mark(data) or "utf-8"
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -95,6 +95,11 @@ def decode_text(data: bytes, where: str) -> str:
     if "\0" in text:
         raise BadRecord("messages", f"{where} holds NUL characters: convert it to UTF-8")
     return text
+
+
+def byte_order_mark(data: bytes) -> str | None:
+    """The encoding that a byte order mark at the start of the data names."""
+    return next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), None)
 
 
 _BYTE_ORDER_MARKS = (

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from florence_vl.data.readers.images import ImageStore
-from florence_vl.data.records import BadRecord, ImageSource, image_part, text_part
+from florence_vl.data.records import BadRecord, ImageSource, image_part, printable, text_part
 from florence_vl.registry import did_you_mean
+
+_log = logging.getLogger(__name__)
 
 PLACEHOLDER = "<image>"
 _LLAVA_ROLES = {
@@ -67,7 +70,7 @@ def from_llava(conversations: Any, num_images: int, where: str) -> list[dict[str
             raise bad(f"turn {number} is from {turn['from']!r}. {did_you_mean(str(turn['from']), _LLAVA_ROLES)}")
         if not isinstance(turn["value"], str):
             raise bad(f"turn {number} has no text, found {turn['value']!r:.80}")
-        refuse_meaning(turn, f"{where}: turn {number}")
+        refuse_meaning(turn, f"{where}: turn {number}", turn=True)
         role = _LLAVA_ROLES[turn["from"]]
         if role == "assistant" and all(message["role"] == "system" for message in messages):
             continue
@@ -109,6 +112,8 @@ def from_pairs(texts: Any, num_images: int, where: str) -> list[dict[str, Any]]:
         raise BadRecord("messages", f"{where}: 'texts' must be a list of question-answer pairs, found {texts!r:.60}")
     messages = []
     for number, pair in enumerate(texts):
+        if isinstance(pair, Mapping):
+            refuse_meaning(pair, f"{where}: pair {number}", SYSTEM_KEYS, turn=True)
         question, answer = (pair.get("user"), pair.get("assistant")) if isinstance(pair, Mapping) else (None, None)
         if not isinstance(question, str) or not isinstance(answer, str):
             raise BadRecord("messages", f"{where}: pair {number} needs 'user' and 'assistant', found {pair!r:.80}")
@@ -148,7 +153,7 @@ def from_messages(
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
             raise bad(f"message {number} must have 'role' and 'content', found {message!r:.80}")
-        refuse_meaning(message, f"{where}: message {number}")
+        refuse_meaning(message, f"{where}: message {number}", turn=True)
         content = message["content"]
         if isinstance(content, str):
             if message["role"] == "user" and PLACEHOLDER in content and not listed:
@@ -216,26 +221,49 @@ def from_row(
 SYSTEM_KEYS = ("system", "system_prompt")
 _OTHER_MEDIA = ("video", "videos", "audio", "audios", "speech", "pdf", "point_cloud")
 _TOOLS = ("tools", "functions", "tool_calls", "function_call")
-_WEIGHTS = ("weight", "loss_weight", "loss", "train", "trainable")
+_REASONING = ("reasoning", "reasoning_content", "thinking")
+_WEIGHTS = ("weight", "loss_weight", "loss", "loss_mask", "train", "training", "trainable", "learn")
+_MASKS = ("mask", "masked", "ignore", "skip")  # true: not learned
 MEANING_KEYS = (*SYSTEM_KEYS, *_OTHER_MEDIA, *_TOOLS)
 """Keys of a row that change what it says; tables are read with these columns."""
+# read, or known to say nothing that training could use
+_KNOWN = ("id", "image", "images", "source", "url", "width", "height", "task_name", "model", "license")
 
 
-def refuse_meaning(row: Mapping[str, Any], where: str) -> None:
+def refuse_meaning(row: Mapping[str, Any], where: str, further: Sequence[str] = (), turn: bool = False) -> None:
     """Refuse a row or a turn with a key that changes its meaning and that this package does not use.
+
+    Args:
+        row: The row or turn.
+        where: Its name, for messages.
+        further: More keys that are not used at this place, e.g. a system text beside a caption.
+        turn: Whether it is a turn, which has no weight, mask or reasoning of its own.
 
     Raises:
         BadRecord: kind "messages": media other than images, tools, or the weight of a turn.
     """
-    for key in (*_OTHER_MEDIA, *_TOOLS):
+    for key in (*_OTHER_MEDIA, *_TOOLS, *further, *(_REASONING if turn else ())):
         if not _is_empty(row.get(key)):
             raise BadRecord("messages", f"{where} has {key!r}, which is not supported: {row[key]!r:.60}")
-    if "role" in row or "from" in row:
-        for key in _WEIGHTS:
-            if row.get(key) is not None and row[key] != 1:
+    for keys, plain in ((_WEIGHTS, 1), (_MASKS, 0)) if turn else ():
+        for key in keys:
+            if row.get(key) is not None and row[key] != plain:
                 raise BadRecord(
                     "messages", f"{where} has {key}={row[key]!r:.60}; turns cannot be weighed one by one: leave it out"
                 )
+
+
+def warn_unused(path: str, keys: Iterable[Any], used: Iterable[str]) -> None:
+    """Warn of the keys or columns of a file that are not read.
+
+    Args:
+        path: The file, for the message.
+        keys: Those of its first record.
+        used: Those that its reader reads.
+    """
+    unused = {str(key) for key in keys} - {*used, *_KNOWN, *MEANING_KEYS}
+    if unused:
+        _log.warning("%s: keys that are not used: %s", path, printable(", ".join(sorted(unused))))
 
 
 def _is_empty(value: Any) -> bool:

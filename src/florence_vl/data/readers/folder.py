@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from florence_vl.data.readers import files
 from florence_vl.data.readers.base import READERS, Caption, Reader, as_prompts
-from florence_vl.data.readers.conversation import from_row
+from florence_vl.data.readers.conversation import SYSTEM_KEYS, from_row, refuse_meaning, warn_unused
 from florence_vl.data.readers.images import ImageStore
-from florence_vl.data.readers.webdataset import IMAGE_EXTENSIONS
-from florence_vl.data.records import BadRecord, ImageRef, ImageSource, Record, decode_text
+from florence_vl.data.readers.webdataset import IMAGE_EXTENSIONS, parse_json
+from florence_vl.data.records import BadRecord, ImageRef, ImageSource, Record, byte_order_mark, decode_text
 
 _CAPTION_COLUMNS = ("text", "caption")
 _METADATA = ("metadata.jsonl", "metadata.csv")
@@ -73,6 +72,7 @@ class FolderReader(Reader):
                 raise ValueError(
                     f"{self.metadata} in {self.root} has no column {column!r}; its columns are {', '.join(keys)}"
                 )
+            warn_unused(files.join(self.root, self.metadata), keys, ("file_name", column, "messages", "conversations"))
         else:
             self._paths = files.find_files(self.root, tuple(f".{e}" for e in IMAGE_EXTENSIONS))
         self.caption = Caption(column or "txt", as_prompts(prompts), tuple(strip_prefixes))
@@ -81,16 +81,14 @@ class FolderReader(Reader):
         assert self.metadata is not None
         path = files.join(self.root, self.metadata)
         with files.open_file(path) as file:
-            text = decode_text(file.read(), path)
-        rows: list[Any] = []
-        if self.metadata.endswith(".csv"):
-            rows = list(csv.DictReader(io.StringIO(text)))
-        else:
-            rows = [_parse_line(f"{path} line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+            data = file.read()
+        rows = _csv_rows(path, data) if self.metadata.endswith(".csv") else _json_rows(path, data)
         if not rows:
             raise ValueError(f"{path} holds no records")
         if isinstance(rows[0], BadRecord) or not rows[0].get("file_name"):
-            reason = rows[0] if isinstance(rows[0], BadRecord) else f"{path}: record 1 has no 'file_name'"
+            reason: object = rows[0]
+            if not isinstance(rows[0], BadRecord):
+                reason = f"{path}: record 1 has no 'file_name'; its columns are {', '.join(map(repr, rows[0]))}"
             raise ValueError(f"{reason}. The first record must be readable: it tells the file's layout")
         return rows
 
@@ -110,6 +108,7 @@ class FolderReader(Reader):
             if layout:
                 messages, images = from_row(row, layout, [name], self.images, where)
                 return Record(name, self.name, messages, images)
+            refuse_meaning(row, where, SYSTEM_KEYS)
             messages = self.caption.messages(row.get(self.caption.column), index, where)
             return Record(name, self.name, messages, [self.images[name]])
         path = self._paths[index]
@@ -124,11 +123,35 @@ class FolderReader(Reader):
         return Record(name, self.name, self.caption.messages(text, index, path), [found])
 
 
-def _parse_line(where: str, line: str) -> dict[str, Any] | BadRecord:
+def _csv_rows(path: str, data: bytes) -> list[Any]:
+    """Rows of a CSV file; a row that is wider or narrower than the header is the `BadRecord` that says so."""
+    reader = csv.DictReader(io.StringIO(decode_text(data, path), newline=""))
+    rows: list[Any] = []
     try:
-        row = json.loads(line)
-    except RecursionError:
-        return BadRecord("messages", f"{where}: the JSON is nested too deeply")
-    except ValueError as error:
-        return BadRecord("messages", f"{where}: invalid JSON: {error}")
-    return row if isinstance(row, dict) else BadRecord("messages", f"{where}: expected an object")
+        for row in reader:
+            width = len(reader.fieldnames or ()) + len(row.get(None) or ())  # type: ignore[call-overload]
+            width -= sum(value is None for value in row.values())
+            if width != len(reader.fieldnames or ()):
+                row = BadRecord(
+                    "messages",
+                    f"{path} line {reader.line_num} has {width} fields, the header has {len(reader.fieldnames or ())}: "
+                    "put quotes around text that holds a comma",
+                )
+            rows.append(row)
+    except csv.Error as error:
+        raise ValueError(f"{path} line {reader.line_num}: {error}") from None
+    return rows
+
+
+def _json_rows(path: str, data: bytes) -> list[Any]:
+    """Objects of a JSON lines file; a line that is none is the `BadRecord` that says so."""
+    if byte_order_mark(data):
+        data = decode_text(data, path).encode("utf-8", "surrogatepass")
+    return [_parse_line(f"{path} line {n}", line) for n, line in enumerate(data.split(b"\n"), 1) if line.strip()]
+
+
+def _parse_line(where: str, line: bytes) -> dict[str, Any] | BadRecord:
+    try:
+        return parse_json(line, where)
+    except BadRecord as error:
+        return error

@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -171,7 +172,32 @@ def _scan_tar(path: str) -> np.ndarray:
                 tar.members = []  # type: ignore[attr-defined]  # keeps memory flat
         except (tarfile.TarError, OSError) as error:
             raise ValueError(f"{path} is damaged after {len(rows)} files: {error}") from None
+        check_tar_end(file, tar, path, len(rows))
     return _members(rows)
+
+
+def check_tar_end(file: IO[bytes], tar: tarfile.TarFile, path: str, members: int) -> None:
+    """Refuse a tar that holds more behind the member where `tarfile` stopped: it ends silently at a damaged header.
+
+    Args:
+        file: The tar's stream.
+        tar: The tar, read to its end.
+        path: Its name, for messages.
+        members: Files that were found.
+
+    Raises:
+        ValueError: It is cut off or damaged, or several archives stand one behind the other.
+    """
+    end = file.seek(0, os.SEEK_END)
+    if tar.offset > end:
+        raise ValueError(f"{path} is cut off inside its last member")
+    file.seek(tar.offset)
+    while block := file.read(1 << 20):
+        if block.strip(b"\0"):
+            raise ValueError(
+                f"{path} is damaged, or several archives in one: after {members} files comes what is no end of a tar. "
+                "Write it again as one archive"
+            )
 
 
 def open_tar(file: object, path: str) -> tarfile.TarFile:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +11,11 @@ import numpy as np
 
 from florence_vl.data.readers import files
 from florence_vl.data.readers.base import READERS, Reader
-from florence_vl.data.readers.conversation import MEANING_KEYS, from_row, row_images
+from florence_vl.data.readers.conversation import from_row, row_images, warn_unused
 from florence_vl.data.readers.images import ImageStore
 from florence_vl.data.readers.index import cached_array, line_number, scan_json_array, scan_json_lines
-from florence_vl.data.records import BadRecord, Record, printable
+from florence_vl.data.records import BadRecord, Record, byte_order_mark, printable
 
-_log = logging.getLogger(__name__)
-
-# read, or known to say nothing that training could use
-_USED = ("id", "image", "images", "source", "url", "width", "height", "task_name", "model", "license")
 _SPACE = b" \t\r\n"
 
 
@@ -46,8 +40,9 @@ class IndexedJson:
             raise ValueError(f"{self.path} is empty")
         with files.open_file(self.path) as file:
             head = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip(_SPACE)
-        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise ValueError(f"{self.path} is UTF-16 text: convert it to UTF-8")
+        encoding = byte_order_mark(head)
+        if encoding:
+            raise ValueError(f"{self.path} is {encoding.upper()} text: convert it to UTF-8")
         if head and not head.startswith((b"[", b"{")):
             hint = files.pointer_hint(self.path)
             raise ValueError(
@@ -108,7 +103,9 @@ class IndexedJson:
         """
         text = self.raw(index)
         try:
-            row = json.loads(text)
+            row = json.loads(text.decode())  # json.loads would guess an encoding
+            if b"\0" in text:
+                raise BadRecord("messages", f"{self.where(index)} holds NUL characters: convert the file to UTF-8")
         except RecursionError:
             raise BadRecord("messages", f"{self.where(index)}: the JSON is nested too deeply") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -156,9 +153,7 @@ class _JsonReader(Reader):
                 f"{self.path}: the first record has no {self.required!r}; its keys are "
                 f"{printable(', '.join(first))}.{hint}"
             )
-        unused = set(first) - {self.required, *_USED, *MEANING_KEYS}
-        if unused:
-            _log.warning("%s: keys that are not used: %s", self.path, printable(", ".join(sorted(unused))))
+        warn_unused(self.path, first, (self.required,))
 
     def __len__(self) -> int:
         return len(self.rows)

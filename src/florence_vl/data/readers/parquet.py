@@ -13,7 +13,15 @@ import numpy as np
 
 from florence_vl.data.readers import files
 from florence_vl.data.readers.base import READERS, Caption, Filter, Reader, as_prompts
-from florence_vl.data.readers.conversation import MEANING_KEYS, as_list, from_row, image_source
+from florence_vl.data.readers.conversation import (
+    MEANING_KEYS,
+    SYSTEM_KEYS,
+    as_list,
+    from_row,
+    image_source,
+    refuse_meaning,
+    warn_unused,
+)
 from florence_vl.data.readers.images import ImageStore
 from florence_vl.data.readers.index import cached_array
 from florence_vl.data.records import BadRecord, Record
@@ -97,6 +105,7 @@ class ParquetReader(Reader):
         if self.min_ratings and self.layout != "texts":
             raise ValueError(f"min_ratings go with the column 'texts'; {self.path} is read by {self.layout!r}")
         self.columns += [key for key in MEANING_KEYS if key in columns]
+        warn_unused(self.path, columns, {*self.columns, *(f.column for f in self.filters)})
         folder = self.files[0].rsplit("/", 1)[0] if "/" in self.files[0] else "."
         self.images = ImageStore(image_root if image_root is not None else folder, allow_outside)
         identities = [files.identity(file) for file in self.files]
@@ -230,6 +239,7 @@ class ParquetReader(Reader):
         else:
             listed = as_list(row.get(self.image_column)) if self.image_column else []
         if self.caption:
+            refuse_meaning(row, where, SYSTEM_KEYS)
             messages = self.caption.messages(row[self.caption.column], index, where)
             return Record(identifier, source, messages, [image_source(image, self.images) for image in listed])
         if self.min_ratings:

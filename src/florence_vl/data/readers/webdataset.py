@@ -12,8 +12,8 @@ import numpy as np
 
 from florence_vl.data.readers import files
 from florence_vl.data.readers.base import READERS, Caption, Filter, Reader, as_prompts
-from florence_vl.data.readers.conversation import from_row, refuse_meaning, row_images
-from florence_vl.data.readers.images import ImageStore, open_tar
+from florence_vl.data.readers.conversation import SYSTEM_KEYS, from_row, refuse_meaning, row_images
+from florence_vl.data.readers.images import ImageStore, check_tar_end, open_tar
 from florence_vl.data.readers.index import cached_array
 from florence_vl.data.records import BadRecord, ImageRef, ImageSource, Record, decode_text, printable
 
@@ -215,7 +215,7 @@ def record_from_members(
     if layout:  # the members are the images, whatever the messages call them
         messages, _ = from_row(row, layout, [b"member"] * len(images), ImageStore(None), where)
     else:
-        refuse_meaning(row, where)
+        refuse_meaning(row, where, SYSTEM_KEYS)
         if caption.column != "txt":
             text = row.get(caption.column)
         elif text is None:
@@ -283,9 +283,7 @@ def _scan_shard(path: str) -> np.ndarray:
                 )
         except (tarfile.TarError, OSError) as error:
             raise ValueError(f"{path} is damaged after {len(rows)} members: {error}") from None
-        file.seek(0, 2)
-        if rows and rows[-1][3] + rows[-1][4] > file.tell():
-            raise ValueError(f"{path} is cut off inside its last member")
+        check_tar_end(file, tar, path, len(rows))
     return np.array(rows, dtype=_MEMBER)
 
 
