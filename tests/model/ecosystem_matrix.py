@@ -1,8 +1,8 @@
-"""What was tried with which package: checks of other people's tools, unmodified, on a tiny Florence-VL.
+"""Compatibility checks: unmodified third-party libraries on a tiny Florence-VL.
 
-python tests/model/ecosystem_matrix.py                           runs all checks in this process, prints JSON lines
+python tests/model/ecosystem_matrix.py                           run all checks in this process, print JSON lines
 python tests/model/ecosystem_matrix.py --order transformers      ... with transformers imported first
-python tests/model/ecosystem_matrix.py --write docs/ecosystem.md runs both orders in fresh processes, writes the page
+python tests/model/ecosystem_matrix.py --write docs/ecosystem.md run both orders in fresh processes, write the page
 """
 
 from __future__ import annotations
@@ -115,14 +115,14 @@ def _(folder):
     assert isinstance(pipe(text=chat, max_new_tokens=3, return_full_text=False)[0]["generated_text"], str)
 
 
-@check("transformers", 'pipeline("any-to-any") knows the model (running it needs torchvision)')
+@check("transformers", 'pipeline("any-to-any") recognizes the model (running it needs torchvision)')
 def _(folder):
     from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
     assert type(load(folder)[0]).__name__ in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values()
 
 
-@check("transformers", "`transformers serve` knows the modality")
+@check("transformers", "`transformers serve` recognizes the modality")
 def _(folder):
     from transformers.cli.serving.model_manager import ModelManager
 
@@ -146,7 +146,7 @@ def _(folder):
     generates(folder, do_sample=False, cache_implementation="static", disable_compile=True)
 
 
-@check("transformers", "bfloat16 and float16, saved and loaded")
+@check("transformers", "saving and loading in bfloat16 and float16")
 def _(folder):
     import torch
     from transformers import AutoModelForImageTextToText
@@ -213,7 +213,7 @@ def adapters_that_moved(folder: Path, reentrant: bool) -> tuple[int, int]:
 
 for _reentrant in (False, True):
 
-    @check("peft", f"LoRA on all layers, the tower's too, with checkpointing, use_reentrant={_reentrant}")
+    @check("peft", f"LoRA on all layers including the tower, gradient checkpointing, use_reentrant={_reentrant}")
     def _(folder, reentrant=_reentrant):
         moved, adapters = adapters_that_moved(folder, reentrant)
         assert moved == adapters > 0, f"{moved} of {adapters} adapters of the tower learned"
@@ -279,7 +279,7 @@ def dpo(folder: Path, **options) -> None:
     assert abs(first - LOSS_AT_START) < 1e-5, f"the first loss is {first}, not ln 2"
 
 
-@check("trl", "DPOTrainer, whose first loss is ln 2")
+@check("trl", "DPOTrainer, first loss is ln 2")
 def _(folder):
     dpo(folder)
 
@@ -347,7 +347,7 @@ def _(folder):
     model.generate(**inputs(processor), max_new_tokens=2)
 
 
-@check("datasets", "map finds its cache again after the processor was used")
+@check("datasets", "map reuses its cache after the processor was used")
 def _(folder):
     from datasets.fingerprint import Hasher
 
@@ -368,7 +368,7 @@ def _(folder):
     model.generate(**batch.to(model.device), max_new_tokens=2)
 
 
-@check("torch", "torch.compile of a forward pass without breaks")
+@check("torch", "torch.compile of a forward pass without graph breaks")
 def _(folder):
     import torch
 
@@ -417,16 +417,17 @@ def run_fresh(order: str) -> list[dict]:
 def page(results: list[dict]) -> str:
     """docs/ecosystem.md."""
     lines = [
-        "# What works with it",
+        "# Compatibility with other libraries",
         "",
-        "Other people's tools, unmodified, on a tiny Florence-VL, once with florence_vl imported first and once with",
-        "transformers imported first, each in a fresh process. A test runs the checks. This command writes the page:",
+        "Florence-VL works with the unmodified libraries in this table. Each check runs on a tiny model in two fresh",
+        "processes: florence_vl imported first, and transformers imported first. A test runs the checks. This command",
+        "writes the page:",
         "",
         "```",
         "python tests/model/ecosystem_matrix.py --write docs/ecosystem.md",
         "```",
         "",
-        "| package | version | what was tried | result |",
+        "| package | version | check | result |",
         "|---|---|---|---|",
     ]
     for package, what in CHECKS:
