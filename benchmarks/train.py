@@ -255,6 +255,7 @@ def mini_step(tokens: int, images: int, overrides: list[str]) -> Callable[[], No
 
 def bench_plan(overrides: list[str]) -> None:
     """Print the plan's memory for mini/pretrain against the resident memory that a step adds."""
+    overrides = ["precision=fp32", *overrides]
     recipe = load_recipe("mini/pretrain", overrides)
     plan = plan_recipe(recipe, workload=Workload(images=1, text_tokens=64, supervised=40))
     planned = sum(value for kind, value in plan.memory.items() if kind != "weights")

@@ -42,22 +42,6 @@ def machine_class() -> str:
     return f"{name or platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
-def fast_bf16() -> bool:
-    """Whether this processor computes in bfloat16 faster than in float32."""
-    import torch
-
-    if platform.machine() in ("arm64", "aarch64"):
-        return "bf16" in _cpu_flags()
-    return torch.cuda.is_available() or bool({"avx512_bf16", "amx_bf16"} & _cpu_flags())
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        return set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return set()
-
-
 def remaining(steps: Sequence[Step], jobs: int) -> tuple[list[Step], float | None]:
     """The steps that are left, and about how many seconds they take; None until a step of each kind was timed."""
     times: dict[str, list[float]] = defaultdict(list)

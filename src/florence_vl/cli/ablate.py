@@ -50,7 +50,7 @@ def command(
         None, "--jobs", help="Commands that run in parallel and share the cores; at mini scale one per core."
     ),
     dtype: str = typer.Option(
-        "auto", "--dtype", help="Mini scale: float32 or bfloat16; auto takes bfloat16 where the processor has it."
+        "auto", "--dtype", help="Mini scale: float32 or bfloat16; auto measures which is faster here."
     ),
     dry_run: bool = typer.Option(
         False, "--dry-run", help="Print the commands and what remains to be done; run nothing."
@@ -62,18 +62,22 @@ def command(
 
     from florence_vl.analyze.ablation import STAGES, AblationConfig, load_tables, plan, table_of
     from florence_vl.analyze.ablation_report import build_table, read_scores
-    from florence_vl.analyze.ablation_run import Stopped, describe_remaining, execute, fast_bf16
+    from florence_vl.analyze.ablation_run import Stopped, describe_remaining, execute
     from florence_vl.cli.common import called, print_table, say
     from florence_vl.files import write_text
+    from florence_vl.model.loading import choose_device
+    from florence_vl.model.precision import bf16_is_faster
     from florence_vl.registry import did_you_mean
 
     chosen = [table_of(number) for number in tables or load_tables()]
     if rows and len(chosen) != 1:
         raise ValueError("--rows needs --table, as rows belong to one table")
     names = [name for word in rows for name in _names(word, [row.name for row in chosen[0].rows])] if rows else None
-    dtypes = {"auto": "bfloat16" if fast_bf16() else "float32", "float32": "float32", "bfloat16": "bfloat16"}
+    dtypes = ("auto", "float32", "bfloat16")
     if dtype not in dtypes:
         raise ValueError(f"unknown --dtype {dtype!r}. {did_you_mean(dtype, dtypes)}")
+    if dtype == "auto":
+        dtype = "bfloat16" if bf16_is_faster(choose_device()) else "float32"
     config = AblationConfig(
         scale=scale,
         out=out,
@@ -86,7 +90,7 @@ def command(
         limit=limit,
         launcher=tuple(shlex.split(launcher)),
         jobs=jobs if jobs is not None else (os.cpu_count() or 1) if scale == "mini" else 1,
-        dtype=dtypes[dtype],
+        dtype=dtype,
     )
     if not report:
         steps = plan([row for table in chosen for row in table.choose(names)], config)

@@ -133,12 +133,14 @@ def check_imports() -> list[Check]:
 
 
 def check_devices() -> list[Check]:
-    """Accelerators, threads, fast bf16, memory and disk."""
+    """Accelerators, threads, speed of bf16, memory and disk."""
     import psutil
 
     checks: list[Check] = []
     try:
         import torch
+
+        from florence_vl.model.precision import WORTHWHILE, bf16_gain
     except Exception:
         return checks  # check_imports says why
     gib = 1 << 30
@@ -156,8 +158,10 @@ def check_devices() -> list[Check]:
     capability = torch.backends.cpu.get_cpu_capability()
     threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {capability}"
     checks.append(Check("devices", "cpu", "ok", threads))
-    fast = _cpu_has_fast_bf16()
-    checks.append(Check("devices", "cpu bf16", "ok", "native" if fast else "emulated and slow: stay in float32"))
+    gain = bf16_gain()
+    advice = "faster" if gain >= WORTHWHILE else "not worth it: stay in float32"
+    text = f"{advice} (measured: {gain:.1f} times float32's rate of matrix products)"
+    checks.append(Check("devices", "cpu bf16", "ok", text))
     memory = psutil.virtual_memory()
     text = f"{memory.total / gib:.0f} GiB, {memory.available / gib:.0f} GiB free"
     checks.append(Check("devices", "memory", "ok", text))
@@ -170,15 +174,6 @@ def check_devices() -> list[Check]:
     text = f"{folder}, {free:.0f} GiB free{'' if writable else ', not writable'}"
     checks.append(Check("devices", "cache", state, text, fix))
     return checks
-
-
-def _cpu_has_fast_bf16() -> bool:
-    """True with AVX-512 BF16, AMX or Arm's BF16 instructions."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.machine() == "arm64"
-    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
 
 
 def check_parts() -> list[Check]:

@@ -76,8 +76,8 @@ def load_model(
     Args:
         model: Folder, name on the Hub, or `mini` for the embedded one.
         device: See `choose_device`.
-        dtype: `auto` keeps the saved one, on the CPU float32 (bf16 is emulated on most); or `float32`, `bfloat16`,
-            `float16`.
+        dtype: `auto` keeps the saved one, on the CPU float32, so that answers do not depend on the processor; or
+            `float32`, `bfloat16`, `float16`.
         **options: Further keywords of `from_pretrained`, e.g. `attn_implementation`.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from florence_vl.train.bounds import check_numbers
 STRICT = ConfigDict(extra="forbid")
 
 Strategy = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
-Precision = Literal["fp32", "bf16", "bf16_pure"]
+Precision = Literal["auto", "fp32", "bf16", "bf16_pure"]
 CheckpointingMode = Literal["none", "selective", "full"]
 
 
@@ -449,7 +450,8 @@ class Recipe:
         max_minutes: Time budget: the schedule ends at the budget or at `steps`, whichever comes first.
         batch_size: Rows of one optimizer step over all processes: samples when padded, packed rows when packed.
         micro_batch_size: Rows of one forward pass of one process; what is missing to `batch_size` is accumulated.
-        precision: `fp32`; `bf16`: fp32 weights, bf16 compute, fp32 reduction; `bf16_pure`: bf16 weights too.
+        precision: `fp32`; `bf16`: fp32 weights, bf16 compute, fp32 reduction; `bf16_pure`: bf16 weights too; `auto`:
+            `bf16` where a short measurement finds it faster, else `fp32`. A run that goes on keeps what it began with.
         device: `auto`, `cpu`, `cuda` or `mps`.
         threads: CPU threads of torch; None leaves it.
         warm_up: Place the projector among the LLM's word vectors first; only a run's first session does it.
@@ -471,7 +473,7 @@ class Recipe:
     max_minutes: float | None = None
     batch_size: int = 128
     micro_batch_size: int = 8
-    precision: Precision = "bf16"
+    precision: Precision = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: int | None = None
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -485,6 +487,12 @@ class Recipe:
 
     # Texts that were written with `${NAME}`: key path -> (as written, as filled in). `load_recipe` sets it.
     unexpanded = MappingProxyType[str, tuple[str, str]]({})
+
+    def with_precision(self, precision: Precision) -> Recipe:
+        """The same recipe with another precision."""
+        other = copy.copy(self)
+        other.precision = precision
+        return other
 
     @property
     def run_dir(self) -> Path:

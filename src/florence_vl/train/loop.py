@@ -39,7 +39,7 @@ from florence_vl.train.metrics import FlopsMeter, Reporter, memory_gib
 from florence_vl.train.optimizer import format_table, trainable_table
 from florence_vl.train.recipes import load_recipe
 from florence_vl.train.schedule import lr_factor
-from florence_vl.train.setup import BatchFactory, Run, prepare_run, refuse_early
+from florence_vl.train.setup import BatchFactory, Run, prepare_run, refuse_early, settle_precision
 from florence_vl.train.signals import StopSignals
 from florence_vl.train.step import Batch, StepCounts, StepProfiler, forward_backward, seed_everything
 from florence_vl.train.world import init_world
@@ -120,6 +120,7 @@ def train(
         suite = read_suite(recipe, world, suite_reader)
         with hold_folder(recipe.run_dir, world):
             checkpoint = world.decide(lambda: find_checkpoint(recipe.run_dir, resume))
+            recipe = settle_precision(recipe, world, checkpoint)
             run = prepare_run(recipe, world, model, processor, batches, checkpoint, suite)
             return Trainer(run, callbacks).run()
     finally:
@@ -367,6 +368,7 @@ class Trainer:
         run = {
             "total_steps": self.total_steps,
             "seed": self.recipe.seed,
+            "precision": self.recipe.precision,
             "world_size": self.world.size,
             "digests": self.digests,
             "data": self.world.gather_objects(self.stream.state()),

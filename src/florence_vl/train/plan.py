@@ -190,6 +190,8 @@ def plan_recipe(
     if not 0 < mfu <= 1:
         raise ValueError(f"mfu is a share between 0 and 1, found {mfu}")
     workload = workload or Workload()
+    if recipe.precision == "auto":
+        recipe = recipe.with_precision("bf16")  # what it finds on every device of the table
     peak, capacity = DEVICES[device]
     config, (height, width) = model_config(recipe)
     flops = count_flops(config, height, width)

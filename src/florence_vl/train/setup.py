@@ -15,8 +15,10 @@ import torch
 import yaml
 
 from florence_vl.files import write_text
+from florence_vl.model.precision import bf16_is_faster
 from florence_vl.train.checkpoint import CheckpointManager
-from florence_vl.train.config import Recipe
+from florence_vl.train.checkpoint_files import read_trainer_state
+from florence_vl.train.config import Precision, Recipe
 from florence_vl.train.evaluation import RunEvaluation, Scorer
 from florence_vl.train.fingerprint import check_fingerprint, fingerprint
 from florence_vl.train.guards import SpikeDetector
@@ -219,6 +221,24 @@ def prepare_run(
         digests,
         state,
     )
+
+
+def settle_precision(recipe: Recipe, world: World, checkpoint: Path | None) -> Recipe:
+    """The recipe with `precision: auto` replaced. Every process calls it.
+
+    Args:
+        recipe: What to do.
+        world: The processes; the first one measures.
+        checkpoint: Where the run goes on: it keeps the precision that it began with. None begins it.
+    """
+    if recipe.precision != "auto":
+        return recipe
+
+    def choose() -> Precision:
+        begun = None if checkpoint is None else read_trainer_state(checkpoint).get("precision")
+        return begun or ("bf16" if bf16_is_faster(world.device) else "fp32")
+
+    return recipe.with_precision(world.decide(choose))
 
 
 def refuse_early(recipe: Recipe, world: World, batches: BatchFactory | None = None) -> None:

@@ -48,7 +48,8 @@ class Florence2Training:
         image_size: Side of the square images in pixels, a multiple of 32.
         location_bins: Grid of the box corners: targets use the centers of this many bins out of Florence-2's 1000.
         max_target_tokens: Longer targets (full documents) are replaced by another task of the same image.
-        precision: `bfloat16` (autocast; weights stay float32) or `float32`.
+        precision: `bfloat16` (autocast; weights stay float32), `float32`, or `auto`: what is faster here. A run that
+            goes on keeps what it began with.
         ema_decay: Decay of the running mean of the weights, which is what is exported; 0 switches it off.
         grid_weight: Weight of the grid's loss, see `florence_vl_mini.pretrain.grid`; 0 for the seq2seq loss alone.
         start_from: Folder of a mini Florence-2 whose weights and tokenizer a new run starts from; `mini` is the
@@ -79,7 +80,7 @@ class Florence2Training:
     image_size: int = 256
     location_bins: int = 64
     max_target_tokens: int = 96
-    precision: Literal["bfloat16", "float32"] = "float32"
+    precision: Literal["auto", "bfloat16", "float32"] = "float32"
     ema_decay: float = 0.998
     grid_weight: float = 1.0
     start_from: str | None = None
@@ -93,8 +94,8 @@ class Florence2Training:
     tasks: dict[str, float] = field(default_factory=lambda: dict(TASK_WEIGHTS))
 
     def __post_init__(self) -> None:
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"precision must be float32 or bfloat16, found {self.precision!r}")
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"precision must be auto, float32 or bfloat16, found {self.precision!r}")
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer must be adamw or muon, found {self.optimizer!r}")
         if self.image_size < 64 or self.image_size % 32:

@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from florence_vl.files import atomic_file, atomic_folder
 from florence_vl.model.packaged import resolve
+from florence_vl.model.precision import bf16_is_faster
 from florence_vl.train.config import ScheduleConfig
 from florence_vl.train.metrics import MetricsFile
 from florence_vl.train.schedule import lr_factor
@@ -152,8 +153,11 @@ class Pretraining:
     def __init__(self, config: Florence2Training, world: World) -> None:
         from transformers import Florence2ForConditionalGeneration, Florence2Processor
 
-        self.config, self.world = config, world
+        self.world = world
         self.out = Path(config.out).expanduser()
+        if config.precision == "auto":
+            config = replace(config, precision=world.decide(self._choose_precision))
+        self.config = config
         self.step = 0
         if world.device.type == "cpu":
             torch.set_num_threads(config.threads)
@@ -186,6 +190,12 @@ class Pretraining:
     def checkpoint(self) -> Path:
         """The file that a killed run continues from."""
         return self.out / "checkpoint.pt"
+
+    def _choose_precision(self) -> str:
+        if self.checkpoint.exists():
+            began = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)
+            return str(began["config"]["precision"])
+        return "bfloat16" if bf16_is_faster(self.world.device) else "float32"
 
     def _load(self) -> None:
         state = torch.load(self.checkpoint, map_location=self.world.device, weights_only=True)
