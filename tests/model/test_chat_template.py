@@ -211,6 +211,31 @@ def test_any_text_survives(name, texts):
     assert int((sample.labels == end_id).sum()) == len(answers(messages))
 
 
+@settings(max_examples=60, deadline=None)
+@given(name=st.sampled_from(CHATS), texts=st.lists(ANY_TEXT, min_size=2, max_size=6))
+def test_the_tokenizer_alone_renders_the_same_text(name, texts):
+    """As vLLM does: no control token but the template's own, whatever was typed, and the processor's text."""
+    processor = PROCESSORS[name]
+    chat = [text("assistant" if i % 2 else "user", t) for i, t in enumerate(texts)]
+    if len(texts) > 3:
+        chat[0]["content"] = [part for t in texts[:2] for part in text("user", t, Image)["content"]]
+    how = {"chat_template": processor.chat_template, "tokenize": False, "add_generation_prompt": True}
+    alone = processor.tokenizer.apply_chat_template(chat, **how)
+    assert alone == processor.apply_chat_template(chat, add_generation_prompt=True)
+    images = sum(part["type"] == "image" for part in chat[0]["content"])
+    harmless = [
+        {**m, "content": [p if p["type"] == "image" else {**p, "text": "a"} for p in m["content"]]} for m in chat
+    ]
+    special = set(processor.tokenizer.all_special_ids) | {processor.image_token_id}
+
+    def controls(rendered):
+        ids = processor.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        return [token for token in ids if token in special]
+
+    assert controls(alone) == controls(processor.tokenizer.apply_chat_template(harmless, **how))
+    assert controls(alone).count(processor.image_token_id) == images
+
+
 TWO_TURNS = [text("user", Image, "Q1"), text("assistant", "A1"), text("user", "Q2"), text("assistant", "A2")]
 GOLDEN = {
     "llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n" + VICUNA_SYSTEM + "<|eot_id|>"

@@ -16,6 +16,10 @@ VICUNA_SYSTEM = (
 )
 PHI3_SYSTEM = "You are a helpful AI assistant."
 
+BREAK = "\U0010fffd"
+"""A private-use character that ends a token without being one. It keeps control tokens that a user typed from being
+matched as such, whatever tokenizer and version of transformers; `FlorenceVLProcessor` drops its tokens."""
+
 OPTIONS: dict[str, tuple[type, ...]] = {
     "system": (str,),
     "newline_after_image": (bool,),
@@ -52,6 +56,11 @@ class ChatTemplate:
     answer_prefix: str = ""
     allows: tuple[str, ...] = ("system", "newline_after_image", "double_bos")
     jinja: str | None = None
+
+    @property
+    def source(self) -> str:
+        """The Jinja text without the variables that `build` sets."""
+        return _read("common") + (self.jinja if self.jinja is not None else _read(self.name))
 
     def missing_tokens(self, tokenizer: Any) -> list[str]:
         """Control tokens of the template that are not one token of this tokenizer."""
@@ -128,7 +137,11 @@ class ChatTemplate:
             if bos is None:
                 raise ValueError("double_bos needs a tokenizer with a begin token, and this one has no bos_token")
             bos = bos * 2
+        body = self.source
+        written = " ".join([body, *self.control_tokens, self.end_text(tokenizer), bos])
         variables = {
+            "break_mark": BREAK,
+            "control_tokens": control_tokens(tokenizer, written, image_token.strip()),
             "image_token": image_token,
             "bos": bos,
             "end": self.end_text(tokenizer, end),
@@ -138,7 +151,7 @@ class ChatTemplate:
         head = "".join(
             f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}\n" for name, value in variables.items()
         )
-        return head + _read("common") + (self.jinja if self.jinja is not None else _read(self.name))
+        return head + body
 
 
 CHAT_TEMPLATES: Registry[ChatTemplate] = Registry("chat template")
@@ -174,6 +187,25 @@ def choose_template(tokenizer: Any) -> str:
         f"no chat template fits this tokenizer (end token {tokenizer.eos_token!r}): {lacks}. Register a ChatTemplate, "
         "or give the processor a Jinja chat_template with generation marks"
     )
+
+
+def control_tokens(tokenizer: Any, chat_template: str, image_token: str) -> list[str]:
+    """The tokens that only a template may write: the image token, special tokens, and added tokens that it contains.
+
+    Args:
+        tokenizer: The LLM's.
+        chat_template: Jinja text.
+        image_token: The image placeholder.
+
+    Returns:
+        The longest first, so that breaking one never leaves a longer one whole.
+    """
+    found = {
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if len(token.content) > 1 and not token.content.isspace() and (token.special or token.content in chat_template)
+    }
+    return sorted({*found, image_token}, key=lambda token: (-len(token), token))
 
 
 def has_generation_marks(chat_template: str) -> bool:

@@ -12,6 +12,7 @@ import jinja2
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin, TextKwargs
 
+from florence_vl.model.chat_template import BREAK, control_tokens
 from florence_vl.model.configuration import backbone_prefix_tokens, convolved_size, davit_convolutions
 from florence_vl.model.image_processing import FlorenceVLImageProcessor, FlorenceVLImagesKwargs
 
@@ -19,10 +20,6 @@ if TYPE_CHECKING:
     from florence_vl.model.configuration import FlorenceVLConfig
 
 __all__ = ["BREAK", "FlorenceVLImageProcessor", "FlorenceVLProcessor", "ImageTokenRule"]
-
-BREAK = "\U0010fffd"
-"""A private-use character that ends a token without being one: `FlorenceVLProcessor` drops its tokens. It keeps control
-tokens that a user typed from being matched as such, whatever tokenizer and version of transformers."""
 
 # Florence-2's patch convolutions: kernel, stride, padding of each stage. 32 px an image token.
 _FLORENCE2_CONVOLUTIONS = ((7, 4, 3), (3, 2, 1), (3, 2, 1), (3, 2, 1))
@@ -98,9 +95,9 @@ def pad_left(tokenizer: Any) -> None:
 class FlorenceVLProcessor(ProcessorMixin):
     """Tokenizer, image processor and chat template of one Florence-VL.
 
-    What a user types is text: `<image>` or `<|im_end|>` inside a message is never a placeholder or a control token
-    (`sanitize_control_tokens=False` turns that off). Padding is on the left, as generation needs it, unless the
-    tokenizer was saved or loaded with another `padding_side`; training pads by itself (`florence_vl.data.collate`).
+    What a user types is text: `<image>` or `<|im_end|>` inside a message is never a placeholder or a control token.
+    Padding is on the left, as generation needs it, unless the tokenizer was saved or loaded with another
+    `padding_side`; training pads by itself (`florence_vl.data.collate`).
 
     Args:
         image_processor: A `FlorenceVLImageProcessor`.
@@ -220,19 +217,11 @@ class FlorenceVLProcessor(ProcessorMixin):
     # ------------------------------------------------------------ text
 
     def control_pattern(self, chat_template: str) -> re.Pattern[str]:
-        """Matches the tokens that only a template may write: special tokens and added tokens that it contains."""
+        """Matches the tokens that only a template may write; see `control_tokens`."""
         pattern = self._control_patterns.get(chat_template)
         if pattern is None:
-            tokens = {
-                token.content
-                for token in self.tokenizer.added_tokens_decoder.values()
-                if len(token.content) > 1
-                and not token.content.isspace()
-                and (token.special or token.content in chat_template)
-            }
-            tokens.add(self.image_token)
-            longest_first = sorted(tokens, key=lambda token: (-len(token), token))
-            pattern = re.compile("|".join(map(re.escape, longest_first)))
+            tokens = control_tokens(self.tokenizer, chat_template, self.image_token)
+            pattern = re.compile("|".join(map(re.escape, tokens)))
             self._control_patterns[chat_template] = pattern
         return pattern
 
@@ -273,13 +262,19 @@ class FlorenceVLProcessor(ProcessorMixin):
                 if kind == "text":
                     if not isinstance(part.get("text"), str):
                         raise ValueError(f"message {index} ({message['role']}) has a text part without text")
-                    parts.append({**part, "text": _break_tokens(part["text"], pattern)})
+                    if parts and parts[-1]["type"] == "text":  # a control token may be typed in two parts
+                        parts[-1]["text"] += part["text"]
+                    else:
+                        parts.append(dict(part))
                 elif kind in ("image", "image_url"):
                     parts.append(dict(part))
                 else:
                     raise ValueError(
                         f"message {index} ({message['role']}) has a part of unknown type {kind!r}; known: text, image"
                     )
+            for part in parts:
+                if part["type"] == "text":
+                    part["text"] = _break_tokens(part["text"], pattern)
             first = parts[0]
             if message["role"] == "assistant" and first["type"] == "text" and first["text"][:1].isspace():
                 first["text"] = BREAK + first["text"]
@@ -336,14 +331,13 @@ class FlorenceVLProcessor(ProcessorMixin):
         chat_template: str | None = None,
         *,
         tokenize: bool = False,
-        sanitize_control_tokens: bool = True,
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Render conversations, and tokenize them and process their images with `tokenize=True`.
 
-        As transformers' `ProcessorMixin.apply_chat_template`, with two differences: text in messages is sanitized by
-        default, also with `return_assistant_tokens_mask` (the rendered text then holds `BREAK` characters, which this
+        As transformers' `ProcessorMixin.apply_chat_template`, with two differences: text in messages is sanitized,
+        also with `return_assistant_tokens_mask` (the rendered text then holds `BREAK` characters, which this
         processor drops); and the tokenizer adds no special tokens, since the template writes them all.
 
         Raises:
@@ -354,9 +348,8 @@ class FlorenceVLProcessor(ProcessorMixin):
         batched = isinstance(conversation, (list, tuple)) and bool(conversation)
         batched = batched and isinstance(conversation[0], (list, tuple))
         chats = [getattr(c, "messages", c) for c in (conversation if batched else [conversation])]
-        if sanitize_control_tokens:
-            cleaned = [self.sanitize(chat, template) for chat in chats]
-            conversation = cleaned if batched else cleaned[0]
+        cleaned = [self.sanitize(chat, template) for chat in chats]
+        conversation = cleaned if batched else cleaned[0]
         for name in ("tools", "documents"):
             if kwargs.get(name) and name not in template:
                 raise ValueError(f"{name} were given, but this chat template does not render them")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import florence_vl_mini
 from florence_vl.files import cache_dir, sha256
+from florence_vl.model.chat_template import CHAT_TEMPLATES
 from florence_vl.model.packaged import MARKER, Packaged, PackagedPart, cached, convert_gguf_llm, converted
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def mini_florence_vl() -> Path:
     tower = mini_florence2()
     adapter = florence_vl_mini.florence_vl_path()
     sources = [SMOLLM2.sha256, *(sha256(p) for p in (adapter, tower / "model.safetensors"))]
+    sources.append(CHAT_TEMPLATES["chatml"].source)
     digest = hashlib.sha256(" ".join(sources).encode()).hexdigest()
 
     def make(scratch: Path) -> None:
