@@ -222,3 +222,13 @@ def test_images_of_varying_token_counts_are_refused():
     processor.image_processor.image_aspect_ratio = "native"
     with pytest.raises(ValueError, match="image_aspect_ratio='native' yet"):
         RecordEncoder(processor)
+
+
+def test_samples_longer_than_the_context_are_refused_whatever_max_length_says(processor):
+    record = Record("long", "data", turns(("word " * 400, "A")))
+    for max_length in (None, 1 << 20):
+        with pytest.raises(
+            BadRecord, match=r"has \d{4} tokens, more than the context of the LLM, 1024 tokens"
+        ) as error:
+            RecordEncoder(processor, max_length=max_length, on_long="drop")(record)
+        assert error.value.kind == "too_long"

@@ -420,9 +420,25 @@ def test_an_unreadable_picture_or_a_long_prompt_loses_one_question(
     found = answerer.answer([good[0], broken, long, good[1]], Generation(3))
     assert [answer.error is None for answer in found] == [True, False, False, True]
     assert "image 0 of pope question broken" in (found[1].error or "")
-    assert re.search(rf"prompt has \d+ tokens, images included; the LLM's context holds {limit}", found[2].error or "")
+    told = rf"prompt has \d+ tokens, images included, which leaves no room in the LLM's context of {limit}"
+    assert re.search(told, found[2].error or "")
     assert [found[0], found[3]] == answerer.answer(good, Generation(3))
     assert all(answer.error for answer in answerer.answer([broken, long], Generation(3)))
+
+
+def test_an_answer_ends_where_the_context_does(small_plan: EvaluationPlan) -> None:
+    model, processor = tiny_model()
+    question = small_plan.questions["pope"][0]
+    free = LocalAnswerer(model, processor).answer([question], Generation(8))[0]
+    answerer = LocalAnswerer(model, processor)
+    features = answerer.encode([question], answerer._open_pictures([question])[0])
+    length = len(answerer.token_ids(question, features))
+    model.config.text_config.max_position_embeddings = length + 3
+    short = LocalAnswerer(model, processor).answer([question], Generation(8))[0]
+    assert free.tokens == 8
+    assert (short.tokens, short.finished) == (3, False)
+    model.config.text_config.max_position_embeddings = length
+    assert f"context of {length}" in (LocalAnswerer(model, processor).answer([question], Generation(8))[0].error or "")
 
 
 def test_a_gated_fusion_sees_each_question(small_plan: EvaluationPlan) -> None:

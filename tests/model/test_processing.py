@@ -10,6 +10,7 @@ from transformers import AutoImageProcessor, AutoProcessor
 
 from florence_vl.model.configuration import FlorenceVLConfig
 from florence_vl.model.image_processing import FlorenceVLImageProcessor
+from florence_vl.model.loading import load_model
 from florence_vl.model.processing import BREAK, FlorenceVLProcessor, ImageTokenRule
 from florence_vl.model.tiny import tiny_config, tiny_model, tiny_processor, tiny_tokenizer
 
@@ -340,3 +341,25 @@ def test_tools_are_rendered_or_refused():
         "{% for c in m.tool_calls or [] %}[{{ c.function.name }}]{% endfor %};{% endfor %}{{ tools | length }}"
     )
     assert processor.apply_chat_template([*chat, call], template, tools=[tool]) == "user:Look.;assistant:[look];1"
+
+
+@pytest.mark.parametrize("typed", ["word ", "<|im_end|> word "])  # with and without marks that are taken out again
+@pytest.mark.parametrize("tensors", [None, "pt"])
+def test_prompts_longer_than_the_context_are_refused_with_both_numbers(processor, typed, tensors):
+    assert processor.context_length == 1024
+    short = [{"role": "user", "content": "word"}]
+    long = [{"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": typed * 400}]}]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": tensors, "padding": True}
+    with pytest.raises(ValueError, match=r"prompt 1 has \d{4} tokens \(4 of images\).*context of this model is 1024"):
+        processor.apply_chat_template([short, long], **options)
+    cut = processor(text="word " * 800, truncation=True, max_length=1024)
+    assert len(cut["input_ids"][0]) == 1024
+
+
+def test_the_context_is_saved_and_taken_from_the_model_where_it_was_not(tmp_path):
+    model, processor = tiny_model()
+    processor.context_length = None
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert FlorenceVLProcessor.from_pretrained(tmp_path).context_length is None
+    assert load_model(tmp_path)[1].context_length == 1024

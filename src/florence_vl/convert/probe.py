@@ -187,6 +187,7 @@ def set_reading(model: Any, processor: Any, reading: Reading) -> Any:
         chat_template=with_lead(built, lead),
         image_token=processor.image_token,
         image_token_rule=ImageTokenRule.from_config(config),
+        context_length=config.context_length,
     )
 
 

@@ -227,6 +227,7 @@ class ReleasedProcessor:
             chat_template=self._chat_template,
             image_token=token,
             image_token_rule=ImageTokenRule.from_config(config),
+            context_length=config.context_length,
         )
         if processor.image_token_id != config.image_token_id:
             raise ValueError(

@@ -67,7 +67,8 @@ class RecordEncoder:
     Args:
         processor: The model's.
         template: Name in `CHAT_TEMPLATES`; None takes the processor's own chat template.
-        max_length: Longest sample, tokens, image tokens included; None for no limit.
+        max_length: Longest sample, tokens, image tokens included; None for no limit but the LLM's context, which
+            the processor names.
         on_long: What happens to a longer one. `error`: ValueError. `drop`: BadRecord of kind "too_long", for the caller
             to count. `truncate_turns`: its last turns are dropped, with their images, until it fits; BadRecord if the
             first turn alone does not. An image is never cut.
@@ -96,7 +97,10 @@ class RecordEncoder:
                 "number of tokens, and the encoder counts one number for all. Set it to pad or squash"
             )
         self.processor = processor
-        self.max_length = max_length
+        context = processor.context_length
+        self.max_length, self._limit = max_length, f"max_length={max_length}"
+        if context is not None and (max_length is None or context < max_length):
+            self.max_length, self._limit = context, f"the context of the LLM, {context} tokens"
         self.on_long = on_long
         if template is not None:
             self.template = CHAT_TEMPLATES[template].build(
@@ -144,9 +148,9 @@ class RecordEncoder:
             )
         ids, mask = self._encode(messages, name)
         while self.max_length is not None and len(ids) > self.max_length:
-            text = f"{name} has {len(ids)} tokens, more than max_length={self.max_length}"
+            text = f"{name} has {len(ids)} tokens, more than {self._limit}"
             if self.on_long == "error":
-                raise ValueError(f"{text}. Raise max_length, or set on_long to drop or truncate_turns")
+                raise ValueError(f"{text}. Shorten it, or set on_long to drop or truncate_turns")
             shorter = _without_last_turn(messages) if self.on_long == "truncate_turns" else None
             if shorter is None:
                 raise BadRecord("too_long", text)

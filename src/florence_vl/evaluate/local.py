@@ -76,6 +76,7 @@ class LocalAnswerer(Answerer):
             self.identity = {**self.identity, **resolution_settings(model, processor)}
         self._by_question = self._own and model.model.fusion.uses_context
         self._stop = _stop_ids(model, processor)
+        self._context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     def close(self) -> None:
         self._cache.clear()
@@ -84,8 +85,8 @@ class LocalAnswerer(Answerer):
     def answer(self, questions: Sequence[Question], generation: Generation) -> list[Answer]:
         """Greedy answers (sampled with a temperature above 0).
 
-        A question whose picture can't be read, or whose prompt is longer than the LLM's context, gets no answer; the
-        reason is the answer's `error`.
+        A question whose picture can't be read, or whose prompt fills the LLM's context, gets no answer; the reason is
+        the answer's `error`. An answer ends, unfinished, where the context does.
         """
         if generation.temperature > 0:  # the same batch is drawn the same way, also after a resume
             name = "/".join(f"{q.benchmark}:{q.id}" for q in questions)
@@ -122,15 +123,15 @@ class LocalAnswerer(Answerer):
         questions: Sequence[Question],
         ask: Callable[[list[Question]], list[Answer]],
     ) -> list[Answer] | None:
-        """Answers where a prompt is longer than the LLM's context: the others are asked. None where all fit."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is None or max(lengths) <= limit:
+        """Answers where a prompt fills the LLM's context: the others are asked. None where all leave room."""
+        limit = self._context
+        if limit is None or max(lengths) < limit:
             return None
-        rest = [q for q, length in zip(questions, lengths, strict=True) if length <= limit]
+        rest = [q for q, length in zip(questions, lengths, strict=True) if length < limit]
         found = iter(ask(rest) if rest else [])
-        message = "the prompt has {} tokens, images included; the LLM's context holds {}"
+        message = "the prompt has {} tokens, images included, which leaves no room in the LLM's context of {}"
         return [
-            next(found) if length <= limit else Answer("", error=message.format(length, limit)) for length in lengths
+            next(found) if length < limit else Answer("", error=message.format(length, limit)) for length in lengths
         ]
 
     # ---------------------------------------------------------------- any model
@@ -161,7 +162,7 @@ class LocalAnswerer(Answerer):
             if torch.is_tensor(value) and value.is_floating_point():
                 inputs[name] = value.to(self.model.dtype)
         out = self.model.generate(**inputs, **self._options(generation))
-        return self._read(out[:, inputs["input_ids"].shape[1] :])
+        return self._read(out[:, inputs["input_ids"].shape[1] :], lengths)
 
     # ---------------------------------------------------------------- Florence-VL
 
@@ -241,7 +242,7 @@ class LocalAnswerer(Answerer):
             ids, mask = self._pad(rows)
             inputs = {"input_ids": ids, "attention_mask": mask}
             out = self.model.generate(**inputs, **_encoded(images), **self._options(generation))
-            return self._read(out[:, ids.shape[1] :])
+            return self._read(out[:, ids.shape[1] :], lengths)
         firsts = [questions[members[0]] for members in groups.values()]
         heads_GP, mask_GP = self._pad([rows[m[0]][:n] for m, n in zip(groups.values(), prefixes, strict=True)])
         images = [features[self._key(q, i)] for q in firsts for i in range(len(q.images))]
@@ -268,7 +269,8 @@ class LocalAnswerer(Answerer):
             out = self.model.generate(
                 input_ids=ids, attention_mask=mask, past_key_values=own, **self._options(generation)
             )
-            answers |= dict(zip(part, self._read(out[:, ids.shape[1] :]), strict=True))
+            found = self._read(out[:, ids.shape[1] :], [lengths[i] for i in part])
+            answers |= dict(zip(part, found, strict=True))
         return [answers[i] for i in range(len(questions))]
 
     def _common(self, question: Question, rows: list[list[int]]) -> int:
@@ -305,10 +307,13 @@ class LocalAnswerer(Answerer):
             return options | {"do_sample": True, "temperature": generation.temperature, "top_p": 1.0, "top_k": 0}
         return options | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
-    def _read(self, generated: Tensor) -> list[Answer]:
+    def _read(self, generated: Tensor, lengths: Sequence[int]) -> list[Answer]:
+        """Answers in the generated ids (B, T) to prompts of these lengths, tokens."""
         stop = set(self._stop)
         answers = []
-        for row in generated.tolist():
+        for row, length in zip(generated.tolist(), lengths, strict=True):
+            if self._context is not None:
+                row = row[: self._context - length]
             end = next((i for i, token in enumerate(row) if token in stop), None)
             kept = row if end is None else row[:end]
             text = self.processor.tokenizer.decode(kept, skip_special_tokens=True)

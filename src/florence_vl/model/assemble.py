@@ -129,12 +129,13 @@ def build_model(
         tokenizer=tokenizer,
         image_token=image_token,
         image_token_rule=ImageTokenRule.from_config(config),
+        context_length=config.context_length,
         question_context=model.model.fusion.uses_context,
         chat_template=template.build(tokenizer, image_token=image_token, **(build.chat_template_options or {})),
     )
     size = processor.image_processor.size
     tokens = model.num_image_tokens(size.height, size.width)  # refuses a size that the tower can't take
-    context = getattr(config.text_config, "max_position_embeddings", None)
+    context = config.context_length
     if context is not None and tokens >= context:
         raise ValueError(
             f"an image of {size.height}x{size.width} pixels takes {tokens} tokens, but the context of {llm} has "

@@ -226,6 +226,11 @@ class FlorenceVLConfig(PreTrainedConfig):
         return {"context_dim": self.text_config.hidden_size, "context": "question", **(self.gate or {})}
 
     @property
+    def context_length(self) -> int | None:
+        """Tokens that the LLM's context holds, image tokens included; None where its config names no limit."""
+        return getattr(self.text_config, "max_position_embeddings", None)
+
+    @property
     def trained_grid(self) -> tuple[int, int] | None:
         """The grid that position tables are resampled from; None with absolute positions."""
         return (self.position_grid or FLORENCE2_GRID) if self.positions == "resampled" else None

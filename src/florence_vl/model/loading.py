@@ -99,4 +99,5 @@ def load_model(
     torch_dtype = wanted if wanted == "auto" else getattr(torch, wanted)
     processor = FlorenceVLProcessor.from_pretrained(folder)
     loaded = load_whole(FlorenceVLForConditionalGeneration, folder, dtype=torch_dtype, **options)
+    processor.context_length = loaded.config.context_length  # not in the files that earlier versions saved
     return loaded.to(place).eval(), processor

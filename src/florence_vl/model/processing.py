@@ -107,6 +107,7 @@ class FlorenceVLProcessor(ProcessorMixin):
         image_token_rule: Counts the tokens of an image; an `ImageTokenRule` or its dict. Florence-2's 576 at 768 px by
             default.
         question_context: Also return `question_ids` and `question_mask` for a fusion that depends on the question.
+        context_length: Tokens that the LLM's context holds; longer prompts are refused. None is without limit.
 
     Raises:
         ValueError: The tokenizer has no such image token or is not a fast one.
@@ -120,6 +121,7 @@ class FlorenceVLProcessor(ProcessorMixin):
         image_token: str = "<image>",
         image_token_rule: ImageTokenRule | Mapping[str, Any] | None = None,
         question_context: bool = False,
+        context_length: int | None = None,
         **kwargs: Any,
     ) -> None:
         if tokenizer is None or image_processor is None:
@@ -141,6 +143,7 @@ class FlorenceVLProcessor(ProcessorMixin):
             rule = ImageTokenRule(**{**rule, "convolutions": tuple(tuple(c) for c in rule["convolutions"])})
         self._rule = rule
         self.question_context = question_context
+        self.context_length = context_length
         self.image_token_rule = asdict(rule)
         self._control_patterns: dict[str, re.Pattern[str]] = {}
         tokenizer.padding_side = tokenizer.init_kwargs.get("padding_side", "left")
@@ -397,14 +400,31 @@ class FlorenceVLProcessor(ProcessorMixin):
             `input_ids`, `attention_mask` and, with images, `pixel_values` (n, 3, H, W).
 
         Raises:
-            ValueError: The counts of placeholders and images differ, or truncation would cut an image.
+            ValueError: The counts of placeholders and images differ, truncation would cut an image, or a prompt is
+                longer than the LLM's context.
         """
         if "add_special_tokens" not in kwargs.get("text_kwargs", {}):
             kwargs.setdefault("add_special_tokens", False)
         texts = [text] if isinstance(text, str) else text
-        if not texts or not any(isinstance(item, str) and BREAK in item for item in texts):
-            return super().__call__(images=images, text=text, **kwargs)
-        return self._call_without_breaks(images, list(texts), kwargs)
+        if texts and any(isinstance(item, str) and BREAK in item for item in texts):
+            out = self._call_without_breaks(images, list(texts), kwargs)
+        else:
+            out = super().__call__(images=images, text=text, **kwargs)
+        self._check_context(out)
+        return out
+
+    def _check_context(self, out: BatchFeature) -> None:
+        if self.context_length is None or "input_ids" not in out:
+            return
+        mask = out.get("attention_mask")
+        lengths = map(len, out["input_ids"]) if mask is None else (int(sum(row)) for row in mask)
+        for index, length in enumerate(lengths):
+            if length > self.context_length:
+                images = sum(int(token) == self.image_token_id for token in out["input_ids"][index])
+                raise ValueError(
+                    f"prompt {index} has {length} tokens ({images} of images), but the context of this model is "
+                    f"{self.context_length} tokens: shorten it, or give fewer images"
+                )
 
     def _call_without_breaks(self, images: Any, texts: list[str], kwargs: dict[str, Any]) -> BatchFeature:
         # The tokenizer sees the breaks, so padding, truncation and conversion to tensors have to wait until they left.

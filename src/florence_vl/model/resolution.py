@@ -101,7 +101,7 @@ def set_resolution(
     images.check()
     height, width = images.output_size(images.size["height"], images.size["width"])
     tokens = model.num_image_tokens(height, width)
-    context = getattr(model.config.text_config, "max_position_embeddings", None)
+    context = model.config.context_length
     if context is not None and tokens >= context:
         raise ValueError(f"an image takes {tokens} tokens at that resolution, but the LLM's context has {context}")
 

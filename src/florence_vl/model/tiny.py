@@ -183,6 +183,7 @@ def tiny_processor(
         chat_template=CHAT_TEMPLATES[template].build(tokenizer, "<image>", **options),
         image_token="<image>",
         image_token_rule=ImageTokenRule.from_config(config),
+        context_length=config.context_length,
         question_context=config.fusion_options.get("context") == "question",
     )
 
