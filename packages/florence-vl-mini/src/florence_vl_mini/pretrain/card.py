@@ -12,8 +12,8 @@ CARD = (
     HEAD.format(library="transformers", tags="florence-2, davit, synthetic")
     + """# Mini Florence-2
 
-A Florence-2 with {parameters:.1f} M parameters in transformers' classes, pretrained from scratch on synthetic pictures for
-florence-vl's offline use. It has the structure of Florence-2, and its prompts are worded as in Florence-2. It was
+A Florence-2 with {parameters:.1f} M parameters in transformers' classes, pretrained from scratch on synthetic pictures
+for florence-vl's offline use. It has the structure of Florence-2, and its prompts are worded as in Florence-2. It was
 trained on a few hundred kinds of objects in pictures of {size} px. It does not replace Florence-2, and it does not
 understand photographs.
 
@@ -33,8 +33,8 @@ picture.
 
 ## Training
 
-{steps:,} steps of {images} images with {tasks} tasks each: {seen:,} pictures, each seen once. {optimizer}, learning rate
-{rate:g}, weight decay {decay:g}, {precision}, exponential moving average of the weights ({ema:g}). In addition to the
+{steps:,} steps of {images} images with {tasks} tasks each: {seen:,} pictures, each seen once. {optimizer}, learning
+rate {rate:g}, weight decay {decay:g}, {precision}, exponential moving average of the weights ({ema:g}). In addition to the
 seq2seq loss, an auxiliary loss predicts the content of each cell of the image grid from the image tokens
 (`florence_vl_mini.pretrain.grid`, weight {grid:g}). Box corners are on a grid of {bins}. {note}
 
@@ -110,7 +110,7 @@ def model_card(report: dict[str, Any], run: dict[str, Any], parameters: float, n
         images=config["images_per_step"],
         tasks=config["tasks_per_image"],
         seen=run["step"] * config["images_per_step"],
-        optimizer={"adamw": "AdamW", "muon": "Muon (linear layers) and AdamW (all other parameters)"}[config["optimizer"]],
+        optimizer={"adamw": "AdamW", "muon": "Muon (linear layers) and AdamW (others)"}[config["optimizer"]],
         rate=config["learning_rate"],
         decay=config["weight_decay"],
         precision=config["precision"],
