@@ -34,8 +34,8 @@ picture.
 ## Training
 
 {steps:,} steps of {images} images with {tasks} tasks each: {seen:,} pictures, each seen once. {optimizer}, learning
-rate {rate:g}, weight decay {decay:g}, {precision}, exponential moving average of the weights ({ema:g}). In addition to the
-seq2seq loss, an auxiliary loss predicts the content of each cell of the image grid from the image tokens
+rate {rate:g}, weight decay {decay:g}, {precision}, exponential moving average of the weights ({ema:g}). In addition to
+the seq2seq loss, an auxiliary loss predicts the content of each cell of the image grid from the image tokens
 (`florence_vl_mini.pretrain.grid`, weight {grid:g}). Box corners are on a grid of {bins}. {note}
 
 ## Scores
