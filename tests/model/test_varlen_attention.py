@@ -7,10 +7,11 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import create_mask
 from transformers import AutoConfig, AutoModelForCausalLM, modeling_flash_attention_utils
 
 from florence_vl.model.tiny import tiny_model
-from florence_vl.model.varlen_attention import SDPA_VARLEN, sample_bounds
+from florence_vl.model.varlen_attention import SDPA_VARLEN, row_spans, tree_mask
 
 LLMS = ["llama", "qwen2", "qwen3", "phi3", "mistral"]
 
@@ -22,9 +23,16 @@ def language_model(kind: str):
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **heads, sliding_window=5))
 
 
-def test_bounds_of_samples():
+def test_spans_of_samples_and_trees():
     positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])
-    assert sample_bounds(positions) == [[0, 3, 5, 6], [0, 6]]
+    assert row_spans(positions) == [[(0, 3, 0, 0), (3, 5, 3, 3), (5, 6, 5, 5)], [(0, 6, 0, 0)]]
+    positions = torch.tensor([[0, 0, 1, 2, 3, 2, 2, 0, 1]])
+    branches = torch.tensor([[0, 0, 0, 1, 1, 2, 3, 0, 0]])
+    trunk = (1, 3)
+    spans = [(0, 1, 0, 0), (1, 3, 1, 1), (3, 5, *trunk), (5, 6, *trunk), (6, 7, *trunk), (7, 9, 7, 7)]
+    assert row_spans(positions, branches) == [spans]
+    with pytest.raises(ValueError, match="branch_ids, which say what belongs to which branch, are missing"):
+        row_spans(positions)
 
 
 @pytest.mark.parametrize("kind", LLMS)
@@ -120,8 +128,139 @@ def test_samples_of_any_number_of_rows_are_isolated_with_every_backend(name, row
         packed = model(tokens, position_ids=positions).logits
         assert set(called) <= {"varlen"}
         model.set_attn_implementation({"text_config": "eager"})
-        for row, bounds in enumerate(sample_bounds(positions)):
-            for start, end in itertools.pairwise(bounds):
+        for row, spans in enumerate(row_spans(positions)):
+            for start, end, *_ in spans:
                 alone = model(tokens[row : row + 1, start:end]).logits[0]
                 torch.testing.assert_close(packed[row, start:end], alone, rtol=1e-4, atol=1e-5)
     assert bool(called) == (name == "flash_attention_2")
+
+
+# A row with a plain sample, a tree of three branches, a tree of two and padding; another of one tree.
+TREE_ROWS = [[(3,), (4, 5, 1, 3), (2, 2, 2), (1,)], [(6, 8, 9)]]
+
+
+def tree_rows(layout=TREE_ROWS):
+    """(tokens, positions, branches) of rows, and for each sequence that stands for a sample: row and its columns."""
+    generator = torch.Generator().manual_seed(3)
+    tokens, positions, branches, samples = [], [], [], []
+    for row, trees in enumerate(layout):
+        position, branch, start = [], [], 0
+        for trunk, *parts in trees:
+            columns = list(range(start, start + trunk))
+            position += range(trunk)
+            branch += [0] * trunk
+            start += trunk
+            for number, length in enumerate(parts, start=1):
+                samples.append((row, [*columns, *range(start, start + length)]))
+                position += range(trunk, trunk + length)
+                branch += [number] * length
+                start += length
+            if not parts:
+                samples.append((row, columns))
+        tokens.append(torch.randint(4, 64, (start,), generator=generator))
+        positions.append(torch.tensor(position))
+        branches.append(torch.tensor(branch))
+    return *(torch.stack(rows) for rows in (tokens, positions, branches)), samples
+
+
+def tree_model(kind):
+    """A tiny Florence-VL with an LLM of a family; its windows, where it has any, are shorter than a sample."""
+    text = language_model(kind).config.to_dict()
+    if kind == "llama":
+        del text["sliding_window"]
+    elif kind in ("qwen2", "gemma2"):
+        text |= {
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+        }
+    model, _ = tiny_model(text_config=text)
+    return model
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [*itertools.product(LLMS, ["eager", "sdpa", SDPA_VARLEN]), ("gemma2", "eager")]
+)
+def test_trees_are_the_same_pairs_as_separate_samples(kind, name):
+    model = tree_model(kind)
+    tokens, positions, branches, samples = tree_rows()
+    inner = (branches > 0) & torch.cat([torch.zeros(2, 1, dtype=torch.bool), branches.diff(dim=-1) == 0], dim=-1)
+    inner[0, 1:3] = True  # the plain sample
+    labels = torch.where(inner, tokens, -100)  # nothing in a trunk, nor what would be predicted from it
+    items = int(inner.sum())
+    model.set_attn_implementation({"text_config": "eager"})
+    expected_loss = torch.zeros(())
+    expected_logits = {}
+    for number, (row, columns) in enumerate(samples):
+        out = model(tokens[row : row + 1, columns], labels=labels[row : row + 1, columns], num_items_in_batch=items)
+        out.loss.backward()
+        expected_loss += out.loss.detach()
+        expected_logits[number] = out.logits.detach()[0]
+    expected = gradients(model)
+    model.zero_grad()
+    model.set_attn_implementation({"text_config": name})
+    found = model(tokens, position_ids=positions, branch_ids=branches, labels=labels, num_items_in_batch=items)
+    found.loss.backward()
+    torch.testing.assert_close(found.loss.detach(), expected_loss)
+    for number, (row, columns) in enumerate(samples):
+        torch.testing.assert_close(found.logits[row, columns], expected_logits[number], rtol=1e-4, atol=1e-5)
+    assert gradients(model).keys() == expected.keys()
+    for parameter, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[parameter], rtol=1e-4, atol=1e-6, msg=parameter)
+
+
+@pytest.mark.parametrize("name", ["sdpa", SDPA_VARLEN])
+def test_a_changed_branch_leaves_the_others_unchanged(name):
+    model = tree_model("llama")
+    model.set_attn_implementation({"text_config": name})
+    tokens, positions, branches, _ = tree_rows()
+    changed = (branches == 2) & (positions >= 6)  # in row 1 alone
+    others = ~changed & ~((branches == 2) & (torch.arange(2)[:, None] == 1))
+    found = []
+    for text in (tokens, torch.where(changed, 63 - tokens, tokens)):
+        embeddings = model.get_input_embeddings()(text).detach().requires_grad_()
+        logits = model(inputs_embeds=embeddings, position_ids=positions, branch_ids=branches).logits
+        logits[others].square().sum().backward()
+        found.append((logits.detach(), embeddings.grad))
+    (before, gradient), (after, gradient_after) = found
+    assert torch.equal(before[others], after[others])
+    assert not torch.allclose(before[changed], after[changed])
+    assert torch.equal(gradient[others], gradient_after[others])
+    assert (gradient[changed] == 0).all()
+    assert (gradient[1, :6] != 0).any()  # the trunk learns from every branch
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+def test_the_block_mask_of_flex_attention_is_the_dense_mask(kind, monkeypatch):
+    config = tree_model(kind).model.language_model.config
+    _, *rows, _ = tree_rows()
+    found = {}
+    monkeypatch.setattr("transformers.masking_utils.create_block_mask", lambda mask_mod, **sizes: mask_mod)
+    for config._attn_implementation in ("sdpa", "flex_attention"):
+        mask = tree_mask(config, torch.zeros(2, 23, 1), *rows)
+        found[config._attn_implementation] = mask if isinstance(mask, dict) else {"all": mask}
+    assert len(found["sdpa"]) == (2 if kind == "qwen2" else 1)
+    for layers, dense in found["sdpa"].items():
+        assert torch.equal(create_mask(found["flex_attention"][layers], 2, 1, 23, 23, "cpu"), dense)
+
+
+def test_what_cannot_compute_trees_is_refused(monkeypatch):
+    model = tree_model("llama")
+    tokens, positions, branches, _ = tree_rows()
+    with pytest.raises(ValueError, match="branch_ids are for packed rows"):
+        model(tokens, attention_mask=torch.ones_like(tokens), position_ids=positions, branch_ids=branches)
+    with pytest.raises(ValueError, match="branch_ids are for packed rows"):
+        model(tokens, branch_ids=branches)
+    config = model.model.language_model.config
+    config.layer_types = ["linear_attention", "full_attention"]
+    with pytest.raises(ValueError, match=r"this one \(llama\) has layers of the kind linear_attention"):
+        model(tokens, position_ids=positions, branch_ids=branches)
+    config.layer_types = None
+    called = implement(model, "flash_attention_2", monkeypatch)
+    with pytest.raises(ValueError, match="can't be computed by the attention 'flash_attention_2': set attn_impl"):
+        model(tokens, position_ids=positions, branch_ids=branches)
+    assert not called

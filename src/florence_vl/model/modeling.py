@@ -27,7 +27,7 @@ from florence_vl.model.fusion import build_fusion, merge_tokens
 from florence_vl.model.fusion.gated import GatedFusion, ZeroLinear
 from florence_vl.model.projector import Projector
 from florence_vl.model.towers import TOWERS, Florence2Tower
-from florence_vl.model.varlen_attention import flash_bounds
+from florence_vl.model.varlen_attention import SDPA_VARLEN, flash_bounds, tree_mask
 from florence_vl.model.views import FeatureFill
 
 Part = Literal["tower", "projector", "llm"]
@@ -377,6 +377,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         question_mask: Tensor | None = None,
         feature_mask: Tensor | None = None,
         mm_encoder_outputs: dict[str, FlorenceVLImageFeatures] | None = None,
+        branch_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> FlorenceVLModelOutputWithPast:
         """Run tower, fusion, projector and LLM.
@@ -393,11 +394,12 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
             question_mask: (I, Q).
             feature_mask: (I, F).
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`.
+            branch_ids: (B, L), for packed rows with message trees; see `florence_vl.model.varlen_attention`.
             **kwargs: Passed on to the LLM.
 
         Raises:
-            ValueError: Not exactly one of `input_ids` and `inputs_embeds`, both kinds of image input, or as many
-                placeholders as don't fit the images.
+            ValueError: Not exactly one of `input_ids` and `inputs_embeds`, both kinds of image input, as many
+                placeholders as don't fit the images, or trees that the LLM's attention can't compute.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
@@ -417,10 +419,19 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
             image_tokens = image_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
             mask_BL1 = self.get_placeholder_mask(input_ids, inputs_embeds, image_tokens)
             inputs_embeds = inputs_embeds.masked_scatter(mask_BL1, image_tokens)
-        if past_key_values is None and attention_mask is None and position_ids is not None:
-            # Packed rows: with a cache transformers drops the block mask and samples would see each other.
+        packed = past_key_values is None and attention_mask is None and position_ids is not None
+        if branch_ids is not None and not packed:
+            raise ValueError("branch_ids are for packed rows: with position_ids, without attention_mask and cache")
+        if packed:
+            assert position_ids is not None
+            # with a cache transformers drops the block mask and samples would see each other
             kwargs.setdefault("use_cache", False)
-            if is_flash_attention_requested(self.language_model.config) and "cu_seq_lens_q" not in kwargs:
+            if branch_ids is not None:
+                config = self.language_model.config
+                attention_mask = tree_mask(config, inputs_embeds, position_ids, branch_ids)
+                if config._attn_implementation == SDPA_VARLEN:
+                    kwargs["branch_ids"] = branch_ids
+            elif is_flash_attention_requested(self.language_model.config) and "cu_seq_lens_q" not in kwargs:
                 kwargs.update(flash_bounds(position_ids.expand(inputs_embeds.shape[0], -1)))
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -541,9 +552,10 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
             feature_mask: (I, F).
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`.
             return_dict: `False` returns a tuple.
-            **kwargs: Passed on to the LLM, except `shift_labels`: (B, L) labels that are already shifted, as context
-                parallelism gives them, instead of `labels` or beside them. Not named in the signature, because
-                transformers' Trainer would then expect it in every evaluation batch.
+            **kwargs: Passed on to `FlorenceVLModel.forward` (`branch_ids`) and to the LLM, except `shift_labels`:
+                (B, L) labels that are already shifted, as context parallelism gives them, instead of `labels` or
+                beside them. Not named in the signature, because transformers' Trainer would then expect it in every
+                evaluation batch.
 
         Returns:
             Loss, logits, cache, hidden states, attentions and projected image tokens, as far as they were asked for.

@@ -4,21 +4,28 @@ Under `sdpa` transformers gives packed rows a dense (L, L) block mask, and PyTor
 a row seven eighths for nothing, and with a mask it can't leave out the future either. Here every sample is one causal
 call without a mask. Everything else (padding, cached decoding, sliding windows) is transformers' `sdpa`, to the letter.
 
+A sample can also be a tree: a trunk (the picture) and branches behind it (questions with their answers), each of which
+sees the trunk and itself only. `branch_ids` (B, L) tell them apart: 0 in the trunk and in samples without branches, and
+1, 2, ... in the branches of a tree, whose positions all go on behind the trunk. `tree_mask` is the mask of such rows.
+
 Shape letters: B rows, A heads, L tokens of a row, D width of a head.
 """
 
 from __future__ import annotations
 
-import itertools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 SDPA_VARLEN = "sdpa_varlen"
+
+TREE_ATTENTION = ("eager", "flex_attention", "sdpa", SDPA_VARLEN)
+"""Attention implementations that can compute trees."""
 
 
 def sdpa_varlen_mask(
@@ -52,15 +59,127 @@ def sdpa_varlen_mask(
     )
 
 
-def sample_bounds(position_ids: Tensor) -> list[list[int]]:
-    """Where each row's samples begin, and the row's end: a sample begins where positions don't go on by one.
+class Span(NamedTuple):
+    """Consecutive tokens of a row that see each other causally, and the trunk before them.
+
+    Attributes:
+        start: First token.
+        end: Behind the last token.
+        trunk_start: First token of the trunk that they see too.
+        trunk_end: Behind the trunk's last token; `trunk_start` for what sees itself only (samples, trunks).
+    """
+
+    start: int
+    end: int
+    trunk_start: int
+    trunk_end: int
+
+
+def row_spans(position_ids: Tensor, branch_ids: Tensor | None = None) -> list[list[Span]]:
+    """The spans of each row. A sample begins where positions don't go on by one, a branch where its number changes.
 
     Args:
         position_ids: (B, L).
+        branch_ids: (B, L); None for rows without trees.
+
+    Raises:
+        ValueError: Positions go back, but not to 0, and there are no `branch_ids`.
     """
-    begins = torch.ones_like(position_ids, dtype=torch.bool)
-    begins[:, 1:] = position_ids.diff(dim=-1) != 1
-    return [[*row.nonzero()[:, 0].tolist(), row.numel()] for row in begins]
+    branches_BL = torch.zeros_like(position_ids) if branch_ids is None else branch_ids
+    begins_BL = torch.ones_like(position_ids, dtype=torch.bool)
+    begins_BL[:, 1:] = (position_ids.diff(dim=-1) != 1) | (branches_BL.diff(dim=-1) != 0)
+    if branch_ids is None and ((position_ids[:, 1:] > 0) & (position_ids.diff(dim=-1) < 1)).any():
+        raise ValueError(
+            "positions go back, but not to 0, as those of message trees do; branch_ids, which say what belongs to "
+            "which branch, are missing or were not passed on by the LLM"
+        )
+    rows = []
+    for begins_L, branches_L in zip(begins_BL, branches_BL, strict=True):
+        starts = begins_L.nonzero()[:, 0]
+        spans: list[Span] = []
+        trunk = (0, 0)
+        ends = [*starts[1:].tolist(), begins_L.numel()]
+        for start, end, branch in zip(starts.tolist(), ends, branches_L[starts].tolist(), strict=True):
+            spans.append(Span(start, end, *(trunk if branch else (start, start))))
+            trunk = trunk if branch else (start, end)
+        rows.append(spans)
+    return rows
+
+
+def tree_mask_function(
+    position_ids: Tensor, branch_ids: Tensor, window: int | None = None
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Which key a query sees in rows with trees, in the form of transformers' mask functions and of flex attention.
+
+    Args:
+        position_ids: (B, L).
+        branch_ids: (B, L).
+        window: Size of a sliding window, positions; None for full attention.
+    """
+    begins_BL = torch.ones_like(position_ids, dtype=torch.bool)
+    begins_BL[:, 1:] = (position_ids.diff(dim=-1) != 1) & (branch_ids[:, 1:] == 0)
+    sample_BL = begins_BL.cumsum(-1)
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        branch = branch_ids[batch, key]
+        seen = (key <= query) & (sample_BL[batch, key] == sample_BL[batch, query])
+        seen = seen & ((branch == 0) | (branch == branch_ids[batch, query]))
+        return seen if window is None else seen & (position_ids[batch, query] - position_ids[batch, key] < window)
+
+    return sees
+
+
+def tree_mask(config: PreTrainedConfig, inputs_embeds: Tensor, position_ids: Tensor, branch_ids: Tensor) -> Any:
+    """The `attention_mask` of rows with trees, for an LLM's forward.
+
+    Args:
+        config: The LLM's.
+        inputs_embeds: (B, L, H).
+        position_ids: (B, L).
+        branch_ids: (B, L).
+
+    Returns:
+        What the attention implementation takes: (B, 1, L, L) or a `BlockMask`, or None where `sdpa_varlen` reads
+        `branch_ids` itself; a dict of these by kind of layer for an LLM with layers of several kinds.
+
+    Raises:
+        ValueError: The attention implementation, or the LLM's kind of layer, can't compute trees.
+    """
+    name = config._attn_implementation
+    if name not in TREE_ATTENTION:
+        raise ValueError(
+            f"rows with message trees (branch_ids) can't be computed by the attention {name!r}: set "
+            f"attn_implementation of text_config to {', '.join(TREE_ATTENTION)}, or lay the data out without trees"
+        )
+    sliding = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if sliding else "full_attention"])
+    if unknown := kinds - {"full_attention", "sliding_attention"}:
+        raise ValueError(
+            f"message trees (branch_ids) need an LLM of attention layers; this one ({config.model_type}) has layers of "
+            f"the kind {', '.join(sorted(unknown))}, which would carry one branch into the next"
+        )
+
+    def mask(kind: str) -> Any:
+        window = sliding if kind == "sliding_attention" else None
+        if name == SDPA_VARLEN and window is None:
+            return None
+        make = sdpa_mask if name == SDPA_VARLEN else ALL_MASK_ATTENTION_FUNCTIONS[name]
+        rows, length = inputs_embeds.shape[:2]
+        return make(
+            batch_size=rows,
+            q_length=length,
+            kv_length=length,
+            q_offset=0,
+            kv_offset=0,
+            mask_function=tree_mask_function(position_ids.expand_as(branch_ids), branch_ids, window),
+            allow_is_causal_skip=False,
+            dtype=inputs_embeds.dtype,
+            device=inputs_embeds.device,
+            config=config,
+        )
+
+    masks = {kind: mask(kind) for kind in sorted(kinds)}
+    return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
 def flash_bounds(position_ids: Tensor) -> dict[str, Any]:
@@ -87,9 +206,10 @@ def sdpa_varlen(
     value: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None = None,
+    branch_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers; packed rows are those with several samples and no mask.
+    """An attention function of transformers; packed rows are those with several samples or a tree, and no mask.
 
     Args:
         module: The attention layer.
@@ -98,6 +218,7 @@ def sdpa_varlen(
         value: Like `key`.
         attention_mask: None for packed rows.
         position_ids: (B or 1, L), restarting with each sample.
+        branch_ids: (B, L), for rows with trees.
         **kwargs: As for `sdpa`.
 
     Returns:
@@ -106,17 +227,23 @@ def sdpa_varlen(
     packed = None
     if attention_mask is None and query.shape[2] == key.shape[2] > 1:
         assert position_ids is not None, "this LLM hides the positions from its attention; use attn_implementation sdpa"
-        packed = sample_bounds(position_ids.expand(query.shape[0], -1))
-    if packed is None or all(len(bounds) == 2 for bounds in packed):
+        packed = row_spans(position_ids.expand(query.shape[0], -1), branch_ids)
+    if packed is None or all(len(spans) == 1 for spans in packed):
         return sdpa_attention_forward(module, query, key, value, attention_mask, position_ids=position_ids, **kwargs)
     rows = []
-    for index, bounds in enumerate(packed):
-        row = [tensor[index : index + 1] for tensor in (query, key, value)]
-        samples = []
-        for start, end in itertools.pairwise(bounds):
-            q, k, v = (tensor[:, :, start:end] for tensor in row)
-            samples.append(sdpa_attention_forward(module, q, k, v, None, **kwargs)[0])
-        rows.append(torch.cat(samples, dim=1))
+    for index, spans in enumerate(packed):
+        q_row, k_row, v_row = (tensor[index : index + 1] for tensor in (query, key, value))
+        found = []
+        for start, end, trunk_start, trunk_end in spans:
+            k, v = k_row[:, :, start:end], v_row[:, :, start:end]
+            mask = None
+            if trunk := trunk_end - trunk_start:
+                k, v = (
+                    torch.cat([row[:, :, trunk_start:trunk_end], own], dim=2) for row, own in ((k_row, k), (v_row, v))
+                )
+                mask = torch.ones(1, 1, end - start, k.shape[2], dtype=torch.bool, device=k.device).tril(trunk)
+            found.append(sdpa_attention_forward(module, q_row[:, :, start:end], k, v, mask, **kwargs)[0])
+        rows.append(torch.cat(found, dim=1))
     return torch.cat(rows), None
 
 
@@ -126,4 +253,15 @@ def register_attention() -> None:
     AttentionMaskInterface.register(SDPA_VARLEN, sdpa_varlen_mask)
 
 
-__all__ = ["SDPA_VARLEN", "flash_bounds", "register_attention", "sample_bounds", "sdpa_varlen", "sdpa_varlen_mask"]
+__all__ = [
+    "SDPA_VARLEN",
+    "TREE_ATTENTION",
+    "Span",
+    "flash_bounds",
+    "register_attention",
+    "row_spans",
+    "sdpa_varlen",
+    "sdpa_varlen_mask",
+    "tree_mask",
+    "tree_mask_function",
+]
