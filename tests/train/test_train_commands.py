@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -113,15 +116,11 @@ def test_trackers_hear_of_every_metric(
 
 
 def test_idle_threads_do_not_spin_for_long_unless_the_user_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
-    from florence_vl.cli.main import main
-
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.setenv(name, "")  # so that both are put back
         monkeypatch.delenv(name)
     main(["--version"])
-    assert os.environ["GOMP_SPINCOUNT"] == "30000"
+    assert os.environ["GOMP_SPINCOUNT"] == "10000"
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     main(["--version"])
     assert os.environ["GOMP_SPINCOUNT"] == "7"
@@ -129,3 +128,19 @@ def test_idle_threads_do_not_spin_for_long_unless_the_user_says_so(monkeypatch: 
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     main(["--version"])
     assert "GOMP_SPINCOUNT" not in os.environ
+
+
+def test_openmp_takes_the_spin_count_that_the_command_sets() -> None:
+    code = "import florence_vl.cli.main as cli; cli.main(['--version']); import torch; torch.ones(1)"
+    kept = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        env=kept | {"OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    ).stderr
+    if "GOMP_SPINCOUNT" not in said:
+        pytest.skip("this torch has another OpenMP than GNU's")
+    assert "GOMP_SPINCOUNT = '10000'" in said

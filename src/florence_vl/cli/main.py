@@ -72,6 +72,8 @@ EPILOG = """[bold]Examples[/bold]
 
   florence-vl COMMAND --help"""
 
+SPIN_COUNT = "10000"  # on an idle machine as fast as libgomp's default of 300,000
+
 # Errors that a user can fix by calling the command differently; every other exception is a failure of the run.
 USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
@@ -126,12 +128,13 @@ def build_app(called: str | None) -> typer.Typer:
 
 
 def _share_processor() -> None:
-    """Let idle OpenMP threads spin for a short time only, before torch is imported; what the user set stands.
+    """Let waiting OpenMP threads spin for a short time only, before torch is imported; what the user set stands.
 
-    By default they spin for so long that a second busy program slows a command tenfold.
+    By default they spin for so long that a second busy program slows a command several times. See
+    benchmarks/spinning.py.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
 def _quiet_libraries() -> None:
