@@ -83,9 +83,14 @@ def test_images_are_in_reading_order():
     assert torch.equal(PackedCollator(0)(rows)["pixel_values"], expected)
 
 
-def test_images_of_different_sizes_are_refused():
-    with pytest.raises(ValueError, match=r"\(3, 4, 4\).*\(3, 8, 8\)"):
-        PaddedCollator(0)([sample(5, 1, images=1), sample(5, 2, images=1, side=8)])
+def test_images_of_different_sizes_stand_in_the_top_left_corner():
+    small, large = sample(5, 1, images=2), sample(5, 2, images=1, side=8)
+    batch = PaddedCollator(0)([small, large])
+    assert batch["image_sizes"].tolist() == [[4, 4], [4, 4], [8, 8]]
+    assert torch.equal(batch["pixel_values"][:2, :, :4, :4], small.pixel_values)
+    assert torch.equal(batch["pixel_values"][2:], large.pixel_values)
+    assert not batch["pixel_values"][:2, :, 4:].any()
+    assert not batch["pixel_values"][:2, :, :, 4:].any()
 
 
 # ---------------------------------------------------------------- packed

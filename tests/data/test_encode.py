@@ -217,13 +217,6 @@ def test_threads_and_processes(processor):
     assert again(records[5]).labels.tolist() == alone[5].labels.tolist()
 
 
-def test_images_of_varying_token_counts_are_refused():
-    processor = tiny_processor()
-    processor.image_processor.image_aspect_ratio = "native"
-    with pytest.raises(ValueError, match="image_aspect_ratio='native' yet"):
-        RecordEncoder(processor)
-
-
 def test_samples_longer_than_the_context_are_refused_whatever_max_length_says(processor):
     record = Record("long", "data", turns(("word " * 400, "A")))
     for max_length in (None, 1 << 20):

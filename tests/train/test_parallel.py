@@ -12,8 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from florence_vl.model.tiny import tiny_model
+from florence_vl.train import load_recipe
 from florence_vl.train.config import ActivationCheckpointingConfig, CompileConfig, ParallelConfig
+from florence_vl.train.data import TrainingData
 from florence_vl.train.parallel import (
     apply_activation_checkpointing,
     apply_compile,
@@ -21,6 +25,7 @@ from florence_vl.train.parallel import (
     part_blocks,
     resolve_strategy,
 )
+from florence_vl.train.step import tower_calls
 from florence_vl.train.world import World
 
 BASE: dict[str, Any] = {"steps": 3, "micro": 1, "checkpoint": {"every_steps": None, "export": False}}
@@ -29,6 +34,45 @@ FROZEN_TOWER = {"tower": {"train": False}}
 
 # 317 supervised tokens in step 1, which bf16 rounds to 316
 HALF: dict[str, Any] = {"precision": "bf16", "per_step": 80, "micro": 8, "steps": 1, "optimizer": {"lr": 1e-4}}
+
+
+# Images of their own sizes, gates that depend on the question, views and features that are drawn, distillation.
+LOOKS: dict[str, Any] = {
+    "tiny_data": True,
+    "aspect": "native",
+    "options": {
+        "fusion": "gated",
+        "gate": {"context": "question"},
+        "positions": "resampled",
+        "position_grid": (2, 2),
+        "views": {"glance": {"size": 32, "features": ["davit"]}, "read": {"features": ["davit", "ocr"]}},
+    },
+    "micro_batch_size": 1,
+    "distill": 0.5,
+    "parts": {"tower": {"train": False}, "projector": {"lr": 0.03}},
+}
+
+
+def look_data(folder: Path) -> dict[str, Any]:
+    """The data section of `LOOKS`: every fourth record has no image, others one or two of several sizes."""
+    records = []
+    for index in range(20):
+        sizes = [(50 + 9 * index, 64), (40, 150)][: min(index % 4, 2)]
+        images = []
+        for number, size in enumerate(sizes):
+            images.append(f"{index}-{number}.png")
+            Image.new("RGB", size, (12 * index, 99, 10)).save(folder / images[-1])
+        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": f"What is {index}?"}]
+        answer = {"role": "assistant", "content": "red green blue"[: 3 + index % 11]}
+        records.append({"id": str(index), "images": images, "messages": [{"role": "user", "content": content}, answer]})
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return {
+        "sources": [{"path": str(folder / "data.jsonl")}],
+        "max_length": 160,
+        "packing": {"mode": "packed", "tokens_per_row": 160, "window": 8},
+        "views": {"full": 1.0, "glance": 1.0, "read": 1.0},
+        "feature_dropout": 0.3,
+    }
 
 
 def torchrun(script: str, cases: list[dict[str, Any]], processes: int = 2) -> None:
@@ -59,6 +103,10 @@ def two(tiny_run: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     case("fsdp-pure", parallel={"strategy": "fsdp"}, **HALF | {"precision": "bf16_pure"})
     case("fsdp-first", parallel={"strategy": "fsdp"}, steps=2, checkpoint={"every_steps": None, "export": False})
     case("fsdp-first", parallel={"strategy": "fsdp"}, steps=3, resume="auto")
+    looks = LOOKS | {"data": look_data(folder)}
+    case("ddp-looks", parallel={"strategy": "ddp"}, **looks)
+    case("fsdp-looks", parallel={"strategy": "fsdp"}, **looks)
+    case("fsdp-looks-all", **looks | {"parts": {}, "activation_checkpointing": {"tower": "full", "llm": "full"}})
     torchrun(str(tiny_run.__file__), cases)
     return folder
 
@@ -82,6 +130,31 @@ def test_two_processes_give_the_losses_of_one(
 def test_a_rank_without_images_does_not_hang(tiny_run: ModuleType, one: dict[str, list[float]], two: Path) -> None:
     # every second sample has no image, and with one sample a micro-batch rank 0 sees only those
     assert tiny_run.losses(two / "fsdp-text-only") == pytest.approx(one["text-only"], abs=2e-5)
+
+
+def test_images_of_all_sizes_views_and_questions_train_alike_on_one_and_two_processes(
+    tiny_run: ModuleType, two: Path, tmp_path: Path
+) -> None:
+    data = look_data(tmp_path)
+    processor = tiny_model(**LOOKS["options"])[1]
+    processor.image_processor.image_aspect_ratio = "native"
+    streams = [
+        TrainingData(load_recipe(tiny_run.recipe(tmp_path, data=data, micro_batch_size=1)), processor).batches(
+            0, rank, 2, None
+        )
+        for rank in range(2)
+    ]
+    calls = [[tower_calls(next(stream))[0] for _ in range(6)] for stream in streams]
+    assert 0 in calls[0] + calls[1], "some micro-batches have no image"
+    assert max(calls[0] + calls[1]) > 1, "some have images of several sizes"
+    assert sum(a != b for a, b in zip(*calls, strict=True)) > 1, "the processes differ in it"
+    one = tiny_run.run(tmp_path / "one", **BASE | LOOKS | {"data": data})
+    assert one == pytest.approx(tiny_run.run(tmp_path / "rows", **BASE | LOOKS | {"data": data, "micro_batch_size": 4}))
+    plain = tiny_run.run(tmp_path / "plain", **BASE | LOOKS | {"data": data, "distill": 0.0})
+    assert one[0] > plain[0] + 1e-6, "the divergence adds to the loss"
+    for name in ("ddp-looks", "fsdp-looks"):
+        assert tiny_run.losses(two / name) == pytest.approx(one, abs=2e-5), name
+    assert len(tiny_run.losses(two / "fsdp-looks-all")) == BASE["steps"]
 
 
 def test_everything_trains_sharded_with_activation_checkpointing_and_in_bf16(tiny_run: ModuleType, two: Path) -> None:

@@ -112,12 +112,14 @@ def run(
     processor: Any = None,
     tiny_data: bool = False,
     saved: str | None = None,
+    options: dict[str, Any] | None = None,
+    aspect: str = "pad",
     **changes: Any,
 ) -> list[float]:
     """Train, perhaps die at a step; the losses of all steps that the folder knows.
 
-    `tiny_data` reads the recipe's own data with the tiny processor instead of making synthetic batches; `saved` is the
-    folder of a model that the run loads itself.
+    `tiny_data` reads the recipe's own data with the tiny processor instead of making synthetic batches; the model gets
+    `options`, its images that `aspect`. `saved` is the folder of a model that the run loads itself.
     """
 
     def maybe_die(_trainer: Any, row: Mapping[str, Any]) -> None:
@@ -128,7 +130,8 @@ def run(
         return SyntheticBatches(step, rank, size, per_step, micro, packed, text_only)
 
     if tiny_data:
-        model, processor = tiny_model()
+        model, processor = tiny_model(**options or {})
+        processor.image_processor.image_aspect_ratio = aspect
     if saved is not None:
         changes["model"] = {"path": saved}
     elif model is None:

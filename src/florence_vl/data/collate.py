@@ -23,14 +23,38 @@ def num_supervised(labels: Tensor) -> int:
     return int((labels[..., 1:] != IGNORE).sum())
 
 
-def _pixel_values(samples: Sequence[Sample]) -> Batch:
-    images = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
-    if not images:
+def _images(samples: Sequence[Sample]) -> Batch:
+    """`pixel_values` and the samples' `image_inputs`; `image_sizes` only where an image is smaller than the tensor."""
+    shown = [sample for sample in samples if sample.pixel_values is not None]
+    if not shown:
         return {}
-    sizes = {tuple(pixels.shape[1:]) for pixels in images}
-    if len(sizes) > 1:
-        raise ValueError(f"the images of a batch have different sizes {sorted(sizes)}; process all to one size")
-    return {"pixel_values": torch.cat(images)}
+    images = [sample.pixel_values for sample in shown if sample.pixel_values is not None]
+    own = [torch.tensor([pixels.shape[-2:]]).expand(len(pixels), -1) for pixels in images]
+    sizes_I2 = torch.cat([s.image_inputs.get("image_sizes", size) for s, size in zip(shown, own, strict=True)])
+    height, width = (max(pixels.shape[axis] for pixels in images) for axis in (-2, -1))
+    batch = {"pixel_values": _cat_padded(images, (height, width))}
+    if (sizes_I2 != torch.tensor([height, width])).any():
+        batch["image_sizes"] = sizes_I2
+    for name in shown[0].image_inputs:
+        if name != "image_sizes":
+            rows = [sample.image_inputs[name] for sample in shown]
+            batch[name] = _cat_padded(rows, (max(row.shape[-1] for row in rows),))
+    return batch
+
+
+def _cat_padded(tensors: Sequence[Tensor], last: tuple[int, ...]) -> Tensor:
+    """The rows of all tensors, zeros at the ends of their last dimensions where these are shorter than `last`."""
+    if all(tensor.shape[-len(last) :] == last for tensor in tensors):
+        return torch.cat(list(tensors))
+    whole = tensors[0].new_zeros(sum(map(len, tensors)), *tensors[0].shape[1 : -len(last)], *last)
+    first = 0
+    for tensor in tensors:
+        place = whole[first : first + len(tensor)]
+        for axis, size in enumerate(tensor.shape[-len(last) :], start=place.ndim - len(last)):
+            place = place.narrow(axis, 0, size)
+        place.copy_(tensor)
+        first += len(tensor)
+    return whole
 
 
 def _round_up(length: int, multiple: int | None) -> int:
@@ -59,7 +83,8 @@ class PaddedCollator:
 
         Returns:
             `input_ids`, `attention_mask` and `labels` (samples, L), int64, and, if there are images, `pixel_values`
-            (images of the batch in reading order, 3, H, W).
+            (images of the batch in reading order, 3, H, W), with `image_sizes` (images, 2) where they differ in size,
+            and the samples' other `image_inputs`.
         """
         _check_samples(samples)
         length = _round_up(max(len(sample) for sample in samples), self.pad_to_multiple_of)
@@ -76,7 +101,7 @@ class PaddedCollator:
             batch["attention_mask"][row, columns] = 1
             batch["labels"][row, columns] = sample.labels
             batch["labels"][row, start] = IGNORE
-        return {**batch, **_pixel_values(samples)}
+        return {**batch, **_images(samples)}
 
 
 class PackedCollator:
@@ -116,8 +141,8 @@ class PackedCollator:
 
         Returns:
             `input_ids`, `position_ids` and `labels` (rows, L), int64, and, if there are images, `pixel_values` (images
-            in reading order: row by row, sample by sample). The first label of each sample is -100, so that the shift
-            by one never crosses from one sample into the next.
+            in reading order: row by row, sample by sample) and what stands beside them, see `PaddedCollator`. The first
+            label of each sample is -100, so that the shift by one never crosses from one sample into the next.
 
         Raises:
             ValueError: A row or a sample is longer than `max_length`, or a flat list is given without it.
@@ -147,7 +172,7 @@ class PackedCollator:
                 position_ids[index, start:end] = torch.arange(len(sample))
                 start = end
             position_ids[index, start:] = torch.arange(width - start)
-        return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, **_pixel_values(flat)}
+        return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, **_images(flat)}
 
     def _rows(self, samples: Sequence[Sequence[Sample]] | Sequence[Sample]) -> list[list[Sample]]:
         if not samples:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
@@ -14,9 +14,11 @@ from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from florence_vl.data.records import BadRecord, Record, normalise_messages
+from florence_vl.data.sampler import mix
 from florence_vl.model.chat_template import CHAT_TEMPLATES, has_generation_marks
-from florence_vl.model.pictures import image_name, open_image
+from florence_vl.model.pictures import image_name, image_size, open_image
 from florence_vl.model.processing import FlorenceVLProcessor
+from florence_vl.model.views import FULL_VIEW, feature_mask
 from florence_vl.registry import did_you_mean
 
 IGNORE = -100
@@ -34,9 +36,14 @@ class Sample:
     Args:
         input_ids: (L,) int64, with one placeholder for each image token.
         labels: (L,) int64: the id where the assistant wrote it, -100 elsewhere and at position 0.
-        pixel_values: (images, 3, H, W) float32 in reading order; None without images.
+        pixel_values: (images, 3, H, W) float32 in reading order, each in the top left corner; None without images.
         id: The record's.
         source: The record's data set.
+        image_tokens: Number of tokens of each image.
+        image_inputs: What else the model takes of the images, a row an image, by argument: `image_sizes` (images, 2)
+            where they differ in size, `question_ids` and `question_mask` (images, Q) for a fusion that depends on the
+            question, `feature_mask` (images, F) for views.
+        full: The same conversation with all features at the processor's own size, for distillation.
     """
 
     input_ids: Tensor
@@ -44,6 +51,9 @@ class Sample:
     pixel_values: Tensor | None = None
     id: str = ""
     source: str = ""
+    image_tokens: tuple[int, ...] = ()
+    image_inputs: dict[str, Tensor] = field(default_factory=dict)
+    full: Sample | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -57,6 +67,53 @@ class Sample:
     def num_supervised(self) -> int:
         """Number of tokens that are learned."""
         return int((self.labels != IGNORE).sum())
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a row that it needs: its own, or those of `full` where they are more."""
+        return max(len(self), len(self.full) if self.full is not None else 0)
+
+
+@dataclass(frozen=True)
+class ViewDraws:
+    """Draws the view of each record, and which features its images keep, from a seed and the record's position.
+
+    Args:
+        weights: Name of a view -> how often it is drawn, relative to the others; `full` is all features at the
+            processor's own size.
+        feature_dropout: Probability that a feature besides the first is left out.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: No view, a negative weight, all weights zero, or a probability outside [0, 1).
+    """
+
+    weights: Mapping[str, float]
+    feature_dropout: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.weights or min(self.weights.values()) < 0 or not sum(self.weights.values()) > 0:
+            raise ValueError(f"views need weights of 0 or more that are not all 0, found {dict(self.weights)}")
+        if not 0 <= self.feature_dropout < 1:
+            raise ValueError(f"feature_dropout must be in [0, 1), found {self.feature_dropout}")
+
+    def view(self, position: int) -> str:
+        """The view of the record at a position."""
+        place = mix(self.seed, position, 5) / 2**64 * sum(self.weights.values())
+        for name, weight in self.weights.items():
+            place -= weight
+            if place < 0:
+                return name
+        return max(self.weights, key=self.weights.__getitem__)  # rounding
+
+    def mask(self, position: int, features: Sequence[str], chosen: Sequence[str]) -> list[int]:
+        """1 for each of `features` that is `chosen` and kept; the first always is."""
+        kept = [
+            index == 0 or mix(self.seed, position, 6, index) / 2**64 >= self.feature_dropout
+            for index in range(len(features))
+        ]
+        return [int(keep and one) for keep, one in zip(kept, feature_mask(features, chosen), strict=True)]
 
 
 class RecordEncoder:
@@ -73,10 +130,12 @@ class RecordEncoder:
             to count. `truncate_turns`: its last turns are dropped, with their images, until it fits; BadRecord if the
             first turn alone does not. An image is never cut.
         template_options: Options of `ChatTemplate.build`, with `template` only.
+        views: Draws the view of each record that comes with its position; by default the processor's own view.
+        distill: Also make `Sample.full`, with which the loss compares.
 
     Raises:
-        ValueError: Unknown template, option or `on_long`; a template that does not fit the tokenizer or has no
-            generation marks; images of their native aspect ratio.
+        ValueError: Unknown template, option, view or `on_long`; a template that does not fit the tokenizer or has no
+            generation marks; views or distillation for a model without views.
     """
 
     def __init__(
@@ -86,22 +145,22 @@ class RecordEncoder:
         max_length: int | None = None,
         on_long: str = "error",
         template_options: Mapping[str, Any] | None = None,
+        views: ViewDraws | None = None,
+        distill: bool = False,
     ) -> None:
         if on_long not in ON_LONG:
             raise ValueError(f"unknown on_long {on_long!r}. {did_you_mean(on_long, ON_LONG)}")
         if max_length is not None and max_length < 2:
             raise ValueError(f"max_length is {max_length}; it must be at least 2 tokens")
-        if processor.image_processor.image_aspect_ratio == "native":
-            raise ValueError(
-                "training data cannot be encoded with image_aspect_ratio='native' yet: it gives each image its own "
-                "number of tokens, and the encoder counts one number for all. Set it to pad or squash"
-            )
         self.processor = processor
         context = processor.context_length
         self.max_length, self._limit = max_length, f"max_length={max_length}"
         if context is not None and (max_length is None or context < max_length):
             self.max_length, self._limit = context, f"the context of the LLM, {context} tokens"
         self.on_long = on_long
+        self.views, self.distill = views, distill
+        if views is not None or distill:
+            _check_views(processor, views)
         if template is not None:
             self.template = CHAT_TEMPLATES[template].build(
                 processor.tokenizer, processor.image_token, **(template_options or {})
@@ -117,28 +176,57 @@ class RecordEncoder:
             )
         self._variables = {"add_generation_prompt": False, **processor.tokenizer.special_tokens_map}
 
-    def __call__(self, record: Record) -> Sample:
+    def __call__(self, record: Record, position: int | None = None) -> Sample:
         """Encode a record.
+
+        Args:
+            record: The record.
+            position: Where it stands in the mixture, for the draw of its view; None takes the processor's own view.
 
         Raises:
             BadRecord: Kind "messages" (malformed, or as many images as don't fit the messages), "image" (unreadable),
                 "unsupervised" (nothing to learn) or "too_long".
             ValueError: Longer than `max_length` with `on_long="error"`.
         """
-        messages, ids, labels = self._fit(record)
-        images = [part for message in messages for part in message["content"] if part["type"] == "image"]
-        pixel_values = self._pixels(record, len(images)) if images else None
-        return Sample(ids, labels, pixel_values, record.id, record.source)
+        messages, sample = self._fit(record, position)
+        if sample.image_tokens:
+            images = self._open(record, len(sample.image_tokens))
+            questions: dict[str, Tensor] = {}
+            if self.processor.question_context:
+                found = self.processor.question_inputs([messages], self.template)
+                questions = {name: torch.tensor(rows) for name, rows in found.items()}
+            self._show(record, sample, images, questions, self._view(position))
+            if self.views is not None and position is not None:
+                features, settings = self._features(self._view(position))
+                mask_F = torch.tensor(self.views.mask(position, features, settings))
+                sample.image_inputs["feature_mask"] = mask_F.expand(len(images), -1)
+            if sample.full is not None:
+                self._show(record, sample.full, images, questions, FULL_VIEW)
+        return sample
+
+    def outline(self, record: Record, position: int | None = None) -> Sample:
+        """The sample without its pixels: of images at most the headers are read. Raises as `__call__`."""
+        return self._fit(record, position)[1]
 
     def tokenize(self, record: Record) -> tuple[Tensor, Tensor]:
-        """`input_ids` and `labels` of a record, (L,) each, without reading its images. Raises as `__call__`."""
-        return self._fit(record)[1:]
+        """`input_ids` and `labels` of a record, (L,) each, as `outline`. Raises as `__call__`."""
+        sample = self.outline(record)
+        return sample.input_ids, sample.labels
 
     def length(self, record: Record) -> int:
-        """Number of tokens of the record's sample, without reading its images. Raises as `__call__`."""
-        return len(self._fit(record)[1])
+        """Number of tokens of the record's sample, as `outline`. Raises as `__call__`."""
+        return len(self.outline(record))
 
-    def _fit(self, record: Record) -> tuple[list[dict[str, Any]], Tensor, Tensor]:
+    def _view(self, position: int | None) -> str | None:
+        return None if self.views is None or position is None else self.views.view(position)
+
+    def _features(self, view: str | None) -> tuple[list[str], list[str]]:
+        """All features of the model, and those of a view."""
+        images: Any = self.processor.image_processor
+        return images.features, images.view_settings(view)["features"]
+
+    def _fit(self, record: Record, position: int | None) -> tuple[list[dict[str, Any]], Sample]:
+        """The messages that fit, and their sample without pixels."""
         name = f"record {record.id!r} of {record.source!r}"
         messages = normalise_messages(record.messages, where=name)
         parts = sum(part["type"] == "image" for message in messages for part in message["content"])
@@ -146,24 +234,40 @@ class RecordEncoder:
             raise BadRecord(
                 "messages", f"{name} has {parts} image parts in its messages but {len(record.images)} images"
             )
-        ids, mask = self._encode(messages, name)
-        while self.max_length is not None and len(ids) > self.max_length:
-            text = f"{name} has {len(ids)} tokens, more than {self._limit}"
+        views = [self._view(position), FULL_VIEW] if self.distill else [self._view(position)]
+        counts = [self._image_tokens(record, view) for view in views]
+        samples = self._encode(messages, record, counts)
+        while self.max_length is not None and (longest := max(map(len, samples))) > self.max_length:
+            text = f"{name} has {longest} tokens, more than {self._limit}"
             if self.on_long == "error":
                 raise ValueError(f"{text}. Shorten it, or set on_long to drop or truncate_turns")
             shorter = _without_last_turn(messages) if self.on_long == "truncate_turns" else None
             if shorter is None:
                 raise BadRecord("too_long", text)
             messages = shorter
-            ids, mask = self._encode(messages, name)
-        labels = np.where(mask, ids, IGNORE)
-        labels[:1] = IGNORE  # nothing comes before the first token, so it is never a target
-        if not (labels != IGNORE).any():
+            samples = self._encode(messages, record, counts)
+        sample, *others = samples
+        if not sample.num_supervised:
             raise BadRecord("unsupervised", f"{name} has no assistant token to learn")
-        return messages, torch.from_numpy(ids), torch.from_numpy(labels)
+        sample.full = others[0] if others else None
+        return messages, sample
 
-    def _encode(self, messages: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Ids with expanded image tokens and the assistant mask, (L,) each."""
+    def _image_tokens(self, record: Record, view: str | None) -> list[int]:
+        """Tokens of each image in a view. Only sizes that follow the image need a look at the file."""
+        native = self.processor.image_processor.image_aspect_ratio == "native"
+        counts = []
+        for index, source in enumerate(record.images):
+            try:
+                height, width = image_size(source) if native else (1, 1)
+            except (OSError, ValueError) as error:
+                raise BadRecord("image", f"{_where(record, index)}: {error}") from error
+            counts.append(self.processor.image_tokens(height, width, view=view))
+        return counts
+
+    def _encode(
+        self, messages: Sequence[Mapping[str, Any]], record: Record, counts: Sequence[Sequence[int]]
+    ) -> list[Sample]:
+        """A sample without pixels for each list of image tokens."""
         conversation = self.processor.sanitize(messages, self.template)
         try:
             with _render_lock:
@@ -174,7 +278,9 @@ class RecordEncoder:
                     **self._variables,
                 )
         except jinja2.TemplateError as error:
-            raise BadRecord("messages", f"{name}: the chat template refuses it: {error}") from error
+            raise BadRecord(
+                "messages", f"record {record.id!r} of {record.source!r}: the chat template refuses it: {error}"
+            ) from error
         token_ids, offsets = self.processor.tokenize(texts[0])
         ids = np.asarray(token_ids, dtype=np.int64)
         bounds = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
@@ -183,18 +289,57 @@ class RecordEncoder:
             first = np.searchsorted(bounds[:, 1], start, side="right")
             last = np.searchsorted(bounds[:, 0], end, side="left")
             mask[first:last] = True
-        repeats = np.where(ids == self.processor.image_token_id, self.processor.num_image_tokens(), 1)
-        return np.repeat(ids, repeats), np.repeat(mask, repeats)
+        labels = np.where(mask, ids, IGNORE)
+        labels[:1] = IGNORE  # nothing comes before the first token, so it is never a target
+        images = ids == self.processor.image_token_id
+        samples = []
+        for tokens in counts:
+            repeats = np.ones(len(ids), dtype=np.int64)
+            shown = tuple(tokens[: int(images.sum())])
+            repeats[images] = shown
+            expanded = (torch.from_numpy(np.repeat(values, repeats)) for values in (ids, labels))
+            samples.append(Sample(*expanded, id=record.id, source=record.source, image_tokens=shown))
+        return samples
 
-    def _pixels(self, record: Record, count: int) -> Tensor:
+    def _open(self, record: Record, count: int) -> list[Any]:
         images = []
         for index, source in enumerate(record.images[:count]):
-            where = f"image {index} of record {record.id!r} of {record.source!r} ({image_name(source)})"
             try:
-                images.append(open_image(source, name=where))
+                images.append(open_image(source, name=f"{_where(record, index)} ({image_name(source)})"))
             except (OSError, ValueError) as error:
                 raise BadRecord("image", str(error)) from error
-        return self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        return images
+
+    def _show(
+        self, record: Record, sample: Sample, images: list[Any], questions: Mapping[str, Tensor], view: str | None
+    ) -> None:
+        """Put the images into a sample."""
+        inputs = self.processor.image_processor(images, view=view, return_tensors="pt")
+        sample.pixel_values = inputs.pop("pixel_values")
+        sample.image_inputs = {**inputs, **questions}
+        for index, size in enumerate(inputs.get("image_sizes", [])):
+            tokens = self.processor.num_image_tokens(*size.tolist())
+            if tokens != sample.image_tokens[index]:
+                raise BadRecord(
+                    "image",
+                    f"{_where(record, index)} decodes to {images[index].height}x{images[index].width} pixels, which is "
+                    f"not what its header says: {tokens} tokens instead of {sample.image_tokens[index]}",
+                )
+
+
+def _where(record: Record, index: int) -> str:
+    return f"image {index} of record {record.id!r} of {record.source!r}"
+
+
+def _check_views(processor: FlorenceVLProcessor, views: ViewDraws | None) -> None:
+    images: Any = processor.image_processor
+    if images.views is None:
+        raise ValueError(
+            "views and distillation need a model with views, and this one has none: give `model.build.views`, or load "
+            "it with from_pretrained(folder, views={...}); an empty table allows feature_dropout alone"
+        )
+    for name in views.weights if views is not None else ():
+        images.view_settings(name)
 
 
 def _without_last_turn(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:

@@ -63,23 +63,23 @@ def segments_of(sample: Sample, processor: Any) -> list[Segment]:
     """Runs of a sample's tokens by kind, decoded.
 
     Args:
-        sample: `input_ids` and `labels`, (L,) each.
-        processor: Gives the tokenizer, the image token's id and the tokens of an image.
+        sample: The sample; its pixels are not needed.
+        processor: Gives the tokenizer and the image token's id.
     """
     ids, labels = sample.input_ids.tolist(), sample.labels.tolist()
     kinds = [
         "image" if token == processor.image_token_id else "supervised" if label != -100 else "context"
         for token, label in zip(ids, labels, strict=True)
     ]
-    per_image = processor.num_image_tokens()
     result: list[Segment] = []
     start, shown = 0, 0
     for kind, run in itertools.groupby(kinds):
         end = start + len(list(run))
         if kind == "image":
-            for _ in range((end - start) // per_image):
-                shown += 1
-                result.append(Segment("image", f"image {shown}", per_image))
+            while start < end:  # images may stand side by side
+                tokens = sample.image_tokens[shown]
+                shown, start = shown + 1, start + tokens
+                result.append(Segment("image", f"image {shown}", tokens))
         else:
             text = processor.tokenizer.decode(ids[start:end], skip_special_tokens=False)
             result.append(Segment(kind, text, end - start))
@@ -107,9 +107,7 @@ def inspect_records(
                 if check_images:
                     _open_images(record)
             else:
-                from florence_vl.data.encode import Sample
-
-                sample = encoder(record) if check_images else Sample(*encoder.tokenize(record))
+                sample = encoder(record) if check_images else encoder.outline(record)
                 found = Inspected(
                     index, record, segments_of(sample, encoder.processor), len(sample), sample.num_supervised
                 )

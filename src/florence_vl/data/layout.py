@@ -15,6 +15,9 @@ from florence_vl.registry import did_you_mean
 
 MODES = ("packed", "padded")
 
+FULL_PREFIX = "full."
+"""Before the names of a batch's second half: the same samples with all features, see `RowCollator`."""
+
 
 @dataclass(frozen=True)
 class BatchLayout:
@@ -211,17 +214,14 @@ def deal_steps(
     return [group for step in steps for group in groups[step * per_step : (step + 1) * per_step]]
 
 
-def measure(encoder: RecordEncoder, record: Record) -> tuple[int, int]:
-    """(tokens, images) of a record's sample, after turns that are too many were cut; no image is read.
+def measure(encoder: RecordEncoder, record: Record, position: int | None = None) -> tuple[int, int]:
+    """(tokens, images) of a record's sample, after turns that are too many were cut; no image is decoded.
 
     Raises:
-        BadRecord: As `RecordEncoder.__call__`, but for unreadable images.
+        BadRecord: As `RecordEncoder.__call__`, but for images that only decoding tells to be broken.
     """
-    ids, _ = encoder.tokenize(record)
-    if not record.images:
-        return len(ids), 0
-    processor = encoder.processor
-    return len(ids), int((ids == processor.image_token_id).sum()) // processor.num_image_tokens()
+    sample = encoder.outline(record, position)
+    return sample.row_tokens, len(sample.image_tokens)
 
 
 def check_fits(encoder: RecordEncoder, layout: BatchLayout, record: Record, tokens: int, images: int) -> None:
@@ -252,13 +252,23 @@ class RowCollator:
     """
 
     def __init__(self, encoder: RecordEncoder, layout: BatchLayout) -> None:
-        self.packed = layout.mode == "packed"
+        self.packed, self.distill = layout.mode == "packed", encoder.distill
         pad = encoder.processor.tokenizer.pad_token_id
         self._pad = PaddedCollator(pad)
         self._pack = PackedCollator(pad, layout.tokens_per_row, pad_to_max_length=layout.pad_to_max_length)
 
     def __call__(self, rows: list[list[Sample]]) -> dict[str, torch.Tensor]:
-        """Collate; rows may be empty, all of them too (then the batch teaches nothing but keeps the ranks in step)."""
+        """Collate; rows may be empty, all of them too (then the batch teaches nothing but keeps the ranks in step).
+
+        With distillation the batch also holds that of the samples' `full`, each name behind `full.`.
+        """
         if not any(rows):
             rows = [[Sample(torch.tensor([self._pad.pad_token_id]), torch.tensor([IGNORE]))], *rows[1:]]
+        batch = self._collate(rows)
+        if self.distill:
+            full = self._collate([[sample.full or sample for sample in row] for row in rows])
+            batch |= {FULL_PREFIX + name: value for name, value in full.items()}
+        return batch
+
+    def _collate(self, rows: list[list[Sample]]) -> dict[str, torch.Tensor]:
         return self._pack(rows) if self.packed else self._pad(rows[0])

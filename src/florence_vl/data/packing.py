@@ -68,7 +68,7 @@ class WindowPlanner(Dataset[WindowPlan]):
 
     Args:
         mixture: Gives the records by position.
-        encoder: Its `tokenize` counts without decoding images.
+        encoder: Its `outline` counts without decoding images.
         layout: Rows, batches and limits.
         seed: Shuffles the order of a window's rows.
     """
@@ -118,7 +118,7 @@ class WindowPlanner(Dataset[WindowPlan]):
             BadRecord: It cannot become a sample, as far as its text tells.
         """
         record = self.mixture[position]
-        tokens, count = measure(self.encoder, record)
+        tokens, count = measure(self.encoder, record, position)
         check_fits(self.encoder, self.layout, record, tokens, count)
         return tokens, count
 
@@ -189,7 +189,7 @@ class MicroBatchEncoder(Dataset[MicroBatch]):
         samples = []
         for position in positions:
             try:
-                samples.append(self.encoder(self.mixture[position]))
+                samples.append(self.encoder(self.mixture[position], position))
             except BadRecord as error:
                 bad.append(bad_entry(self.mixture, position, error))
         return samples
@@ -486,6 +486,8 @@ def _fingerprint(planner: WindowPlanner) -> dict[str, Any]:
     print_ |= {f"packing.{key}": value for key, value in asdict(config).items() if key in keep}
     if config.mode == "padded":
         print_["packing.batch_size"] = config.batch_size
+    if planner.encoder.views is not None:
+        print_["views"] = [dict(planner.encoder.views.weights), planner.encoder.views.feature_dropout]
     print_["seed"] = planner.seed
     print_["mixture seed"] = mixture.seed
     print_["sources"] = [
@@ -540,6 +542,8 @@ class _Remembering(WindowPlanner):
 
     def measure(self, position: int) -> tuple[int, int]:
         key = self.mixture.locate(position)
+        if self.encoder.views is not None:  # which a position draws, so that a record's size changes
+            return super().measure(position)
         size = self._sizes.get(key)
         if size is None:
             try:

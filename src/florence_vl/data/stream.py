@@ -153,7 +153,7 @@ class RecordTaskEncoder(TaskEncoder):
         """Measure without reading images."""
         if sample.record is not None:
             try:
-                sample.tokens, sample.images = measure(self.encoder, sample.record)
+                sample.tokens, sample.images = measure(self.encoder, sample.record, _position(sample))
                 check_fits(self.encoder, self.packing, sample.record, sample.tokens, sample.images)
             except BadRecord as error:
                 sample.record, sample.bad = None, self._bad(sample.__key__, error)
@@ -175,7 +175,7 @@ class RecordTaskEncoder(TaskEncoder):
             return sample
         fields = {name: getattr(sample, name) for name in ("__key__", "__restore_key__", "__subflavors__")}
         try:
-            return StreamSample(**fields, sample=self.encoder(sample.record))
+            return StreamSample(**fields, sample=self.encoder(sample.record, _position(sample)))
         except BadRecord as error:
             return StreamSample(**fields, bad=self._bad(sample.__key__, error))
 
@@ -198,6 +198,11 @@ class RecordTaskEncoder(TaskEncoder):
             tokens=sum(map(len, flat)),
             rows=len(rows),
         )
+
+
+def _position(sample: StreamSample) -> int:
+    """What stands for the position of a sample of a stream, from which its view is drawn: the same in every pass."""
+    return zlib.crc32(sample.__key__.encode())
 
 
 def prepare_shards(path: str | Path, workers: int = 4) -> int:
@@ -434,6 +439,8 @@ def build_stream(
         "packing.max_images_per_row": packing.max_images_per_row,
         "filters": [keep.key() for keep in filters],
     }
+    if encoder.views is not None:
+        fingerprint["views"] = [dict(encoder.views.weights), encoder.views.feature_dropout]
     # in this process, collecting garbage is the training loop's business
     collect = {} if num_workers else {"gc_collect_every_n_steps": 0}
     loader = get_savable_loader(dataset, watchdog_timeout_seconds=None, **collect)

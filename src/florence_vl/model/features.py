@@ -323,6 +323,8 @@ def tower_features(
 ) -> dict[str, Tensor]:
     """The tower's features of images that are processed to one size: name -> (I, N, D), on the tower's device.
 
+    A processor that keeps images' aspect ratio pads them to its square here, so that all have as many tokens.
+
     Args:
         model: Whose tower.
         processor: Its processor.
@@ -330,11 +332,13 @@ def tower_features(
         batch_size: Images of a forward pass.
         progress: Called with the number of images done.
     """
+    native = processor.image_processor.image_aspect_ratio == "native"
+    square: dict[str, Any] = {"image_aspect_ratio": "pad"} if native else {}
     place = next(model.model.vision_tower.parameters())
     parts: dict[str, list[Tensor]] = {}
     left, done = iter(images), 0
     while batch := list(itertools.islice(left, batch_size)):
-        pixels = processor.image_processor(batch, return_tensors="pt")["pixel_values"]
+        pixels = processor.image_processor(batch, return_tensors="pt", **square)["pixel_values"]
         for name, value in model.model.vision_tower(pixels.to(place.device, place.dtype)).items():
             parts.setdefault(name, []).append(value)
         done += len(batch)

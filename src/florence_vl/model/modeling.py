@@ -205,7 +205,8 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         """
         if feature_mask is not None and self.feature_fill is None:
             raise ValueError("feature_mask needs a model with views, and config.views is None")
-        features = self.vision_tower(pixel_values, feature_mask)
+        # In training nothing is skipped, also of a frozen tower: with FSDP all processes must make the same calls.
+        features = self.vision_tower(pixel_values, None if self.training else feature_mask)
         if feature_mask is not None and self.feature_fill is not None:
             features = self.feature_fill(features, feature_mask)
         height, width = pixel_values.shape[-2:]
@@ -622,6 +623,12 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
             Scalar float32; zero (with a graph) when nothing is supervised.
         """
         return self._next_token_loss(states_BLH, None, self._targets(labels_BL, None), num_items)
+
+    def supervised_logits(self, states_BLH: Tensor, labels_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (K, X) at the supervised positions, in float32, and their targets (K,)."""
+        targets_BL = self._targets(labels_BL, None).to(states_BLH.device)
+        supervised_BL = targets_BL != -100
+        return self.lm_head(states_BLH[supervised_BL]).float(), targets_BL[supervised_BL]
 
     def _targets(self, labels_BL: Tensor | None, shifted_BL: Tensor | None) -> Tensor:
         """The token that follows each position, (B, L); -100 where nothing is supervised and at image placeholders."""

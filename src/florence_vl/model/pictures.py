@@ -43,6 +43,7 @@ TRANSPARENT_ON = (255, 255, 255)
 
 _STRIP_PIXELS = 1 << 24  # pixels that are converted or padded at once
 _MAX_REDIRECTS = 3
+_HEADER_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -162,17 +163,28 @@ def image_size(source: ImageInput, policy: MediaPolicy | None = None) -> tuple[i
     """
     name = image_name(source)
     try:
-        image = _open(source, policy or _policy.get())
+        image = _open_header(source, policy or _policy.get())
         _check_size(*image.size)
         width, height = image.size
-        with contextlib.suppress(Exception):  # unreadable EXIF says nothing about the pixels
-            if image.getexif().get(0x0112) in (5, 6, 7, 8):
-                width, height = height, width
+        # Pillow decodes a PNG without an EXIF chunk in its header to look for one behind the pixels.
+        if image.format != "PNG" or "exif" in image.info:
+            with contextlib.suppress(Exception):  # unreadable EXIF says nothing about the pixels
+                if image.getexif().get(0x0112) in (5, 6, 7, 8):
+                    width, height = height, width
         return height, width
     except FileNotFoundError:
         raise FileNotFoundError(f"no such image file: {name}") from None
     except Exception as error:
         raise ValueError(f"cannot read image {name}: {_reason(error)}") from error
+
+
+def _open_header(source: ImageInput, policy: MediaPolicy) -> Image.Image:
+    """As `_open`, of the first bytes where these are enough: what lies in an archive is not read whole."""
+    head = getattr(source, "head", None)
+    if head is not None:
+        with contextlib.suppress(Exception):  # the header is longer, or the file is broken: the whole of it tells
+            return _identify(head(_HEADER_BYTES))
+    return _open(source, policy)
 
 
 def _check_size(width: int, height: int) -> None:

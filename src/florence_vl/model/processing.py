@@ -284,17 +284,20 @@ class FlorenceVLProcessor(ProcessorMixin):
             result.append({**message, "content": parts})
         return result
 
-    def question_inputs(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, list[list[int]]]:
+    def question_inputs(
+        self, conversations: Sequence[Sequence[Mapping[str, Any]]], chat_template: str | None = None
+    ) -> dict[str, list[list[int]]]:
         """The question that belongs to each image: the text of the message that holds it, and nothing else.
 
         Args:
             conversations: Chats of messages, whose images are taken in reading order.
+            chat_template: Whose control tokens are text here; the processor's own by default.
 
         Returns:
             `question_ids` and `question_mask`, a row an image, padded on the right; both empty without images. The
             mask is all zero where a message has no text.
         """
-        pattern = self.control_pattern(self.template_text())
+        pattern = self.control_pattern(self.template_text(chat_template))
         rows: list[list[int]] = []
         for message in (message for conversation in conversations for message in conversation):
             parts = message.get("content")
@@ -365,7 +368,7 @@ class FlorenceVLProcessor(ProcessorMixin):
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
         if self.question_context and isinstance(out, BatchFeature) and "pixel_values" in out:
-            out.update(BatchFeature(self.question_inputs(chats), tensor_type=return_tensors))
+            out.update(BatchFeature(self.question_inputs(chats, template), tensor_type=return_tensors))
         return out
 
     def template_text(self, chat_template: str | None = None) -> str:

@@ -71,8 +71,8 @@ def set_resolution(
         image_size: Pixels a side of the square input; with `native`, the square of as many tokens as the budget.
         aspect: `pad`, `squash` or `native`.
         token_budget: Tokens an image at most, for `native`; by default what `image_size` gives.
-        positions: `absolute` or `resampled`. Resampled when the size or the aspect changes and the model has a trained
-            grid, which is taken from the processor's size before the change.
+        positions: `absolute` or `resampled`. By default resampled when images get another size: the trained grid is
+            taken from the processor's size before the change.
         view: The view of every image for which no other one is named; see `florence_vl.model.views`.
 
     Raises:
@@ -82,7 +82,8 @@ def set_resolution(
     if token_budget is not None and (aspect or images.image_aspect_ratio) != "native":
         raise ValueError(f"a token budget is for the aspect 'native', found {aspect or images.image_aspect_ratio!r}")
     tower: Any = model.model.vision_tower
-    changes = any(value is not None for value in (image_size, aspect, token_budget))
+    other = image_size is not None and (image_size, image_size) != (images.size["height"], images.size["width"])
+    changes = other or aspect == "native" or token_budget is not None
     if model.config.tower == "florence2":
         if model.config.position_grid is None:
             model.config.position_grid = tower.grid_size(images.size["height"], images.size["width"])

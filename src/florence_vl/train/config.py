@@ -29,8 +29,13 @@ class ModelConfig:
     Attributes:
         path: Folder or hub name of a saved Florence-VL; `mini` is the embedded one.
         build: Parts of a new one. Exactly one of `path` and `build` must be given.
-        image_aspect_ratio: How images are made square: `pad` or `squash`; None leaves the processor as it is.
+        image_aspect_ratio: `pad` or `squash` to a square, or `native`; None leaves the processor as it is.
         image_size: Height and width of images in pixels; None leaves the processor as it is.
+        token_budget: Tokens of an image at most, for `native`; by default what `image_size` gives.
+        positions: `absolute` or `resampled`; resampled where the size is not the one that the tower was trained at.
+        fusion: With `path`: another fusion, as `gated` for a model of `channel` fusion.
+        gate: With `fusion: gated`: its options, see `FlorenceVLConfig`.
+        views: With `path`: the views that the model gets, see `FlorenceVLConfig`.
         attn_implementation: One attention backend, or one for each of `vision_config` and `text_config`. None takes
             transformers' choice, and `sdpa_varlen` for the LLM's packed rows on a CPU.
         feature_store: Folder in which the features of a frozen tower are kept between runs; None computes them at
@@ -41,8 +46,13 @@ class ModelConfig:
 
     path: str | None = None
     build: BuildConfig | None = None
-    image_aspect_ratio: Literal["pad", "squash"] | None = None
+    image_aspect_ratio: Literal["pad", "squash", "native"] | None = None
     image_size: int | None = None
+    token_budget: int | None = None
+    positions: Literal["absolute", "resampled"] | None = None
+    fusion: str | None = None
+    gate: dict[str, Any] | None = None
+    views: dict[str, Any] | None = None
     attn_implementation: str | dict[str, str] | None = None
     feature_store: str | None = None
 
@@ -158,6 +168,9 @@ class DataConfig:
         workers: Processes that decode and encode; 0 does it in the training process.
         max_bad_share: The run stops when more than this share of records is bad.
         shuffle: Draw records in random order.
+        views: Name of a view -> how often it is drawn, relative to the others; which view a record gets follows from
+            the seed and its position. None takes the processor's own view.
+        feature_dropout: Probability that a feature besides the first is left out of a record's images, drawn likewise.
     """
 
     __pydantic_config__ = STRICT
@@ -173,6 +186,8 @@ class DataConfig:
     workers: int = 0
     max_bad_share: float = 0.01
     shuffle: bool = True
+    views: dict[str, float] | None = None
+    feature_dropout: float = 0.0
 
 
 @dataclass
@@ -455,6 +470,8 @@ class Recipe:
         device: `auto`, `cpu`, `cuda` or `mps`.
         threads: CPU threads of torch; None leaves it.
         warm_up: Place the projector among the LLM's word vectors first; only a run's first session does it.
+        distill: Weight of the Kullback-Leibler divergence from the model's own answers with all features at the full
+            size, for `data.views` and `data.feature_dropout`.
     """
 
     __pydantic_config__ = STRICT
@@ -484,6 +501,7 @@ class Recipe:
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     evaluate: EvaluateConfig | None = None
     warm_up: WarmUpConfig | None = None
+    distill: float = 0.0
 
     # Texts that were written with `${NAME}`: key path -> (as written, as filled in). `load_recipe` sets it.
     unexpanded = MappingProxyType[str, tuple[str, str]]({})
@@ -522,7 +540,7 @@ class Recipe:
         problems = check_numbers(dataclasses.asdict(self))
         if (self.steps is None) == (self.epochs is None):
             problems.append("give exactly one of `steps` and `epochs`")
-        problems += self._check_stream() + self._check_evaluate()
+        problems += self._check_stream() + self._check_evaluate() + self._check_views()
         if self.warm_up is not None:
             problems += [
                 f"`warm_up.{key}` must be 2 or more, found {value}"
@@ -577,6 +595,26 @@ class Recipe:
             problems.append("`data.weighting` is for `data.sources`; a metadataset's weights blend a `data.stream`")
         if not data.shuffle:
             problems.append("`data.shuffle: false` is for `data.sources`; the shards of a `data.stream` are shuffled")
+        return problems
+
+    def _check_views(self) -> list[str]:
+        model, problems = self.model, []
+        draws = self.data.views is not None or self.data.feature_dropout > 0
+        if self.distill and not draws:
+            problems.append("`distill` compares with all features: it needs `data.views` or `data.feature_dropout`")
+        if self.data.feature_dropout >= 1:
+            problems.append(f"`data.feature_dropout` must be below 1, found {self.data.feature_dropout}")
+        if self.data.views is not None and not sum(self.data.views.values()) > 0:
+            problems.append("`data.views` must give at least one view a weight above 0")
+        if model.token_budget is not None and model.image_aspect_ratio not in (None, "native"):
+            problems.append("`model.token_budget` needs `model.image_aspect_ratio: native`")
+        if model.gate is not None and model.fusion != "gated":
+            problems.append("`model.gate` needs `model.fusion: gated`")
+        changes = [key for key in ("fusion", "gate", "views") if getattr(model, key) is not None]
+        if changes and model.path is None:
+            problems.append(
+                f"`model.{changes[0]}` changes a saved model; for a new one give `model.build.{changes[0]}`"
+            )
         return problems
 
     def _check_evaluate(self) -> list[str]:

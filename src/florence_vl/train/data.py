@@ -123,7 +123,8 @@ class TrainingData:
     """
 
     def __init__(self, recipe: Recipe, processor: Any) -> None:
-        from florence_vl.data.encode import RecordEncoder
+        from florence_vl.data.encode import RecordEncoder, ViewDraws
+        from florence_vl.model.views import FULL_VIEW
 
         config = recipe.data
         apply_template(processor, config)
@@ -133,7 +134,16 @@ class TrainingData:
             require_energon()
         else:
             self._mixture = build_mixture(config.sources, config, recipe.seed)
-        self.encoder = RecordEncoder(processor, max_length=config.max_length, on_long=config.on_long)
+        views = None
+        if config.views is not None or config.feature_dropout:
+            views = ViewDraws(config.views or {FULL_VIEW: 1.0}, config.feature_dropout, recipe.seed)
+        self.encoder = RecordEncoder(
+            processor,
+            max_length=config.max_length,
+            on_long=config.on_long,
+            views=views,
+            distill=recipe.distill > 0,
+        )
         packing = config.packing
         self.plan = BatchLayout(
             mode=packing.mode,

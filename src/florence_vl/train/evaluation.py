@@ -20,7 +20,7 @@ from florence_vl.data.records import BadRecord
 from florence_vl.train.config import EvaluateConfig, Recipe
 from florence_vl.train.data import build_mixture
 from florence_vl.train.parallel import resolve_strategy
-from florence_vl.train.step import count_supervised, to_device
+from florence_vl.train.step import count_supervised, to_device, tower_calls
 from florence_vl.train.world import World
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class HeldOut:
         self.encoder = RecordEncoder(processor, max_length=data.max_length, on_long="drop")
         self.collate = PaddedCollator(processor.tokenizer.pad_token_id)
         self.size = recipe.micro_batch_size
+        self.native = processor.image_processor.image_aspect_ratio == "native"  # images differ in size
 
     def _batch(self, positions: range) -> dict[str, torch.Tensor]:
         """The records of these positions that are good; when there is none, a batch that counts for nothing.
@@ -71,7 +72,9 @@ class HeldOut:
         for first in range(0, total, per_round):
             start = min(total, first + self.world.rank * self.size)
             batch = self._batch(range(start, min(total, start + self.size)))
-            loss += module(to_device(batch, self.world.device), 1).item()
+            own = tower_calls(batch)
+            calls = self.world.gather([float(n) for n in own]).max(0).values.tolist() if self.native else own
+            loss += module(to_device(batch, self.world.device), 1, tuple(map(int, calls))).item()
             count += count_supervised(batch)
         sums = self.world.gather([loss, count]).sum(0)
         return float(sums[0] / sums[1].clamp(min=1))

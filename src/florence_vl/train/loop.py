@@ -41,7 +41,15 @@ from florence_vl.train.recipes import load_recipe
 from florence_vl.train.schedule import lr_factor
 from florence_vl.train.setup import BatchFactory, Run, prepare_run, refuse_early, settle_precision
 from florence_vl.train.signals import StopSignals
-from florence_vl.train.step import Batch, StepCounts, StepProfiler, forward_backward, seed_everything
+from florence_vl.train.step import (
+    Batch,
+    StepCounts,
+    StepProfiler,
+    TowerCalls,
+    forward_backward,
+    seed_everything,
+    tower_calls,
+)
 from florence_vl.train.world import init_world
 
 if TYPE_CHECKING:
@@ -201,13 +209,13 @@ class Trainer:
         began = time.perf_counter()
         self.profiler.before(self.step + 1)
         micro_batches = [next(self.stream) for _ in range(self.stream.batches_per_rank)]
-        counts, data_wait = self._exchange(micro_batches, time.perf_counter() - began)
+        counts, calls, data_wait = self._exchange(micro_batches, time.perf_counter() - began)
         if self.step == 0:
             self._show_sample(micro_batches[0])
         seed_everything(mix(self.recipe.seed, self.step, self.world.rank))
         self._set_learning_rates()
         try:
-            loss_sum = forward_backward(self.parallel, micro_batches, counts.supervised, self.world.device)
+            loss_sum = forward_backward(self.parallel, micro_batches, counts.supervised, self.world.device, calls)
             fill_missing_gradients(self.groups)
             loss, norms = loss_and_norms(loss_sum, self.groups, self.world)
         except (ValueError, RuntimeError) as error:
@@ -226,17 +234,21 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ the parts of a step
 
-    def _exchange(self, micro_batches: list[Batch], data_wait: float) -> tuple[StepCounts, float]:
+    def _exchange(self, micro_batches: list[Batch], data_wait: float) -> tuple[StepCounts, list[TowerCalls], float]:
         """What every process has to know of the others before a step, in one small collective.
 
         Returns:
-            The step's counts over all processes, and the longest wait for data in seconds.
+            The step's counts over all processes, the passes through the tower that each micro-batch makes on every
+            process, and the longest wait for data in seconds.
         """
         own = list(vars(StepCounts.of(micro_batches)).values())
+        calls = [number for batch in micro_batches for number in tower_calls(batch)]
         budget = self._elapsed_minutes() / self.recipe.max_minutes if self.recipe.max_minutes else 0.0
-        table = self.world.gather([*map(float, own), data_wait, float(self.signals.received), budget])
+        numbers = [*own, *calls, data_wait, self.signals.received, budget]
+        table = self.world.gather([float(number) for number in numbers])
         counts = StepCounts(*(int(total) for total in table[:, : len(own)].sum(0).tolist()))
-        waits, signals, budgets = table[:, len(own) :].unbind(1)
+        most = table[:, len(own) : -3].max(0).values.int().tolist()
+        waits, signals, budgets = table[:, -3:].unbind(1)
         if signals.any():
             self.stop_requested = f"signal {signal.Signals(int(signals.max())).name}"
         self.time_fraction = budgets[0].item()
@@ -244,7 +256,7 @@ class Trainer:
             raise TrainingError(nothing_to_learn(self.step + 1, self._data_report(), self.recipe.data.sources))
         if warning := self.bad_records.update(self._data_report()):
             self.reporter.message(warning)
-        return counts, waits.max().item()
+        return counts, list(zip(most[::2], most[1::2], strict=True)), waits.max().item()
 
     def _data_report(self) -> DataReport | None:
         """What this process's data skipped; None for batches that were given."""

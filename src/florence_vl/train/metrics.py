@@ -163,13 +163,16 @@ class FlopsMeter:
         self._devices = run.world.size
         if self._peak is not None:
             self._flops = count_flops(run.parallel.model.config, *run.image_size)
+            self._pixels = run.image_size[0] * run.image_size[1]
             self._multipliers = Multipliers.of(run.recipe.parts, self._flops.num_layers)
 
     def mfu(self, counts: StepCounts, seconds: float) -> float | None:
         """Share of the devices' peak that the model's own arithmetic used; padding and recomputation don't count."""
         if self._peak is None:
             return None
-        flops = self._flops.step(self._multipliers, counts.images, counts.tokens, counts.pairs, counts.supervised)
+        # Images of other sizes count by their area, in which all of the tower but the encoder's attention is linear.
+        images = counts.pixels / self._pixels
+        flops = self._flops.step(self._multipliers, images, counts.tokens, counts.pairs, counts.supervised)
         return sum(flops.values()) / (seconds * self._devices * self._peak * 1e12)
 
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from florence_vl.model import loading
+from florence_vl.model.features import tower_features
+from florence_vl.model.pictures import open_image
+from florence_vl.model.resolution import set_resolution
 from florence_vl.model.varlen_attention import SDPA_VARLEN
 from florence_vl.train.config import Recipe
 
+PICTURES_FOR_MEANS = 64  # a feature's mean over tokens and pictures is known well from these
+
 if TYPE_CHECKING:
+    from florence_vl.data.mixture import Mixture
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
 
 
@@ -28,21 +36,22 @@ def load_model(recipe: Recipe) -> tuple[FlorenceVLForConditionalGeneration, Any]
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     if config.path is not None:
+        options |= {k: v for k in ("fusion", "gate", "views") if (v := getattr(config, k)) is not None}
         model, processor = loading.load_model(config.path, "cpu", "float32", **options)
+        processor.question_context = model.model.fusion.uses_context
+        processor.image_processor.views, processor.image_processor.features = model.config.views, model.config.features
     elif config.build is not None:
         from florence_vl.model.assemble import build_model
 
         model, processor = build_model(config.build, dtype="float32", seed=recipe.seed)
-        if options:
+        if config.attn_implementation is not None:
             model.set_attn_implementation(config.attn_implementation)
     else:
         raise ValueError("the recipe names no model: set model.path (a saved one) or model.build (its parts)")
-    images = processor.image_processor
-    if config.image_aspect_ratio is not None:
-        images.image_aspect_ratio = config.image_aspect_ratio
-    if config.image_size is not None:
-        images.size = type(images.size)(height=config.image_size, width=config.image_size)
-        model.num_image_tokens(config.image_size, config.image_size)  # refuses sizes that the tower can't take
+    settings: dict[str, Any] = {"aspect": config.image_aspect_ratio, "image_size": config.image_size}
+    settings |= {"token_budget": config.token_budget, "positions": config.positions}
+    if any(value is not None for value in settings.values()):
+        set_resolution(model, processor, **settings)
     if config.feature_store is not None:
         from florence_vl.model.features import store_features
 
@@ -50,6 +59,46 @@ def load_model(recipe: Recipe) -> tuple[FlorenceVLForConditionalGeneration, Any]
             raise ValueError("model.feature_store is for training in one process; leave it out")
         store_features(model, config.feature_store)
     return model, processor
+
+
+def estimate_fill(
+    model: FlorenceVLForConditionalGeneration, processor: Any, records: Mixture, device: torch.device
+) -> int:
+    """Set what stands for features that are left out to their means over the first pictures, if it is still zero.
+
+    Args:
+        model: With views; the tower visits `device` meanwhile.
+        processor: The model's.
+        records: The recipe's data.
+        device: Where to compute.
+
+    Returns:
+        The number of pictures; 0 where nothing was to be done.
+
+    Raises:
+        ValueError: No record has a picture that can be read.
+    """
+    fill, tower = model.model.feature_fill, model.model.vision_tower
+    if fill is None or any(vector.is_meta or bool(vector.any()) for vector in fill.vectors.values()):
+        return 0
+    home = next(tower.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        tower.to(device)
+        pictures = islice(_pictures(records), PICTURES_FOR_MEANS)
+        batches = iter(lambda: list(islice(pictures, 8)), [])
+        found = (tower_features(model, processor, batch) for batch in batches)
+        return fill.estimate({name: x_BND.to(home) for name, x_BND in features.items()} for features in found)
+    finally:
+        tower.to(home)
+        model.train(training)
+
+
+def _pictures(records: Mixture) -> Iterator[Any]:
+    for index in range(len(records)):
+        with contextlib.suppress(OSError, ValueError):  # bad records are counted where they are trained on
+            yield from map(open_image, records[index].images[:1])
 
 
 def check_attention(names: Iterable[str | None], device: torch.device) -> None:

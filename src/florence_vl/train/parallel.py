@@ -17,13 +17,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from florence_vl.data.layout import FULL_PREFIX
 from florence_vl.registry import did_you_mean
 from florence_vl.train.config import ActivationCheckpointingConfig, CompileConfig, ParallelConfig, Precision
 from florence_vl.train.first_rank import FirstRankWeights
+from florence_vl.train.step import TowerCalls, tower_calls
 from florence_vl.train.world import World
 
 if TYPE_CHECKING:
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+
+
+IMAGE_INPUTS = ("pixel_values", "image_sizes", "question_ids", "question_mask", "feature_mask")
+"""What of a batch belongs to its images, by the model's arguments."""
 
 
 def resolve_strategy(config: ParallelConfig, world: World) -> str:
@@ -46,8 +52,9 @@ def resolve_strategy(config: ParallelConfig, world: World) -> str:
 class LossModule(nn.Module):
     """The model as a function from a batch to its summed, globally normalized loss: the unit that is parallelized.
 
-    Text-only batches still run one dummy image through tower and projector, times zero, so that every process takes
-    part in every collective and every trainable parameter gets a gradient. Without it a process without images hangs.
+    With several processes each makes as many passes through the tower as the one with the most sizes of images, at
+    least one: what it lacks it makes with a dummy image, times zero. So every process takes part in every collective
+    and every trainable parameter gets a gradient. Without it a process without images hangs.
 
     Args:
         model: The model.
@@ -55,6 +62,8 @@ class LossModule(nn.Module):
         always_images: Run the dummy; needed with several processes only.
         autocast: Compute type, when weights are kept in fp32 and nothing else casts them.
         pixel_dtype: What pixels are cast to, when weights are cast and inputs are not (FSDP2).
+        distill: Weight of the divergence from the model's own answers with all features, which batches bring as a
+            second half (`florence_vl.data.layout.FULL_PREFIX`); 0 for batches without.
     """
 
     def __init__(
@@ -64,43 +73,82 @@ class LossModule(nn.Module):
         always_images: bool = False,
         autocast: torch.dtype | None = None,
         pixel_dtype: torch.dtype = torch.float32,
+        distill: float = 0.0,
     ) -> None:
         super().__init__()
         self.model = model
         self.image_size, self.always_images = image_size, always_images
-        self.autocast, self.pixel_dtype = autocast, pixel_dtype
+        self.autocast, self.pixel_dtype, self.distill = autocast, pixel_dtype, distill
 
-    def forward(self, batch: Mapping[str, Any], num_items: int) -> Tensor:
+    def forward(self, batch: Mapping[str, Any], num_items: int, calls: TowerCalls = (0, 0)) -> Tensor:
         """Loss of a batch.
 
         Args:
             batch: Of a collator: `input_ids`, `labels`, ...; goes into the model as it is.
             num_items: What the summed loss is divided by, a plain number.
+            calls: Passes through the tower at least, of the batch and of its second half.
 
         Returns:
             Scalar.
         """
-        inputs = {key: value for key, value in batch.items() if key != "labels" and value is not None}
-        device_type = inputs["input_ids"].device.type
-        context = torch.autocast(device_type, self.autocast) if self.autocast else nullcontext()
+        inputs = {key: value for key, value in batch.items() if value is not None}
+        full = {key: inputs.pop(key) for key in list(inputs) if key.startswith(FULL_PREFIX)}
+        context = torch.autocast(inputs["input_ids"].device.type, self.autocast) if self.autocast else nullcontext()
         with context:
-            if "pixel_values" in inputs:
-                inputs["pixel_values"] = inputs["pixel_values"].to(self.pixel_dtype)
-            elif self.always_images:
-                inputs["inputs_embeds"] = self._embed_with_dummy_image(inputs.pop("input_ids"))
-            states_BLH = self.model.model(**inputs, use_cache=False, return_dict=True).last_hidden_state
-            return self.model.supervised_loss(states_BLH, batch["labels"], num_items)
+            if not self.distill or not torch.is_grad_enabled():
+                return self.model.supervised_loss(self._states(inputs, calls[0]), inputs["labels"], num_items)
+            with torch.no_grad():
+                full = {key.removeprefix(FULL_PREFIX): value for key, value in full.items()}
+                teacher_KX, _ = self.model.supervised_logits(self._states(full, calls[1]), full["labels"])
+            logits_KX, targets_K = self.model.supervised_logits(self._states(inputs, calls[0]), inputs["labels"])
+            loss = nn.functional.cross_entropy(logits_KX, targets_K, reduction="sum")
+            student_KX, teacher_KX = logits_KX.log_softmax(-1), teacher_KX.log_softmax(-1)
+            divergence = nn.functional.kl_div(student_KX, teacher_KX, reduction="sum", log_target=True)
+            return (loss + self.distill * divergence) / num_items
 
-    def _embed_with_dummy_image(self, input_ids: Tensor) -> Tensor:
-        """Token embeddings plus zero times a dummy image: embeddings, tower, LLM in the order of a batch with images.
+    def _states(self, inputs: Mapping[str, Any], calls: int) -> Tensor:
+        """The LLM's last hidden states."""
+        inputs = {key: value for key, value in inputs.items() if key != "labels"}
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.pixel_dtype)
+        if self.always_images:
+            self._encode_images(inputs, calls)
+        return self.model.model(**inputs, use_cache=False, return_dict=True).last_hidden_state
+
+    def _encode_images(self, inputs: dict[str, Any], calls: int) -> None:
+        """Put image tokens in the place of pixels, after as many passes through the tower as all processes make.
 
         The order of forward and of backward must be the same on all processes, as each block's weights are gathered by
-        a collective when it is reached.
+        a collective when it is reached: word vectors of the questions, tower, word vectors of the text, LLM.
         """
-        embeds_BLH = self.model.get_input_embeddings()(input_ids)
-        pixels = torch.zeros(1, 3, *self.image_size, device=embeds_BLH.device, dtype=self.pixel_dtype)
-        tokens = self.model.get_image_features(pixels, return_dict=True).pooler_output
-        return embeds_BLH + (0.0 * sum(t.float().sum() for t in tokens)).to(embeds_BLH.dtype)
+        base, device = self.model.model, inputs["input_ids"].device
+        of_images = {name: inputs.pop(name) for name in IMAGE_INPUTS if name in inputs}
+        width, names = base.config.text_config.hidden_size, base.config.features
+        # Vectors that stand for features must take part in every loss, where they train.
+        masks = base.feature_fill is not None
+        image, made = None, 0
+        if of_images:
+            count = len(of_images["pixel_values"])
+            if masks and "feature_mask" not in of_images:
+                of_images["feature_mask"] = torch.ones(count, len(names), dtype=torch.long, device=device)
+            image, made = base.get_image_features(**of_images, return_dict=True), tower_calls(of_images)[0]
+        elif base.fusion.uses_context:
+            nothing = torch.zeros(1, 1, dtype=torch.long, device=device)
+            base.mean_embedding(nothing, nothing)
+        zero = torch.zeros((), device=device)
+        for _ in range(made, max(calls, 1)):
+            pixels = torch.zeros(1, 3, *self.image_size, device=device, dtype=self.pixel_dtype)
+            context = torch.zeros(1, width, device=device, dtype=self.pixel_dtype)
+            mask = torch.ones(1, len(names), dtype=torch.long, device=device) if masks else None
+            zero = zero + 0.0 * base.encode_images(pixels, context, mask)[0].float().sum()
+        if image is None:
+            embeds_BLH = self.model.get_input_embeddings()(inputs.pop("input_ids"))
+            inputs["inputs_embeds"] = embeds_BLH + zero.to(embeds_BLH.dtype)
+            return
+        if made < calls:
+            first, *others = image.pooler_output
+            image.pooler_output = [first + zero.to(first.dtype), *others]
+        inputs["mm_encoder_outputs"] = {"image": image}
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
@@ -240,6 +288,7 @@ def parallelise(
     compile_config: CompileConfig,
     image_size: tuple[int, int],
     weights_on_first: bool = False,
+    distill: float = 0.0,
 ) -> Parallelised:
     """Apply everything to a model whose parts are frozen already; its weights move to the device.
 
@@ -252,6 +301,7 @@ def parallelise(
         compile_config: Blocks that are compiled.
         image_size: Height and width of a dummy image in pixels.
         weights_on_first: The model is of `load_on_first_rank`; it must be sharded.
+        distill: See `LossModule`.
 
     Raises:
         ValueError: Contradictions between strategy and processes.
@@ -265,7 +315,7 @@ def parallelise(
     autocast = torch.bfloat16 if precision == "bf16" and not sharded else None
     casts = precision == "bf16_pure" or (precision == "bf16" and sharded)
     pixel_dtype = torch.bfloat16 if casts else torch.float32
-    module: nn.Module = LossModule(model, image_size, world.size > 1, autocast, pixel_dtype)
+    module: nn.Module = LossModule(model, image_size, world.size > 1, autocast, pixel_dtype, distill)
     if sharded:
         _shard(module, model, world, parallel, precision, strategy, weights_on_first)
     else:

@@ -23,7 +23,7 @@ from florence_vl.train.evaluation import RunEvaluation, Scorer
 from florence_vl.train.fingerprint import check_fingerprint, fingerprint
 from florence_vl.train.guards import SpikeDetector
 from florence_vl.train.metrics import Notices
-from florence_vl.train.model import check_attention, choose_attention, load_model
+from florence_vl.train.model import check_attention, choose_attention, estimate_fill, load_model
 from florence_vl.train.optimizer import Group, apply_parts, build_optimizer, parameter_groups
 from florence_vl.train.parallel import Parallelised, parallelise, resolve_strategy
 from florence_vl.train.step import Batch, StepCounts, seed_everything
@@ -180,6 +180,8 @@ def prepare_run(
         total_steps = recipe.steps
     if warms_up:
         warm_up(recipe, world, model, processor, data)
+    if checkpoint is None and data is not None and recipe.data.stream is None:
+        estimate_fill(model, processor, data.mixture, world.device)
     apply_parts(model, recipe.parts)
     image_size = _image_size(model, processor)
     parallel = parallelise(
@@ -191,6 +193,7 @@ def prepare_run(
         recipe.compile,
         image_size,
         weights_on_first,
+        recipe.distill,
     )
     groups = parameter_groups(parallel.model, recipe.parts, recipe.optimizer, recipe.schedule)
     optimizer = build_optimizer(groups, recipe.optimizer, world.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from florence_vl.data.layout import FULL_PREFIX
+
 if TYPE_CHECKING:
     from florence_vl.train.parallel import Parallelised
 
 Batch = dict[str, Any]
+TowerCalls = tuple[int, int]
 
 
 @dataclass
@@ -27,6 +30,7 @@ class StepCounts:
         tokens: Tokens that are not padding.
         slots: Tokens with padding.
         images: Images.
+        pixels: Pixels of the images.
         samples: Samples.
         pairs: Sum of the samples' squared lengths: what attention costs.
     """
@@ -35,18 +39,26 @@ class StepCounts:
     tokens: int
     slots: int
     images: int
+    pixels: int
     samples: int
     pairs: int
 
     @classmethod
     def of(cls, micro_batches: Sequence[Batch]) -> StepCounts:
         """Counts of one process's micro-batches."""
-        counters = (count_supervised, count_tokens, _count_slots, count_images, count_samples, count_pairs)
+        counters = (
+            *(count_supervised, count_tokens, _count_slots),
+            *(count_images, count_pixels, count_samples, count_pairs),
+        )
         return cls(*(sum(count(batch) for batch in micro_batches) for count in counters))
 
 
 def forward_backward(
-    parallel: Parallelised, micro_batches: Sequence[Batch], num_items: int, device: torch.device
+    parallel: Parallelised,
+    micro_batches: Sequence[Batch],
+    num_items: int,
+    device: torch.device,
+    calls: Sequence[TowerCalls] = (),
 ) -> Tensor:
     """Forward and backward passes of one process's micro-batches; gradients add up.
 
@@ -56,6 +68,7 @@ def forward_backward(
         num_items: Supervised tokens of the step over all processes, which the summed loss is divided by. A plain
             number: FSDP2 casts the floating-point tensors among a module's inputs to the compute type.
         device: Where the batches go.
+        calls: Of each micro-batch, at most of all processes; those of this process by default.
 
     Returns:
         This process's part of the step's loss: a float32 scalar on the device.
@@ -63,7 +76,8 @@ def forward_backward(
     loss_sum = torch.zeros((), device=device)
     for index, batch in enumerate(micro_batches):
         with parallel.accumulate(last=index == len(micro_batches) - 1):
-            loss = parallel.module(to_device(batch, device), num_items)
+            own = calls[index] if calls else tower_calls(batch)
+            loss = parallel.module(to_device(batch, device), num_items, own)
             if loss.requires_grad:  # text alone reaches nothing that trains where the LLM is frozen
                 (loss * parallel.grad_scale).backward()
         loss_sum += loss.detach().float()
@@ -110,6 +124,26 @@ def count_images(batch: Batch) -> int:
     """Images of a batch."""
     pixels = batch.get("pixel_values")
     return 0 if pixels is None else len(pixels)
+
+
+def count_pixels(batch: Batch) -> int:
+    """Pixels of the images of a batch."""
+    pixels, sizes = batch.get("pixel_values"), batch.get("image_sizes")
+    if sizes is not None:
+        return int(sizes.prod(-1).sum())
+    return 0 if pixels is None else len(pixels) * pixels.shape[-2] * pixels.shape[-1]
+
+
+def tower_calls(batch: Mapping[str, Any]) -> TowerCalls:
+    """Passes through the tower that a batch takes, one a size of images: of the batch, and of its half `full.`."""
+
+    def count(prefix: str) -> int:
+        if prefix + "pixel_values" not in batch:
+            return 0
+        sizes = batch.get(prefix + "image_sizes")
+        return 1 if sizes is None else len(set(map(tuple, sizes.tolist())))
+
+    return count(""), count(FULL_PREFIX)
 
 
 def count_samples(batch: Batch) -> int:

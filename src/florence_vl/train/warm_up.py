@@ -338,7 +338,7 @@ def _inside(
     grid_size = getattr(model.model.vision_tower, "grid_size", None)
     if grid_size is None:
         raise ValueError("warm_up.regions needs the florence2 tower, which says what its grid is")
-    padded = images.image_aspect_ratio == "pad"
+    padded = images.image_aspect_ratio != "squash"  # the features are of padded images, see `tower_features`
     boxes = [_on_square(phrase.box, *sizes[phrase.image]) if padded else phrase.box for phrase in phrases]
     return tokens_in_boxes(boxes, grid_size(height, width), model.num_image_tokens(height, width))
 
