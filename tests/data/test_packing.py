@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from florence_vl.data.encode import RecordEncoder
+from florence_vl.data.encode import RecordEncoder, Sample
 from florence_vl.data.mixture import Mixture, MixtureSource
 from florence_vl.data.packing import (
     BatchLayout,
@@ -268,9 +268,9 @@ class Drawn:
     def __getitem__(self, index):
         return Record(str(index), "drawn", [{"role": "user", "content": str(self.lengths[index])}])
 
-    def tokenize(self, record):
-        length = int(record.messages[0]["content"])
-        return torch.zeros(length, dtype=torch.long), None
+    def outline(self, record, position):
+        ids = torch.zeros(int(record.messages[0]["content"]), dtype=torch.long)
+        return Sample(ids, ids)
 
 
 def test_the_processes_of_a_step_compute_batches_of_like_length():

@@ -297,8 +297,8 @@ class RecordEncoder:
             repeats = np.ones(len(ids), dtype=np.int64)
             shown = tuple(tokens[: int(images.sum())])
             repeats[images] = shown
-            expanded = (torch.from_numpy(np.repeat(values, repeats)) for values in (ids, labels))
-            samples.append(Sample(*expanded, id=record.id, source=record.source, image_tokens=shown))
+            both = [torch.from_numpy(np.repeat(values, repeats)) for values in (ids, labels)]
+            samples.append(Sample(both[0], both[1], id=record.id, source=record.source, image_tokens=shown))
         return samples
 
     def _open(self, record: Record, count: int) -> list[Any]:
