@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from florence_vl.model.fusion import merge_tokens
+from florence_vl.model.geometry import native_size
 from florence_vl.model.image_processing import FlorenceVLImageProcessor
-from florence_vl.model.resolution import native_size, resolution_settings, set_resolution
+from florence_vl.model.resolution import resolution_settings, set_resolution
 from florence_vl.model.tiny import tiny_model
 
 SIDE = st.integers(1, 20_000)

@@ -12,9 +12,11 @@ pytest.importorskip("florence_vl_mini")
 from florence_vl_mini.pretrain import card as florence2_card
 from florence_vl_mini.pretrain import evaluate as evaluation
 from florence_vl_mini.pretrain import grid as florence2_grid
+from florence_vl_mini.pretrain import probes
 from florence_vl_mini.pretrain.config import Florence2Training
 from florence_vl_mini.pretrain.data import SceneTasks
 from florence_vl_mini.pretrain.model import build_mini_florence2
+from florence_vl_mini.pretrain.runner import Florence2Runner, character_accuracy, iou, matches, with_interval
 from florence_vl_mini.scenes import Region, SceneGenerator, Text
 
 
@@ -24,31 +26,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_boxes_are_matched_by_overlap_and_name() -> None:
-    assert evaluation.iou((0, 0, 10, 10), (0, 0, 10, 10)) == 1
-    assert evaluation.iou((0, 0, 10, 10), (5, 0, 15, 10)) == pytest.approx(1 / 3)
-    assert evaluation.iou((0, 0, 10, 10), (10, 0, 20, 10)) == 0
+    assert iou((0, 0, 10, 10), (0, 0, 10, 10)) == 1
+    assert iou((0, 0, 10, 10), (5, 0, 15, 10)) == pytest.approx(1 / 3)
+    assert iou((0, 0, 10, 10), (10, 0, 20, 10)) == 0
     wanted = [("dog", (0, 0, 10, 10)), ("cat", (20, 20, 30, 30))]
     found = [("cat", (0, 0, 10, 9)), ("cat", (20, 20, 30, 29)), ("cat", (20, 20, 30, 30))]
-    assert evaluation.matches(found, wanted, labels=False) == 2
-    assert evaluation.matches(found, wanted, labels=True) == 1  # one cat is there, however often it is found
-    assert evaluation.matches([], wanted, labels=False) == 0
+    assert matches(found, wanted, labels=False) == 2
+    assert matches(found, wanted, labels=True) == 1  # one cat is there, however often it is found
+    assert matches([], wanted, labels=False) == 0
 
 
 def test_character_accuracy() -> None:
-    assert evaluation.character_accuracy("", "") == 1
-    assert evaluation.character_accuracy("ship", "shop") == 0.75
-    assert evaluation.character_accuracy("", "shop") == 0
+    assert character_accuracy("", "") == 1
+    assert character_accuracy("ship", "shop") == 0.75
+    assert character_accuracy("", "shop") == 0
 
 
 def test_interval_holds_the_mean_and_shrinks() -> None:
-    few, many = evaluation.with_interval([0.0, 1.0] * 10), evaluation.with_interval([0.0, 1.0] * 500)
+    few, many = with_interval([0.0, 1.0] * 10), with_interval([0.0, 1.0] * 500)
     assert few["low"] < few["mean"] == 0.5 < few["high"]
     assert many["high"] - many["low"] < (few["high"] - few["low"]) / 3
-    assert evaluation.with_interval([])["n"] == 0
+    assert with_interval([])["n"] == 0
 
 
 def test_likelihood_equals_transformers_loss(folder: Path) -> None:
-    runner = evaluation.Florence2Runner(folder, "cpu")
+    runner = Florence2Runner(folder, "cpu")
     image = SceneGenerator(0, "test", 64)[0].image
     answers = ["a dog", "two cats and a very long answer"]
     scores = runner.log_likelihood(image, "<CAPTION>", answers)
@@ -63,15 +65,15 @@ def test_probe_finds_what_is_linearly_there_and_nothing_else() -> None:
     labels = torch.arange(400) % 4
     features = torch.randn(400, 12)
     features[:, 5] += 3.0 * labels
-    told = evaluation.linear_probe(features[:300], labels[:300], features[300:], labels[300:])
-    silent = evaluation.linear_probe(torch.randn(300, 12), labels[:300], torch.randn(100, 12), labels[300:])
+    told = probes.linear_probe(features[:300], labels[:300], features[300:], labels[300:])
+    silent = probes.linear_probe(torch.randn(300, 12), labels[:300], torch.randn(100, 12), labels[300:])
     assert told > 0.7
     assert silent < 0.45
 
 
 def test_probe_pictures_have_independent_labels() -> None:
-    images, labels = evaluation.probe_pictures(60, seed=1, size=128)
-    again, _ = evaluation.probe_pictures(60, seed=1, size=128)
+    images, labels = probes.probe_pictures(60, seed=1, size=128)
+    again, _ = probes.probe_pictures(60, seed=1, size=128)
     assert images[7].tobytes() == again[7].tobytes()
     assert set(labels) == {"text", "object", "position"}
     assert all(len(v) == 60 for v in labels.values())
@@ -79,18 +81,10 @@ def test_probe_pictures_have_independent_labels() -> None:
     assert len(set(zip(labels["text"].tolist(), labels["object"].tolist(), strict=True))) > 40
 
 
-def test_tower_of_a_folder_gives_named_features(folder: Path) -> None:
-    tower = evaluation.load_tower(folder)
-    features = tower(torch.randn(2, 3, 64, 64))
-    assert list(features) == ["davit", "caption", "ocr", "grounding"]
-    assert all(f.shape == (2, 4, 192) for f in features.values())
-    assert (features["ocr"] - features["caption"]).abs().max() > 1e-4
-
-
 @pytest.mark.slow
 def test_whole_evaluation_of_an_untrained_model_is_at_chance(folder: Path) -> None:
     report = evaluation.evaluate_florence2(folder, 20, device="cpu")
-    report["probe"] = evaluation.probe_prompts(folder, pictures=40, seeds=(0, 1), device="cpu")
+    report["probe"] = probes.probe_prompts(folder, pictures=40, seeds=(0, 1), device="cpu")
     assert report["ocr"]["exact word"]["mean"] == 0
     assert report["od"]["box and name F1 at IoU 0.5"]["mean"] == 0
     table = evaluation.to_markdown(report)
@@ -151,7 +145,7 @@ def test_grid_learns_where_a_letter_lies_inside_a_token() -> None:
 
 
 def test_cells_say_what_the_task_asks(folder: Path) -> None:
-    tokenizer = evaluation.Florence2Runner(folder, "cpu").processor.tokenizer
+    tokenizer = Florence2Runner(folder, "cpu").processor.tokenizer
     data = SceneTasks(Florence2Training("x", image_size=64), tokenizer)
     scene = SceneGenerator(0, "train", 128, {"lettering": 1.0})[0]
     scene.regions = [Region("red apple", "red apple", (0.0, 0.0, 32.0, 32.0))]
@@ -169,7 +163,7 @@ def test_cells_say_what_the_task_asks(folder: Path) -> None:
 
 
 def test_token_loss_is_cross_entropy_with_the_bag(folder: Path) -> None:
-    model = evaluation.Florence2Runner(folder, "cpu").model
+    model = Florence2Runner(folder, "cpu").model
     prompted = torch.randn(2, 4, 192)
     targets = torch.tensor([[1, 3, 7, 9], [0, 2, 5, -1]])
     logs = model.lm_head(prompted).log_softmax(-1)
@@ -179,7 +173,7 @@ def test_token_loss_is_cross_entropy_with_the_bag(folder: Path) -> None:
 
 
 def test_decoder_starts_as_a_copy_of_what_it_attends_to(folder: Path) -> None:
-    model = evaluation.Florence2Runner(folder, "cpu").model
+    model = Florence2Runner(folder, "cpu").model
     attention = model.model.language_model.decoder.layers[-1].encoder_attn
     same = torch.randn(1, 1, 192).expand(1, 5, 192)
     out = attention(torch.randn(1, 2, 192), key_value_states=same)[0]
@@ -204,11 +198,9 @@ def test_card_says_what_is_and_what_is_not_above_chance() -> None:
             "chance": {"box": 0.1, "box and name": 0.0},
         },
         "probe": {
-            "chance": dict.fromkeys(evaluation.PROBE_TARGETS, 0.1),
+            "chance": dict.fromkeys(probes.PROBE_TARGETS, 0.1),
             **{
-                name: {
-                    t: {"mean": 0.2 + 0.3 * (t == target), "half": 0.02, "runs": 3} for t in evaluation.PROBE_TARGETS
-                }
+                name: {t: {"mean": 0.2 + 0.3 * (t == target), "half": 0.02, "runs": 3} for t in probes.PROBE_TARGETS}
                 for name, target in lead.items()
             },
         },

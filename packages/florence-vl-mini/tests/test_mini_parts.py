@@ -8,7 +8,7 @@ pytest.importorskip("florence_vl_mini")
 
 from florence_vl.model import packaged
 from florence_vl_mini import models
-from florence_vl_mini.pretrain.evaluate import Florence2Runner, character_accuracy, iou
+from florence_vl_mini.pretrain.runner import Florence2Runner, character_accuracy, iou
 from florence_vl_mini.scenes import SceneGenerator
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from florence_vl.model.configuration import DAVIT
+from florence_vl.model.geometry import DAVIT
 from florence_vl.statistics import Interval, interval
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from florence_vl.convert.plan import REPORT_FILE
 from florence_vl.convert.processors import seams, with_lead
 from florence_vl.convert.shards import read_json, write_json
-from florence_vl.model.configuration import DAVIT
+from florence_vl.model.geometry import DAVIT
 
 MEAN_TOKENS = ("grid", "all", "grid_before_encoder")
 PROMPT_PADDINGS = ("attended", "masked")

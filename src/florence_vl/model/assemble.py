@@ -17,15 +17,13 @@ from florence_vl.model.build_config import BuildConfig
 from florence_vl.model.chat_template import CHAT_TEMPLATES, choose_template
 from florence_vl.model.configuration import (
     BACKBONE_LAYERS,
-    DAVIT,
     DBFUSION_FEATURES,
     FLORENCE2_PROMPT_IDS,
     FLORENCE2_PROMPTS,
     FlorenceVLConfig,
-    convolved_size,
-    davit_convolutions,
 )
 from florence_vl.model.fusion import FUSIONS, build_fusion
+from florence_vl.model.geometry import DAVIT, convolved_size, davit_convolutions
 from florence_vl.model.image_processing import FlorenceVLImageProcessor
 from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
 from florence_vl.model.packaged import resolve

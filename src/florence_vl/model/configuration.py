@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
+from florence_vl.model.geometry import DAVIT
 from florence_vl.registry import did_you_mean
 
 # Feature name -> Florence-2's own task prompt: the strings that the released weights saw. The first three tasks are
@@ -39,7 +40,6 @@ FLORENCE2_GRID = (24, 24)  # of the released Florence-2 weights, at 768 px
 
 BACKBONE_LAYERS = {"last": -2}  # of any other vision model: LLaVA-1.5's choice
 
-DAVIT = "davit"
 DBFUSION_FEATURES: tuple[str, ...] = (DAVIT, "caption", "ocr", "grounding")
 
 MeanToken = Literal["grid", "all", "grid_before_encoder"]
@@ -255,24 +255,6 @@ def _part_config(config: PreTrainedConfig | Mapping[str, Any] | None, default_ty
         return config
     values = dict(config or {})
     return AutoConfig.for_model(values.pop("model_type", default_type), **values)
-
-
-def convolved_size(height: int, width: int, convolutions: Iterable[tuple[int, int, int]]) -> tuple[int, int]:
-    """Rows and columns that are left of an image after convolutions of (kernel, stride, padding) in pixels."""
-    for kernel, stride, padding in convolutions:
-        height = (height + 2 * padding - kernel) // stride + 1
-        width = (width + 2 * padding - kernel) // stride + 1
-    return height, width
-
-
-def davit_convolutions(vision: Any) -> tuple[tuple[int, int, int], ...]:
-    """(kernel, stride, padding) of each of DaViT's four convolutions, from its config."""
-    return tuple(zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True))
-
-
-def backbone_prefix_tokens(vision: Any) -> int:
-    """Class and register tokens in front of a vision backbone's grid, from its config."""
-    return 0 if vision.model_type.startswith("siglip") else 1 + getattr(vision, "num_register_tokens", 0)
 
 
 def _choice(field: str, value: str, options: Sequence[str]) -> None:

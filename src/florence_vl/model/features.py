@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from florence_vl.files import atomic_file, cache_dir, write_text
-from florence_vl.model.configuration import DAVIT
+from florence_vl.model.geometry import DAVIT
 from florence_vl.model.towers import BackboneTower, Florence2Tower, VisionTower
 
 if TYPE_CHECKING:

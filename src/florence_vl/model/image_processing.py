@@ -11,8 +11,8 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
+from florence_vl.model.geometry import MAX_UPSCALE, native_size
 from florence_vl.model.pictures import ReadableImage, open_image, pad_and_resize
-from florence_vl.model.resolution import MAX_UPSCALE, native_size
 from florence_vl.model.views import FULL_VIEW, feature_mask
 from florence_vl.registry import did_you_mean
 
@@ -36,7 +36,7 @@ class FlorenceVLImageProcessor(PilBackend):
         image_aspect_ratio: `pad` centers the image on a square of the mean color, `int(mean * 255)`, before resizing
             (LLaVA's and Florence-VL's second stage and inference); `squash` resizes to the square directly (the
             released first stage); `native` keeps each image's own aspect ratio (see
-            `florence_vl.model.resolution.native_size`).
+            `florence_vl.model.geometry.native_size`).
         size: Output height and width, 768 px by default.
         token_budget: For `native`: tokens an image at most, by default as many as `size` has.
         stride: Pixels a side of one token.

@@ -13,7 +13,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin, TextKwargs
 
 from florence_vl.model.chat_template import BREAK, control_tokens
-from florence_vl.model.configuration import backbone_prefix_tokens, convolved_size, davit_convolutions
+from florence_vl.model.geometry import backbone_prefix_tokens, convolved_size, davit_convolutions
 from florence_vl.model.image_processing import FlorenceVLImageProcessor, FlorenceVLImagesKwargs
 
 if TYPE_CHECKING:

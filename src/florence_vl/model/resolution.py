@@ -1,8 +1,7 @@
-"""The size at which an image is encoded: fixed (`pad`, `squash`), or its own aspect ratio within a token budget."""
+"""Let a loaded model see images at another size, aspect ratio or view, without training."""
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from florence_vl.model.views import FULL_VIEW
@@ -10,47 +9,6 @@ from florence_vl.model.views import FULL_VIEW
 if TYPE_CHECKING:
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
     from florence_vl.model.processing import FlorenceVLProcessor
-
-MAX_UPSCALE = 2.0
-
-
-def native_size(
-    height: int, width: int, stride: int, token_budget: int, max_upscale: float = MAX_UPSCALE
-) -> tuple[int, int]:
-    """Height and width in pixels that keep an image's aspect ratio and give as many tokens as the budget allows.
-
-    Args:
-        height: The image's, px.
-        width: The image's, px.
-        stride: Pixels a side of one token: the tower's stride, times `merge`. Both sides are multiples of it.
-        token_budget: Tokens at most.
-        max_upscale: The image is enlarged by this factor at most.
-
-    Returns:
-        (height, width); the aspect ratio is kept up to rounding to whole tokens.
-
-    Raises:
-        ValueError: A side, the stride or the budget below 1.
-
-    Example:
-        >>> native_size(1080, 1920, stride=32, token_budget=576)
-        (576, 1024)
-    """
-    if min(height, width) < 1:
-        raise ValueError(f"an image of {height}x{width} pixels has no area")
-    if token_budget < 1 or stride < 1:
-        raise ValueError(f"token_budget and stride must be at least 1, found {token_budget} and {stride}")
-    scale = min(max_upscale, stride * math.sqrt(token_budget / (height * width)))
-    rows, columns = scale * height / stride, scale * width / stride
-    best, least = (1, 1), math.inf
-    for r in {max(1, math.floor(rows)), max(1, math.ceil(rows))}:
-        # A side that cannot go below one token takes from the other one's share.
-        limit = max(1, token_budget // r)
-        for c in {min(limit, max(1, math.floor(columns))), min(limit, max(1, math.ceil(columns)))}:
-            error = abs(math.log(r / rows)) + abs(math.log(c / columns))
-            if r * c <= token_budget and error < least:
-                best, least = (r, c), error
-    return best[0] * stride, best[1] * stride
 
 
 def set_resolution(

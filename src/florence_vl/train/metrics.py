@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -234,23 +234,6 @@ class Reporter:
         for tracker in self.trackers:
             with contextlib.suppress(Exception):
                 tracker.close()
-
-
-class Notices:
-    """Prints one of the lines that it is given every few seconds.
-
-    Args:
-        file: Where to.
-        every: Seconds between lines.
-    """
-
-    def __init__(self, file: TextIO, every: float = 15.0) -> None:
-        self._file, self._every, self._next = file, every, 0.0
-
-    def __call__(self, text: str) -> None:
-        if time.monotonic() >= self._next:
-            print(text, file=self._file, flush=True)
-            self._next = time.monotonic() + self._every
 
 
 class Progress:

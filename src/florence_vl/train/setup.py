@@ -6,10 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 import torch
 import yaml
@@ -22,7 +23,6 @@ from florence_vl.train.config import Precision, Recipe
 from florence_vl.train.evaluation import RunEvaluation, Scorer
 from florence_vl.train.fingerprint import check_fingerprint, fingerprint
 from florence_vl.train.guards import SpikeDetector
-from florence_vl.train.metrics import Notices
 from florence_vl.train.model import check_attention, choose_attention, estimate_fill, load_model
 from florence_vl.train.optimizer import Group, apply_parts, build_optimizer, parameter_groups
 from florence_vl.train.parallel import Parallelised, parallelise, resolve_strategy
@@ -91,6 +91,23 @@ class RunState:
         state = cls(**{name: saved[name] for name in asdict(cls()) if name != "spikes"})
         state.spikes.load_state_dict(saved["spikes"])
         return state
+
+
+class Notices:
+    """Prints one of the lines that it is given every few seconds.
+
+    Args:
+        file: Where to.
+        every: Seconds between lines.
+    """
+
+    def __init__(self, file: TextIO, every: float = 15.0) -> None:
+        self._file, self._every, self._next = file, every, 0.0
+
+    def __call__(self, text: str) -> None:
+        if time.monotonic() >= self._next:
+            print(text, file=self._file, flush=True)
+            self._next = time.monotonic() + self._every
 
 
 @dataclass

@@ -144,7 +144,8 @@ def evaluate(
     import json
 
     from florence_vl.files import write_text
-    from florence_vl_mini.pretrain.evaluate import evaluate_florence2, probe_prompts, to_markdown
+    from florence_vl_mini.pretrain.evaluate import evaluate_florence2, to_markdown
+    from florence_vl_mini.pretrain.probes import probe_prompts
 
     report = evaluate_florence2(model, scenes, seed, device)
     if probe:
@@ -169,7 +170,9 @@ def release(
     from florence_vl.files import atomic_folder
     from florence_vl_mini.card import publish
     from florence_vl_mini.pretrain.card import facts, model_card
-    from florence_vl_mini.pretrain.evaluate import Florence2Runner, evaluate_florence2, probe_prompts
+    from florence_vl_mini.pretrain.evaluate import evaluate_florence2
+    from florence_vl_mini.pretrain.probes import probe_prompts
+    from florence_vl_mini.pretrain.runner import Florence2Runner
     from florence_vl_mini.pretrain.train import export
 
     known = facts(run)

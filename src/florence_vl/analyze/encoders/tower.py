@@ -29,8 +29,9 @@ from florence_vl.analyze.encoders.base import (
 )
 from florence_vl.analyze.encoders.registry import ENCODERS
 from florence_vl.model.assemble import florence2_features
-from florence_vl.model.configuration import DAVIT, DBFUSION_FEATURES, FLORENCE2_PROMPTS, FlorenceVLConfig
+from florence_vl.model.configuration import DBFUSION_FEATURES, FLORENCE2_PROMPTS, FlorenceVLConfig
 from florence_vl.model.features import identity_digest
+from florence_vl.model.geometry import DAVIT
 from florence_vl.model.packaged import resolve
 from florence_vl.model.parts import (
     load_tower_weights,

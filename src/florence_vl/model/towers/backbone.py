@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedConfig
 
-from florence_vl.model.configuration import FlorenceVLConfig, backbone_prefix_tokens
+from florence_vl.model.geometry import backbone_prefix_tokens
 from florence_vl.model.towers import TOWERS, VisionTower, check_pixels
 
 
@@ -24,7 +24,7 @@ class BackboneTower(VisionTower):
         ValueError: A layer index is outside the backbone.
     """
 
-    def __init__(self, config: FlorenceVLConfig) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         self.config = config
         vision = config.vision_config

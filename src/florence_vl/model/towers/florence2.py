@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Florence2Config
+from transformers import Florence2Config, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.bart.modeling_bart import BartAttention, BartEncoder, BartEncoderLayer
 from transformers.models.florence2.modeling_florence2 import (
@@ -23,7 +23,7 @@ from transformers.models.florence2.modeling_florence2 import (
 )
 from transformers.utils import logging
 
-from florence_vl.model.configuration import DAVIT, FlorenceVLConfig, convolved_size, davit_convolutions
+from florence_vl.model.geometry import DAVIT, convolved_size, davit_convolutions
 from florence_vl.model.towers import TOWERS, VisionTower, check_pixels
 from florence_vl.model.towers.positions import EncoderPositions, Grid2D
 
@@ -119,7 +119,7 @@ class Florence2Tower(VisionTower):
         config: Names the features and holds the Florence-2 config and the prompts' token ids.
     """
 
-    def __init__(self, config: FlorenceVLConfig) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         florence2: Florence2Config = config.vision_config
         self.config = config

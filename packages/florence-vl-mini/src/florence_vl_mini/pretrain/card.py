@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from florence_vl_mini.card import DATA, HEAD
-from florence_vl_mini.pretrain.evaluate import PROBE_FEATURES, to_markdown
+from florence_vl_mini.pretrain.evaluate import to_markdown
+from florence_vl_mini.pretrain.probes import PROBE_FEATURES
 
 CARD = (
     HEAD.format(library="transformers", tags="florence-2, davit, synthetic")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from florence_vl_mini.pretrain.evaluate import Florence2Runner, character_accuracy, held_out, iou, with_interval
+from florence_vl_mini.pretrain.runner import Florence2Runner, character_accuracy, held_out, iou, with_interval
 from florence_vl_mini.scenes import Scene, assets, draw
 
 TEXT_SIZES = ((10, 14), (14, 24), (24, 40), (40, 64))

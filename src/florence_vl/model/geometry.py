@@ -1,0 +1,67 @@
+"""What configuration, processor and towers share about a grid of image tokens: its size and its prefix tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+DAVIT = "davit"  # name of the feature that takes no prompt: DaViT's last stage through its projector
+MAX_UPSCALE = 2.0  # of an image with its own aspect ratio
+
+
+def convolved_size(height: int, width: int, convolutions: Iterable[tuple[int, int, int]]) -> tuple[int, int]:
+    """Rows and columns that are left of an image after convolutions of (kernel, stride, padding) in pixels."""
+    for kernel, stride, padding in convolutions:
+        height = (height + 2 * padding - kernel) // stride + 1
+        width = (width + 2 * padding - kernel) // stride + 1
+    return height, width
+
+
+def davit_convolutions(vision: Any) -> tuple[tuple[int, int, int], ...]:
+    """(kernel, stride, padding) of each of DaViT's four convolutions, from its config."""
+    return tuple(zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True))
+
+
+def backbone_prefix_tokens(vision: Any) -> int:
+    """Class and register tokens in front of a vision backbone's grid, from its config."""
+    return 0 if vision.model_type.startswith("siglip") else 1 + getattr(vision, "num_register_tokens", 0)
+
+
+def native_size(
+    height: int, width: int, stride: int, token_budget: int, max_upscale: float = MAX_UPSCALE
+) -> tuple[int, int]:
+    """Height and width in pixels that keep an image's aspect ratio and give as many tokens as the budget allows.
+
+    Args:
+        height: The image's, px.
+        width: The image's, px.
+        stride: Pixels a side of one token: the tower's stride, times `merge`. Both sides are multiples of it.
+        token_budget: Tokens at most.
+        max_upscale: The image is enlarged by this factor at most.
+
+    Returns:
+        (height, width); the aspect ratio is kept up to rounding to whole tokens.
+
+    Raises:
+        ValueError: A side, the stride or the budget below 1.
+
+    Example:
+        >>> native_size(1080, 1920, stride=32, token_budget=576)
+        (576, 1024)
+    """
+    if min(height, width) < 1:
+        raise ValueError(f"an image of {height}x{width} pixels has no area")
+    if token_budget < 1 or stride < 1:
+        raise ValueError(f"token_budget and stride must be at least 1, found {token_budget} and {stride}")
+    scale = min(max_upscale, stride * math.sqrt(token_budget / (height * width)))
+    rows, columns = scale * height / stride, scale * width / stride
+    best, least = (1, 1), math.inf
+    for r in {max(1, math.floor(rows)), max(1, math.ceil(rows))}:
+        # A side that cannot go below one token takes from the other one's share.
+        limit = max(1, token_budget // r)
+        for c in {min(limit, max(1, math.floor(columns))), min(limit, max(1, math.ceil(columns)))}:
+            error = abs(math.log(r / rows)) + abs(math.log(c / columns))
+            if r * c <= token_budget and error < least:
+                best, least = (r, c), error
+    return best[0] * stride, best[1] * stride
