@@ -130,7 +130,7 @@ def test_wilson_interval_against_published_values() -> None:
         assert wilson(right, total) == pytest.approx((low, high), abs=5e-5)
     assert wilson(20, 20)[1] == 1.0
     for right, total in ((3, 2), (-1, 2), (0, 0)):
-        with pytest.raises(ValueError, match="need 0 <= right <= total"):
+        with pytest.raises(ValueError, match="need 0 <= correct <= total"):
             wilson(right, total)
 
 

@@ -1,8 +1,8 @@
-"""Florence-VL: vision-language models on one generative vision encoder, Florence-2, with depth-breadth fusion.
+"""Florence-VL: vision-language models with depth-breadth fusion of Florence-2 features.
 
-Importing this package registers its classes with transformers: at once when transformers is imported already, else
-as soon as it is. So `AutoModelForImageTextToText.from_pretrained(folder)` loads a saved Florence-VL, in whichever
-order the two are imported, and this package alone imports in milliseconds.
+Importing this package registers its classes with transformers: immediately if transformers is already imported,
+otherwise after it is imported. `AutoModelForImageTextToText.from_pretrained(folder)` therefore loads a saved
+Florence-VL whichever package is imported first, and importing this package alone takes milliseconds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _EXPORTS = {
     "GenerationOptions": "florence_vl.serve.session",
     "build_model": "florence_vl.model.assemble",
 }
-# Packages that can be called: `florence_vl.train(recipe)` is `florence_vl.train.train(recipe)`.
+# Callable packages: `florence_vl.train(recipe)` is `florence_vl.train.train(recipe)`.
 _ROOMS = ("convert", "evaluate", "train")
 __all__ = [
     "BuildConfig",

@@ -1,4 +1,4 @@
-"""Files and folders: the cache, writing whole or not at all, digests, and what a name on the command line means."""
+"""Files and folders: the cache, atomic writes, digests, and the resolution of names to paths or hub ids."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from florence_vl.registry import did_you_mean
 
 MARK = ".florence-vl.json"
-"""File in every folder that `atomic_folder` wrote: the names of its files. Only such a folder may be replaced."""
+"""File with the names of the files that `atomic_folder` wrote. Only folders that contain it may be replaced."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -39,20 +39,20 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def locate(name: str | os.PathLike[str], what: str = "model") -> Path | str:
-    """A file or folder of this machine, or an id on the Hugging Face Hub. Nothing is fetched here.
+    """A local file or folder, or an id on the Hugging Face Hub. Nothing is downloaded.
 
-    What exists here is a path. What does not exist is an id when it has the form `owner/name` and its first part is
-    no folder here (then it is a mistyped path).
+    An existing name is a path. Any other name is a hub id if it has the form `owner/name` and its first part is not a
+    local folder (otherwise it is a mistyped path).
 
     Args:
-        name: What the user gave.
-        what: What it has to be, for the error text, e.g. `LLM`.
+        name: The name that the user gave.
+        what: Kind of object for the error message, e.g. `LLM`.
 
     Returns:
         A `Path` that exists, or a hub id as `str`.
 
     Raises:
-        FileNotFoundError: Nothing of that name exists here and it cannot be a hub id.
+        FileNotFoundError: The name does not exist locally and cannot be a hub id.
     """
     text = os.fspath(name)
     path = Path(text).expanduser()
@@ -74,9 +74,9 @@ def locate(name: str | os.PathLike[str], what: str = "model") -> Path | str:
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its name when the block ends well, and is removed otherwise.
+    """Yield a temporary path next to `path`; rename it to `path` if the block succeeds, remove it otherwise.
 
-    The temporary path has the suffix of `path`. Missing parent folders are made.
+    The temporary path has the suffix of `path`. Missing parent folders are created.
 
     Example:
         >>> with atomic_file(folder / "state.pt") as temporary:
@@ -93,12 +93,12 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike[str], text: str, errors: str = "strict") -> None:
-    """Write a UTF-8 file whole or not at all.
+    """Write a UTF-8 file atomically.
 
     Args:
-        path: The file; missing parent folders are made.
-        text: Its content.
-        errors: What happens to lone surrogates, see `str.encode`.
+        path: The file; missing parent folders are created.
+        text: The content.
+        errors: Treatment of lone surrogates, see `str.encode`.
     """
     with atomic_file(path) as temporary:
         temporary.write_bytes(text.encode("utf-8", errors))
@@ -112,16 +112,16 @@ def atomic_folder(
     sources: Iterable[str | os.PathLike[str]] = (),
     owned: Callable[[Path], bool] | None = None,
 ) -> Iterator[Path]:
-    """A temporary folder that takes the place of `destination` when the block ends well, and is removed otherwise.
+    """Yield a temporary folder that replaces `destination` if the block succeeds; remove it otherwise.
 
-    A link is followed: the folder that it leads to is written. What a killed process left behind is removed.
+    Symbolic links are followed. Leftovers of killed processes are removed.
 
     Args:
         destination: The folder to write.
         overwrite: Whether a folder that `atomic_folder` wrote earlier may be replaced.
-        sources: Files and folders that the block reads; the destination may neither hold them nor lie inside them.
-        owned: Says of a folder without the mark whether it may be replaced all the same, e.g. because the caller made
-            the folder around it.
+        sources: Files and folders that the block reads. The destination may not contain them or be inside them.
+        owned: Returns whether a folder that `atomic_folder` did not write may be replaced, e.g. because the caller
+            created the folder around it.
 
     Raises:
         ValueError: See `check_destination`.
@@ -153,13 +153,13 @@ def check_destination(
     sources: Iterable[str | os.PathLike[str]] = (),
     owned: Callable[[Path], bool] | None = None,
 ) -> Path:
-    """The folder that `destination` leads to, refused unless it may be written. Arguments as for `atomic_folder`.
+    """The folder that `destination` resolves to, if it may be written. Arguments as in `atomic_folder`.
 
     Call it before long work whose result `atomic_folder` will write.
 
     Raises:
-        ValueError: It is a file or a device; it holds something and `overwrite` is false; it holds something that
-            `atomic_folder` did not write; or it holds a source or lies inside one.
+        ValueError: The destination is a file or a device; it is not empty and `overwrite` is false; it contains files
+            that `atomic_folder` did not write; or it contains a source or is inside one.
     """
     target = Path(destination).expanduser().resolve()
     if target.exists() and not target.is_dir():
@@ -167,7 +167,7 @@ def check_destination(
     for source in sources:
         origin = Path(source).expanduser().resolve()
         if target == origin or target in origin.parents or origin in target.parents:
-            raise ValueError(f"{destination} and the source {source} are the same or one lies inside the other")
+            raise ValueError(f"{destination} and the source {source} are the same or one is inside the other")
     if not target.exists() or not any(target.iterdir()):
         return target
     if not overwrite:
@@ -176,14 +176,14 @@ def check_destination(
         foreign = _foreign(target)
         if foreign:
             raise ValueError(
-                f"{destination} holds {foreign}, which florence-vl did not write there: it will not be deleted. Name "
+                f"{destination} contains {foreign}, which florence-vl did not write: it will not be deleted. Name "
                 "another folder, or remove it yourself"
             )
     return target
 
 
 def _foreign(folder: Path) -> str | None:
-    """The first file of the folder that the mark does not name; all are foreign where there is no mark."""
+    """The first file of the folder that its mark does not list; without a mark, any file."""
     try:
         known = {MARK, *json.loads((folder / MARK).read_text(encoding="utf-8"))["files"]}
     except (OSError, ValueError, KeyError, TypeError):
@@ -200,7 +200,7 @@ def _process() -> str:
 
 
 def _sweep(target: Path) -> None:
-    """Remove what killed processes of this machine left beside `target`; put back what one was about to replace."""
+    """Remove leftovers of killed processes on this machine, and restore a folder that one was replacing."""
     host = _process().partition("-")[0]
     pattern = re.compile(rf"\.{re.escape(target.name)}\.{host}-(\d+)-[0-9a-f]{{8}}\.(partial|old)")
     for left in list(target.parent.iterdir()):
@@ -215,7 +215,7 @@ def _sweep(target: Path) -> None:
 
 def _alive(pid: int) -> bool:
     if os.name == "nt":
-        return True  # there os.kill(pid, 0) ends the process
+        return True  # on Windows os.kill(pid, 0) ends the process
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""Registers the classes with transformers as soon as it is imported, in whichever order the two packages are."""
+"""Registers the classes with transformers as soon as it is imported, in either import order."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from types import ModuleType
 
 
 class RegisterAfterTransformers(MetaPathFinder):
-    """Imports `florence_vl.model.registration` once transformers is there and no module of `model` is half imported.
+    """Imports `florence_vl.model.registration` once transformers is imported and no `model` module is half imported.
 
-    A module of `model` that imports transformers itself, as the first of the process, is finished before.
+    If a module of `model` is the first to import transformers, its import is completed before.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class RegisterAfterTransformers(MetaPathFinder):
 
 
 def register_when_possible() -> None:
-    """Register at once when transformers is imported already, else right after it was."""
+    """Register immediately if transformers is already imported, otherwise after its import."""
     if "transformers" in sys.modules:
         importlib.import_module("florence_vl.model.registration")
     else:

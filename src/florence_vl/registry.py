@@ -1,4 +1,4 @@
-"""Registries by exact name, and "did you mean" for every name a user can type."""
+"""Registries of objects by exact name, and suggestions for mistyped names."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ T = TypeVar("T")
 
 
 def did_you_mean(word: str, options: Iterable[str], limit: int = 3) -> str:
-    """A sentence that names the options nearest to a mistyped word, or all of them when none is near.
+    """A sentence that names the options closest to a mistyped word, or all options if none is close.
 
     Args:
-        word: What the user typed.
-        options: The names that exist.
-        limit: How many near names to list at most.
+        word: The word that the user typed.
+        options: The known names.
+        limit: Maximum number of suggestions.
     """
     names = sorted(options)
     near = difflib.get_close_matches(word, names, n=limit, cutoff=0.5)
@@ -47,7 +47,7 @@ class Registry(Generic[T]):
         """Decorator that stores its object under `name`.
 
         Raises:
-            ValueError: The name is taken by another object.
+            ValueError: The name is registered for another object.
         """
 
         def decorate(item: T) -> T:
@@ -79,7 +79,7 @@ class Registry(Generic[T]):
 
 
 def plugins(kind: str) -> dict[str, EntryPoint]:
-    """What installed packages add to the library by entry points of the group `florence_vl.<kind>`, by name.
+    """Entry points of the group `florence_vl.<kind>` in installed packages, by name.
 
     Args:
         kind: `models`, `vision`, `llms` (see `florence_vl.model.packaged`), `suites`, `recipes`, `datasets`,
@@ -89,13 +89,13 @@ def plugins(kind: str) -> dict[str, EntryPoint]:
 
 
 def make_callable(package: str, module: str) -> None:
-    """Let a package be called like its main function, which has the package's own last name.
+    """Make a package callable as its main function, which has the same name as the package.
 
-    So `florence_vl.train(recipe)` works beside `florence_vl.train.loop`, whichever of the two was imported first.
+    `florence_vl.train(recipe)` then works in addition to `florence_vl.train.loop`, in either import order.
 
     Args:
         package: Name of the imported package, e.g. `florence_vl.train`.
-        module: Where the function lies; imported at the first call.
+        module: The module with the function; imported at the first call.
     """
     function = package.rpartition(".")[2]
 

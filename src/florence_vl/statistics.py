@@ -1,17 +1,17 @@
-"""Intervals, paired comparisons and power: the one home of every figure that says how far a score can be trusted.
+"""Confidence intervals, paired comparisons and power of scores.
 
 | question | function |
 |---|---|
-| a share of independent trials | `wilson` |
+| a fraction of independent trials | `wilson` |
 | a mean of independent values between two bounds | `mean_interval` |
-| a benchmark's scores, whatever its units and categories | `intervals` |
+| scores of a benchmark with any units and categories | `intervals` |
 | two runs on the same questions | `compare`, `sign_test` |
-| few runs that differ in the seed only | `interval`, `paired` |
-| two rows, several seeds, the same questions | `crossed`, and `Components.detectable` before the runs are paid for |
+| few runs that differ only in the seed | `interval`, `paired` |
+| two rows, several seeds, the same questions | `crossed`; `Components.detectable` for planning |
 
-Resampling is the Bayesian bootstrap (Rubin, 1981) with a weak prior instead of Efron's: a stratum of three right
-answers has no spread to resample, so Efron's interval is [100, 100] and covers nothing. Seeds are few and are never
-resampled: their share of the variance is estimated as in a two-way random-effects model and gets Student's t.
+Resampling is the Bayesian bootstrap (Rubin, 1981) with a weak prior instead of Efron's bootstrap: a stratum of three
+correct answers has no variance to resample, so Efron's interval is [100, 100] and has no coverage. Seeds are few and
+are never resampled: their variance is estimated by a two-way random-effects model, with Student's t.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-# Of one stratum: number of units, and the mean of the units' vectors (k,).
+# For one stratum: number of units, and the mean of the units' vectors (k,).
 Strata = Mapping[str, tuple[int, np.ndarray]]
-# Scores by name from the strata's means.
+# Scores by name from the means of the strata.
 Combine = Callable[[Strata], dict[str, float]]
 
 
@@ -35,10 +35,10 @@ class Units:
     """The independent units of a benchmark: questions, or groups of questions that are scored together.
 
     Attributes:
-        vectors: Stratum -> (units, k), the numbers of each unit.
+        vectors: Stratum -> (units, k), the values of each unit.
         keys: Stratum -> the key of each unit.
-        extremes: Vectors that a unit might have had, (m, k): all its questions wrong, all right. They carry the weight
-            of one unit together, so that a sample in which every answer is right still has an interval. Without them
+        extremes: Extreme vectors that a unit can have, (m, k): all its questions wrong, all correct. Together they have
+            the weight of one unit, so that a sample in which every answer is correct still has an interval. If None,
             only the units themselves are resampled.
     """
 
@@ -51,11 +51,11 @@ class Units:
         return {name: (len(matrix), matrix.mean(axis=0)) for name, matrix in self.vectors.items()}
 
 
-# ---------------------------------------------------------------- shares and means
+# ---------------------------------------------------------------- fractions and means
 
 
 def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a share, 95 % by default (Wilson, 1927).
+    """Wilson's score interval of a fraction, 95 % by default (Wilson, 1927).
 
     Args:
         right: Number of hits.
@@ -66,16 +66,16 @@ def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
         Lower and upper bound, in [0, 1].
 
     Raises:
-        ValueError: The counts don't fit.
+        ValueError: The counts are inconsistent.
     """
     if not 0 <= right <= total or total < 1:
-        raise ValueError(f"{right} right of {total}: need 0 <= right <= total and total >= 1")
+        raise ValueError(f"{right} correct of {total}: need 0 <= correct <= total and total >= 1")
     share = right / total
     center = share + z * z / (2 * total)
     spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total
     low, high = (center - spread) / scale, (center + spread) / scale
-    return max(0.0, min(low, share)), min(1.0, max(high, share))  # exact at 0 and 1, where rounding shows
+    return max(0.0, min(low, share)), min(1.0, max(high, share))  # exact at 0 and 1 despite rounding
 
 
 def mean_interval(
@@ -85,12 +85,12 @@ def mean_interval(
 
     Args:
         values: At least one value.
-        bounds: Lowest and highest value that is possible.
-        draws: Resampled means.
-        seed: Of the draws.
+        bounds: Lowest and highest possible value.
+        draws: Number of resampled means.
+        seed: Seed of the draws.
 
     Raises:
-        ValueError: There is no value.
+        ValueError: `values` is empty.
     """
     if not len(values):
         raise ValueError("an interval needs at least one value")
@@ -109,13 +109,13 @@ def intervals(
 
     Args:
         units: The units, by stratum.
-        combine: Scores from the strata's means, for example `Metric.combine`.
-        level: Probability that the interval holds the score on all questions of this kind.
-        draws: Resampled scores.
-        seed: Of the draws.
+        combine: Computes the scores from the means of the strata, for example `Metric.combine`.
+        level: Probability that the interval contains the score on all questions of this kind.
+        draws: Number of resampled scores.
+        seed: Seed of the draws.
 
     Returns:
-        Score -> lower and upper bound. The score itself always lies between them.
+        Score -> lower and upper bound. The score itself is always between them.
     """
     tail = 100 * (1 - level) / 2
     found = _scores(_draw_means(units.vectors, units.extremes, draws, np.random.default_rng(seed)), combine, draws)
@@ -129,9 +129,9 @@ def _draw_means(
 ) -> dict[str, tuple[int, np.ndarray]]:
     """Means of each stratum, (draws, k), under random weights of its units.
 
-    Each unit weighs 1. Where extremes are given, units that were not seen weigh in too: the extremes share the weight
-    of one unit over all strata (Jeffreys' prior where there is one stratum), and with several strata each borrows up to
-    two units from all of them. Weights are scaled so that a stratum of n units has a variance of about s^2 / n.
+    Each unit has weight 1. If extremes are given, unseen units have weight too: the extremes share the weight of one
+    unit over all strata (Jeffreys' prior for a single stratum), and with several strata each borrows up to two units
+    from all of them. Weights are scaled so that a stratum of n units has a variance of about s^2 / n.
     """
     everything = np.concatenate(list(vectors.values()))
     share = 1 / len(vectors)
@@ -142,7 +142,7 @@ def _draw_means(
         units = len(matrix)
         scale = 1.0 if extremes is None else max(units - 1, 0.5) / (units + 2 - share)
         sums = np.zeros((draws, matrix.shape[1] + 1))
-        for start in range(0, len(distinct), 4096):  # bounds the memory
+        for start in range(0, len(distinct), 4096):  # limits memory
             rows = slice(start, start + 4096)
             sums += _weigh(distinct[rows], scale * shapes[rows], draws, generator)
         if extremes is not None:
@@ -156,7 +156,7 @@ def _draw_means(
 
 
 def _weigh(vectors: np.ndarray, shapes: np.ndarray, draws: int, generator: np.random.Generator) -> np.ndarray:
-    """Sums of vectors with gamma weights and, in the last column, of the weights."""
+    """Sums of the vectors with gamma weights; the last column is the sum of the weights."""
     weights = generator.standard_gamma(np.broadcast_to(shapes, (draws, len(shapes))))
     return weights @ np.hstack([vectors, np.ones((len(vectors), 1))])
 
@@ -168,16 +168,16 @@ def _scores(means: Mapping[str, tuple[int, np.ndarray]], combine: Combine, draws
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """Two runs on the questions that both answered.
+    """Comparison of two runs on the questions that both answered.
 
     Attributes:
         difference: Score of the second minus the first.
         interval: 95 % interval of the difference, both runs resampled with the same units.
-        p_value: Two-sided: how often a resampled difference has the other sign, doubled.
+        p_value: Two-sided: twice the fraction of resampled differences with the opposite sign.
         won: Questions on which the second scored higher.
         lost: Questions on which it scored lower.
-        tied: The rest.
-        sign_test: Exact two-sided binomial test that won and lost are equally likely (McNemar's, for right and wrong).
+        tied: All other questions.
+        sign_test: Exact two-sided binomial test that won and lost are equally likely (McNemar's test for correctness).
         questions: Number of common questions.
     """
 
@@ -192,7 +192,7 @@ class PairedComparison:
 
     @property
     def significant(self) -> bool:
-        """Whether the interval of the difference leaves out 0."""
+        """Whether the interval of the difference excludes 0."""
         return not self.interval[0] <= 0 <= self.interval[1]
 
 
@@ -209,12 +209,12 @@ def compare(
 
     Args:
         first: Units of the first run.
-        second: Units of the second, with the same keys in the same order.
-        combine: Scores from the strata's means.
+        second: Units of the second run, with the same keys in the same order.
+        combine: Computes the scores from the means of the strata.
         key: The score to compare.
-        scores: Each question's score in the two runs, for the counts.
-        draws: Resampled differences.
-        seed: Of the draws.
+        scores: Score of each question in the two runs, for the counts.
+        draws: Number of resampled differences.
+        seed: Seed of the draws.
 
     Raises:
         ValueError: The two runs have different units.
@@ -223,7 +223,7 @@ def compare(
         raise ValueError("the two runs answered different questions; compare their common ones")
     joined = {name: np.hstack([first.vectors[name], second.vectors[name]]) for name in first.vectors}
     extremes = None
-    if first.extremes is not None:  # each outcome of the first run beside each of the second
+    if first.extremes is not None:  # each outcome of the first run paired with each of the second
         extremes = np.array([np.hstack([a, b]) for a in first.extremes for b in first.extremes])
     means = _draw_means(joined, extremes, draws, np.random.default_rng(seed))
     halves = []
@@ -249,7 +249,7 @@ def compare(
 
 
 def sign_test(won: int, lost: int) -> float:
-    """Exact two-sided p-value that wins and losses are equally likely."""
+    """Exact two-sided p-value of the hypothesis that wins and losses are equally likely."""
     total, few = won + lost, min(won, lost)
     if total == 0:
         return 1.0
@@ -291,7 +291,7 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether 0 lies outside of the interval; never for a single run."""
+        """Whether 0 is outside the interval; False for a single run."""
         return self.low > 0 or self.high < 0
 
     def text(self, digits: int = 3, scale: float = 1.0) -> str:
@@ -301,10 +301,10 @@ class Interval:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean and 95 % interval (Student's t) of runs that differ in the seed only.
+    """Mean and 95 % interval (Student's t) of runs that differ only in the seed.
 
     Raises:
-        ValueError: There is no value.
+        ValueError: `values` is empty.
     """
     runs = len(values)
     if runs == 0:
@@ -320,11 +320,11 @@ def paired(values: Sequence[float], reference: Sequence[float]) -> Interval:
     """Interval of the differences `values - reference`, run by run (same seed, same split).
 
     Raises:
-        ValueError: Different numbers of runs.
+        ValueError: The numbers of runs differ.
     """
     if len(values) != len(reference):
         raise ValueError(
-            f"a paired difference needs as many runs on both sides, got {len(values)} and {len(reference)}"
+            f"a paired difference needs the same number of runs on both sides, got {len(values)} and {len(reference)}"
         )
     return interval([v - r for v, r in zip(values, reference, strict=True)])
 
@@ -334,12 +334,12 @@ def paired(values: Sequence[float], reference: Sequence[float]) -> Interval:
 
 @dataclass(frozen=True)
 class Components:
-    """What the variance of a difference consists of (two-way random effects: seeds and questions).
+    """Components of the variance of a difference (two-way random effects: seeds and questions).
 
     Attributes:
-        seed: Variance of the difference from seed to seed, with all questions asked.
-        question: Variance from question to question, with all seeds trained.
-        rest: Variance of one question in one seed beside both.
+        seed: Variance of the difference between seeds, over all questions.
+        question: Variance between questions, over all seeds.
+        rest: Residual variance of one question and seed.
     """
 
     seed: float
@@ -347,12 +347,12 @@ class Components:
     rest: float
 
     def detectable(self, seeds: int, questions: int, power: float = 0.8) -> float:
-        """Smallest true difference whose 95 % interval leaves out 0 in a share `power` of experiments.
+        """Smallest true difference whose 95 % interval excludes 0 in a fraction `power` of experiments.
 
         Args:
-            seeds: Trainings of each row, at least 2.
-            questions: Questions that every training is asked.
-            power: The share.
+            seeds: Training runs per row, at least 2.
+            questions: Number of questions, the same for every training run.
+            power: The fraction.
 
         Raises:
             ValueError: Fewer than two seeds or questions.
@@ -370,8 +370,8 @@ class Difference:
 
     Attributes:
         interval: Mean difference with its 95 % interval; `runs` is the number of seeds.
-        detectable: Smallest true difference that such an experiment sees in 80 % of cases.
-        components: For the planning of the next experiment.
+        detectable: Smallest true difference that such an experiment detects in 80 % of cases.
+        components: Variance components, for planning the next experiment.
         questions: Number of questions.
     """
 
@@ -382,18 +382,18 @@ class Difference:
 
 
 def crossed(differences_SQ: Any, strata: Sequence[Hashable] | None = None) -> Difference:
-    """Difference of two rows that were trained with the same seeds and asked the same questions.
+    """Difference of two rows that were trained with the same seeds and evaluated on the same questions.
 
-    Seeds and questions are both drawn at random: seeds from all trainings, questions from all questions of their kind.
-    The variance of the mean is V_seed + V_question - V_rest, each estimated from its mean square, with Satterthwaite's
-    degrees of freedom. A hierarchical bootstrap of three to eight seeds covers less than 95 % (resampling S seeds loses
-    a factor (S - 1) / S of the variance and Student's wider tails); t over the seeds' means alone takes the questions
-    for the only ones there are.
+    Seeds and questions are random samples: seeds of all training runs, questions of all questions of their kind. The
+    variance of the mean is V_seed + V_question - V_rest, each estimated from its mean square, with Satterthwaite's
+    degrees of freedom. A hierarchical bootstrap of three to eight seeds has less than 95 % coverage (resampling S seeds
+    loses a factor (S - 1) / S of the variance and Student's wider tails). Student's t over the means of the seeds
+    treats the questions as the whole population.
 
     Args:
-        differences_SQ: Score of the row minus the reference's, for each seed and question.
-        strata: The benchmark of each question, (Q,): the mean over benchmarks of their means is compared. One benchmark
-            when None.
+        differences_SQ: Score of the row minus the score of the reference, for each seed and question.
+        strata: Benchmark of each question, (Q,): the mean over benchmarks of their means is compared. If None, all
+            questions are from one benchmark.
 
     Raises:
         ValueError: Fewer than two seeds, fewer than two questions of a benchmark, or missing values.
@@ -406,7 +406,7 @@ def crossed(differences_SQ: Any, strata: Sequence[Hashable] | None = None) -> Di
     seeds, questions = values_SQ.shape
     names = np.unique(np.array(["all"] * questions if strata is None else strata), return_inverse=True)[1]
     if len(names) != questions:
-        raise ValueError(f"{questions} questions but {len(names)} benchmarks of questions")
+        raise ValueError(f"{questions} questions but {len(names)} names of benchmarks")
     counts = np.bincount(names)
     if counts.min(initial=2) < 2 or questions < 2:
         raise ValueError("each benchmark needs at least 2 questions")
@@ -431,9 +431,9 @@ def crossed(differences_SQ: Any, strata: Sequence[Hashable] | None = None) -> Di
 
 
 def _error(parts: Sequence[float], freedom: Sequence[int]) -> tuple[float, float]:
-    """Standard error and Satterthwaite's degrees of freedom from the three variances of a mean."""
+    """Standard error and Satterthwaite's degrees of freedom from the three variance components of a mean."""
     seed, question, rest = parts
-    variance = max(seed + question - rest, seed, question)  # an estimate below its own parts is noise
+    variance = max(seed + question - rest, seed, question)  # an estimate below one of its components is noise
     spread = sum(part**2 / degrees for part, degrees in zip(parts, freedom, strict=True))
     return math.sqrt(variance), max(1.0, variance**2 / spread) if spread else float(max(freedom))
 
@@ -448,7 +448,7 @@ def t_quantile(probability: float, freedom: float) -> float:
 
     Args:
         probability: Between 0.5 and 1.
-        freedom: Degrees of freedom, at least 1; between 1 and 2 those of 1 are taken, which is wider.
+        freedom: Degrees of freedom, at least 1; between 1 and 2 those of 1 are used, which is conservative.
     """
     p, n = 2 * (1 - probability), freedom
     if n < 2:
@@ -476,10 +476,10 @@ def t_quantile(probability: float, freedom: float) -> float:
 
 
 def paper_average(scores: Mapping[str, Any], columns: Sequence[str] | None = None) -> float:
-    """Mean of a table row as the paper computes it: MME-P divided by 20, MME-C by 8, the rest as they are.
+    """Mean of a table row as the paper computes it: MME-P divided by 20, MME-C by 8, all others unchanged.
 
     Raises:
-        ValueError: There is no score, or one of `columns` is missing.
+        ValueError: There are no scores, or one of `columns` is missing.
     """
     columns = list(scores) if columns is None else list(columns)
     if missing := [column for column in columns if column not in scores]:

@@ -169,5 +169,5 @@ def test_intervals():
     assert not interval([5.0]).excludes_zero
     assert paired([1.1, 2.1, 3.1], [1.0, 2.0, 3.0]).excludes_zero
     assert not paired([1.1, 1.9, 3.1], [1.0, 2.0, 3.0]).excludes_zero
-    with pytest.raises(ValueError, match="as many runs"):
+    with pytest.raises(ValueError, match="the same number of runs"):
         paired([1.0], [1.0, 2.0])

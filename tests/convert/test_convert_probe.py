@@ -176,9 +176,9 @@ def test_probe_command_writes_the_best_reading(converted, references, tmp_path, 
     shutil.copytree(converted / "answering", folder)
     assert main.main(["convert", str(folder), "--probe", str(references), "--apply"]) == 0
     shown = capsys.readouterr().out
-    assert "and 132 more readings" in shown
+    assert "and 132 more variants" in shown
     assert "davit,caption,ocr,grounding" in shown
-    assert "The first reading alone reproduces all answers of 3 references: settled." in shown
+    assert "Only the first variant reproduces all answers of 3 references: decided." in shown
     config = json.loads((folder / "config.json").read_text())
     assert (config["mean_token"], config["prompt_padding"]) == (TRUTH.mean_token, TRUTH.prompt_padding)
     settings = json.loads((folder / "conversion.json").read_text())["settings"]

@@ -135,7 +135,7 @@ def test_inspect_command(data, tmp_path, monkeypatch, capsys):
     assert code == 0
     assert "⟦A red car.<|im_end|>" in out
     assert "skipped in training (image)" in " ".join(out.split())
-    assert "tokens a record, 7 of 7 records" in out
+    assert "tokens per record, 7 of 7 records" in out
     assert "data:image/jpeg" in (tmp_path / "out" / "page.html").read_text()
     code, out, _ = call(monkeypatch, capsys, "inspect", data, "-n", 1)
     assert code == 0
@@ -171,11 +171,11 @@ def test_sources_command(monkeypatch, capsys):
         (["stats", "DATA", "--option", "x"], "not of the form key=value"),
         (["stats", "DATA", "--option", "captoin=x"], "no option 'captoin'"),
         (["stats", "DATA", "--max-length", "5"], "need --model"),
-        (["stats", "DATA", "a.b=c"], "overrides belong to a recipe"),
+        (["stats", "DATA", "a.b=c"], "overrides are for recipes"),
         (["inspect", "DATA", "--start", "7"], "has 7 records"),
         (["stats", "DATA", "--dataset", "docmatrix"], "'docmatix'"),
         (["sources", "docmatrix"], "'docmatix'"),
-        (["stats", "DATA", "--model", "runs/none/model"], "no such model folder: runs/none/model"),
+        (["stats", "DATA", "--model", "runs/none/model"], "model folder runs/none/model does not exist"),
     ],
 )
 def test_wrong_calls_are_explained_in_one_line(data, monkeypatch, capsys, arguments, message):

@@ -1,1 +1,1 @@
-"""The `florence-vl` command: one module a sub-command, imported only when it is called."""
+"""The `florence-vl` command: one module per sub-command, imported only when called."""

@@ -1,4 +1,4 @@
-"""`florence-vl ablate`: the rows of the paper's ablation tables, trained, scored and compared."""
+"""`florence-vl ablate`: train, score and compare the rows of the paper's ablation tables."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def command(
     ),
     report: bool = typer.Option(False, "--report", help="Print the tables of the existing results; train nothing."),
 ) -> None:
-    """Train and score the rows of the paper's ablation tables; stopped at any time, it goes on where it was."""
+    """Train and score the rows of the paper's ablation tables; an interrupted run resumes."""
     import os
 
     from florence_vl.analyze.ablation import STAGES, AblationConfig, load_tables, plan, table_of
@@ -119,5 +119,5 @@ def command(
 
 
 def _names(word: str, known: list[str]) -> list[str]:
-    """Row names in one value: names may hold commas themselves."""
+    """Row names in one value; a name may itself contain commas."""
     return [word] if word in known else [name.strip() for name in word.split(",")]

@@ -1,4 +1,4 @@
-"""`florence-vl analyze`: alignment loss, PCA pictures, attribution, and one report of all of it."""
+"""`florence-vl analyze`: alignment loss, PCA visualizations, attribution, headroom, cost, and a report of all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from florence_vl.analyze.options import Measurement
 
 app = typer.Typer(
-    help="Alignment loss, PCA pictures, attribution: choose encoder, features and fusion by measurement.",
+    help="Alignment loss, PCA, attribution: compare encoders, features and fusions.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     epilog="""[bold]Examples[/bold]
@@ -41,7 +41,7 @@ app = typer.Typer(
 
 
 class SeveralValues(TyperCommand):
-    """A command whose list options take several values at once: `--encoders a b c` means each of them."""
+    """A command whose list options accept several values: `--encoders a b c` is the same as repeating the option."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         several = {o for p in self.params if getattr(p, "multiple", False) for o in p.opts}
@@ -59,12 +59,12 @@ class SeveralValues(TyperCommand):
 
 
 ENCODERS_HELP = "name[=weights][:feature+feature][@size]; `florence-vl analyze encoders` lists the names."
-FIT_HELP = "How a picture is brought to the encoder's square: squash, pad or crop."
+FIT_HELP = "How an image is fitted to the encoder's square: squash, pad or crop."
 
 
 @app.command("encoders")
 def encoders_command() -> None:
-    """List the encoders, and what each needs."""
+    """List the encoders and their requirements."""
     from florence_vl.analyze.encoders import ENCODERS
 
     width = max(map(len, ENCODERS.names()))
@@ -79,7 +79,7 @@ def alignment_command(
     out: Path = typer.Option(..., "--out", help="Folder for curves (PNG, SVG), numbers (CSV, JSON) and tables."),
     llm: str = typer.Option("smollm2", "--llm", help="Folder or hub name of the LLM, or smollm2 (from its package)."),
     llm_dtype: str = typer.Option("float32", "--llm-dtype", help="float32, bfloat16 or float16."),
-    image_root: Path | None = typer.Option(None, "--image-root", help="Folder that image paths in DATA start from."),
+    image_root: Path | None = typer.Option(None, "--image-root", help="Base folder of relative image paths in DATA."),
     pairs: int | None = typer.Option(None, "--pairs", help="Number of pairs to use, chosen at random. All by default."),
     ablate: bool = typer.Option(
         False, "--ablate", help="Evaluate one encoder without each of its features, and with each alone."
@@ -94,7 +94,7 @@ def alignment_command(
     temperature: float = typer.Option(1.0, "--temperature", help="Divides similarities; 1 is the paper's loss."),
     symmetric: bool = typer.Option(False, "--symmetric", help="Add the text-to-image direction."),
     center: bool = typer.Option(False, "--center", help="Subtract the mean text feature before normalizing."),
-    heldout: float = typer.Option(0.2, "--heldout", help="Share held out; half of it chooses the step."),
+    heldout: float = typer.Option(0.2, "--heldout", help="Fraction of held-out pairs; half of them selects the step."),
     duplicates: str = typer.Option("share", "--duplicates", help="Same captions: share the target, or keep the first."),
     seeds: int = typer.Option(3, "--seeds", help="Number of seeds; intervals are over them."),
     width_control: str = typer.Option("pca", "--width-control", help="Equal width by pca, random, or none."),
@@ -105,7 +105,7 @@ def alignment_command(
 ) -> None:
     """Alignment loss of encoders, or of one encoder's features (paper section 4, Figures 4 and 5).
 
-    Features are pooled once and cached; only the projection trains. Losses are of held-out pairs.
+    Features are pooled once and cached; only the projection is trained. Losses are on held-out pairs.
     """
     from florence_vl.analyze.alignment import AlignmentConfig
     from florence_vl.analyze.compare import collect, compare, feature_subsets
@@ -179,14 +179,14 @@ def pca_command(
     threshold: float | None = typer.Option(
         None, "--threshold", help="Foreground above this value of the first component in [0, 1]; Otsu's by default."
     ),
-    flip: bool = typer.Option(False, "--flip", help="Take the other side of the first component as foreground."),
+    flip: bool = typer.Option(False, "--flip", help="Use the other side of the first component as the foreground."),
     background: bool = typer.Option(True, "--cut-background/--keep-background", help="Cut the background."),
-    refit: bool = typer.Option(True, "--refit/--no-refit", help="Fit the colors on the foreground alone."),
+    refit: bool = typer.Option(True, "--refit/--no-refit", help="Fit the colors on the foreground only."),
     fit: str = typer.Option("squash", "--fit", help=FIT_HELP),
-    svg: bool = typer.Option(False, "--svg", help="Write each sheet as SVG too."),
+    svg: bool = typer.Option(False, "--svg", help="Also write each sheet as SVG."),
     device: str = typer.Option("auto", "--device", help="cpu, cuda, cuda:1, mps or auto."),
 ) -> None:
-    """First three principal components of the features as colors, one sheet an image (paper Figure 3)."""
+    """First three principal components of the features as colors, one sheet per image (paper Figure 3)."""
     import numpy as np
 
     from florence_vl.analyze.encoders import EncoderSpec, load_encoder
@@ -250,7 +250,7 @@ def attribution_command(
     ),
     device: str = typer.Option("auto", "--device", help="cpu, cuda, cuda:1, mps or auto."),
 ) -> None:
-    """How much each feature contributes to an answer: norms through the projector, and leaving each out."""
+    """Contribution of each feature to an answer: norms through the projector, and removing each feature."""
     import numpy as np
 
     from florence_vl.analyze.attribution import attribute, attribution_figure
@@ -283,10 +283,10 @@ def attribution_command(
 
 MODEL_HELP = "Folder or hub name of a trained Florence-VL, or mini."
 SUITE_HELP = "Suites and benchmarks with commas; those whose questions have one picture and an answer in text."
-SIZE_HELP = "Pixels a side; several for several. The model's own by default."
+SIZE_HELP = "Pixels per side; accepts several values. The model's own by default."
 SUBSETS_HELP = "Subsets of the features: all, leave-one-out (and each alone), or none."
 OUT_HELP = "Folder for the figure (PNG, SVG) and the numbers (JSON)."
-LIMIT_HELP = "About that many questions of each benchmark."
+LIMIT_HELP = "Approximate number of questions per benchmark."
 
 
 @app.command("headroom", cls=SeveralValues)
@@ -305,9 +305,9 @@ def headroom_command(
     device: str = typer.Option("auto", "--device", help="cpu, cuda, cuda:1, mps or auto."),
     dtype: str = typer.Option("auto", "--dtype", help="auto, float32, bfloat16, float16."),
 ) -> None:
-    """What a choice of features and size by question could win, before anything is trained for it.
+    """Estimate the gain of choosing features and size per question, before training anything.
 
-    The likelihood of the right answer, and whether the greedy answer is it, for every subset of the features.
+    For every subset of the features: the likelihood of the correct answer, and whether greedy decoding gives it.
     """
     from florence_vl.analyze.headroom import headroom
     from florence_vl.analyze.plots import headroom_figure, save_figure
@@ -337,7 +337,7 @@ def bill_command(
     device: str = typer.Option("auto", "--device", help="cpu, cuda, cuda:1, mps or auto."),
     dtype: str = typer.Option("auto", "--dtype", help="auto, float32, bfloat16, float16."),
 ) -> None:
-    """What accuracy costs: FLOPs of tower and prefill, and time to the first token, by size and features."""
+    """Accuracy against cost: FLOPs of tower and prefill, and time to the first token, by size and features."""
     from florence_vl.analyze.bill import bill, time_options
     from florence_vl.analyze.plots import bill_figure, save_figure
     from florence_vl.analyze.report import bill_table
@@ -386,7 +386,7 @@ def _measured(
 
 
 def _every(what: str, share: float = 0.1) -> Callable[[int, int], None]:
-    """Says where a long loop is, ten times at most."""
+    """Report the progress of a long loop at most ten times."""
     told = [0.0]
 
     def tell(done: int, total: int) -> None:
@@ -403,7 +403,7 @@ def report_command(
     out: Path | None = typer.Option(None, "--out", help="The HTML file. FOLDER/report.html by default."),
     title: str = typer.Option("Florence-VL analysis", "--title", help="Heading of the page."),
 ) -> None:
-    """One HTML page with all figures and tables found in a folder."""
+    """Write one HTML page with all figures and tables in a folder."""
     from florence_vl.analyze.report import write_report
 
     path, found = write_report(folder, out or folder / "report.html", title)
@@ -411,7 +411,7 @@ def report_command(
 
 
 def unique_labels(specs: list[EncoderSpec]) -> list[str]:
-    """Short names of encoders; in full where two would have the same.
+    """Short names of encoders; full names if two short names are equal.
 
     Raises:
         ValueError: An encoder is named twice.
@@ -423,7 +423,7 @@ def unique_labels(specs: list[EncoderSpec]) -> list[str]:
 
 
 def load_llm(name: str, device: str, dtype: str = "float32") -> Any:
-    """The text side of the alignment: `smollm2`, a folder or a hub name.
+    """The LLM of the alignment: `smollm2`, a folder or a hub id.
 
     Raises:
         ValueError: Unknown data type.
@@ -438,16 +438,16 @@ def load_llm(name: str, device: str, dtype: str = "float32") -> Any:
     if dtype not in dtypes:
         raise ValueError(f"unknown --llm-dtype {dtype!r}. {did_you_mean(dtype, dtypes)}")
     encoder = TextEncoder.load(resolve(name, "llms"), dtype=dtypes[dtype])
-    _ = encoder.identity  # hashed before it moves
+    _ = encoder.identity  # computed before the encoder moves to the device
     encoder.model.to(device)
     return encoder
 
 
 def print_notes(about: dict[str, Any], chance: float, floor: float) -> None:
-    """What the reader of the table must know: pairs left out, duplicates, the loss of guessing."""
+    """Print what is needed to read the table: omitted pairs, duplicates, chance level."""
     for reason, count in about["skipped"].items():
         typer.echo(f"left out: {count} records ({reason})")
     for reason, count in about["duplicates"].items():
         if count:
             typer.echo(f"{count} {reason}")
-    typer.echo(f"guessing has loss {chance:.3f}; no vision features can have less than {floor:.3f}")
+    typer.echo(f"chance level is a loss of {chance:.3f}; the lower bound for any vision features is {floor:.3f}")

@@ -1,4 +1,4 @@
-"""`florence-vl build`: a vision model and an LLM become one saved Florence-VL."""
+"""`florence-vl build`: assemble a vision model and an LLM into one saved Florence-VL."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ epilog = """[bold]Examples[/bold]
 
   florence-vl build --vision openai/clip-vit-large-patch14-336 --llm lmsys/vicuna-7b-v1.5 --out runs/llava-1.5
 
-`mini` and `smollm2` are the embedded parts (`florence-vl doctor` shows whether they are here)."""
+`mini` and `smollm2` are the included models (`florence-vl doctor` shows whether they are installed)."""
 
 
 def _pairs(texts: list[str], option: str) -> dict[str, str]:
@@ -48,7 +48,7 @@ def _layers(texts: list[str]) -> dict[str, int] | None:
 
 
 def _with_settings(build: BuildConfig, settings: list[str]) -> BuildConfig:
-    """The options with those of `--set`, checked as a recipe's."""
+    """The options with those of `--set` applied, validated like those of a recipe."""
     import yaml
     from pydantic import TypeAdapter, ValidationError
 
@@ -81,11 +81,11 @@ def command(
     features: Optional[str] = typer.Option(  # noqa: UP045
         None, "--features", help="Comma-separated names of the fused features, in order: davit,caption,ocr,grounding."
     ),
-    prompt: list[str] = typer.Option([], "--prompt", help="A prompt of your own, NAME=TEXT; may be repeated."),
+    prompt: list[str] = typer.Option([], "--prompt", help="A custom prompt, NAME=TEXT; may be repeated."),
     feature_layer: list[str] = typer.Option(
         [], "--feature-layer", help="For a backbone: feature name and hidden layer, NAME=INDEX; may be repeated."
     ),
-    fusion: str = typer.Option(BuildConfig.fusion, "--fusion", help="channel, token or average."),
+    fusion: str = typer.Option(BuildConfig.fusion, "--fusion", help="channel, token, average or gated."),
     projector_depth: int = typer.Option(
         BuildConfig.projector_depth, "--projector-depth", help="Linear layers of the projector, 1 to 4."
     ),
@@ -93,7 +93,7 @@ def command(
         BuildConfig.mean_token, "--mean-token", help="grid (576 tokens at 768 px), all (577) ..."
     ),
     prompt_padding: str = typer.Option(BuildConfig.prompt_padding, "--prompt-padding", help="masked or attended."),
-    prompt_length: Optional[int] = typer.Option(None, "--prompt-length", help="Pad prompts to that length."),  # noqa: UP045
+    prompt_length: Optional[int] = typer.Option(None, "--prompt-length", help="Pad prompts to this length."),  # noqa: UP045
     setting: list[str] = typer.Option(
         [], "--set", help="Any other option of BuildConfig, NAME=VALUE in YAML: --set merge=2; may be repeated."
     ),

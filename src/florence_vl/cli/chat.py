@@ -1,4 +1,4 @@
-"""`florence-vl chat`: one question, or a conversation in the terminal, streamed."""
+"""`florence-vl chat`: one question, or a conversation in the terminal, with streaming."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ epilog = """[bold]Examples[/bold]
 
   florence-vl chat --model mini --image a.png --image b.png --temperature 0.7 "What differs?"
 
-In a conversation /help lists what can be done."""
+In a conversation, /help lists the commands."""
 
-HELP = """/image FILE   talk about another picture: the conversation starts again
-/add FILE     show one more picture with the next question
-/reset        start again with the same pictures
+HELP = """/image FILE   switch to another picture and restart the conversation
+/add FILE     add a picture to the next question
+/reset        restart with the same pictures
 /help         this list
-/quit         leave (or end of input)"""
+/quit         quit (or end of input)"""
 COMMANDS = ("/image", "/add", "/reset", "/help", "/quit")
 
 
 def command(
     question: Optional[str] = typer.Argument(None, help="The question; omit it to start a conversation."),  # noqa: UP045
-    model: str = typer.Option(..., "--model", "-m", help="Folder of a saved model, or `mini`, the embedded one."),
+    model: str = typer.Option(..., "--model", "-m", help="Folder of a saved model, or `mini`, the included model."),
     image: list[Path] = typer.Option([], "--image", "-i", help="Picture that the question is about; may be repeated."),
     system: Optional[str] = typer.Option(None, "--system", help="System message."),  # noqa: UP045
     max_new_tokens: int = typer.Option(256, "--max-new-tokens", help="Longest answer, in tokens."),
@@ -105,7 +105,7 @@ def _print_answer(pieces: Iterator[str]) -> None:
 def converse(session: ChatSession, read: Callable[[], str]) -> None:
     """Read lines until the end of input or `/quit`: questions, and commands that begin with a slash.
 
-    A mistake in a line is told and the conversation goes on. Ctrl-C breaks off an answer.
+    Errors in a line are reported and the conversation continues. Ctrl-C interrupts an answer.
     """
     while True:
         try:
@@ -128,13 +128,13 @@ def converse(session: ChatSession, read: Callable[[], str]) -> None:
 
 
 def obey(session: ChatSession, line: str) -> str:
-    """Carry out a slash command.
+    """Execute a slash command.
 
     Returns:
-        What was done, for the user.
+        A message for the user.
 
     Raises:
-        ValueError: Unknown command, or a file is missing from it.
+        ValueError: The command is unknown, or lacks its file.
     """
     word, _, rest = line.partition(" ")
     rest = rest.strip().strip("'\"")

@@ -1,4 +1,4 @@
-"""What several commands share: notices, tables, the command as it was typed, the file of a result."""
+"""Helpers of several commands: messages, tables, the command line as typed, the file of a result."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def say(text: str) -> None:
 
 
 def called() -> str:
-    """The command as it was typed, for the record beside its results."""
+    """The command line as typed, for the record of a result."""
     return shlex.join(["florence-vl", *sys.argv[1:]])
 
 
 def print_table(title: str, header: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
-    """Print a table to stdout, as wide as it needs to be."""
+    """Print a table to stdout without truncating it."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -31,12 +31,12 @@ def command(
     to: str = typer.Option("native", help="native, original (the authors' or Microsoft's layout) or vision-tower."),
     tower: str = typer.Option(None, help="Separate vision tower folder of a released Florence-VL."),
     decoder: str = typer.Option(None, help="Florence-2 whose decoder goes into `original` and `vision-tower`."),
-    tokenizer: str = typer.Option(None, help="Folder of the LLM's tokenizer, when the source has none."),
+    tokenizer: str = typer.Option(None, help="Folder of the LLM's tokenizer, if the source has none."),
     template: str = typer.Option(None, help="Chat template by name; by default the one that fits the tokenizer."),
     keep_decoder: bool = typer.Option(
         True,
         "--keep-decoder/--drop-decoder",
-        help="Keep the decoder, which Florence-VL never runs, so that `original` is exact.",
+        help="Keep the decoder, which Florence-VL does not use, so that `original` is exact.",
     ),
     max_shard_size: str = typer.Option("5GB", help="Largest file to write."),
     license: str = typer.Option(None, help="License tag for the model card."),
@@ -45,7 +45,7 @@ def command(
     probe: Path = typer.Option(
         None, help='Score the open switches on JSON lines {"image", "question", "answer"} of the released model.'
     ),
-    apply: bool = typer.Option(False, "--apply", help="With --probe: write the best reading into the folder."),
+    apply: bool = typer.Option(False, "--apply", help="With --probe: write the best variant into the folder."),
     device: str = typer.Option("auto", help="With --probe: auto, cpu, cuda or mps."),
     as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:
@@ -87,7 +87,7 @@ def command(
 
 
 def _with_progress(convert: Callable[..., dict[str, Any]], *arguments: Any, **options: Any) -> dict[str, Any]:
-    """Call `convert`; show the bytes written on standard error when that is a terminal."""
+    """Call `convert` and show the bytes written on standard error if it is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
@@ -105,7 +105,7 @@ def _with_progress(convert: Callable[..., dict[str, Any]], *arguments: Any, **op
 def _print_report(report: dict[str, Any], folder: Path) -> None:
     print(f"{folder}: {report['written']}, from {report['source']} ({report['source_layout']})")
     if "tensors" in report:
-        print(f"  {report['tensors']} tensors converted, {len(report['dropped'])} left out")
+        print(f"  {report['tensors']} tensors converted, {len(report['dropped'])} omitted")
     reasons: dict[str, int] = {}
     for reason in report["dropped"].values():
         reasons[reason] = reasons.get(reason, 0) + 1
@@ -147,13 +147,13 @@ def _print_probe(result: Any, count: int, applied: bool) -> None:
         values = "  ".join(str(v).ljust(len(n)) for n, v in settings.items())
         print(f"{score.perplexity:12.4f} {score.agreement:7.1%}  {values}")
     if len(result.scores) > shown:
-        print(f"{'':12} and {len(result.scores) - shown} more readings (--json lists all)")
+        print(f"{'':12} and {len(result.scores) - shown} more variants (--json lists all)")
     exact = result.best.agreement == 1
     how = "reproduce all answers greedily" if exact else "are within two standard errors of the best"
     if result.ties:
-        print(f"Undecided: {len(result.ties)} other readings {how} over {count} references; give more of them.")
+        print(f"Undecided: {len(result.ties)} other variants {how} over {count} references; give more of them.")
     else:
-        one = "The first reading alone reproduces" if exact else "No other reading is near the best over"
-        print(f"{one} {'all answers of ' if exact else ''}{count} references: settled.")
+        one = "Only the first variant reproduces" if exact else "No other variant is close to the best over"
+        print(f"{one} {'all answers of ' if exact else ''}{count} references: decided.")
     if applied:
-        print("The best reading was written into the folder.")
+        print("The best variant was written into the folder.")

@@ -1,4 +1,4 @@
-"""`florence-vl data`: look at training data before training on it."""
+"""`florence-vl data`: inspect training data before training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 
 _DATASET = typer.Option(None, "--dataset", help="Name of a registered data set (florence-vl data sources).")
-_READER = typer.Option(None, "--reader", help="llava, messages, parquet, webdataset or folder; guessed by default.")
+_READER = typer.Option(None, "--reader", help="llava, messages, parquet, webdataset or folder; detected by default.")
 _ROOT = typer.Option(None, "--image-root", help="Folder, URL, .zip or .tar where image names are found; repeatable.")
 _OPTION = typer.Option(None, "--option", help="key=value for the reader, e.g. caption=text; repeatable.")
 _MODEL = typer.Option(
@@ -50,7 +50,7 @@ def inspect_command(
     template: str = _TEMPLATE,
     max_length: int = _MAX_LENGTH,
 ) -> None:
-    """Show records as training sees them: learned text in green, token and image counts, lengths, pictures."""
+    """Show records as training sees them: supervised text in green, token and image counts, lengths, pictures."""
     from rich.console import Console
     from rich.text import Text
 
@@ -66,7 +66,7 @@ def inspect_command(
     for sample in shown:
         record = sample.record
         name = f"{record.source} / {record.id}" if record else "unreadable"
-        counts = f", {sample.num_tokens} tokens, {sample.num_supervised} learned" if sample.num_tokens else ""
+        counts = f", {sample.num_tokens} tokens, {sample.num_supervised} supervised" if sample.num_tokens else ""
         images = f", {len(record.images)} images" if record else ""
         console.rule(Text(printable(f"{sample.index}: {name}{images}{counts}")), align="left")
         if sample.error is not None:
@@ -76,11 +76,11 @@ def inspect_command(
         else:
             _print(inspect.plain_text(sample))
     if encoder is None:
-        console.print("\nNo tokens are counted without a processor: give --model.", style="yellow")
+        console.print("\nTokens are not counted without a processor: give --model.", style="yellow")
     if lengths:
         stats = inspect.collect_stats(source, lengths, encoder)
         name = "tokens" if encoder else "characters"
-        console.rule(f"{name} a record, {stats.examined} of {stats.records} records", align="left")
+        console.rule(f"{name} per record, {stats.examined} of {stats.records} records", align="left")
         for line in inspect.histogram(stats.tokens or stats.characters):
             _print(line)
         _print_bad(console, stats)
@@ -95,7 +95,7 @@ def inspect_command(
 def stats_command(
     data: str = typer.Argument(..., help="A recipe (name or .yaml), or a data file, folder or URL."),
     overrides: list[str] = typer.Argument(None, help="Overrides of the recipe, key.path=value.", show_default=False),
-    records: int = typer.Option(10_000, "--records", min=0, help="Most records to look at (a uniform sample); 0: all."),
+    records: int = typer.Option(10_000, "--records", min=0, help="Records to read at most (a uniform sample); 0: all."),
     check_images: bool = typer.Option(False, "--check-images", help="Decode every image."),
     as_json: bool = typer.Option(False, "--json", help="Print the counts as one JSON object."),
     dataset: str = _DATASET,
@@ -146,11 +146,11 @@ def stats_command(
 @app.command("sources")
 def sources_command(
     name: str = typer.Argument(None, help="Show all details of this data set.", show_default=False),
-    verify: str = typer.Option(None, "--verify", help="A copy of it to check: counts, shards, images, duplicates."),
-    sample: int = typer.Option(1000, "--sample", min=0, help="With --verify: records that are examined; 0: all."),
+    verify: str = typer.Option(None, "--verify", help="Local copy to check: counts, shards, images, duplicates."),
+    sample: int = typer.Option(1000, "--sample", min=0, help="With --verify: number of records to check; 0: all."),
     image_root: list[str] = _ROOT,
 ) -> None:
-    """List the data sets of the paper: source, license, and how their images are found."""
+    """List the data sets of the paper: source, license, and where their images are."""
     if verify is not None:
         if name is None:
             raise ValueError("--verify needs the name of the data set: florence-vl data sources NAME --verify PATH")
@@ -213,7 +213,7 @@ def prepare_command(
     folder: str = typer.Argument(..., help="Folder of WebDataset shards (.tar)."),
     workers: int = typer.Option(4, "--workers", min=1, help="Processes that index the shards."),
 ) -> None:
-    """Index shards for streaming by megatron-energon (the extra "stream"); indexed reading needs no preparation."""
+    """Index shards for streaming with megatron-energon (extra `stream`); other readers need no preparation."""
     try:
         from florence_vl.data.stream import prepare_shards
     except ImportError as error:
@@ -222,7 +222,7 @@ def prepare_command(
 
 
 def _print(text: str) -> None:
-    """Print what the terminal's encoding has no character for as an escape."""
+    """Print; characters that the terminal's encoding lacks are escaped."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding))
 
@@ -251,7 +251,7 @@ def _open(
 
     Raises:
         FileNotFoundError: Neither a file nor a recipe.
-        ValueError: Options that do not go together, or as the reader and the recipe.
+        ValueError: Options contradict each other, the reader or the recipe.
     """
     from florence_vl.data.readers import files, open_reader
 
@@ -260,7 +260,7 @@ def _open(
     ):
         return _open_recipe(data, overrides or [], model, dataset, reader, image_root, option, template, max_length)
     if overrides:
-        raise ValueError(f"{overrides[0]!r}: overrides belong to a recipe, and {data} is a data file; see --option")
+        raise ValueError(f"{overrides[0]!r}: overrides are for recipes, but {data} is a data file; see --option")
     options = _options(option)
     if image_root:
         options["image_root"] = image_root
@@ -290,8 +290,8 @@ def _open_recipe(data: str, overrides: list[str], model: str | None, *file_optio
 
     if any(option is not None and option != [] for option in file_options):
         raise ValueError(
-            "--dataset, --reader, --image-root, --option, --template and --max-length are for data files; a recipe is "
-            "changed by key.path=value"
+            "--dataset, --reader, --image-root, --option, --template and --max-length are for data files; override a "
+            "recipe with key.path=value"
         )
     if not data.endswith((".yaml", ".yml")) and data not in list_recipes():
         from florence_vl.registry import did_you_mean
@@ -312,14 +312,14 @@ def _open_recipe(data: str, overrides: list[str], model: str | None, *file_optio
 
 
 def _model_name(name: str) -> str:
-    """A model's folder or hub name.
+    """Folder or hub id of a model.
 
     Raises:
-        FileNotFoundError: It can only be a folder, and there is none.
+        FileNotFoundError: The name can only be a folder, and it does not exist.
     """
     path = Path(name).expanduser()
     if not path.is_dir() and (name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1):
-        raise FileNotFoundError(f"no such model folder: {name} (choose another with --model)")
+        raise FileNotFoundError(f"model folder {name} does not exist (choose another with --model)")
     return str(path) if path.is_dir() else name
 
 

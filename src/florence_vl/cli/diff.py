@@ -24,7 +24,7 @@ def command(
     list_tensors: int = typer.Option(5, "--tensors", min=0, help="Number of differing tensors to list per part."),
     as_json: bool = typer.Option(False, "--json", help="Print everything as JSON."),
 ) -> None:
-    """Compare two checkpoints by part: equal, or the largest difference and where. Streams, one tensor at a time."""
+    """Compare two checkpoints by part: equal, or the largest difference. Reads one tensor at a time."""
     from florence_vl.convert.conversion import open_source
     from florence_vl.convert.diff import diff
 
@@ -40,7 +40,7 @@ def command(
 
 def _print(found: Any, limit: int) -> None:
     if found.shared_only:
-        print(f"Layouts {found.layouts[0]} and {found.layouts[1]}: only the parts that both have are compared.")
+        print(f"Layouts {found.layouts[0]} and {found.layouts[1]}: only the parts in both are compared.")
     print(f"{'part':<20} {'tensors':>7} {'equal':>6} {'largest':>10} {'relative':>10}")
     for part in found.parts:
         print(f"{part.part:<20} {part.tensors:7d} {part.equal:6d} {part.largest:10.3g} {part.relative:10.3g}")
@@ -54,5 +54,5 @@ def _print(found: Any, limit: int) -> None:
             if len(names) > limit:
                 print(f"    {what}: {len(names) - limit} more")
         if part.retyped:
-            print(f"    {part.retyped} stored in different types, compared by value")
+            print(f"    {part.retyped} have different data types and are compared by value")
     print("equal" if found.same else "different")

@@ -1,4 +1,4 @@
-"""`florence-vl doctor`: versions, devices, memory, packaged parts; what is missing and the command that fixes it."""
+"""`florence-vl doctor`: versions, devices, memory, included models, and how to install what is missing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ from florence_vl.files import cache_dir
 
 State = Literal["ok", "missing", "broken"]
 
-IMPORTED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "PIL")  # must import, not only be installed
+IMPORTED = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "PIL",
+)  # must import, not just be installed
 
 epilog = """[bold]Examples[/bold]
 
@@ -49,7 +56,7 @@ class Check:
 
 
 def _editable_root() -> Path | None:
-    """The checkout that this package is imported from, if it is one."""
+    """The checkout from which this package is imported, or None."""
     root = Path(__file__).resolve().parents[3]
     return root if (root / "pyproject.toml").is_file() and (root / "src" / "florence_vl").is_dir() else None
 
@@ -109,7 +116,7 @@ def _version(distribution: str) -> str:
 
 
 def _lacking(distribution: str, specifier: str) -> str:
-    """What is wrong with an installed distribution; empty when it is there and in range."""
+    """The problem of an installed distribution; empty if it is installed and in range."""
     from packaging.specifiers import SpecifierSet
 
     try:
@@ -120,7 +127,7 @@ def _lacking(distribution: str, specifier: str) -> str:
 
 
 def check_imports() -> list[Check]:
-    """Check that the core libraries import; a wheel for another processor or Python is installed but does not."""
+    """Check that the core libraries import; a wheel for another processor or Python installs but does not import."""
     checks = []
     for name in IMPORTED:
         try:
@@ -142,7 +149,7 @@ def check_devices() -> list[Check]:
 
         from florence_vl.model.precision import WORTHWHILE, bf16_gain
     except Exception:
-        return checks  # check_imports says why
+        return checks  # check_imports reports the reason
     gib = 1 << 30
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -150,7 +157,7 @@ def check_devices() -> list[Check]:
             text = f"{properties.name}, {properties.total_memory / gib:.0f} GiB, bf16 {torch.cuda.is_bf16_supported()}"
             checks.append(Check("devices", f"cuda:{index}", "ok", text))
     elif shutil.which("nvidia-smi"):
-        found = f"an NVIDIA driver, but torch {torch.__version__} sees no GPU"
+        found = f"an NVIDIA driver, but torch {torch.__version__} finds no GPU"
         fix = "install a CUDA build of torch: https://pytorch.org/get-started/locally"
         checks.append(Check("devices", "cuda", "missing", found, fix))
     if torch.backends.mps.is_available():
@@ -159,8 +166,8 @@ def check_devices() -> list[Check]:
     threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {capability}"
     checks.append(Check("devices", "cpu", "ok", threads))
     gain = bf16_gain()
-    advice = "faster" if gain >= WORTHWHILE else "not worth it: stay in float32"
-    text = f"{advice} (measured: {gain:.1f} times float32's rate of matrix products)"
+    advice = "faster" if gain >= WORTHWHILE else "not faster: use float32"
+    text = f"{advice} (measured: {gain:.1f} times float32's matrix-product rate)"
     checks.append(Check("devices", "cpu bf16", "ok", text))
     memory = psutil.virtual_memory()
     text = f"{memory.total / gib:.0f} GiB, {memory.available / gib:.0f} GiB free"
@@ -177,7 +184,7 @@ def check_devices() -> list[Check]:
 
 
 def check_parts() -> list[Check]:
-    """The models that installed packages offer by name."""
+    """The models that installed packages provide by name."""
     from florence_vl.model.packaged import KINDS, is_converted
     from florence_vl.registry import plugins
 
@@ -193,7 +200,7 @@ def check_parts() -> list[Check]:
     if not checks:
         in_checkout = (root := _editable_root()) and (root / "packages" / "florence-vl-mini").is_dir()
         fix = f"pip install {'-e packages/florence-vl-mini' if in_checkout else 'florence-vl-mini'}"
-        checks.append(Check("parts", "florence-vl-mini", "missing", "the embedded models, pictures and demo", fix))
+        checks.append(Check("parts", "florence-vl-mini", "missing", "the included models, pictures and demo", fix))
     return checks
 
 

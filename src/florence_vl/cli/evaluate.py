@@ -33,7 +33,7 @@ app = typer.Typer(
 )
 
 _ROW = typer.Option(
-    "Florence-VL 3B", "--paper-row", help="Row of the paper's tables to show beside the scores; empty for none."
+    "Florence-VL 3B", "--paper-row", help="Row of the paper's tables to show next to the scores; empty for none."
 )
 _DRAWS = typer.Option(1000, "--draws", min=0, help="Bootstrap samples of the intervals.")
 
@@ -48,9 +48,7 @@ def run_command(
         help="Folder of any image-text-to-text model, `mini`, or the URL of an OpenAI-compatible server "
         "(its key: $FLORENCE_VL_MODEL_API_KEY).",
     ),
-    suite: str = typer.Option(
-        "mini", "--suite", "-s", help="Comma-separated suites, benchmarks and YAML files of your own."
-    ),
+    suite: str = typer.Option("mini", "--suite", "-s", help="Comma-separated suites, benchmarks and YAML files."),
     out: Path | None = typer.Option(None, "--out", "-o", help="Results folder; an interrupted run resumes from it."),
     data: Path | None = typer.Option(None, "--data", "-d", help="Folder with the benchmarks' parquet files."),
     limit: int | None = typer.Option(
@@ -86,7 +84,7 @@ def run_command(
     draws: int = _DRAWS,
     shard: str | None = typer.Option(None, "--shard", hidden=True),
 ) -> None:
-    """Score a model on benchmarks. Every prompt, raw answer, parsed answer and score is kept in the results folder."""
+    """Score a model on benchmarks. The results folder keeps every prompt, raw answer, parsed answer and score."""
     if context.invoked_subcommand is not None:
         return
     if model is None or out is None:
@@ -142,7 +140,7 @@ def run_command(
 
 @app.command("list")
 def list_command(suite: str | None = typer.Argument(None, help="Suite to list; all benchmarks by default.")) -> None:
-    """Benchmarks with their data sets, metrics and what distinguishes the authors' protocol from this one."""
+    """List benchmarks with their data sets, metrics and the differences of the authors' protocol."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -167,7 +165,7 @@ def list_command(suite: str | None = typer.Argument(None, help="Suite to list; a
 def report_command(
     folder: Path = typer.Argument(..., help="Results folder."), paper_row: str = _ROW, draws: int = _DRAWS
 ) -> None:
-    """Score the answers in a results folder again and write its reports."""
+    """Score the answers in a results folder again and rewrite its reports."""
     from florence_vl.evaluate.runner import plan
     from florence_vl.evaluate.store import ResultsFolder
     from florence_vl.evaluate.suites import BENCHMARKS, benchmark_names, choose
@@ -178,7 +176,7 @@ def report_command(
     known = [name for name in description.get("benchmarks", {}) if name in BENCHMARKS]
     data = description.get("data")
     if known and (data is None or Path(data).is_dir()):
-        try:  # pictures only: a report doesn't need the benchmark's files
+        try:  # only for its pictures: a report does not need the benchmark's files
             questions = plan(choose(known), _loader(Path(data) if data else None)).questions
         except (FileNotFoundError, ValueError) as error:
             typer.echo(f"no pictures in the report: {error}", err=True)
@@ -190,7 +188,7 @@ def compare_command(
     first: Path = typer.Argument(..., help="Results folder."),
     second: Path = typer.Argument(..., help="Results folder of the run to compare it with."),
     draws: int = _DRAWS,
-    json_file: Path | None = typer.Option(None, "--json", help="Also write the comparison there."),
+    json_file: Path | None = typer.Option(None, "--json", help="Also write the comparison to this file."),
 ) -> None:
     """Compare two runs question by question: difference, interval, significance, questions won and lost."""
     import json
@@ -223,7 +221,7 @@ def _answerer(
     if model.startswith(("http://", "https://")):
         if resolution:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in resolution)
-            raise ValueError(f"{flags}: the server at {model} decides how images are seen. Leave it out")
+            raise ValueError(f"{flags}: the server at {model} determines how images are processed. Remove the flags")
         from florence_vl.evaluate.endpoint import ChatEndpoint, EndpointAnswerer
 
         return EndpointAnswerer(ChatEndpoint(model, served, retries=retries), batch_size)
@@ -238,7 +236,7 @@ def _store_features(answerer: Answerer, folder: Path) -> None:
 
     model = getattr(answerer, "model", None)
     if not isinstance(model, FlorenceVLForConditionalGeneration):
-        raise ValueError("--feature-store needs a Florence-VL on this machine; remove it")
+        raise ValueError("--feature-store needs a local Florence-VL; remove it")
     store_features(model, folder)
 
 
@@ -265,7 +263,7 @@ def _progress(total: int) -> Any:
 
 
 class _LogLine:
-    """Where there is no terminal: a line with the time left, at most every half minute."""
+    """Progress without a terminal: a line with the remaining time, at most every 30 seconds."""
 
     def __init__(self, total: int, every: float = 30.0) -> None:
         import time
@@ -278,7 +276,7 @@ class _LogLine:
         now = self.clock()
         self.done += count
         if self.done == count and now - self.started < 1:
-            self.before = count  # answered by an earlier run, so no measure of speed
+            self.before = count  # answered by an earlier run, so not part of the speed
         if now - self.last < self.every or self.done <= self.before:
             return
         self.last = now
@@ -318,7 +316,7 @@ def _run_shard(which: str, answers: Callable[[], Answerer], made: EvaluationPlan
 
 
 def _run_processes(processes: int, made: EvaluationPlan, folder: ResultsFolder) -> dict[str, dict[str, str]]:
-    """Start this command once for each process with its shard, and show their common progress."""
+    """Start this command once per process with its shard, and show the common progress."""
     import os
     import subprocess
     import sys
@@ -334,7 +332,7 @@ def _run_processes(processes: int, made: EvaluationPlan, folder: ResultsFolder) 
             task = progress.add_task("questions", total=made.total)
             while len(children) < processes or any(child.poll() is None for child in children):
                 opened = not children or (folder.path / "run.json").is_file()
-                if len(children) < processes and opened:  # the first one opens the folder, or refuses it
+                if len(children) < processes and opened:  # the first process opens the folder, or reports an error
                     rank = len(children)
                     command = [sys.executable, "-m", "florence_vl", *sys.argv[1:], "--shard", f"{rank}/{processes}"]
                     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}

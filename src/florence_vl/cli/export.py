@@ -1,4 +1,4 @@
-"""`florence-vl export`: from a run's checkpoint to a folder that `from_pretrained` loads."""
+"""`florence-vl export`: write a run's checkpoint as a folder that `from_pretrained` loads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def command(
     dtype: str = typer.Option(None, "--dtype", help="fp32, bf16 or fp16; the checkpoint's by default.", metavar="TYPE"),
     overwrite: bool = typer.Option(False, "--overwrite", "--force", help="Replace the model in --out."),
 ) -> None:
-    """Write a training checkpoint as a model folder: weights gathered, LoRA merged, processor beside it."""
+    """Write a training checkpoint as a model folder: gathered weights, merged LoRA, and the processor."""
     from florence_vl.train.export import export_run
 
     folder, step = export_run(run, out, dtype, overwrite)

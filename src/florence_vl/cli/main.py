@@ -1,4 +1,4 @@
-"""Entry point of `florence-vl`: imports the called sub-command's module alone and turns errors into one line."""
+"""Entry point of `florence-vl`: imports only the called sub-command's module and reports errors in one line."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from florence_vl.registry import did_you_mean, plugins
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 # name -> (module, one-line help, panel). Installed packages add more by entry points of the group
-# `florence_vl.commands` that lead to such a tuple. A module exposes `app` (sub-commands) or `command` (a single
-# command, with `epilog`, its examples, beside it), and imports torch and transformers inside its functions only.
+# `florence_vl.commands` that refer to such a tuple. A module has `app` (sub-commands) or `command` (a single command,
+# with its examples in `epilog`), and imports torch and transformers only inside its functions.
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "doctor": (
         "florence_vl.cli.doctor",
@@ -74,7 +74,7 @@ EPILOG = """[bold]Examples[/bold]
 
 SPIN_COUNT = "10000"  # on an idle machine as fast as libgomp's default of 300,000
 
-# Errors that a user can fix by calling the command differently; every other exception is a failure of the run.
+# Errors that a user can fix by changing the command; every other exception is a failure of the run.
 USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
@@ -111,7 +111,7 @@ def _attach(root: typer.Typer, name: str, module: ModuleType, help_line: str, pa
 
 
 def build_app(called: str | None) -> typer.Typer:
-    """The command tree: the called command in full, the others as one line of help, so that their modules stay unread.
+    """The command tree: the called command in full, and one line of help for all others, without importing them.
 
     Args:
         called: A name of `commands()`, or None.
@@ -128,9 +128,9 @@ def build_app(called: str | None) -> typer.Typer:
 
 
 def _share_processor() -> None:
-    """Let waiting OpenMP threads spin for a short time only, before torch is imported; what the user set stands.
+    """Limit the time that idle OpenMP threads spin, before torch is imported. The user's own settings take precedence.
 
-    By default they spin for so long that a second busy program slows a command several times. See
+    By default they spin long enough to slow a command several times when another program is busy. See
     benchmarks/spinning.py.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -138,7 +138,7 @@ def _share_processor() -> None:
 
 
 def _quiet_libraries() -> None:
-    """Keep advice and progress bars of libraries out of the terminal; `--debug` leaves them on."""
+    """Keep advice and progress bars of libraries out of the terminal, except with `--debug`."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -150,7 +150,7 @@ def _quiet_libraries() -> None:
 
 
 def _where(error: BaseException) -> str:
-    """File and line of the innermost frame, for errors that are nobody's wrong usage."""
+    """File and line of the innermost frame, for errors that are not wrong usage."""
     frames = traceback.extract_tb(error.__traceback__)
     return f" (at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
 
@@ -162,8 +162,8 @@ def _text(error: BaseException) -> str:
 
 
 def explain(error: Exception) -> tuple[str, int]:
-    """One line that says what went wrong, and the exit code that goes with it."""
-    if hasattr(error, "format_message"):  # a usage error of typer, whichever click it stands on
+    """A one-line error message, and its exit code."""
+    if hasattr(error, "format_message"):  # a usage error of typer, whichever click it uses
         context = getattr(error, "ctx", None)
         see = f" See '{context.command_path} --help'." if context is not None else ""
         message = " ".join(error.format_message().split()).rstrip(".")

@@ -1,4 +1,4 @@
-"""`florence-vl plan`: what a recipe costs, before a GPU is burnt on it."""
+"""`florence-vl plan`: estimate the cost of a recipe without running it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ def command(
     recipe: str = typer.Argument(..., help="Name or path of a recipe."),
     overrides: list[str] = typer.Argument(None, help="Overrides, key.path=value.", show_default=False),
     devices: int = typer.Option(1, "--devices", min=1, help="Number of devices."),
-    device: str = typer.Option("h100-80gb", "--device", help="Kind of device."),
+    device: str = typer.Option("h100-80gb", "--device", help="Type of device."),
     mfu: float = typer.Option(0.4, "--mfu", help="Assumed fraction of the peak FLOPS (model FLOPs utilization)."),
     images: float = typer.Option(1.0, "--images", min=0, help="Images per average sample."),
     text_tokens: float = typer.Option(180.0, "--text-tokens", min=1, help="Text tokens per average sample."),
-    supervised: float = typer.Option(
-        120.0, "--supervised", min=1, help="Text tokens per average sample that are learned."
-    ),
+    supervised: float = typer.Option(120.0, "--supervised", min=1, help="Supervised text tokens per average sample."),
     samples: int = typer.Option(None, "--samples", help="Samples of the run, if the recipe does not determine them."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
@@ -45,11 +43,11 @@ def command(
         print(f"  {part:<12}{count:>16,}   trainable {trains:>16,}")
     print(f"  {'all':<12}{total:>16,}   trainable {trainable:>16,}")
     flops = sum(plan.flops_per_sample.values())
-    print(f"\nFLOPs of a training sample ({plan.image_tokens} tokens an image, {plan.sample_tokens:.0f} in all)")
+    print(f"\nFLOPs per training sample ({plan.image_tokens} tokens per image, {plan.sample_tokens:.0f} in total)")
     for part, value in plan.flops_per_sample.items():
         print(f"  {part:<12}{value / 1e12:>12.4g} TFLOP  {value / flops:>6.1%}")
     print(f"  {'all':<12}{flops / 1e12:>12.4g} TFLOP")
-    print(f"\nmemory a device at micro_batch_size {loaded.micro_batch_size}")
+    print(f"\nmemory per device at micro_batch_size {loaded.micro_batch_size}")
     for kind, value in plan.memory.items():
         print(f"  {kind:<24}{value:>10.2f} GiB")
     verdict = "fits" if plan.fits else "does NOT fit"

@@ -1,4 +1,4 @@
-"""`florence-vl recipes`: what recipes there are, and what one comes to, with the origin of each value."""
+"""`florence-vl recipes`: list recipes, and show one resolved, with the origin of each value."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def list_command(
     if not names:
         raise ValueError(f"no recipe's name contains {contains!r}. {did_you_mean(contains, found)}")
     console = Console()
-    if not console.is_terminal:  # one plain line each, for grep
+    if not console.is_terminal:  # one plain line per recipe, for grep
         for name in names:
             print(f"{name}\t{load_recipe(found[name]).description}")
         return
     table = Table(box=None, pad_edge=False)
     table.add_column("recipe", no_wrap=True)
-    table.add_column("what it is")
+    table.add_column("description")
     for name in names:
         table.add_row(name, load_recipe(found[name]).description)
     console.print(table)

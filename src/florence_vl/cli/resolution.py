@@ -1,4 +1,4 @@
-"""Flags for the resolution at which a model sees images, the same ones for every command that asks a model."""
+"""Resolution flags that all commands with a model share."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from typing import Any
 
 import typer
 
-IMAGE_SIZE = typer.Option(None, "--image-size", min=1, help="Side in pixels at which a Florence-VL sees images.")
+IMAGE_SIZE = typer.Option(None, "--image-size", min=1, help="Side of the image in pixels, for a Florence-VL.")
 ASPECT = typer.Option(None, "--aspect", help="pad, squash, or native: the image's own aspect ratio.")
-TOKEN_BUDGET = typer.Option(None, "--token-budget", min=1, help="With --aspect native: tokens of an image at most.")
+TOKEN_BUDGET = typer.Option(None, "--token-budget", min=1, help="With --aspect native: maximum tokens per image.")
 POSITIONS = typer.Option(
-    None, "--positions", help="absolute, or resampled (the default when the size or the aspect changes)."
+    None, "--positions", help="absolute, or resampled (the default if the size or the aspect changes)."
 )
-VIEW = typer.Option(None, "--view", help="View of every image, for a model with views; full: none of them.")
+VIEW = typer.Option(None, "--view", help="View of all images, for a model with views; full: no view.")
 
 
 def given(
     image_size: int | None, aspect: str | None, token_budget: int | None, positions: str | None, view: str | None
 ) -> dict[str, Any]:
-    """The flags that were given, as keywords of `florence_vl.model.resolution.set_resolution`."""
+    """The flags that were set, as keyword arguments of `florence_vl.model.resolution.set_resolution`."""
     settings = {
         "image_size": image_size,
         "aspect": aspect,

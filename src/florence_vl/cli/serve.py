@@ -1,4 +1,4 @@
-"""`florence-vl serve`: an OpenAI-compatible server of one model, or vLLM's with safe flags."""
+"""`florence-vl serve`: an OpenAI-compatible server for one model, or vLLM's server with safe flags."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ epilog = """[bold]Examples[/bold]
 
   florence-vl serve runs/finetune/model --engine vllm --dtype bfloat16
 
-Ask it with any OpenAI client: base_url=http://127.0.0.1:8000/v1"""
+Use any OpenAI client with base_url=http://127.0.0.1:8000/v1"""
 
 
 def command(
-    model: str = typer.Argument(..., help="Folder of a saved model, or `mini`, the embedded one."),
+    model: str = typer.Argument(..., help="Folder of a saved model, or `mini`, the included model."),
     host: str = typer.Option("127.0.0.1", "--host", help="Address to listen on; 0.0.0.0 for all."),
     port: int = typer.Option(8000, "--port", min=0, max=65535, help="Port to listen on."),
     name: Optional[str] = typer.Option(None, "--name", help="The model's name in requests; by default its folder's."),  # noqa: UP045
@@ -60,7 +60,7 @@ def command(
     grace: int = typer.Option(30, "--grace", min=0, help="Seconds for running answers after SIGTERM."),
     engine: str = typer.Option("transformers", "--engine", help="transformers, or vllm: run vLLM's own server."),
 ) -> None:
-    """Answer questions about images over HTTP, with OpenAI's API."""
+    """Serve a model over HTTP with an OpenAI-compatible API."""
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}. {did_you_mean(engine, ENGINES)}")
     key = _key(api_key_file)
@@ -72,7 +72,7 @@ def command(
         own |= {"--max-new-tokens": max_new_tokens != 1024, "--grace": grace != 30}
         given = [flag for flag, value in own.items() if value]
         if given:
-            raise ValueError(f"{', '.join(given)}: not with --engine vllm; call vLLM itself for its own settings")
+            raise ValueError(f"{', '.join(given)}: not supported with --engine vllm; run vLLM directly for these")
         words = vllm_command(model, host, port, name, dtype, max_batch, allowed_media_domain, allowed_media_path)
         environment = {**os.environ, **({"VLLM_API_KEY": key} if key else {}), "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0"}
         os.execve(words[0], words, environment)
@@ -100,10 +100,10 @@ def command(
         max_new_tokens=max_new_tokens,
     )
     if config.name in adapters:
-        raise ValueError(f"--adapter {config.name} has the model's own name; choose another, or give --name")
+        raise ValueError(f"--adapter {config.name} has the same name as the model; choose another, or give --name")
     app = build_app(Server(Engine(loaded, processor, limits, tuple(adapters)), config, tools(loaded, processor)))
     typer.echo(f"{config.name} on http://{host}:{port}/v1 ({loaded.device}, {loaded.dtype})")
-    # uvicorn hands SIGTERM on after its graceful end; the process then ends with 0 instead of by the signal.
+    # uvicorn raises SIGTERM again after its graceful shutdown; ignoring it lets the process exit with 0.
     signal.signal(signal.SIGTERM, lambda *_: None)
     uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=grace, server_header=False)
 
@@ -111,7 +111,7 @@ def command(
 def _key(file: Path | None) -> str | None:
     key = file.read_text(encoding="utf-8").strip() if file is not None else os.environ.get("FLORENCE_VL_API_KEY")
     if file is not None and not key:
-        raise ValueError(f"{file} is empty: write the key into it")
+        raise ValueError(f"{file} is empty: write the key to it")
     return key or None
 
 
@@ -125,7 +125,7 @@ def _named(item: str) -> tuple[str, str]:
 
 
 def load(model: str, adapters: dict[str, str], device: str, dtype: str, int8: bool, compile_: bool) -> tuple[Any, Any]:
-    """The model with its adapters, quantized and compiled as asked, and its processor.
+    """The model with its adapters, quantized and compiled if requested, and its processor.
 
     Raises:
         ValueError: `int8` together with adapters, or torchao or peft is missing.
@@ -133,7 +133,7 @@ def load(model: str, adapters: dict[str, str], device: str, dtype: str, int8: bo
     from florence_vl.model.loading import load_model
 
     if int8 and adapters:
-        raise ValueError("--int8 and --adapter do not go together: merge the adapter first")
+        raise ValueError("--int8 and --adapter cannot be combined: merge the adapter first")
     loaded, processor = load_model(model, device, dtype)
     for name, folder in adapters.items():
         try:
@@ -153,7 +153,7 @@ def load(model: str, adapters: dict[str, str], device: str, dtype: str, int8: bo
 
 
 def tools(model: Any, processor: Any) -> Tools:
-    """What analysis adds to the API: features as pictures or arrays, and their share in an answer."""
+    """The analysis endpoints of the API: features as pictures or arrays, and attribution of an answer."""
     from florence_vl.serve.openai_server import Tools
 
     several = len(model.model.vision_tower.feature_names) > 1
@@ -166,7 +166,7 @@ def tools(model: Any, processor: Any) -> Tools:
 
 
 def show_features(model: Any, processor: Any, picture: Any, names: Sequence[str] | None, form: str) -> dict[str, Any]:
-    """A picture's features by name: PCA in one basis as PNG, or the arrays."""
+    """Features of a picture by name: as PNG with PCA colors in one basis, or as arrays."""
     import base64
     import io
 
@@ -194,7 +194,7 @@ def show_features(model: Any, processor: Any, picture: Any, names: Sequence[str]
             result["features"][name] = entry
         return result
     if len({tokens.shape[-1] for tokens in chosen.values()}) > 1:
-        raise ValueError("features of different widths have no common basis; ask for one of them")
+        raise ValueError("features of different widths have no common basis; request one of them")
     maps = pca_maps([tokens[-count:] for tokens in chosen.values()], [grid] * len(chosen), PCAConfig(background=False))
     for name, drawn in zip(chosen, maps, strict=True):
         file = io.BytesIO()
@@ -205,7 +205,7 @@ def show_features(model: Any, processor: Any, picture: Any, names: Sequence[str]
 
 
 def show_attribution(model: Any, processor: Any, picture: Any, question: str, answer: str | None) -> dict[str, Any]:
-    """How much each feature adds to an answer, with a map of its share."""
+    """Contribution of each feature to an answer, with a map of its share."""
     from florence_vl.analyze.attribution import attribute
 
     found = attribute(model, processor, picture, question, answer)
@@ -239,19 +239,19 @@ def vllm_command(
     domains: Sequence[str],
     paths: Sequence[Path],
 ) -> list[str]:
-    """vLLM's server with safe flags: no remote code, no pictures from addresses or files that were not named.
+    """vLLM's server command with safe flags: no remote code, no pictures from unnamed hosts or folders.
 
     Raises:
-        ValueError: More than one folder of pictures; vLLM takes one.
+        ValueError: There is more than one folder of pictures; vLLM accepts one.
     """
     from florence_vl.model.loading import check_folder
 
     if len(paths) > 1:
-        raise ValueError("vLLM takes one --allowed-media-path")
+        raise ValueError("vLLM accepts only one --allowed-media-path")
     folder = str(check_folder(model))
     words = [os.environ.get("VLLM_PYTHON", sys.executable), "-m", "vllm.entrypoints.openai.api_server"]
     words += ["--model", folder, "--served-model-name", name or Path(model).resolve().name]
     words += ["--host", host, "--port", str(port), "--dtype", dtype, "--max-num-seqs", str(max_batch)]
-    # An empty list would allow every domain: a name that cannot exist allows none.
+    # An empty list would allow every domain; a name that cannot exist allows none.
     words += ["--allowed-media-domains", *(domains or ["none.invalid"])]
     return words + (["--allowed-local-media-path", str(paths[0].resolve())] if paths else [])

@@ -1,4 +1,4 @@
-"""`florence-vl train`: a recipe in, a run's folder out; one process, or as many as torchrun starts."""
+"""`florence-vl train`: train from a recipe, in one process or in all that torchrun starts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 
 from florence_vl.registry import did_you_mean
 
-STOPPED = 75  # sysexits' EX_TEMPFAIL: stopped by a signal with everything saved; start again with --resume auto
+STOPPED = 75  # EX_TEMPFAIL of sysexits: stopped by a signal with everything saved; resume with --resume auto
 
 epilog = """[bold]Examples[/bold]
 

@@ -1,4 +1,4 @@
-"""`florence-vl train-router`: teach a model with views to choose the view from the question and a thumbnail."""
+"""`florence-vl train-router`: train a router that chooses the view from the question and a thumbnail."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ epilog = """[bold]Examples[/bold]
 
 def command(
     model: str = typer.Argument(..., help="Folder of a Florence-VL with views."),
-    data: str = typer.Argument(..., help="Questions about one picture each, in any format that recipes read."),
+    data: str = typer.Argument(..., help="Questions about one picture each, in any supported data format."),
     out: Optional[Path] = typer.Option(None, "--out", help="Folder for the router; the model's own by default."),  # noqa: UP045
     records: int = typer.Option(1000, "--records", min=20, help="Records to use; a fifth of them is held out."),
     thumbnail: str | None = typer.Option(
@@ -26,9 +26,9 @@ def command(
     seed: int = typer.Option(0, "--seed", help="Seed of the router's initial weights."),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, mps."),
 ) -> None:
-    """Measure the loss of the right answers under each view, and fit the router to it.
+    """Measure the loss of the correct answers under each view, and fit the router to it.
 
-    Prints what it gives on held-out questions beside shuffled questions and a random choice at the same cost.
+    Prints the results on held-out questions, next to shuffled questions and a random choice at the same cost.
     """
     import json
     from itertools import islice
@@ -54,7 +54,7 @@ def command(
         )
     count = len(found.losses_BW)
     if count < 10:
-        raise ValueError(f"{count} of {records} records could be used, at least 10 are needed; bad: {found.bad}")
+        raise ValueError(f"{count} of {records} records are usable, at least 10 are needed; bad: {found.bad}")
     held = count // 5
     train, test = _split(found, slice(0, count - held)), _split(found, slice(count - held, count))
     thumbnail = thumbnail or min(found.costs, key=found.costs.__getitem__)

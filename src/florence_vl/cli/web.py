@@ -1,4 +1,4 @@
-"""`florence-vl web`: a page in the browser for OpenAI-compatible servers, or for a model that it serves itself."""
+"""`florence-vl web`: a web page for OpenAI-compatible servers, or for a model that it serves itself."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def command(
     if bool(server) == (model is not None):
         raise typer.BadParameter("give either --server (once or twice) or --model")
     if len(server) > 2:
-        raise typer.BadParameter("two servers at most can be compared")
+        raise typer.BadParameter("at most two servers can be compared")
     from florence_vl.serve.web import Server, build_page, launch
 
     pictures = _examples(examples)
@@ -60,7 +60,7 @@ def _examples(folder: Path | None) -> list[str]:
         raise FileNotFoundError(f"--examples {folder} does not exist")
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
     if not found:
-        raise ValueError(f"--examples {folder} holds no PNG, JPEG or WEBP pictures")
+        raise ValueError(f"--examples {folder} contains no PNG, JPEG or WEBP pictures")
     return [str(path) for path in found[:12]]
 
 
@@ -81,4 +81,4 @@ def _start_server(model: str, port: int, key: str, address: str):  # type: ignor
                 return process
         except OSError:
             time.sleep(0.3)
-    raise RuntimeError(f"the server ended with exit code {process.returncode}; see its message above")
+    raise RuntimeError(f"the server exited with code {process.returncode}; see its message above")
