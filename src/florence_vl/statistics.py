@@ -406,7 +406,7 @@ def crossed(differences_SQ: Any, strata: Sequence[Hashable] | None = None) -> Di
     seeds, questions = values_SQ.shape
     names = np.unique(np.array(["all"] * questions if strata is None else strata), return_inverse=True)[1]
     if len(names) != questions:
-        raise ValueError(f"{questions} questions but {len(names)} names of benchmarks")
+        raise ValueError(f"{questions} questions but {len(names)} benchmarks of questions")
     counts = np.bincount(names)
     if counts.min(initial=2) < 2 or questions < 2:
         raise ValueError("each benchmark needs at least 2 questions")

@@ -100,7 +100,7 @@ def test_add_and_reset(parts, photo):
     ("arguments", "message"),
     [
         (["--image", "/no/such.png", "x"], "/no/such.png"),
-        (["--top-p", "0.5", "x"], "--top-p is for sampling"),
+        (["--top-p", "0.5", "x"], "--top-p applies to sampling only"),
         (["--temperature", "-2", "x"], "temperature is -2.0"),
         (["--temperature", "warm", "x"], "--temperature"),
         (["--device", "cuba", "x"], "unknown device 'cuba'"),

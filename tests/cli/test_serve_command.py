@@ -120,7 +120,7 @@ def test_vllm_gets_safe_flags(folder, monkeypatch):
     ("arguments", "message"),
     [
         (["--engine", "vlm"], "unknown engine 'vlm'. Did you mean 'vllm'"),
-        (["--engine", "vllm", "--int8"], "--int8: not with --engine vllm"),
+        (["--engine", "vllm", "--int8"], "--int8: not supported with --engine vllm"),
         (["--adapter", "x"], "give NAME=FOLDER"),
         (["--adapter", "x=nowhere"], "no adapter_config.json"),
         (["--allowed-media-path", "nowhere"], "is not a folder"),
