@@ -3,7 +3,11 @@
 import http.server
 import io
 import os
+import struct
+import subprocess
+import sys
 import threading
+import zlib
 
 import numpy as np
 import pytest
@@ -54,6 +58,115 @@ def test_limits_are_checked_from_the_header(monkeypatch):
     with pytest.raises(ValueError, match="more than 200 times"):
         open_image(narrow)
     assert loaded == []
+
+
+def test_decoders_that_are_slow_or_take_more_memory_have_lower_limits(monkeypatch):
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 64)
+    deep, plain, webp = (b"P6 3 2 65535\n" + bytes(36), b"P3 3 2 255\n" + b"1 " * 18, io.BytesIO())
+    Image.new("RGB", (8, 5)).save(webp, "WEBP")
+    for data, limit in ((deep, 2), (plain, 2), (webp.getvalue(), 32)):
+        with pytest.raises(ValueError, match=f"more than the limit of {limit} for"):
+            open_image(data)
+    assert open_image(b"P6 3 2 255\n" + bytes(18)).size == (3, 2)
+
+
+def tiff(tile):
+    """A TIFF of 16 x 16 gray pixels in one tile of `tile` x `tile`."""
+    data = zlib.compress(bytes(tile * tile))
+    tags = [(256, 16), (257, 16), (258, 8), (259, 8), (262, 1), (277, 1), (322, tile), (323, tile), (324, 0)]
+    tags.append((325, len(data)))
+    start = 8 + 2 + 12 * len(tags) + 4
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, start if tag == 324 else value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data
+
+
+def test_a_tile_larger_than_its_image_is_refused(monkeypatch):
+    assert open_image(tiff(64)).size == (16, 16)
+    monkeypatch.setattr(pictures, "_MAX_TILE", 64 * 64 - 1)
+    with pytest.raises(ValueError, match="its tiles have 4096 pixels each"):
+        open_image(tiff(64))
+
+
+def test_a_jpeg_of_very_many_scans_is_refused(tmp_path):
+    file = io.BytesIO()
+    Image.new("L", (64, 64), 90).save(file, "JPEG", progressive=True, exif=b"Exif\0\0" + b"\xff\xda" * 300)
+    data = file.getvalue()
+    assert open_image(data).size == (64, 64), "what looks like scans inside metadata is none"
+    first = data.rindex(b"\xff\xda")
+    header = data[first : first + 2 + int.from_bytes(data[first + 2 : first + 4], "big")]
+    (tmp_path / "scans.jpg").write_bytes(data[:-2] + header * 300 + data[-2:])
+    for source in (tmp_path / "scans.jpg", (tmp_path / "scans.jpg").read_bytes()):
+        with pytest.raises(ValueError, match="more than 200 scans"):
+            open_image(source)
+
+
+def test_large_jpegs_are_reduced_while_decoding(monkeypatch):
+    file = io.BytesIO()
+    Image.new("RGB", (81, 43), (200, 10, 10)).save(file, "JPEG", quality=95)
+    whole = open_image(file.getvalue())
+    monkeypatch.setattr(pictures, "REDUCED_PIXELS", 81 * 43 - 1)
+    half = open_image(file.getvalue())
+    assert (whole.size, half.size) == ((81, 43), (41, 22))
+    assert np.abs(np.asarray(half, dtype=int) - (200, 10, 10)).max() < 6
+
+
+def test_a_large_file_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(png())
+    monkeypatch.setattr(pictures, "MAX_FILE_BYTES", 10)
+    with pytest.raises(ValueError, match="more than the limit of 10"):
+        open_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(("value", "message"), [("200000000", "(13000, 15000)"), ("1e9", "must be a number of pixels")])
+def test_the_environment_sets_the_limit(tmp_path, value, message):
+    Image.new("1", (15000, 13000)).save(tmp_path / "large.png")
+    code = f"from florence_vl.model.pictures import image_size; print(image_size({str(tmp_path / 'large.png')!r}))"
+    environment = {**os.environ, "FLORENCE_VL_MAX_PIXELS": value}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert message in done.stdout + done.stderr
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from florence_vl.model import pictures
+def peak():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+pictures._STRIP_PIXELS = 1 << 20
+before = peak()
+image = pictures.open_image(sys.argv[1])
+print(peak() - before, image.width * image.height)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize(
+    ("format", "mode", "options"),
+    [
+        ("PNG", "RGBA", {"compress_level": 1}),
+        ("PNG", "I;16", {"compress_level": 1}),
+        ("JPEG", "RGB", {}),
+        ("JPEG", "CMYK", {"progressive": True, "subsampling": 0}),
+        ("WEBP", "RGBA", {"lossless": True, "method": 0, "quality": 0}),
+        ("GIF", "P", {}),
+        ("BMP", "RGB", {}),
+        ("DIB", "RGB", {}),
+        ("TIFF", "F", {"compression": "tiff_adobe_deflate"}),
+        ("TIFF", "RGBA", {"compression": "tiff_lzw"}),
+        ("PPM", "RGB", {}),
+        ("AVIF", "RGBA", {"speed": 10, "subsampling": "4:4:4"}),
+    ],
+)
+def test_the_largest_allowed_picture_of_each_format_stays_below_2_gb(tmp_path, format, mode, options):
+    """Measured at 6 megapixels, an eighth of a strip's share, and taken to the format's limit."""
+    path = tmp_path / "picture"
+    Image.new(mode, (3000, 2000), None if mode == "P" else 0).save(path, format, **options)
+    command = [sys.executable, "-c", MEASURE, str(path)]
+    grown, pixels = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    limit = pictures.MAX_PIXELS // pictures._DECODER_WEIGHT.get(format, 1)
+    assert pixels == 6_000_000
+    assert grown * 1024 / pixels * limit < 1.7e9, "leaves 300 MB for the program"
+    assert grown * 1024 / pixels > 3, "the picture itself was measured"
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "I;16", "F", "CMYK", "P", "LA"])

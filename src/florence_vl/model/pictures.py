@@ -15,6 +15,7 @@ import io
 import ipaddress
 import math
 import os
+import re
 import socket
 import ssl
 import stat
@@ -27,13 +28,34 @@ from typing import Any, Protocol, Union, runtime_checkable
 from urllib.parse import unquote, urljoin, urlsplit
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, TiffImagePlugin
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF")
 """Formats that are decoded where this build of Pillow knows them, by its names."""
 
-MAX_PIXELS = int(os.environ.get("FLORENCE_VL_MAX_PIXELS", 120_000_000))
-"""Images with more pixels are refused. The environment variable FLORENCE_VL_MAX_PIXELS sets another limit."""
+
+def _limit(variable: str, default: int) -> int:
+    text = os.environ.get(variable, "")
+    if not text:
+        return default
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"the environment variable {variable} must be a number of pixels, found {text!r}")
+    if Image.MAX_IMAGE_PIXELS is not None:  # Pillow refuses twice as many
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, int(text))
+    return int(text)
+
+
+MAX_PIXELS = _limit("FLORENCE_VL_MAX_PIXELS", 120_000_000)
+"""Images with more pixels are refused. The environment variable FLORENCE_VL_MAX_PIXELS sets another limit.
+
+Formats whose decoders need more memory or time for a pixel have a lower one, see `_DECODER_WEIGHT`.
+"""
+
+REDUCED_PIXELS = 1 << 25
+"""JPEG images with more pixels are decoded at half their width and height."""
+
+MAX_FILE_BYTES = 512 << 20
+"""Larger image files are refused: some decoders read the whole file."""
 
 MAX_ASPECT, MAX_STRIP = 200, 10_000
 """Images whose longer side has more than MAX_STRIP pixels and MAX_ASPECT times the shorter side are refused."""
@@ -41,6 +63,12 @@ MAX_ASPECT, MAX_STRIP = 200, 10_000
 TRANSPARENT_ON = (255, 255, 255)
 """Color behind transparent pixels: white, the page that figures with an alpha channel are drawn for."""
 
+# By format, or by the decoder that Pillow chose: WebP and AVIF take twice the memory of others, and PPM with another
+# depth than 8 bits and run-length BMP are decoded in Python.
+_DECODER_WEIGHT = {"WEBP": 2, "AVIF": 2, "bmp_rle": 8, "ppm": 32, "ppm_plain": 32}
+_MAX_TILE = 1 << 24  # pixels of a tile of a TIFF, which is decoded whole, however small the image
+_MAX_SCANS = 200  # of a JPEG: each costs a pass over the whole image, however few its bytes
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # but stuffed bytes and restart markers
 _STRIP_PIXELS = 1 << 24  # pixels that are converted or padded at once
 _MAX_REDIRECTS = 3
 _HEADER_BYTES = 1 << 16
@@ -133,7 +161,11 @@ def open_image(source: ImageInput, name: str | None = None, policy: MediaPolicy 
     name = name or image_name(source)
     try:
         image = _open(source, policy or _policy.get())
-        _check_size(*image.size)
+        _check_size(image)
+        if _is_jpeg(image):
+            _check_scans(image)
+            if image.width * image.height > REDUCED_PIXELS:
+                image.draft(None, (image.width // 2, image.height // 2))
         with _refuse_truncated():
             image.load()
         return _to_rgb(_upright(image, own=image is not source))
@@ -164,7 +196,7 @@ def image_size(source: ImageInput, policy: MediaPolicy | None = None) -> tuple[i
     name = image_name(source)
     try:
         image = _open_header(source, policy or _policy.get())
-        _check_size(*image.size)
+        _check_size(image)
         width, height = image.size
         # Pillow decodes a PNG without an EXIF chunk in its header to look for one behind the pixels.
         if image.format != "PNG" or "exif" in image.info:
@@ -187,15 +219,42 @@ def _open_header(source: ImageInput, policy: MediaPolicy) -> Image.Image:
     return _open(source, policy)
 
 
-def _check_size(width: int, height: int) -> None:
+def _check_size(image: Image.Image) -> None:
+    width, height = image.size
     if width == 0 or height == 0:
         raise ValueError(f"it is empty ({width}x{height} pixels)")
-    if width * height > MAX_PIXELS:
+    decoders = [str(tile[0]) for tile in getattr(image, "tile", ())[:1]]
+    weight = max(_DECODER_WEIGHT.get(name, 1) for name in (image.format or "", *decoders))
+    limit = MAX_PIXELS // weight
+    if width * height > limit:
+        kind = f" for {image.format} of this kind" if weight > 1 else ""
         raise ValueError(
-            f"it has {width}x{height} pixels, more than the limit of {MAX_PIXELS} (FLORENCE_VL_MAX_PIXELS sets another)"
+            f"it has {width}x{height} pixels, more than the limit of {limit}{kind} (FLORENCE_VL_MAX_PIXELS sets "
+            "another)"
         )
+    tags = getattr(image, "tag_v2", None) or {}
+    tile = tags.get(TiffImagePlugin.TILEWIDTH, 0) * tags.get(TiffImagePlugin.TILELENGTH, 0)
+    if tile > _MAX_TILE:
+        raise ValueError(f"its tiles have {tile} pixels each, more than the limit of {_MAX_TILE}")
     if max(width, height) > max(MAX_STRIP, MAX_ASPECT * min(width, height)):
         raise ValueError(f"it has {width}x{height} pixels: one side is more than {MAX_ASPECT} times the other")
+
+
+def _is_jpeg(image: Image.Image) -> bool:
+    return image.format in ("JPEG", "MPO") and getattr(image, "fp", None) is not None  # None: it was decoded before
+
+
+def _check_scans(image: Any) -> None:
+    position = image.fp.tell()
+    image.fp.seek(0)
+    data = image.fp.read()
+    image.fp.seek(position)
+    scans, at = 0, 2
+    while (marker := _JPEG_MARKER.search(data, at)) and data[marker.start() + 1] != 0xD9:
+        scans += data[marker.start() + 1] == 0xDA
+        if scans > _MAX_SCANS:
+            raise ValueError(f"it has more than {_MAX_SCANS} scans")
+        at = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2], "big"))
 
 
 def _reason(error: Exception) -> str:
@@ -249,11 +308,13 @@ def _allowed_path(path: Path, policy: MediaPolicy) -> Path:
         if not any(real.is_relative_to(folder.resolve()) for folder in policy.allowed_paths):
             raise ValueError("local files are not allowed here, or not from this folder")
         path = real
-    mode = path.stat().st_mode
-    if stat.S_ISDIR(mode):
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
         raise ValueError("it is a directory")
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(status.st_mode):
         raise ValueError("it is not a regular file")  # a named pipe would block
+    if status.st_size > MAX_FILE_BYTES:
+        raise ValueError(f"it has {status.st_size} bytes, more than the limit of {MAX_FILE_BYTES}")
     return path
 
 
