@@ -2,6 +2,7 @@
 
     python benchmarks/train.py packing           supervised tokens/s of the same samples, laid out differently
     python benchmarks/train.py plan [key=value]  memory of mini/pretrain, planned and measured
+    python benchmarks/train.py frozen            a step of mini/pretrain with less and less to train
     python benchmarks/train.py mfu --recipe paper/3b-finetune-packed precision=bf16_pure compile.llm=true
 
 `packing` has the lengths of LLaVA-1.5's 665K mix (benchmarks/data.py); `--scale 9` divides image tokens (64 instead of
@@ -215,11 +216,33 @@ def bench_packing(count: int, batch: int, rounds: int, scale: Scale) -> None:
     print(f"packed against padded in the same engine: {ratio:.2f}x")
 
 
+FROZEN = {
+    "whole LLM and projector train": ["parts.llm.last_layers=null"],
+    "LLM's last third and projector": [],
+    "LLM's last third alone": ["parts.projector.train=false"],
+}
+
+
+def bench_frozen(tokens: int, rounds: int, overrides: list[str]) -> None:
+    """Print what a step of mini/pretrain costs with less and less to train: CPU seconds, and memory that it adds."""
+    overrides = ["precision=fp32", *overrides]
+    runs = {name: mini_step(tokens, 4, [*overrides, *settings]) for name, settings in FROZEN.items()}
+    seconds = cpu_side_by_side(runs, rounds)
+    memory = {
+        name: peak_memory(mini_step_in_little_memory, tokens, 4, [*overrides, *settings])
+        for name, settings in FROZEN.items()
+    }
+    base = seconds["LLM's last third and projector"]
+    print(f"rows of {tokens} tokens with 4 images, one thread")
+    print(f"{'':34}{'CPU s a row':>12}{'rows/s':>10}{'GiB added':>11}")
+    for name, value in seconds.items():
+        print(f"{name:34}{value / 4:>12.2f}{base / value:>9.2f}x{memory[name] / 2**30:>11.2f}")
+
+
 def mini_step(tokens: int, images: int, overrides: list[str]) -> Callable[[], None]:
     """Two accumulated steps of mini/pretrain, so that optimizer state, gradients and activations meet, as in a run."""
     from florence_vl.train.model import choose_attention, load_model
 
-    return_freed_memory()
     torch.set_num_threads(1)
     recipe = load_recipe("mini/pretrain", overrides)
     device = torch.device("cpu")
@@ -253,6 +276,12 @@ def mini_step(tokens: int, images: int, overrides: list[str]) -> Callable[[], No
     return run
 
 
+def mini_step_in_little_memory(*args: Any) -> Callable[[], None]:
+    """`mini_step` for a measurement of memory; returning freed blocks takes time."""
+    return_freed_memory()
+    return mini_step(*args)
+
+
 def bench_plan(overrides: list[str]) -> None:
     """Print the plan's memory for mini/pretrain against the resident memory that a step adds."""
     overrides = ["precision=fp32", *overrides]
@@ -260,7 +289,7 @@ def bench_plan(overrides: list[str]) -> None:
     plan = plan_recipe(recipe, workload=Workload(images=1, text_tokens=64, supervised=40))
     planned = sum(value for kind, value in plan.memory.items() if kind != "weights")
     rows, images = recipe.data.packing.tokens_per_row, recipe.data.packing.max_images_per_row
-    measured = peak_memory(mini_step, rows, images, overrides) / 2**30
+    measured = peak_memory(mini_step_in_little_memory, rows, images, overrides) / 2**30
     print(f"parameters      {sum(total for total, _ in plan.parameters.values()):,}")
     print(f"planned memory  {planned:.2f} GiB besides weights: {plan.memory}")
     print(f"measured        {measured:.2f} GiB added by a step; planned / measured {planned / measured:.2f}")
@@ -335,6 +364,10 @@ def main() -> None:
     packing.add_argument("--scale", type=int, choices=(1, 4, 9), default=9)
     plan = commands.add_parser("plan")
     plan.add_argument("overrides", nargs="*")
+    frozen = commands.add_parser("frozen")
+    frozen.add_argument("--tokens", type=int, default=512)
+    frozen.add_argument("--rounds", type=int, default=1)
+    frozen.add_argument("overrides", nargs="*")
     mfu = commands.add_parser("mfu")
     mfu.add_argument("--recipe", default="paper/3b-finetune-packed")
     mfu.add_argument("--steps", type=int, default=12)
@@ -345,6 +378,8 @@ def main() -> None:
         bench_packing(arguments.samples, arguments.batch, arguments.rounds, Scale(arguments.scale))
     elif arguments.command == "plan":
         bench_plan(arguments.overrides)
+    elif arguments.command == "frozen":
+        bench_frozen(arguments.tokens, arguments.rounds, arguments.overrides)
     else:
         bench_mfu(arguments.recipe, arguments.overrides, arguments.steps)
 

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from itertools import pairwise
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from florence_vl.train.config import LLMPartConfig, LoraConfig, OptimizerConfig, PartConfig, PartsConfig, ScheduleConfig
+from florence_vl.train.config import (
+    ActivationCheckpointingConfig,
+    LLMPartConfig,
+    LoraConfig,
+    OptimizerConfig,
+    PartConfig,
+    PartsConfig,
+    ScheduleConfig,
+)
 from florence_vl.train.guards import SpikeDetector, describe_sample, first_loss_warning
 from florence_vl.train.optimizer import apply_parts, build_optimizer, parameter_groups, trainable_table
+from florence_vl.train.parallel import LossModule, apply_activation_checkpointing, blocks
 from florence_vl.train.schedule import lr_factor
 
 
@@ -100,6 +111,43 @@ def test_last_layers_train_alone(tiny_run: ModuleType) -> None:
     assert model.model.language_model.layers[1].training
     with pytest.raises(ValueError, match="has 2 layers"):
         apply_parts(model, PartsConfig(llm=LLMPartConfig(last_layers=3)))
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
+@pytest.mark.parametrize("projector", [True, False])
+def test_no_gradient_is_prepared_for_what_is_frozen_below(
+    tiny_run: ModuleType, projector: bool, checkpointing: Any
+) -> None:
+    model = tiny_run.tiny()
+    parts = PartsConfig(
+        tower=PartConfig(train=False), projector=PartConfig(train=projector), llm=LLMPartConfig(last_layers=1)
+    )
+    apply_parts(model, parts)
+    apply_activation_checkpointing(model, ActivationCheckpointingConfig(checkpointing, checkpointing))
+    module = LossModule(model.train(), (64, 64), always_images=True)
+    passed: dict[str, bool] = {}
+
+    def watch(name: str, part: nn.Module) -> None:
+        def keep(_module: nn.Module, _arguments: Any, output: Any) -> None:
+            tensors = [value for value in tree_leaves(output) if isinstance(value, torch.Tensor)]
+            passed.setdefault(name, any(value.requires_grad for value in tensors))
+
+        part.register_forward_hook(keep)
+
+    layers = model.model.language_model.layers
+    named = {"tower": model.model.vision_tower, "projector": model.model.multi_modal_projector}
+    named |= {f"tower block {i}": block for i, block in enumerate(blocks(model.model.vision_tower))}
+    named |= {f"layer {i}": layer for i, layer in enumerate(layers)}
+    for name, part in named.items():
+        watch(name, part)
+    assert len(layers) == 2
+    with_image = tiny_run.collate([tiny_run.make_sample(1)], packed=False)
+    text_only = tiny_run.collate([tiny_run.make_sample(0, text_only_every=1)], packed=False)
+    for batch in (with_image, text_only):  # a dummy image stands in for none
+        passed.clear()
+        module(batch, 4).backward()
+        below = {name for name, needs in passed.items() if needs}
+        assert below == {"layer 1"} | ({"projector", "layer 0"} if projector else set())
 
 
 def test_lora_trains_adapters_of_the_llm_only(tiny_run: ModuleType) -> None:
