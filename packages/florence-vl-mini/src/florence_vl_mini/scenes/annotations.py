@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 from PIL import Image
@@ -18,7 +19,8 @@ TASK_PROMPTS = {
     "<DENSE_REGION_CAPTION>": "Locate the objects in the image, with their descriptions.",
 }
 GROUPS = ("general", "knowledge", "ocr_chart", "vision_centric")
-RECORD_TASKS = ("caption", "detailed_caption", "ocr", "ocr_with_region", "od", "dense_region_caption", "vqa", *GROUPS)
+RECORD_TASKS = ("caption", "detailed_caption", "ocr", "ocr_with_region", "od", "dense_region_caption", "vqa", "chat",
+                *GROUPS)  # fmt: skip
 
 Box = tuple[float, float, float, float]
 
@@ -148,19 +150,27 @@ class Scene:
             return self.dense_region_caption(step)
         raise ValueError(f"unknown Florence-2 task {task!r}. Known: {', '.join(TASK_PROMPTS)}.")
 
+    def chat(self, most: int = 4) -> list[tuple[str, str]]:
+        """Up to `most` questions with answers in the words of ordinary users, drawn by the scene's id."""
+        from florence_vl_mini.scenes.wording import chat
+
+        return chat(self, Random(f"chat/{self.id}"), most)
+
     def record(self, task: str = "vqa") -> dict[str, Any]:
         """The scene as a training record: `id`, `source`, `messages` (transformers' chat format) and `images` (PIL).
 
         Args:
             task: "caption", "detailed_caption" (as LLaVA's pretraining data words them), "ocr", "ocr_with_region",
-                "od", "dense_region_caption" (Florence-2's prompts), "vqa" (all questions as one conversation), or one
-                of the four groups (the questions of that group).
+                "od", "dense_region_caption" (Florence-2's prompts), "vqa" (all questions as one conversation), one of
+                the four groups (the questions of that group), or "chat" (up to four questions in other words).
 
         Raises:
             ValueError: No such task, or the scene has no annotation for it.
         """
         known("task", task, RECORD_TASKS)
-        if task in ("vqa", *GROUPS):
+        if task == "chat":
+            turns = self.chat()
+        elif task in ("vqa", *GROUPS):
             turns = [(q.prompt, q.answer) for q in self.questions if task in ("vqa", q.group)]
         else:
             token = f"<{task.upper()}>"

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from florence_vl_mini.scenes import assets, draw, tables
 from florence_vl_mini.scenes.annotations import Question, Region, Scene
-from florence_vl_mini.scenes.documents import CITIES, GOODS, MONTHS, Sheet, _is_kind
+from florence_vl_mini.scenes.documents import CITIES, GOODS, MONTHS, Sheet, is_kind
 
 PALETTE = ("red", "green", "blue", "orange", "purple", "yellow", "brown", "pink")
 TOPICS = ("Sales", "Visitors", "Rain", "Books", "Trees", "Scores", "Orders", "Profit", "Votes", "Birds")
@@ -122,7 +122,7 @@ def bar(rng: Random, split: str, size: int, scene_id: str) -> Scene:
         f"A bar chart with {assets.NUMBERS[n]} bars and a title at the top.",
         regions,
         sheet.texts,
-        [*questions, *_is_kind(rng, "bar chart", topic)],
+        [*questions, *is_kind(rng, "bar chart")],
     )
 
 
@@ -206,7 +206,7 @@ def line(rng: Random, split: str, size: int, scene_id: str) -> Scene:
         f"A line chart with a {word} {color} line through {assets.NUMBERS[n]} points and a title at the top.",
         [Region("line", f"{word} {color} line", (min(xs), min(ys), max(xs), max(ys)))],
         sheet.texts,
-        [*questions, *_is_kind(rng, "line chart", topic)],
+        [*questions, *is_kind(rng, "line chart")],
     )
 
 
@@ -261,7 +261,7 @@ def pie(rng: Random, split: str, size: int, scene_id: str) -> Scene:
         "with a legend on the right.",
         [Region("pie", f"pie of {assets.NUMBERS[n]} parts", box)],
         sheet.texts,
-        [*questions, *_is_kind(rng, "pie chart", topic)],
+        [*questions, *is_kind(rng, "pie chart")],
     )
 
 
@@ -361,5 +361,5 @@ def scatter(rng: Random, split: str, size: int, scene_id: str) -> Scene:
         f"A scatter chart of {' and '.join(colors)} points that {course}, with a title at the top.",
         regions,
         sheet.texts,
-        [*questions, *_is_kind(rng, "scatter chart", topic)],
+        [*questions, *is_kind(rng, "scatter chart")],
     )

@@ -99,7 +99,7 @@ def receipt(rng: Random, split: str, size: int, scene_id: str) -> Scene:
         detailed_caption=f"A receipt of a shop with {assets.NUMBERS[n]} items, their prices and the total.",
         regions=[Region("receipt", "receipt", (0.0, 0.0, float(size), float(size)))],
         texts=sheet.texts,
-        questions=[*questions, *_is_kind(rng, "receipt", name)],
+        questions=[*questions, *is_kind(rng, "receipt")],
     )
 
 
@@ -146,11 +146,11 @@ def form(rng: Random, split: str, size: int, scene_id: str) -> Scene:
             Region("banner", f"{banner} banner", (0.0, 0.0, float(size), 44.0 * u)),
         ],
         texts=sheet.texts,
-        questions=[*questions, *_is_kind(rng, title.lower(), title)],
+        questions=[*questions, *is_kind(rng, title.lower())],
     )
 
 
-def _is_kind(rng: Random, kind: str, _: str) -> list[Question]:
+def is_kind(rng: Random, kind: str) -> list[Question]:
     others = ["receipt", *(f.lower() for f in FORMS), "bar chart", "pie chart", "table"]
     if rng.random() < 0.5:
         return [
@@ -216,5 +216,5 @@ def table(rng: Random, split: str, size: int, scene_id: str) -> Scene:
         f"and a {header} header.",
         regions=[Region("table header", f"{header} table header", (0.0, 0.0, float(size), float(height)))],
         texts=sheet.texts,
-        questions=[*questions, *_is_kind(rng, "table", "table")],
+        questions=[*questions, *is_kind(rng, "table")],
     )

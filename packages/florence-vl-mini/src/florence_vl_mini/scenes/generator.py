@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from random import Random
 
-from florence_vl_mini.scenes import charts, documents, objects, screens, shapes
+from florence_vl_mini.scenes import charts, documents, drawings, objects, screens, shapes
 from florence_vl_mini.scenes.annotations import Scene, known
 from florence_vl_mini.scenes.assets import SPLITS
 from florence_vl_mini.scenes.questions import ask
@@ -25,6 +25,11 @@ KINDS: dict[str, Maker] = {
     "shapes": shapes.shapes,
     "interface": screens.interface,
     "small_text": screens.small_text,
+    "drawing": drawings.drawing,
+    "sign": drawings.sign,
+    "price_list": drawings.price_list,
+    "plain_chart": drawings.plain_chart,
+    "dialog": drawings.dialog,
 }
 
 # What the mini suite asks about: another mix would be another suite. The kinds that are not in it are for training.

@@ -137,13 +137,22 @@ def shapes(rng: Random, split: str, size: int, scene_id: str) -> Scene:
         detailed_caption=f"A picture of {enumerate_words(parts)}, on {assets.with_article(ground)} background.",
         regions=[Region(shape, f"{color} {shape}", box, "shape") for shape, color, box in found],
         texts=texts,
-        questions=_questions(rng, found, ground, texts, size),
+        questions=about_shapes(rng, found, ground, texts, size),
     )
 
 
-def _questions(
+def about_shapes(
     rng: Random, found: list[tuple[str, str, Box]], ground: str, texts: list[Text], size: int
 ) -> list[Question]:
+    """Questions about shapes, colors, numbers and places.
+
+    Args:
+        rng: Source of every choice.
+        found: Shape, color and box in pixels of each.
+        ground: Color of the background.
+        texts: What is written.
+        size: Side of the picture in pixels.
+    """
     shape, color, _ = rng.choice(found)
     by_shape, by_color = Counter(s for s, _, _ in found), Counter(c for _, c, _ in found)
     both = {(s, c) for s, c, _ in found}
@@ -158,7 +167,13 @@ def _questions(
     if by_color[color] == 1 and not any(alike(color, other) for other in by_color if other != color):
         out.append(Question("general", "shape", f"What shape is {color}?", shape))
     if len(found) == 1:
-        out.append(Question("general", "shape", "What is shown in the picture?", f"{color} {shape}"))
+        out += [
+            Question("general", "shape", "What is shown in the picture?", f"{color} {shape}"),
+            Question("general", "shape", "What shape is shown in the picture?", shape),
+        ]
+    elif 1 < len(by_shape) <= 3:
+        names = list(dict.fromkeys(s for s, _, _ in found))
+        out.append(Question("general", "shape", "Which shapes are in the picture?", ", ".join(names)))
     absent = [
         (s, c)
         for s, c in ((shape, rng.choice(INKS)), (rng.choice(SHAPES), color))
@@ -172,8 +187,28 @@ def _questions(
     out.append(Question("general", "existence", f"Is there {thing} in the picture?", answer))
     if len(found) > 1 and len(both) == len(found):
         out += _relation(rng, found, size)
+        out += _extremes(rng, found, size)
     if len(texts) == 1:
         out.append(Question("ocr_chart", "reading", "What is written in the picture?", texts[0].text))
+    return out
+
+
+def _extremes(rng: Random, found: list[tuple[str, str, Box]], size: int) -> list[Question]:
+    """The outermost shape on one side, and the largest, each by its color and its name."""
+    out = []
+    word, axis, sign = rng.choice((("on the left", 0, 1), ("on the right", 0, -1), ("at the top", 1, 1),
+                                   ("at the bottom", 1, -1)))  # fmt: skip
+    places = sorted((sign * (box[axis] + box[axis + 2]) / 2, i) for i, (_, _, box) in enumerate(found))
+    areas = sorted(((box[2] - box[0]) * (box[3] - box[1]), i) for i, (_, _, box) in enumerate(found))
+    if places[1][0] - places[0][0] > 0.15 * size:
+        shape, color, _ = found[places[0][1]]
+        out += [
+            Question("vision_centric", "spatial", f"Which shape is {word}?", shape),
+            Question("vision_centric", "color", f"What color is the shape {word}?", color),
+        ]
+    if areas[-1][0] > 1.6 * areas[-2][0]:
+        shape, color, _ = found[areas[-1][1]]
+        out.append(Question("vision_centric", "size", "Which shape is the largest?", shape))
     return out
 
 
