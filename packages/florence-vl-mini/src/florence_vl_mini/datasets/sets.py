@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
@@ -23,16 +24,18 @@ class SceneSet:
         samples: Number of records.
         seed: Of the scenes.
         split: `train`, `val` or `test`.
+        mix: Weight of each kind of scene; the suite's by default.
     """
 
     tasks: tuple[str, ...]
     samples: int
     seed: int
     split: str
+    mix: Mapping[str, float] | None = None
 
     def write(self, out: Path, overwrite: bool = False) -> Path:
         """Write it as `write` does, LLaVA's layout at 256 px."""
-        return write(out, SceneGenerator(self.seed, self.split, 256), self.samples, "llava", self.tasks, overwrite)
+        return write(out, SceneGenerator(self.seed, self.split, 256, self.mix), self.samples, "llava", self.tasks, overwrite)
 
 
 @lru_cache

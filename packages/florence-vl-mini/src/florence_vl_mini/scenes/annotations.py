@@ -150,7 +150,7 @@ class Scene:
             return self.dense_region_caption(step)
         raise ValueError(f"unknown Florence-2 task {task!r}. Known: {', '.join(TASK_PROMPTS)}.")
 
-    def chat(self, most: int = 4) -> list[tuple[str, str]]:
+    def chat(self, most: int = 5) -> list[tuple[str, str]]:
         """Up to `most` questions with answers in the words of ordinary users, drawn by the scene's id."""
         from florence_vl_mini.scenes.wording import chat
 
@@ -162,7 +162,7 @@ class Scene:
         Args:
             task: "caption", "detailed_caption" (as LLaVA's pretraining data words them), "ocr", "ocr_with_region",
                 "od", "dense_region_caption" (Florence-2's prompts), "vqa" (all questions as one conversation), one of
-                the four groups (the questions of that group), or "chat" (up to four questions in other words).
+                the four groups (the questions of that group), or "chat" (up to five questions in other words).
 
         Raises:
             ValueError: No such task, or the scene has no annotation for it.

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 SHORT = "Answer the question using a single word or phrase."
 ASIS = 0.3  # chance that a question keeps its wording
-ALONE = 0.4  # chance that an open question comes without `SHORT`
+BRIEF = 0.7  # chance that a conversation asks for short answers
+REPEATED = 0.25  # chance that a later question of such a conversation says so again
 DESCRIBE = ("Describe the picture.", "Describe this image.", "What do you see?", "What does the image show?",
             "Tell me what is in the picture.", "What is going on in this picture?", "Describe in detail what you see.",
             "Can you describe the image?")  # fmt: skip
@@ -32,8 +33,11 @@ def _wordings() -> list[tuple[re.Pattern[str], tuple[str, ...], str | None]]:
     return [(re.compile(row["question"]), tuple(row["also"]), row.get("sentence")) for row in rows]
 
 
-def chat(scene: Scene, rng: Random, most: int = 4) -> list[tuple[str, str]]:
+def chat(scene: Scene, rng: Random, most: int = 5) -> list[tuple[str, str]]:
     """Turns of a conversation about a scene: its questions in any order and in other words.
+
+    As in LLaVA's instruction data, a conversation either demands short answers, with its first question at least, or
+    is answered in sentences where they are natural.
 
     Args:
         scene: What is asked about.
@@ -41,17 +45,15 @@ def chat(scene: Scene, rng: Random, most: int = 4) -> list[tuple[str, str]]:
         most: Number of turns, at most.
 
     Returns:
-        Prompts with answers. Prompts without LLaVA's demand for a short answer are answered by a sentence where one
-        is natural.
+        Prompts with answers.
     """
     asked = [question for question in scene.questions if len(question.answer) <= 60]
     rng.shuffle(asked)
-    turns, seen = [], set()
-    for question in asked:
-        if len(turns) < most and question.question not in seen:
-            seen.add(question.question)
-            turns.append(_turn(question, rng))
-    if rng.random() < 0.25 and scene.caption:
+    asked = list({question.question: question for question in asked}.values())[:most]
+    if rng.random() < BRIEF:
+        return [_brief(question, rng, first=i == 0) for i, question in enumerate(asked)]
+    turns = [_told(question, rng) for question in asked]
+    if rng.random() < 0.6 and scene.caption:
         if rng.random() < 0.5 and scene.detailed_caption:
             told = rng.choice(DESCRIBE), scene.detailed_caption
         else:
@@ -60,31 +62,37 @@ def chat(scene: Scene, rng: Random, most: int = 4) -> list[tuple[str, str]]:
     return turns[:most]
 
 
-def _turn(question: Question, rng: Random) -> tuple[str, str]:
+def _brief(question: Question, rng: Random, first: bool) -> tuple[str, str]:
     if question.choices:
         return question.prompt, question.answer
-    text, answer = question.question, question.answer
-    sentence = None
-    for pattern, others, wording in _wordings():
-        found = pattern.fullmatch(text)
-        if found:
-            if others and rng.random() > ASIS:
-                text = _fill(rng.choice(others), found, answer)
-            sentence = wording
-            break
-    else:
-        found = None
-    if rng.random() < 0.3:
-        text = text.replace(" picture", rng.choice((" image", " image", " drawing", " photo")))
-    if rng.random() > ALONE:
-        return f"{text}\n{SHORT}", answer
-    if rng.random() < 0.06:  # as typed in haste
-        text = text.lower().rstrip("?") if '"' not in text else text
+    text = _reworded(question, rng)[0]
+    return f"{text}\n{SHORT}" if first or rng.random() < REPEATED else text, question.answer
+
+
+def _told(question: Question, rng: Random) -> tuple[str, str]:
+    if question.choices:
+        return question.prompt, question.answer
+    answer = question.answer
+    text, sentence = _reworded(question, rng)
+    if rng.random() < 0.06 and '"' not in text:  # as typed in haste
+        text = text.lower().rstrip("?")
     if answer in ("yes", "no"):
         return text, f"{answer.capitalize()}."
-    if sentence and found and (answer != "1" or "{a}" not in sentence or "are" not in sentence):
-        return text, _fill(sentence, found, answer)
-    return text, answer
+    return text, answer if sentence is None or (answer == "1" and " are " in sentence) else sentence
+
+
+def _reworded(question: Question, rng: Random) -> tuple[str, str | None]:
+    """The question in other words, and the sentence that answers it."""
+    text, sentence = question.question, None
+    for pattern, others, wording in _wordings():
+        if found := pattern.fullmatch(text):
+            if others and rng.random() > ASIS:
+                text = _fill(rng.choice(others), found, question.answer)
+            sentence = wording and _fill(wording, found, question.answer)
+            break
+    if rng.random() < 0.3:
+        text = text.replace(" picture", rng.choice((" image", " image", " drawing", " photo")))
+    return text, sentence
 
 
 def _fill(template: str, found: re.Match[str], answer: str) -> str:
