@@ -12,9 +12,10 @@ import pytest
 pytest.importorskip("florence_vl_mini")
 
 from florence_vl_mini.scenes import DEFAULT_MIX, GROUPS, KINDS, RECORD_TASKS, SceneGenerator, assets, draw
-from florence_vl_mini.scenes.annotations import TASK_PROMPTS, Region, Scene, Text
+from florence_vl_mini.scenes.annotations import TASK_PROMPTS, Question, Region, Scene, Text
 from florence_vl_mini.scenes.questions import ask
 from florence_vl_mini.scenes.shapes import PURE, SHAPES
+from florence_vl_mini.scenes.wording import chat
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +290,62 @@ def test_answers_about_interfaces_are_written_in_them() -> None:
             shown = {t.text for t in scene.texts}
             assert all(q.answer in shown for q in scene.questions if q.skill == "reading"), scene.id
             assert len(scene.ocr) <= 96
+
+
+def test_answers_about_what_people_draw_follow_from_it() -> None:
+    for kind in ("sign", "price_list", "dialog"):
+        for scene in SceneGenerator(2, "train", 256, {kind: 1.0}).scenes(25):
+            shown = {t.text for t in scene.texts}
+            for q in scene.questions:
+                if q.skill in ("reading", "document_field"):
+                    assert q.answer in shown | {scene.ocr}, (scene.id, q)
+    for scene in SceneGenerator(2, "train", 256, {"price_list": 1.0}).scenes(25):
+        prices = [float(t.text.lstrip("$")) for t in scene.texts if re.fullmatch(r"\$?\d+\.\d\d", t.text)]
+        if scene.caption == "a receipt":
+            assert prices[-1] == pytest.approx(sum(prices[:-1]))
+    for scene in SceneGenerator(2, "train", 256, {"plain_chart": 1.0}).scenes(60):
+        bars = [r for r in scene.regions if r.name == "bar"]
+        names = [t.text for t in scene.texts][-len(bars) :]
+        for q in scene.questions:
+            if bars and "highest" in q.question:
+                assert q.answer == names[min(range(len(bars)), key=lambda i: bars[i].box[1])]
+
+
+def test_pages_of_any_proportion_keep_their_annotations() -> None:
+    """The shapes' boxes hold what was drawn: outside of boxes and texts there is the ground alone."""
+    flat = 0
+    for scene in SceneGenerator(4, "train", 256, {"drawing": 1.0}).scenes(60):
+        image = scene.image.copy()
+        for item in [*scene.regions, *scene.texts]:
+            left, top, right, bottom = item.box
+            image.paste((0, 0, 0), (int(left) - 4, int(top) - 4, int(right) + 5, int(bottom) + 5))
+        left = sorted(image.getcolors(1 << 16) or [], reverse=True)
+        ground = next(color for _, color in left if color != (0, 0, 0)) if len(left) > 1 else (0, 0, 0)
+        strays = sum(n for n, c in left if sum(abs(a - b) for a, b in zip(c, ground, strict=True)) > 40 and sum(c))
+        flat += strays < 12
+    assert flat >= 57  # JPEG leaves marks in a few
+
+
+def test_conversations_keep_the_truth_in_other_words() -> None:
+    asked: Counter[str] = Counter()
+    mix = {"shapes": 1.0, "objects": 1.0, "receipt": 1.0, "drawing": 1.0}
+    for scene in SceneGenerator(6, "train", 96, mix).scenes(150):
+        turns = scene.chat()
+        assert turns == scene.chat()
+        assert len(turns) <= 5
+        for prompt, answer in turns:
+            assert answer
+            assert "{" not in prompt + answer
+            asked["short" if "single word" in prompt else "plain"] += 1
+            asked["sentence"] += answer.endswith(".") and " " in answer
+    assert min(asked.values()) > 40
+    answers = {"left": "yes", "right": "no"}
+    for side, answer in answers.items():
+        scene.questions = [Question("vision_centric", "spatial", f"Is the a to the {side} of the b?", answer)]
+        for number in range(40):
+            (prompt, said), *_ = chat(scene, Random(number), 1)
+            if found := re.match(r"Is the (\w) (?:on the|to the)? ?(left|right)", prompt):
+                assert (found[1] == "a") == ((found[2] == "left") == (said.strip(".").lower() == "yes"))
 
 
 def test_bad_settings_are_refused() -> None:

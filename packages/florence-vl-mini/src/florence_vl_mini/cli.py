@@ -184,6 +184,32 @@ def release(
         typer.echo(publish(partial, report, model_card(report, known, parameters, note)))
 
 
+@app.command("start")
+def start(
+    out: Annotated[Path, typer.Option(help="Folder for the model.")],
+    vision: Annotated[str, typer.Option(help="The mini Florence-2 to use: a folder, or `mini`.")] = "mini",
+    adapter: Annotated[Path | None, typer.Option(help="adapter.safetensors of `mini pack`; the shipped one.")] = None,
+) -> None:
+    """Put an adapter on a mini Florence-2 of one's own: the model from which the recipe mini/newcomers goes on."""
+    from safetensors.torch import load_file
+
+    import florence_vl_mini
+    from florence_vl.files import atomic_folder
+    from florence_vl.model.adapter import apply_adapter
+    from florence_vl.model.packaged import resolve
+    from florence_vl_mini.models import mini_base
+
+    file = adapter or florence_vl_mini.florence_vl_path()
+    if not file.is_file():
+        raise FileNotFoundError(f"no adapter at {file}: give the adapter.safetensors that `mini pack` wrote")
+    model, processor = mini_base(Path(resolve(vision, "vision")))
+    apply_adapter(model, load_file(file))
+    with atomic_folder(out) as partial:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+    typer.echo(str(out))
+
+
 @app.command("pack")
 def pack(
     model: Annotated[Path, typer.Argument(help="Folder of the trained mini Florence-VL.")],
