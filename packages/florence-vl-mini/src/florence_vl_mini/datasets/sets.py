@@ -35,7 +35,8 @@ class SceneSet:
 
     def write(self, out: Path, overwrite: bool = False) -> Path:
         """Write it as `write` does, LLaVA's layout at 256 px."""
-        return write(out, SceneGenerator(self.seed, self.split, 256, self.mix), self.samples, "llava", self.tasks, overwrite)
+        scenes = SceneGenerator(self.seed, self.split, 256, self.mix)
+        return write(out, scenes, self.samples, "llava", self.tasks, overwrite)
 
 
 @lru_cache

@@ -117,9 +117,7 @@ def _pattern(rng: Random, n: int) -> list[tuple[float, float]]:
 def _gap(spots: list[tuple[float, float]], width: float, height: float) -> float:
     """How large things at these places may be without touching."""
     placed = [(x * width, y * height) for x, y in spots]
-    apart = [
-        max(abs(a[0] - b[0]), abs(a[1] - b[1])) for i, a in enumerate(placed) for b in placed[:i]
-    ]
+    apart = [max(abs(a[0] - b[0]), abs(a[1] - b[1])) for i, a in enumerate(placed) for b in placed[:i]]
     edges = [2 * min(x, y, width - x, height - y) for x, y in placed]
     return min([*apart, min(edges) * 1.1, 0.8 * min(width, height)])
 
@@ -188,8 +186,8 @@ def sign(rng: Random, split: str, size: int, scene_id: str) -> Scene:
         scene_id,
         "sign",
         f"{words} of text",
-        f"A picture of {words} of {color} text{', in a frame,' if framed else ''} on {assets.with_article(page.ground)} "
-        "background.",
+        f"A picture of {words} of {color} text{', in a frame,' if framed else ''} "
+        f"on {assets.with_article(page.ground)} background.",
         questions,
     )
 
@@ -404,13 +402,9 @@ def _pie(rng: Random, page: Page, top: float) -> tuple[str, list[Question]]:
     questions = [Question("ocr_chart", "counting", "How many parts does the pie have?", str(n))]
     order = sorted(range(n), key=lambda k: shares[k])
     if shares[order[-1]] - shares[order[-2]] >= 2:
-        questions.append(
-            Question("vision_centric", "color", "What color is the largest part?", colors[order[-1]])
-        )
+        questions.append(Question("vision_centric", "color", "What color is the largest part?", colors[order[-1]]))
     if shares[order[1]] - shares[order[0]] >= 2:
-        questions.append(
-            Question("vision_centric", "color", "What color is the smallest part?", colors[order[0]])
-        )
+        questions.append(Question("vision_centric", "color", "What color is the smallest part?", colors[order[0]]))
     return f"with {assets.NUMBERS[n]} parts in {enumerate_words(colors)}", questions
 
 

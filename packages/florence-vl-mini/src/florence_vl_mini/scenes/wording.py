@@ -1,4 +1,4 @@
-"""Questions in the words of ordinary users, with and without LLaVA's demand for a short answer; answers in sentences."""
+"""Questions in the words of ordinary users, with or without a demand for short answers; else answers in sentences."""
 
 from __future__ import annotations
 
