@@ -12,7 +12,7 @@ from PIL import Image
 
 from florence_vl.data.readers import READERS, open_reader
 from florence_vl.data.records import BadRecord
-from florence_vl.data.sources import DATASETS, open_dataset, verify_dataset
+from florence_vl.data.sources import DATASETS, open_dataset
 from florence_vl.model.pictures import open_image
 
 
@@ -327,11 +327,3 @@ def test_finevision_keeps_the_source_and_turns_with_high_ratings(tmp_path):
     with pytest.raises(BadRecord, match="1 relevance ratings for 3 turns"):
         reader[2]
     assert open_dataset("finevision", tmp_path)[1].text("assistant") == "A0.\nA1.\nA2."
-
-
-def test_verify_names_what_differs_from_the_published_data(tmp_path):
-    docmatix(tmp_path)
-    found = "\n".join(verify_dataset("docmatix", tmp_path))
-    assert "2 records, 1,273,215 are published" in found
-    assert "1105 of 1106 shards are missing, e.g. number 1" in found
-    assert "of the examined images are shown by another record too" in found

@@ -146,25 +146,36 @@ def stats_command(
 @app.command("sources")
 def sources_command(
     name: str = typer.Argument(None, help="Show all details of this data set.", show_default=False),
-    verify: str = typer.Option(None, "--verify", help="Local copy to check: counts, shards, images, duplicates."),
+    verify: str = typer.Option(
+        None, "--verify", help="Local copy to check: counts, shards, columns, dead links, images, duplicates."
+    ),
     sample: int = typer.Option(1000, "--sample", min=0, help="With --verify: number of records to check; 0: all."),
     image_root: list[str] = _ROOT,
+    benchmarks: Path = typer.Option(
+        None, "--benchmarks", help="With --verify: the benchmarks' data folder; finds their pictures in the copy."
+    ),
 ) -> None:
     """List the data sets of the paper: source, license, and where their images are."""
     if verify is not None:
         if name is None:
             raise ValueError("--verify needs the name of the data set: florence-vl data sources NAME --verify PATH")
-        from florence_vl.data.sources import verify_dataset
+        from florence_vl.data.verify import PictureIndex, verify_dataset
 
-        found = verify_dataset(name, verify, sample, **({"image_root": image_root} if image_root else {}))
+        index = None
+        if benchmarks is not None:
+            from florence_vl.evaluate.suites import benchmark_pictures
+
+            index = PictureIndex(benchmark_pictures(benchmarks))
+        options = {"image_root": image_root} if image_root else {}
+        found = verify_dataset(name, verify, sample, index, **options)
         for line in found:
             _print(line)
         if found:
             raise typer.Exit(1)
         _print(f"{verify} is {name} as published")
         return
-    if image_root:
-        raise ValueError("--image-root needs --verify")
+    if image_root or benchmarks is not None:
+        raise ValueError("--image-root and --benchmarks need --verify")
     from rich.console import Console
     from rich.table import Table
 

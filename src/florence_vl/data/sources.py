@@ -6,17 +6,12 @@ right reader, columns and filters.
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from florence_vl.data.inspect import inspect_records
 from florence_vl.data.readers import READERS, Filter, Reader, WebDatasetReader, files, guess_reader, open_reader
-from florence_vl.model.pictures import open_image
 from florence_vl.registry import Registry
 
 
@@ -320,60 +315,4 @@ def _renamed_caption(path: str | Path, own: Mapping[str, Any]) -> dict[str, Any]
     return {"caption": "caption", "filters": filters}
 
 
-def verify_dataset(name: str, path: str | Path, sample: int = 1000, **options: Any) -> list[str]:
-    """What is wrong with a copy of a known data set, before a run depends on it.
-
-    Args:
-        name: Name in `DATASETS`.
-        path: As for `open_dataset`.
-        sample: Records, spread over the data set, whose images are decoded; 0 for all.
-        options: Arguments of the reader.
-
-    Returns:
-        One line for each finding; empty when all is as published.
-
-    Raises:
-        FileNotFoundError, ValueError: As `open_dataset`: nothing there, another layout, or missing columns.
-    """
-    dataset = DATASETS[name]
-    reader = open_dataset(name, path, **options)
-    found = []
-    if dataset.records is not None and len(reader) != dataset.records:
-        found.append(f"{len(reader):,} records, {dataset.records:,} are published")
-    found += _missing_shards(getattr(reader, "files", None) or getattr(reader, "shards", []))
-    seen: dict[bytes, str] = {}
-    repeated = 0
-    bad: Counter[str] = Counter()
-    examples: dict[str, str] = {}
-    step = max(1, len(reader) // sample) if sample else 1
-    for item in inspect_records(reader, range(0, len(reader), step)):
-        if item.error is not None:
-            bad[item.error.kind] += 1
-            examples.setdefault(item.error.kind, str(item.error))
-            continue
-        assert item.record is not None
-        for image in item.record.images:
-            digest = hashlib.sha256(open_image(image).tobytes()).digest()
-            repeated += seen.setdefault(digest, item.record.id) != item.record.id
-    found += [f"{count} x {kind}, e.g. {examples[kind]}" for kind, count in bad.most_common()]
-    if repeated:
-        found.append(f"{repeated} of the examined images are shown by another record too")
-    return found
-
-
-def _missing_shards(paths: Sequence[str]) -> list[str]:
-    """Shards named `...-00003-of-00010...` whose series is not whole."""
-    series: dict[tuple[str, int], set[int]] = {}
-    for path in paths:
-        match = re.search(r"(.*)-(\d+)-of-(\d+)[^/]*$", str(path))
-        if match:
-            series.setdefault((match[1], int(match[3])), set()).add(int(match[2]))
-    return [
-        f"{name}-*: {total - len(numbers)} of {total} shards are missing, e.g. number "
-        f"{min(set(range(total)) - numbers, default=0)}"
-        for (name, total), numbers in series.items()
-        if len(numbers) < total
-    ]
-
-
-__all__ = ["DATASETS", "READERS", "Dataset", "open_dataset", "verify_dataset"]
+__all__ = ["DATASETS", "READERS", "Dataset", "open_dataset"]

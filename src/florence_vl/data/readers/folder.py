@@ -123,27 +123,29 @@ class FolderReader(Reader):
         return Record(name, self.name, self.caption.messages(text, index, path), [found])
 
 
-def _csv_rows(path: str, data: bytes) -> list[Any]:
+def _csv_rows(path: str, data: bytes) -> list[dict[str, Any] | BadRecord]:
     """Rows of a CSV file; a row that is wider or narrower than the header is the `BadRecord` that says so."""
-    reader = csv.DictReader(io.StringIO(decode_text(data, path), newline=""))
-    rows: list[Any] = []
+    reader = csv.reader(io.StringIO(decode_text(data, path), newline=""))
+    rows: list[dict[str, Any] | BadRecord] = []
     try:
-        for row in reader:
-            width = len(reader.fieldnames or ()) + len(row.get(None) or ())  # type: ignore[call-overload]
-            width -= sum(value is None for value in row.values())
-            if width != len(reader.fieldnames or ()):
-                row = BadRecord(
-                    "messages",
-                    f"{path} line {reader.line_num} has {width} fields, the header has {len(reader.fieldnames or ())}: "
-                    "put quotes around text that holds a comma",
+        header = next(reader, [])
+        for values in reader:
+            if len(values) == len(header):
+                rows.append(dict(zip(header, values, strict=True)))
+            elif values:  # not a blank line
+                rows.append(
+                    BadRecord(
+                        "messages",
+                        f"{path} line {reader.line_num} has {len(values)} fields, the header has {len(header)}: put "
+                        "quotes around text that holds a comma",
+                    )
                 )
-            rows.append(row)
     except csv.Error as error:
         raise ValueError(f"{path} line {reader.line_num}: {error}") from None
     return rows
 
 
-def _json_rows(path: str, data: bytes) -> list[Any]:
+def _json_rows(path: str, data: bytes) -> list[dict[str, Any] | BadRecord]:
     """Objects of a JSON lines file; a line that is none is the `BadRecord` that says so."""
     if byte_order_mark(data):
         data = decode_text(data, path).encode("utf-8", "surrogatepass")

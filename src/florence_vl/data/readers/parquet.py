@@ -100,7 +100,7 @@ class ParquetReader(Reader):
         self.source_column, self.min_ratings = source_column, dict(min_ratings or {})
         self.filters = tuple(filters)
         self.caption = Caption(caption, as_prompts(prompts), tuple(strip_prefixes)) if caption else None
-        columns = self._open(self.files[0]).schema_arrow.names
+        columns = self.schema_names()
         self.layout, self.columns = self._choose_layout(columns)
         if self.min_ratings and self.layout != "texts":
             raise ValueError(f"min_ratings go with the column 'texts'; {self.path} is read by {self.layout!r}")
@@ -149,6 +149,10 @@ class ParquetReader(Reader):
                 _OPEN.popitem(last=False)
         return found
 
+    def schema_names(self) -> list[str]:
+        """Columns of the first file."""
+        return list(self._open(self.files[0]).schema_arrow.names)
+
     def _choose_layout(self, columns: list[str]) -> tuple[str, list[str]]:
         known = set(columns)
         wanted = [f.column for f in self.filters] + ([self.caption.column] if self.caption else [])
@@ -187,7 +191,7 @@ class ParquetReader(Reader):
     def _scan_groups(self) -> np.ndarray:
         rows: list[tuple[int, int, int]] = []
         telling = {*self.columns, *LAYOUTS, *_IMAGE_COLUMNS, *MEANING_KEYS}
-        expected = telling & set(self._open(self.files[0]).schema_arrow.names)
+        expected = telling & set(self.schema_names())
         for number, file in enumerate(self.files):
             found = telling & set(self._open(file).schema_arrow.names)
             if found != expected:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -67,6 +67,33 @@ def data_folder(benchmark: Benchmark, data: Path | None) -> Path:
             f"DATA/{benchmark.name}"
         )
     return data
+
+
+def benchmark_pictures(data: Path) -> Iterator[tuple[str, bytes]]:
+    """Pictures of all benchmarks whose files are in a data folder, each once: a name and the encoded bytes.
+
+    Raises:
+        FileNotFoundError: No benchmark's files are there.
+        ValueError: A file has another schema.
+    """
+    _load()
+    there = False
+    for benchmark in (BENCHMARKS[name] for name in BENCHMARKS):
+        if benchmark.source.dataset in packaged_suites():
+            continue
+        try:
+            questions = benchmark.questions(data)
+        except FileNotFoundError:
+            continue
+        there = True
+        seen: set[str] = set()
+        for question in questions:
+            for picture in question.images:
+                if picture.key not in seen:
+                    seen.add(picture.key)
+                    yield f"{benchmark.name} question {question.id}", picture.read()
+    if not there:
+        raise FileNotFoundError(f"no parquet files of a benchmark in {data}")
 
 
 def add_benchmark(path: Path) -> Benchmark:
