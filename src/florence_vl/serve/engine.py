@@ -9,13 +9,10 @@ Shape letters: B rows, S new tokens of a prefill, L columns, H width of the LLM,
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
-import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,8 +21,10 @@ import torch
 from torch import Tensor
 
 from florence_vl.model.repetition import RepetitionStop
+from florence_vl.serve.answer import Answer, Event
 from florence_vl.serve.cache import ByteLRU, PrefixCache, RowBatch, Segment, common_length
-from florence_vl.serve.sampling import GenerationOptions, Grammars, Sampler, TextStream, TokenLogprob, stop_ids
+from florence_vl.serve.prompt import ContextTooLong, PreparedImage, Prompt, PromptBuilder
+from florence_vl.serve.sampling import GenerationOptions, Grammars, Sampler, TextStream, stop_ids
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,10 +40,6 @@ SHARED_TOKENS = 16  # a request waits a round when it shares this many tokens wi
 
 class QueueFull(RuntimeError):
     """No place for another request."""
-
-
-class ContextTooLong(ValueError):
-    """Prompt, or prompt and longest answer, exceed the LLM's context."""
 
 
 class OutOfMemory(RuntimeError):
@@ -76,124 +71,6 @@ class EngineConfig:
         for name in ("max_queue", "feature_bytes", "prefix_bytes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
-
-
-@dataclass
-class PreparedImage:
-    """A picture of a prompt: its key, where its tokens stand, and what the tower needs when its features are not kept.
-
-    Attributes:
-        key: Hash of the decoded pixels, the processor's settings, the adapter, and the question where the fusion uses
-            it: equal keys have equal features.
-        start: First position in the prompt.
-        end: One past the last.
-    """
-
-    key: bytes
-    picture: Image.Image
-    question: list[int] | None
-    start: int = 0
-    end: int = 0
-    inputs: Mapping[str, Tensor] | None = None
-
-
-@dataclass
-class Prompt:
-    """A rendered and tokenized conversation.
-
-    Attributes:
-        ids: With the placeholder once for each image token.
-        tokens: What the prefix cache compares: the ids, and at placeholders the image's key.
-        images: In reading order.
-        adapter: Name of the LoRA adapter, None for the base.
-    """
-
-    ids: list[int]
-    tokens: list[Hashable]
-    images: list[PreparedImage]
-    adapter: str | None = None
-
-    @property
-    def image_tokens(self) -> int:
-        return sum(image.end - image.start for image in self.images)
-
-
-@dataclass(frozen=True)
-class Event:
-    """A piece of an answer.
-
-    Attributes:
-        text: New text.
-        logprobs: Of the tokens since the last event, when asked for.
-        finish: On the last event `stop` or `length`, `cancelled`, or `error`.
-        error: What went wrong.
-    """
-
-    text: str = ""
-    logprobs: tuple[TokenLogprob, ...] = ()
-    finish: str | None = None
-    error: Exception | None = None
-
-
-class Answer:
-    """A request on its way. Iterate over the pieces of text, or wait for `result()`.
-
-    Attributes:
-        prompt: The request's.
-        options: The request's.
-        ids: Tokens chosen so far.
-        cached_tokens: Tokens of the prompt that were not computed again.
-        finish: Why it ended; None while it runs.
-    """
-
-    def __init__(
-        self, prompt: Prompt, options: GenerationOptions, stream: TextStream, sink: Callable[[Event], None] | None
-    ) -> None:
-        self.prompt, self.options = prompt, options
-        self.ids: list[int] = []
-        self.cached_tokens = 0
-        self.finish: str | None = None
-        self._stream = stream
-        self._cancelled = False
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._sink = sink or self._events.put
-        self._held: list[TokenLogprob] = []
-        self._sampler: Sampler | None = None
-
-    def cancel(self) -> None:
-        """Give up: the engine frees the row before its next step."""
-        self._cancelled = True
-
-    def __iter__(self) -> Iterator[str]:
-        """Pieces of text as they come.
-
-        Raises:
-            OutOfMemory: The device has no memory for it.
-            RuntimeError: Computing the answer failed, or the engine was closed.
-        """
-        while True:
-            event = self._events.get()
-            if event.text:
-                yield event.text
-            if event.error is not None:
-                raise event.error
-            if event.finish is not None:
-                return
-
-    def result(self) -> str:
-        """The whole text; waits for it."""
-        return "".join(self)
-
-    def _emit(self, text: str, finish: str | None = None, error: Exception | None = None) -> None:
-        if text or finish or error:
-            logprobs, self._held = tuple(self._held), []
-            self._sink(Event(text, logprobs, finish, error))
-
-    def _end(self, finish: str, error: Exception | None = None) -> None:
-        if self.finish is None:
-            self.finish = finish
-            text = self._stream.finish() if error is None and finish != "cancelled" else ""
-            self._emit(text, finish, error)
 
 
 @dataclass
@@ -252,9 +129,8 @@ class Engine:
         self.ends = set(stop_ids(model, processor.tokenizer))
         self._suppressed = [*(model.generation_config.suppress_tokens or [])]
         self._grammars = Grammars(processor.tokenizer, text.vocab_size)
-        self._settings = hashlib.sha256(
-            json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str).encode()
-        ).digest()
+        question = model.model.fusion.uses_context
+        self._prompts = PromptBuilder(processor, self.context, question, self.adapters, self.features.__contains__)
         self._wake = threading.Condition()
         self._waiting: deque[Answer] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
@@ -282,46 +158,7 @@ class Engine:
             ContextTooLong: The prompt leaves no room for an answer.
             ValueError: Malformed messages, as many image parts as don't fit the pictures, or an unknown adapter.
         """
-        if adapter is not None and adapter not in self.adapters:
-            raise ValueError(f"no adapter {adapter!r}; loaded: {', '.join(self.adapters) or 'none'}")
-        contents = [message["content"] for message in messages if isinstance(message.get("content"), (list, tuple))]
-        parts = sum(part.get("type") in ("image", "image_url") for content in contents for part in content)
-        if parts != len(images):
-            raise ValueError(f"the conversation has {parts} image parts but {len(images)} images were given")
-        processor = self.processor
-        text = processor.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-        ids, _ = processor.tokenize(text)
-        questions: list[list[int] | None] = [None] * len(images)
-        if images and self.model.model.fusion.uses_context:
-            inputs = processor.question_inputs([messages])
-            questions = [
-                ids[: sum(mask)] for ids, mask in zip(inputs["question_ids"], inputs["question_mask"], strict=True)
-            ]
-        prepared = [
-            PreparedImage(self._key(image, question, adapter), image, question)
-            for image, question in zip(images, questions, strict=True)
-        ]
-        prompt = Prompt([], [], prepared, adapter)
-        following = iter(prepared)
-        for token in ids:
-            if token != processor.image_token_id:
-                prompt.ids.append(token)
-                prompt.tokens.append(token)
-                continue
-            image = next(following)
-            count = processor.image_tokens(image.picture.height, image.picture.width)
-            image.start, image.end = len(prompt.ids), len(prompt.ids) + count
-            prompt.ids += [token] * count
-            prompt.tokens += [image.key] * count
-        if len(prompt.ids) >= self.context:
-            raise ContextTooLong(
-                f"the prompt has {len(prompt.ids)} tokens ({prompt.image_tokens} of images), but the context of this "
-                f"model is {self.context} tokens: shorten it, or start a new conversation"
-            )
-        for image in prepared:
-            if image.key not in self.features:
-                image.inputs = self._process(image)
-        return prompt
+        return self._prompts(messages, images, adapter)
 
     def submit(self, prompt: Prompt, options: GenerationOptions, sink: Callable[[Event], None] | None = None) -> Answer:
         """Queue a request.
@@ -401,13 +238,6 @@ class Engine:
             self._thread = threading.Thread(target=self._run, name="florence-vl-engine", daemon=True)
             self._thread.start()
         self._wake.notify()
-
-    def _key(self, image: Image.Image, question: list[int] | None, adapter: str | None) -> bytes:
-        head = f"{image.mode} {image.width}x{image.height} {adapter} {question} "
-        return hashlib.sha256(self._settings + head.encode() + image.tobytes()).digest()
-
-    def _process(self, image: PreparedImage) -> Mapping[str, Tensor]:
-        return self.processor.image_processor([image.picture], return_tensors="pt")
 
     # ------------------------------------------------------------ the engine's thread
 
@@ -634,7 +464,7 @@ class Engine:
                     self.stats.feature_hits += 1
         groups: dict[tuple[int, ...], list[PreparedImage]] = {}
         for image in missing.values():
-            image.inputs = image.inputs or self._process(image)
+            image.inputs = image.inputs or self._prompts.process(image)
             groups.setdefault(tuple(image.inputs["pixel_values"].shape), []).append(image)
         for images in groups.values():
             inputs = {

@@ -1,0 +1,139 @@
+"""From a conversation to what the engine computes: tokens, the places of images in them, and the images' keys."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from florence_vl.model.processing import FlorenceVLProcessor
+
+
+class ContextTooLong(ValueError):
+    """Prompt, or prompt and longest answer, exceed the LLM's context."""
+
+
+@dataclass
+class PreparedImage:
+    """A picture of a prompt: its key, where its tokens stand, and what the tower needs when its features are not kept.
+
+    Attributes:
+        key: Hash of the decoded pixels, the processor's settings, the adapter, and the question where the fusion uses
+            it: equal keys have equal features.
+        start: First position in the prompt.
+        end: One past the last.
+    """
+
+    key: bytes
+    picture: Image.Image
+    question: list[int] | None
+    start: int = 0
+    end: int = 0
+    inputs: Mapping[str, Tensor] | None = None
+
+
+@dataclass
+class Prompt:
+    """A rendered and tokenized conversation.
+
+    Attributes:
+        ids: With the placeholder once for each image token.
+        tokens: What the prefix cache compares: the ids, and at placeholders the image's key.
+        images: In reading order.
+        adapter: Name of the LoRA adapter, None for the base.
+    """
+
+    ids: list[int]
+    tokens: list[Hashable]
+    images: list[PreparedImage]
+    adapter: str | None = None
+
+    @property
+    def image_tokens(self) -> int:
+        return sum(image.end - image.start for image in self.images)
+
+
+class PromptBuilder:
+    """Renders and tokenizes conversations; safe to call from many threads.
+
+    Args:
+        processor: The model's.
+        context: Tokens of the LLM's context.
+        uses_question: Whether the model's fusion depends on the question.
+        adapters: Names of the LoRA adapters.
+        is_kept: Whether the features of an image's key are kept, so that the image need not be processed.
+    """
+
+    def __init__(
+        self,
+        processor: FlorenceVLProcessor,
+        context: int,
+        uses_question: bool,
+        adapters: Sequence[str],
+        is_kept: Callable[[bytes], bool],
+    ) -> None:
+        self.processor, self.context, self.uses_question = processor, context, uses_question
+        self.adapters, self.is_kept = adapters, is_kept
+        self._settings = hashlib.sha256(
+            json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str).encode()
+        ).digest()
+
+    def __call__(
+        self, messages: Sequence[Mapping[str, Any]], images: Sequence[Image.Image], adapter: str | None
+    ) -> Prompt:
+        """See `Engine.prepare`."""
+        if adapter is not None and adapter not in self.adapters:
+            raise ValueError(f"no adapter {adapter!r}; loaded: {', '.join(self.adapters) or 'none'}")
+        contents = [message["content"] for message in messages if isinstance(message.get("content"), (list, tuple))]
+        parts = sum(part.get("type") in ("image", "image_url") for content in contents for part in content)
+        if parts != len(images):
+            raise ValueError(f"the conversation has {parts} image parts but {len(images)} images were given")
+        processor = self.processor
+        text = processor.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        ids, _ = processor.tokenize(text)
+        questions: list[list[int] | None] = [None] * len(images)
+        if images and self.uses_question:
+            inputs = processor.question_inputs([messages])
+            questions = [
+                ids[: sum(mask)] for ids, mask in zip(inputs["question_ids"], inputs["question_mask"], strict=True)
+            ]
+        prepared = [
+            PreparedImage(self._key(image, question, adapter), image, question)
+            for image, question in zip(images, questions, strict=True)
+        ]
+        prompt = Prompt([], [], prepared, adapter)
+        following = iter(prepared)
+        for token in ids:
+            if token != processor.image_token_id:
+                prompt.ids.append(token)
+                prompt.tokens.append(token)
+                continue
+            image = next(following)
+            count = processor.image_tokens(image.picture.height, image.picture.width)
+            image.start, image.end = len(prompt.ids), len(prompt.ids) + count
+            prompt.ids += [token] * count
+            prompt.tokens += [image.key] * count
+        if len(prompt.ids) >= self.context:
+            raise ContextTooLong(
+                f"the prompt has {len(prompt.ids)} tokens ({prompt.image_tokens} of images), but the context of this "
+                f"model is {self.context} tokens: shorten it, or start a new conversation"
+            )
+        for image in prepared:
+            if not self.is_kept(image.key):
+                image.inputs = self.process(image)
+        return prompt
+
+    def _key(self, image: Image.Image, question: list[int] | None, adapter: str | None) -> bytes:
+        head = f"{image.mode} {image.width}x{image.height} {adapter} {question} "
+        return hashlib.sha256(self._settings + head.encode() + image.tobytes()).digest()
+
+    def process(self, image: PreparedImage) -> Mapping[str, Tensor]:
+        """What the tower takes for a picture."""
+        return self.processor.image_processor([image.picture], return_tensors="pt")
