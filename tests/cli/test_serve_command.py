@@ -47,8 +47,13 @@ def test_a_process_answers_and_ends_on_sigterm(folder):
         request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode())
         with urllib.request.urlopen(request) as answer:
             assert json.load(answer)["usage"]["completion_tokens"] == 3
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        body |= {"max_tokens": 400, "stream": True}
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode())
+        with urllib.request.urlopen(request) as answer:
+            answer.readline()
+            process.send_signal(signal.SIGTERM)  # what runs is finished
+            assert answer.read().strip().endswith(b"data: [DONE]")
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()

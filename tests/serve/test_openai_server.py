@@ -3,8 +3,12 @@
 import asyncio
 import base64
 import contextlib
+import gc
+import http.server
 import io
 import json
+import os
+import pathlib
 import random
 import socket
 import threading
@@ -17,7 +21,9 @@ import pytest
 import uvicorn
 from PIL import Image
 
+from florence_vl.model.pictures import MediaPolicy
 from florence_vl.model.tiny import tiny_model
+from florence_vl.serve.answer import Answer
 from florence_vl.serve.engine import Engine, EngineConfig
 from florence_vl.serve.openai_server import Server, ServerConfig, Tools, build_app
 
@@ -176,20 +182,159 @@ def test_key_and_size(parts):
             assert answer.status == 200
 
 
-def test_a_full_queue_refuses_and_a_client_that_leaves_frees_its_place(parts):
-    with serving(parts, EngineConfig(max_batch=1, max_queue=0)) as (url, client, engine, _):
-        stream = ask(client, user(), stream=True, temperature=5, max_tokens=900)
-        next(iter(stream))
-        status, answer, headers = post(url, "/v1/chat/completions", {"messages": [user()]})
-        assert (status, answer["error"]["code"], headers["Retry-After"]) == (429, "queue_full", "1")
-        stream.close()
-        for _ in range(500):
-            if engine.load == 0:
-                break
-            time.sleep(0.01)
-        assert engine.load == 0
-        assert engine.stats.generated_tokens < 900
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_full_queue_refuses_and_a_client_that_leaves_frees_its_place(parts, monkeypatch, stream):
+    given_up = []
+    real = Answer.cancel
+    monkeypatch.setattr(Answer, "cancel", lambda self: (given_up.append((self, len(self.ids))), real(self)))
+    step = Engine.step
+    monkeypatch.setattr(Engine, "step", lambda self: (time.sleep(0.01), step(self)))  # the answer must not end before
+    with serving(parts, EngineConfig(max_batch=1, max_queue=0)) as (url, _, engine, _):
+        engine.ends.clear()
+        body = {"messages": [user()], "stream": stream, "temperature": 5, "max_tokens": 900}
+        data = json.dumps(body).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as client:
+            client.sendall(head.encode() + data)
+            wait_for(lambda: engine.stats.generated_tokens > 1)
+            status, answer, headers = post(url, "/v1/chat/completions", {"messages": [user()]})
+            assert (status, answer["error"]["code"], headers["Retry-After"]) == (429, "queue_full", "1")
+        wait_for(lambda: engine.load == 0)
         assert engine.stats.cancelled == 1
+        answer, length = given_up[0]
+        assert len(answer.ids) <= min(length + 2, 899)
+
+
+def wait_for(condition):
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not happen within a minute")
+
+
+def test_later_turns_compute_only_what_is_new(served):
+    _, client, _, _ = served
+    messages, computed = [], []
+    for turn in range(5):
+        messages.append(user(QUESTION, data_url("navy")) if turn == 0 else user(QUESTION))
+        answer = ask(client, *messages)
+        messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+        computed.append(answer.usage.prompt_tokens - answer.usage.prompt_tokens_details.cached_tokens)
+    assert answer.usage.prompt_tokens > 100
+    # The question and the template around it, and what re-tokenizing the answer before it may change.
+    assert computed[4] <= 2 * 8 + post(served[0], "/tokenize", {"messages": [user()]})[1]["count"]
+
+
+def flood(parts, count):
+    """Growth of this process in bytes over the last three quarters of requests about as many images."""
+    limits = EngineConfig(feature_bytes=1 << 18, prefix_bytes=1 << 21)
+    with serving(parts, limits) as (url, _, engine, _):
+        for index in range(count):
+            color = (index % 256, index // 256, 7)
+            body = {"messages": [user(QUESTION, data_url(color))], "max_tokens": 2, "temperature": 0}
+            assert post(url, "/v1/chat/completions", body)[0] == 200
+            if index == count // 4:
+                before = resident()
+        assert engine.stats.images_encoded == count
+        assert engine.features.bytes <= limits.feature_bytes
+        assert engine.prefixes.bytes <= limits.prefix_bytes
+        return resident() - before
+
+
+def resident():
+    gc.collect()
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_two_thousand_images_leave_no_memory_behind(parts):
+    assert flood(parts, 2000) < 24 << 20  # a decoded picture kept a request would be twice that with its inputs
+
+
+INSIDE = ["127.0.0.1", "localhost", "127.1", "0x7f000001", "2130706433", "0.0.0.0", "[::1]", "[::ffff:127.0.0.1]"]
+OTHERS = [
+    "http://169.254.169.254/latest/meta-data/",
+    "http://[::ffff:169.254.169.254]/",
+    "http://10.0.0.1/",
+    "http://user@127.0.0.1/",
+    "file:///etc/hostname",
+    "file://localhost/etc/hostname",
+    "/etc/hostname",
+    "../../etc/hostname",
+    "ftp://127.0.0.1/x.png",
+    "data:text/html,<b>",
+    "gopher://127.0.0.1/",
+]
+
+
+@pytest.fixture
+def inner():
+    """A server on loopback that must not be asked, and what it was asked."""
+    hits = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            hits.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield running.server_address[1], hits
+        running.shutdown()
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_nothing_inside_is_fetched(parts, inner, allowed):
+    port, hits = inner
+    hosts = tuple(host.strip("[]") for host in [*INSIDE, "[::ffff:169.254.169.254]", "169.254.169.254", "10.0.0.1"])
+    media = MediaPolicy(allowed_paths=(), allowed_domains=hosts if allowed else ())
+    with serving(parts, media=media) as (url, _, engine, _):
+        for address in [f"http://{host}:{port}/x.png" for host in INSIDE] + OTHERS:
+            status, answer, _ = post(url, "/v1/chat/completions", {"messages": [user("x", address)], "max_tokens": 1})
+            assert status == 400, (address, answer)
+        assert engine.stats.requests == 0
+    assert hits == []
+
+
+@pytest.mark.parametrize("target", ["http://pictures.example:{}/again.png", "http://127.0.0.1:{}/x.png", "file:///etc"])
+def test_rebinding_and_redirects_reach_nothing_inside(parts, inner, monkeypatch, target):
+    port, hits = inner
+    public, resolved, connected, kept = "93.184.216.34", [], [], []
+    lookup, connect = socket.getaddrinfo, socket.create_connection
+
+    def rebinding(host, port, *args, **kwargs):
+        if host != "pictures.example":
+            return lookup(host, port, *args, **kwargs)
+        resolved.append(host)  # public the first time, inside from then on
+        return lookup(public if len(resolved) == 1 else "127.0.0.1", port, *args, **kwargs)
+
+    def redirecting(address, *args, **kwargs):
+        if address[0] != public:
+            connected.append(address[0])
+            return connect(address, *args, **kwargs)
+        ours, theirs = socket.socketpair()
+        kept.append(theirs)
+        location = target.format(port)
+        theirs.sendall(f"HTTP/1.1 302 Found\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n".encode())
+        return ours
+
+    media = MediaPolicy(allowed_paths=(), allowed_domains=("pictures.example", "127.0.0.1"))
+    with serving(parts, media=media) as (url, _, _, _):
+        monkeypatch.setattr(socket, "getaddrinfo", rebinding)
+        monkeypatch.setattr(socket, "create_connection", redirecting)
+        body = {"messages": [user("x", f"http://pictures.example:{port}/x.png")], "max_tokens": 1}
+        status, answer, _ = post(url, "/v1/chat/completions", body)
+    assert (status, hits) == (400, []), answer
+    assert len(resolved) == 1 + target.startswith("http://pictures")
+    assert len(connected) == 1  # the test's own request
+    assert len(kept) == 1
+    assert kept[0].recv(1000).startswith(b"GET /x.png")
+    kept[0].close()
 
 
 def test_shutdown_finishes_what_runs(parts):

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
-    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -132,8 +131,8 @@ class Sampler:
         self._processors = LogitsProcessorList()
         if self.reads_ids:
             self._processors.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
-        if suppressed:
-            self._processors.append(SuppressTokensLogitsProcessor(list(suppressed), device=str(device)))
+        # Not transformers' processor, which searches the whole vocabulary for these ids at every token.
+        self._suppressed = torch.tensor(list(suppressed), dtype=torch.long, device=device)
         self._warpers = LogitsProcessorList()
         self._generator: torch.Generator | None = None
         if options.temperature > 0:
@@ -158,7 +157,7 @@ class Sampler:
         """
         scores_1X = logits_X[None]
         ids_1L = torch.tensor([ids] if self.reads_ids else [[]], dtype=torch.long, device=logits_X.device)
-        scores_1X = self._processors(ids_1L, scores_1X)
+        scores_1X = self._processors(ids_1L, scores_1X).index_fill(-1, self._suppressed, float("-inf"))
         if self.matcher is not None:
             allowed = torch.frombuffer(bytearray(self.matcher.compute_logit_bias()), dtype=torch.uint8)
             allowed_X = torch.zeros(scores_1X.shape[-1], dtype=torch.bool)
