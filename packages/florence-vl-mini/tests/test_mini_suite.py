@@ -112,8 +112,8 @@ def test_both_routes_give_the_same_score(mini_small: Path, tmp_path: Path, monke
     words = ["Yes.", "no", "A", "B", "two", "3", "red", ""]
     from florence_vl.evaluate.answer import Answer
 
-    answerer._read = lambda generated: [  # type: ignore[method-assign]
-        Answer(words[(len(a.text) + sum(map(ord, a.text))) % len(words)]) for a in plain(generated)
+    answerer._read = lambda generated, lengths: [  # type: ignore[method-assign]
+        Answer(words[(len(a.text) + sum(map(ord, a.text))) % len(words)]) for a in plain(generated, lengths)
     ]
 
     benchmarks = choose("mini_general")
