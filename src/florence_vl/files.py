@@ -76,13 +76,18 @@ def locate(name: str | os.PathLike[str], what: str = "model") -> Path | str:
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path next to `path`; rename it to `path` if the block succeeds, remove it otherwise.
 
-    The temporary path has the suffix of `path`. Missing parent folders are created.
+    The temporary path has the suffix of `path`. Missing parent folders are created. A link is followed.
+
+    Raises:
+        ValueError: `path` is a folder, a device or a named pipe.
 
     Example:
         >>> with atomic_file(folder / "state.pt") as temporary:
         ...     torch.save(state, temporary)
     """
-    target = Path(path)
+    target = Path(path).expanduser().resolve()
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{path} is not a regular file: name another one to write")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}{target.suffix}")
     try:

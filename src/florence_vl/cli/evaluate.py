@@ -197,7 +197,7 @@ def compare_command(
 
     from florence_vl.evaluate.report import comparison_table
     from florence_vl.evaluate.scoring import compare_runs, score_folder
-    from florence_vl.evaluate.store import write_text
+    from florence_vl.files import write_text
 
     one, other = (score_folder(folder, draws=0) for folder in (first, second))
     table, values = comparison_table(one, other, compare_runs(one, other, draws=draws or 1000))

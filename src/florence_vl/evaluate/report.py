@@ -15,7 +15,7 @@ from florence_vl.evaluate.benchmark import GROUPS
 from florence_vl.evaluate.metrics import KINDS
 from florence_vl.evaluate.question import Question
 from florence_vl.evaluate.scoring import BenchmarkScore, Scores, averages, reported_row
-from florence_vl.evaluate.store import write_text
+from florence_vl.files import write_text
 from florence_vl.statistics import PairedComparison
 
 if TYPE_CHECKING:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from florence_vl.files import write_text
 
 VERSION = 1
 
@@ -147,16 +147,3 @@ def append_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     with file.open("ab") as out:
         out.write(text.encode("utf-8", "surrogatepass"))
         out.flush()
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a text file atomically."""
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            out.write(text)
-        Path(name).chmod(0o644)
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -157,8 +157,8 @@ class CheckpointManager:
 
     def _sweep(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left_over in self.folder.glob(".*"):
-            if left_over.is_dir():
+        for pattern in (".saving-*", ".deleting-*"):
+            for left_over in self.folder.glob(pattern):
                 shutil.rmtree(left_over, ignore_errors=True)
 
     def save(self, step: int, trainer_state: dict[str, Any], blocking: bool = False) -> None:

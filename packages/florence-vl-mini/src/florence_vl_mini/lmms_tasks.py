@@ -6,8 +6,8 @@ from pathlib import Path
 
 import yaml
 
-from florence_vl.evaluate.store import write_text
 from florence_vl.evaluate.suites import choose
+from florence_vl.files import write_text
 from florence_vl_mini.suite import mini_folder
 
 _UTILS = '''"""Functions of the tasks beside this file."""

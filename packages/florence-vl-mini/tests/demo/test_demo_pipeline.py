@@ -230,10 +230,10 @@ def test_a_demo_replaces_no_other_folder_and_no_model_in_it(run, tmp_path, capsy
     other.mkdir()
     (other / "thesis.txt").write_text("years of work")
     assert main.main(["demo", "--smoke", "--out", str(other)]) == 2
-    assert "holds something that is no demo" in capsys.readouterr().err
+    assert "which no demo wrote" in capsys.readouterr().err
     assert (other / "thesis.txt").read_text() == "years of work"
     assert main.main(["demo", "--smoke", "--out", str(other / "thesis.txt")]) == 2
-    assert "is a file" in capsys.readouterr().err
+    assert "is not a folder" in capsys.readouterr().err
     assert main.main(["demo", "--model", str(run / "model"), "--out", str(run)]) == 2
     assert "which the run empties" in capsys.readouterr().err
     assert (run / "model" / "config.json").is_file()
@@ -275,3 +275,18 @@ def test_unknown_key_of_set_is_said_at_once(tmp_path, capsys):
     assert main.main(["demo", "--smoke", "--out", str(tmp_path / "demo"), "--set", "optimizer.lrr=1"]) == 2
     assert "optimizer.lrr" in capsys.readouterr().err
     assert not (tmp_path / "demo").exists()
+
+
+def test_files_of_the_user_in_an_earlier_demo_are_not_deleted(tmp_path):
+    from florence_vl_mini.demo.pipeline import OWNED, prepare_folder
+
+    folder = tmp_path / "demo"
+    prepare_folder(folder)
+    (folder / OWNED).write_text("{}")
+    (folder / "report.html").write_text("old")
+    assert list(prepare_folder(folder).iterdir()) == []
+    (folder / OWNED).write_text("{}")
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds thesis\.txt, which no demo wrote"):
+        prepare_folder(folder)
+    assert (folder / "thesis.txt").read_text() == "mine"

@@ -77,7 +77,7 @@ class FolderReader(Reader):
             self._paths = files.find_files(self.root, tuple(f".{e}" for e in IMAGE_EXTENSIONS))
         self.caption = Caption(column or "txt", as_prompts(prompts), tuple(strip_prefixes))
 
-    def _read_metadata(self) -> list[dict[str, Any]]:
+    def _read_metadata(self) -> list[Any]:
         assert self.metadata is not None
         path = files.join(self.root, self.metadata)
         with files.open_file(path) as file:

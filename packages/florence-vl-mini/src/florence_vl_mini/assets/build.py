@@ -22,6 +22,8 @@ from typing import Any
 
 from PIL import Image
 
+from florence_vl.files import atomic_folder
+from florence_vl_mini import DATA
 from florence_vl_mini.assets.tables import STATSMODELS, make_tables, vega_licences
 
 SPRITE_SIDE = 112
@@ -398,12 +400,18 @@ def build(sources: Path, target: Path) -> dict[str, int]:
         Number of images by set.
 
     Raises:
-        ValueError: A package is missing or of another version.
+        ValueError: A package is missing or of another version, or `target` holds something else.
     """
-    roots = {name: _unpack(source, sources) for name, source in SOURCES.items()}
-    staging = target.with_name(target.name + ".partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    (staging / "fonts").mkdir(parents=True)
+
+    def is_ours(folder: Path) -> bool:
+        return folder == DATA.resolve()
+
+    with atomic_folder(target, overwrite=True, sources=[sources], owned=is_ours) as staging:
+        return _write({name: _unpack(source, sources) for name, source in SOURCES.items()}, staging)
+
+
+def _write(roots: dict[str, Path], staging: Path) -> dict[str, int]:
+    (staging / "fonts").mkdir()
     wordnet = _WordNet(roots["wordnet"])
     names = _emoji(roots["emojibase"])
     sets = {
@@ -441,8 +449,6 @@ def build(sources: Path, target: Path) -> dict[str, int]:
     _licences(roots, staging / "licences")
     for path in staging.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
-    shutil.rmtree(target, ignore_errors=True)
-    staging.rename(target)
     return {name: len(items) for name, items in sets.items()} | {
         "words": len(words),
         "photos": len(PHOTOS),

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 RECIPE = "demo/finetune"
-OWNED = "demo-settings.json"  # a folder that holds it is the demo's own and may be written anew
+OWNED = "demo-settings.json"  # a folder that holds it, and nothing foreign, is the demo's own and may be replaced
+_WRITTEN = (OWNED, "data", "run", "model", "held-out", "answers.jsonl", "demo.json", "report.html")
 
 
 @dataclass(frozen=True)
@@ -75,20 +76,26 @@ class DemoSettings:
         return cls(**{**small, **changes})
 
 
-def prepare_folder(folder: Path) -> None:
-    """Make an empty folder for the run; an earlier demo in it goes.
+def prepare_folder(folder: Path) -> Path:
+    """Make an empty folder for the run; an earlier demo in it is deleted.
+
+    Returns:
+        The folder, links resolved.
 
     Raises:
-        NotADirectoryError: It is a file.
-        ValueError: It holds something else.
+        ValueError: It is a file, or holds something that a demo did not write.
     """
-    if folder.is_file():
-        raise NotADirectoryError(f"{folder} is a file: give a folder")
-    if folder.exists() and any(folder.iterdir()):
-        if not (folder / OWNED).is_file():
-            raise ValueError(f"{folder} holds something that is no demo: choose another folder with --out")
+    folder = folder.expanduser().resolve()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: give another one with --out")
+    found = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    foreign = [name for name in found if OWNED not in found or name not in _WRITTEN]
+    if foreign:
+        raise ValueError(f"{folder} holds {foreign[0]}, which no demo wrote: choose another folder with --out")
+    if found:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def start_model(
@@ -196,7 +203,7 @@ def run_demo(folder: Path, settings: DemoSettings | None = None, say: Say = prin
 
     clock("the model to start from")
     model, processor, note = start_model(settings, folder)
-    prepare_folder(folder)
+    folder = prepare_folder(folder)
     (folder / OWNED).write_text(json.dumps(asdict(settings), indent=1))
     threads = settings.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
