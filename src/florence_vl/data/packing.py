@@ -8,7 +8,8 @@ window follows from it, in packed mode the rows of the windows before are counte
 image, unless a `state()` holds the place.
 
 Planning (lengths, from text and image sizes) and encoding (decoded images) are two worker pools, so no worker ever
-holds a window's pictures. Each process plans the whole stream, since any window's rows may become any process's.
+holds a window's pictures. Any window's rows may become any process's, so each process needs the plan of the whole
+stream: by default it makes its own, and `share` says where it comes from otherwise.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
@@ -216,6 +217,21 @@ def _load(dataset: Dataset[T], indices: Iterator[Any], workers: int, prefetch: i
     return iter(loader)
 
 
+# From a function that starts the planning to the plans that this process gets.
+Share = Callable[[Callable[[], Iterator[WindowPlan]]], Iterator[WindowPlan]]
+
+
+def _make_own(make: Callable[[], Iterator[WindowPlan]]) -> Iterator[WindowPlan]:
+    return make()
+
+
+def stop_workers(iterator: Iterator[Any] | None) -> None:
+    """End an iterator over a `DataLoader`, or a generator around one: now, not when garbage is collected."""
+    stop = getattr(iterator, "_shutdown_workers", None) or getattr(iterator, "close", None)
+    if stop is not None:
+        stop()
+
+
 class Batches(Iterator[dict[str, torch.Tensor]]):
     """Endless iterator over one rank's micro-batches; made by `build_batches`.
 
@@ -231,11 +247,12 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
         num_workers: int,
         state: Mapping[str, Any] | None,
         pin_memory: bool,
+        share: Share = _make_own,
     ) -> None:
         layout = planner.layout
         self.batches_per_rank = layout.batches_per_step // world_size
         self.ids: list[tuple[str, str]] = []
-        self._planner, self._layout = planner, layout
+        self._planner, self._layout, self._share = planner, layout, share
         self._rank, self._world_size = rank, world_size
         self._step = self._start_step = start_step
         self._fingerprint = _fingerprint(planner)
@@ -268,7 +285,9 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
         """All groups from a window and row on, each with the window and row behind it; adds to `begun` new windows."""
         first, skip = cursor
         plan_workers = min(self._num_workers, max(1, self._num_workers // 4))
-        self._plans = _load(self._planner, self._planner.numbers(first), plan_workers, prefetch=4)
+        self._plans = self._share(
+            lambda: _load(self._planner, self._planner.numbers(first), plan_workers, prefetch=4)
+        )
         empty = 0
         for plan in self._plans:
             if plan.error is not None:
@@ -360,10 +379,8 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
 
     def close(self) -> None:
         """Stop the workers; nothing comes after."""
-        for iterator in (self._encoded, self._plans):
-            shut_down = getattr(iterator, "_shutdown_workers", None)
-            if shut_down is not None:  # now, not when garbage is collected, in whatever thread
-                shut_down()
+        stop_workers(self._encoded)
+        stop_workers(self._plans)
         self._encoded = self._plans = iter(())
 
 
@@ -382,6 +399,7 @@ def build_batches(
     num_workers: int = 0,
     state: Mapping[str, Any] | None = None,
     pin_memory: bool = False,
+    share: Share = _make_own,
 ) -> Batches:
     """The training data of one rank, from any step on.
 
@@ -398,6 +416,8 @@ def build_batches(
             in this process.
         state: What `state()` gave at `start_step` (of this rank, or merged over ranks): makes the start immediate.
         pin_memory: Page-locked batches, for a CUDA device.
+        share: Called with a function that starts the planning; returns the plans of all windows from the start step's
+            on. Processes that share one planning pass it on; by default each process plans for itself.
 
     Returns:
         An endless iterator of dicts of tensors, with `report()`, `state()`, `ids` (source and id of the samples of the
@@ -415,6 +435,7 @@ def build_batches(
         num_workers,
         state,
         pin_memory,
+        share,
     )
 
 
@@ -560,6 +581,7 @@ __all__ = [
     "MODES",
     "BatchLayout",
     "Batches",
+    "Share",
     "WindowPlan",
     "WindowPlanner",
     "arrange",
@@ -568,4 +590,5 @@ __all__ = [
     "measure",
     "merge_states",
     "pack_first_fit",
+    "stop_workers",
 ]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from florence_vl.data.layout import BatchLayout
 from florence_vl.data.mixture import Mixture, MixtureSource
-from florence_vl.data.packing import Batches, build_batches, count_steps
+from florence_vl.data.packing import Batches, Share, WindowPlan, build_batches, count_steps, stop_workers
 from florence_vl.data.readers import Filter, Reader, open_reader
 from florence_vl.data.records import Record
 from florence_vl.train.config import DataConfig, Recipe, SourceConfig, StreamConfig
 
 if TYPE_CHECKING:
     from florence_vl.data.stream import StreamBatches
+    from florence_vl.train.world import World
 
 
 class LimitedReader:
@@ -111,24 +112,43 @@ def apply_template(processor: Any, config: DataConfig) -> None:
     processor.chat_template = template.build(processor.tokenizer, processor.image_token, **config.template_options)
 
 
+def plan_on_first(world: World) -> Share:
+    """The first process plans and tells the others, in a small collective for each window of records.
+
+    Every process must take its micro-batches in the same rhythm, as training does.
+    """
+
+    def share(make: Callable[[], Iterator[WindowPlan]]) -> Iterator[WindowPlan]:
+        plans = make() if world.is_main else iter(())
+        try:
+            while True:
+                yield world.decide(lambda: next(plans))
+        finally:
+            stop_workers(plans)
+
+    return share
+
+
 class TrainingData:
     """Batches of a recipe for any process and step.
 
     Args:
         recipe: Its `data`, `batch_size`, `micro_batch_size` and `seed` are used.
         processor: The model's; it gets the recipe's chat template.
+        share: How processes share the planning of rows, see `build_batches`; None plans in each.
 
     Raises:
         ValueError: A source, the template or the sizes can't be used.
     """
 
-    def __init__(self, recipe: Recipe, processor: Any) -> None:
+    def __init__(self, recipe: Recipe, processor: Any, share: Share | None = None) -> None:
         from florence_vl.data.encode import RecordEncoder, ViewDraws
         from florence_vl.model.views import FULL_VIEW
 
         config = recipe.data
         apply_template(processor, config)
         self.recipe, self.config, self.processor = recipe, config, processor
+        self._share = {} if share is None else {"share": share}
         self._mixture: Mixture | None = None
         if config.stream is not None:
             require_energon()
@@ -200,6 +220,7 @@ class TrainingData:
             num_workers=self.config.workers,
             state=state,
             pin_memory=True,
+            **self._share,
         )
 
     def _stream(

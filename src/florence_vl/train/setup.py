@@ -184,13 +184,13 @@ def prepare_run(
     choose_attention(model, recipe, world.device)
     data = None
     if batches is None:
-        from florence_vl.train.data import TrainingData
+        from florence_vl.train.data import TrainingData, plan_on_first
 
         if processor is None:
             raise ValueError("pass the model's processor too: the recipe's data is encoded with it")
-        data = TrainingData(recipe, processor)
-        batches = data.batches
-        total_steps = recipe.steps or data.steps(recipe.epochs or 1.0)
+        data = source = TrainingData(recipe, processor, plan_on_first(world))
+        batches = source.batches
+        total_steps = recipe.steps or world.decide(lambda: source.steps(recipe.epochs or 1.0))
     elif recipe.steps is None:
         raise ValueError("give `steps`: `epochs` needs the recipe's own data")
     else:
