@@ -63,6 +63,7 @@ def build_model(
     *,
     dtype: str | torch.dtype = "auto",
     seed: int = 0,
+    weights: bool = True,
     **options: Any,
 ) -> tuple[FlorenceVLForConditionalGeneration, FlorenceVLProcessor]:
     """Assemble pretrained parts into one model that saves and loads by itself; the projector is untrained.
@@ -72,6 +73,7 @@ def build_model(
         llm: Folder, hub id, `.gguf` file or packaged name of the LLM.
         dtype: Of all weights; `auto` is the LLM's own.
         seed: Of the projector's initial weights.
+        weights: False reads no weights: the model is on the meta device and has shapes only; the processor is whole.
         **options: Fields of `BuildConfig`, which documents them.
 
     Returns:
@@ -91,7 +93,7 @@ def build_model(
     vision, llm = resolve(build.vision, "vision"), resolve(build.llm, "llms")
     vision_config = read_config(vision, "vision")
     fields = config_fields(build, vision_config, read_preprocessing(vision).size, lambda: prompt_tokenizer(vision))
-    tokenizer, language_model = load_llm(llm, dtype)
+    tokenizer, language_model = load_llm(llm, dtype, weights)
     weights_dtype = language_model.dtype
     image_token = _prepare_vocabulary(tokenizer, language_model, build.image_token)
     config = FlorenceVLConfig(
@@ -103,23 +105,10 @@ def build_model(
     torch.manual_seed(seed)
     with torch.device("meta"):
         model = FlorenceVLForConditionalGeneration(config)
-    model.model.vision_tower = type(model.model.vision_tower)(config)
-    model.model.fusion = build_fusion(config.fusion, model.model.fusion.feature_dims, **config.fusion_options)
-    if config.views is not None:
-        model.model.feature_fill = FeatureFill(model.model.vision_tower.feature_dims)
-    model.model.multi_modal_projector.to_empty(device="cpu")
-    for module in model.model.multi_modal_projector.modules():
-        if isinstance(module, nn.Linear):  # LLaVA's projector: torch's own initialisation of a linear layer
-            module.reset_parameters()
+    if weights:
+        _fill(model, language_model, vision)
     torch.random.set_rng_state(state)
-    load_tower_weights(model.model.vision_tower, vision)
-    model.model.vision_tower.to(weights_dtype)
-    for module in model.model.part_modules("projector"):
-        module.to(weights_dtype)
-    model.model.language_model = language_model.base_model
-    model.lm_head = language_model.get_output_embeddings()
     model.eval()
-    _check_head(model, language_model)
 
     template = CHAT_TEMPLATES[build.chat_template or choose_template(tokenizer)]
     processor = FlorenceVLProcessor(
@@ -142,6 +131,27 @@ def build_model(
     model.generation_config = _generation_config(language_model, tokenizer, template.end_text(tokenizer))
     model.suppress_image_token()
     return model, processor
+
+
+def _fill(model: FlorenceVLForConditionalGeneration, language_model: PreTrainedModel, vision: str) -> None:
+    """Give a model on the meta device the weights of its parts, and the projector new ones."""
+    config, weights_dtype = model.config, language_model.dtype
+    model.model.vision_tower = type(model.model.vision_tower)(config)
+    model.model.fusion = build_fusion(config.fusion, model.model.fusion.feature_dims, **config.fusion_options)
+    if config.views is not None:
+        model.model.feature_fill = FeatureFill(model.model.vision_tower.feature_dims)
+    model.model.multi_modal_projector.to_empty(device="cpu")
+    for module in model.model.multi_modal_projector.modules():
+        if isinstance(module, nn.Linear):  # LLaVA's projector: torch's own initialisation of a linear layer
+            module.reset_parameters()
+    load_tower_weights(model.model.vision_tower, vision)
+    model.model.vision_tower.to(weights_dtype)
+    for module in model.model.part_modules("projector"):
+        module.to(weights_dtype)
+    model.model.language_model = language_model.base_model
+    model.lm_head.weight = language_model.get_output_embeddings().weight
+    model.eval()
+    _check_head(model, language_model)
 
 
 def _build_config(vision: Any, llm: Any, options: dict[str, Any]) -> BuildConfig:

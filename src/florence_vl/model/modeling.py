@@ -25,6 +25,7 @@ from florence_vl.model.contract import check_loading
 from florence_vl.model.frozen import keep_frozen_in_eval
 from florence_vl.model.fusion import build_fusion, merge_tokens
 from florence_vl.model.fusion.gated import GatedFusion, ZeroLinear
+from florence_vl.model.head import LanguageHead, summed_loss
 from florence_vl.model.projector import Projector
 from florence_vl.model.towers import TOWERS, Florence2Tower
 from florence_vl.model.varlen_attention import SDPA_VARLEN, flash_bounds, tree_mask
@@ -459,7 +460,7 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
     def __init__(self, config: FlorenceVLConfig) -> None:
         super().__init__(config)
         self.model = FlorenceVLModel(config)
-        self.lm_head: nn.Module = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head: nn.Module = LanguageHead(config.text_config.hidden_size, config.text_config.vocab_size)
         self.post_init()
         self.suppress_image_token()
 
@@ -545,8 +546,8 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
             num_items_in_batch: What the summed loss is divided by (supervised tokens over all ranks and accumulation
                 steps); by default the number in this batch.
             logits_to_keep: Number of last positions, or positions, to return logits for; 0 means all.
-            skip_logits: With labels, run the head at the K supervised positions only and return no logits: less
-                memory in training.
+            skip_logits: With labels, run the head at the K supervised positions only, chunk by chunk, and return no
+                logits: less memory in training.
             image_sizes: (I, 2) pixels; see `FlorenceVLModel.get_image_features`, also for the next three.
             question_ids: (I, Q).
             question_mask: (I, Q).
@@ -642,8 +643,11 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
     ) -> Tensor:
         targets_BL = targets_BL.to(states_BLH.device)
         supervised_BL = targets_BL != -100
-        logits_KX = self.lm_head(states_BLH[supervised_BL]) if logits_BLX is None else logits_BLX[supervised_BL]
-        total = nn.functional.cross_entropy(logits_KX.float(), targets_BL[supervised_BL], reduction="sum")
+        targets_K = targets_BL[supervised_BL]
+        if logits_BLX is None:
+            total = summed_loss(self.lm_head, states_BLH[supervised_BL], targets_K)
+        else:
+            total = nn.functional.cross_entropy(logits_BLX[supervised_BL].float(), targets_K, reduction="sum")
         if num_items is None:
             num_items = supervised_BL.sum().clamp(min=1)
         return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)

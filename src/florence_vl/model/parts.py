@@ -141,12 +141,13 @@ def load_tower_weights(tower: VisionTower, vision: str | Path, **options: Any) -
         tower.backbone.load_state_dict(source.state_dict())
 
 
-def load_llm(path: str | Path, dtype: str | torch.dtype) -> tuple[Any, PreTrainedModel]:
+def load_llm(path: str | Path, dtype: str | torch.dtype, weights: bool = True) -> tuple[Any, PreTrainedModel]:
     """Tokenizer and model of a decoder LLM.
 
     Args:
         path: Folder, hub id or `.gguf` file.
         dtype: Of the weights; `auto` is the LLM's own, and float32 for a gguf.
+        weights: False gives a model on the meta device and reads no weights (but for a gguf).
 
     Raises:
         ValueError: Not a decoder LLM, or one whose head is more than a linear layer.
@@ -154,6 +155,7 @@ def load_llm(path: str | Path, dtype: str | torch.dtype) -> tuple[Any, PreTraine
     """
     where = locate(path, "LLM")
     options: dict[str, Any] = {"dtype": dtype}
+    config: Any = None
     tokenizer_options: dict[str, Any] = {}
     if isinstance(where, Path) and where.suffix == ".gguf":
         from transformers import GgufConfig
@@ -168,7 +170,11 @@ def load_llm(path: str | Path, dtype: str | torch.dtype) -> tuple[Any, PreTraine
         if config.is_encoder_decoder or getattr(config, "model_type", "") == "florence_vl":
             raise ValueError(f"{path} is a {config.model_type}, not a decoder LLM")
     tokenizer = AutoTokenizer.from_pretrained(str(where), trust_remote_code=False, **tokenizer_options)
-    model = load_whole(AutoModelForCausalLM, where, **options)
+    if config is not None and not weights:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    else:
+        model = load_whole(AutoModelForCausalLM, where, **options)
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ValueError(f"the head of {path} is {head}; Florence-VL needs a linear layer without bias")

@@ -44,9 +44,24 @@ def resolve_strategy(config: ParallelConfig, world: World) -> str:
         raise ValueError(f"parallel.strategy is none but {world.size} processes run: use ddp, fsdp, hsdp or auto")
     if config.strategy in ("ddp", "hsdp") and world.size == 1:
         raise ValueError(f"parallel.strategy is {config.strategy} but one process runs: start it with torchrun")
-    if config.strategy == "fsdp" and not (dist.is_available() and dist.is_initialized()):
+    if config.strategy == "fsdp" and world.size == 1 and not (dist.is_available() and dist.is_initialized()):
         raise ValueError("parallel.strategy is fsdp but there is no process group: start it with torchrun")
     return config.strategy
+
+
+def replica_groups(config: ParallelConfig, world: World) -> tuple[int, int]:
+    """Groups of an `hsdp` run, and processes in each.
+
+    Raises:
+        ValueError: The processes give no two whole groups.
+    """
+    size = config.shard_size or world.local_size
+    if world.size % size or size == world.size:
+        raise ValueError(
+            f"parallel.strategy hsdp shards inside groups of {size} and replicates between them: {world.size} "
+            "processes give no two whole groups. Set parallel.shard_size, or use fsdp"
+        )
+    return world.size // size, size
 
 
 class LossModule(nn.Module):
@@ -356,13 +371,7 @@ def _shard(
 
     device_type = world.device.type
     if strategy == "hsdp":
-        size = parallel.shard_size or world.local_size
-        if world.size % size or size == world.size:
-            raise ValueError(
-                f"parallel.strategy hsdp shards inside groups of {size} and replicates between them: {world.size} "
-                "processes give no two whole groups. Set parallel.shard_size, or use fsdp"
-            )
-        mesh = init_device_mesh(device_type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(device_type, replica_groups(parallel, world), mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh(device_type, (world.size,), mesh_dim_names=("shard",))
     options: dict[str, Any] = {"mesh": mesh}

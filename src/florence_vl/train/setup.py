@@ -200,7 +200,7 @@ def prepare_run(
     if checkpoint is None and data is not None and recipe.data.stream is None:
         estimate_fill(model, processor, data.mixture, world.device)
     apply_parts(model, recipe.parts)
-    image_size = _image_size(model, processor)
+    size = image_size(model, processor)
     parallel = parallelise(
         model,
         world,
@@ -317,7 +317,7 @@ def warm_up(recipe: Recipe, world: World, model: FlorenceVLForConditionalGenerat
     write_text(recipe.run_dir / "warm_up.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _image_size(model: FlorenceVLForConditionalGeneration, processor: Any) -> tuple[int, int]:
+def image_size(model: FlorenceVLForConditionalGeneration, processor: Any) -> tuple[int, int]:
     """Height and width of the dummy image of text-only batches, in pixels."""
     size = getattr(getattr(processor, "image_processor", None), "size", None)
     if size is not None:
