@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -17,8 +18,10 @@ from florence_vl.evaluate.sample import suite_scorer
 from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
 from florence_vl.model.tiny import TINY_IMAGE_TOKEN_ID, tiny_config, tiny_model, tiny_recipe
 from florence_vl.train import train
+from florence_vl.train.parallel import Parallelised
 
 IMAGE_TOKENS = 4
+ACCUMULATE = Parallelised.accumulate
 
 
 def tiny(seed: int = 0, **config: Any) -> FlorenceVLForConditionalGeneration:
@@ -114,12 +117,14 @@ def run(
     saved: str | None = None,
     options: dict[str, Any] | None = None,
     aspect: str = "pad",
+    watched: bool = False,
     **changes: Any,
 ) -> list[float]:
     """Train, perhaps die at a step; the losses of all steps that the folder knows.
 
     `tiny_data` reads the recipe's own data with the tiny processor instead of making synthetic batches; the model gets
-    `options`, its images that `aspect`. `saved` is the folder of a model that the run loads itself.
+    `options`, its images that `aspect`. `saved` is the folder of a model that the run loads itself; `watched` writes
+    down what each process does.
     """
 
     def maybe_die(_trainer: Any, row: Mapping[str, Any]) -> None:
@@ -136,6 +141,10 @@ def run(
         changes["model"] = {"path": saved}
     elif model is None:
         model = tiny()
+    if watched:
+        assert model is not None
+        Path(output).mkdir(parents=True, exist_ok=True)
+        watch(output, model)
     train(
         recipe(output, **changes),
         model=model,
@@ -146,6 +155,55 @@ def run(
         suite_reader=suite_scorer,
     )
     return losses(output)
+
+
+def watch(output: str | Path, model: FlorenceVLForConditionalGeneration) -> None:
+    """Write what each process does, as JSON lines in `output`/rank-<r>.jsonl: its counts, passes and collectives."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from florence_vl.train import loop
+    from florence_vl.train.step import StepCounts, forward_backward
+
+    base, passes = model.model, []
+    kinds = {"c10d._allgather": "gather", "c10d._reduce_scatter": "reduce-scatter", "c10d.allreduce": "all-reduce"}
+    found: set[str] = set()
+
+    class Collectives(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found.update(kind for name, kind in kinds.items() if str(function).startswith(name))
+            return function(*args, **(kwargs or {}))
+
+    def tower(_module: Any, args: Any, _kwargs: Any) -> None:
+        images, _, height, width = args[0].shape
+        passes[-1]["passes"].append(f"tower {images} x {height}x{width}")
+
+    def llm(_module: Any, _args: Any, kwargs: Any) -> None:
+        passes[-1]["passes"].append(f"LLM {'x'.join(map(str, kwargs['inputs_embeds'].shape[:2]))}")
+
+    def head(_module: Any, args: Any, _kwargs: Any) -> None:
+        passes[-1]["passes"].append(f"head {len(args[0])}")
+
+    for module, hook in ((base.vision_tower, tower), (base.language_model, llm), (model.lm_head, head)):
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+
+    @contextlib.contextmanager
+    def accumulate(self: Parallelised, last: bool) -> Any:
+        passes.append({"passes": []})
+        found.clear()
+        with Collectives(), ACCUMULATE(self, last):
+            yield
+        passes[-1]["collectives"] = sorted(found)
+
+    def recorded(parallel: Any, micro_batches: Any, num_items: int, device: torch.device) -> torch.Tensor:
+        passes.clear()
+        result = forward_backward(parallel, micro_batches, num_items, device)
+        line = {"counts": vars(StepCounts.of(micro_batches)), "micro_batches": passes}
+        with (Path(output) / f"rank-{torch.distributed.get_rank()}.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        return result
+
+    loop.forward_backward = recorded  # type: ignore[attr-defined]
+    Parallelised.accumulate = accumulate  # type: ignore[method-assign]
 
 
 def losses(output: str | Path) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import typer
 
@@ -18,7 +19,9 @@ epilog = """[bold]Examples[/bold]
 
   florence-vl train llava15/vicuna-7b-finetune --resume auto
 
-  torchrun --nproc-per-node 8 -m florence_vl train paper/8b-finetune --resume auto"""
+  torchrun --nproc-per-node 8 -m florence_vl train paper/8b-finetune --resume auto
+
+  florence-vl train paper/8b-finetune-fast --dry-run --world 64"""
 
 
 def command(
@@ -27,9 +30,30 @@ def command(
     resume: str = typer.Option(
         "never", "--resume", help="'auto' resumes from the newest checkpoint, if any; or a checkpoint's path."
     ),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="Play the first steps of every process without weights; exit 1 if the run would fail."
+    ),
+    world: int = typer.Option(None, "--world", min=1, help="Dry run: number of processes. [default: 1]"),
+    first_steps: int = typer.Option(None, "--first-steps", min=1, help="Dry run: steps to play. [default: 2]"),
+    nproc_per_node: int = typer.Option(
+        None, "--nproc-per-node", min=1, help="Dry run: processes of a node. [default: 8]"
+    ),
+    device: str = typer.Option(
+        None, "--device", help="Dry run: kind of device, as in florence-vl plan, or cpu. [default: h100-80gb]"
+    ),
+    as_json: bool = typer.Option(False, "--json", help="Dry run: print JSON."),
 ) -> None:
     """Train from a recipe. SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and exit with code 75."""
     _check_overrides(overrides or [])
+    settings = {"world_size": world, "steps": first_steps, "processes_per_node": nproc_per_node, "device": device}
+    given = {key: value for key, value in settings.items() if value is not None}
+    if dry_run:
+        if resume != "never":
+            raise ValueError("--dry-run plays a run's first steps; it doesn't go with --resume")
+        _dry_run(recipe, overrides or [], given, as_json)
+        return
+    if given or as_json:
+        raise ValueError("--world, --first-steps, --nproc-per-node, --device and --json are for --dry-run")
     from florence_vl.evaluate.sample import suite_scorer
     from florence_vl.train.checkpoint import CheckpointError
     from florence_vl.train.guards import TrainingError
@@ -51,6 +75,26 @@ def command(
     typer.echo(f"{result.steps} steps done, loss {result.metrics['loss']:.4f}: {result.run_dir}")
     if result.exported is not None:
         typer.echo(f"model: {result.exported}")
+
+
+def _dry_run(name: str, overrides: list[str], settings: dict[str, Any], as_json: bool) -> None:
+    import json
+
+    from florence_vl.cli.dry_run import show
+    from florence_vl.train.dry_run import dry_run
+    from florence_vl.train.recipes import load_recipe
+
+    loaded = load_recipe(name, overrides)
+    settings.setdefault("device", "cpu" if loaded.device == "cpu" else "h100-80gb")
+    found = dry_run(loaded, **settings)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=1))
+    else:
+        show(found, loaded.name, settings["device"])
+    for problem in found.problems:
+        print(f"florence-vl: {problem}", file=sys.stderr)
+    if found.problems:
+        raise typer.Exit(1)
 
 
 def _check_overrides(overrides: list[str]) -> None:

@@ -285,9 +285,7 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
         """All groups from a window and row on, each with the window and row behind it; adds to `begun` new windows."""
         first, skip = cursor
         plan_workers = min(self._num_workers, max(1, self._num_workers // 4))
-        self._plans = self._share(
-            lambda: _load(self._planner, self._planner.numbers(first), plan_workers, prefetch=4)
-        )
+        self._plans = self._share(lambda: _load(self._planner, self._planner.numbers(first), plan_workers, prefetch=4))
         empty = 0
         for plan in self._plans:
             if plan.error is not None:

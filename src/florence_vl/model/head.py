@@ -93,7 +93,7 @@ class LanguageHead(nn.Linear):
         """Logits, (..., H) -> (..., X); with targets, (K, H) and (K,), the summed cross-entropy, a float32 scalar."""
         if targets is None:
             return super().forward(states)
-        return _ChunkedLoss.apply(states, self.weight, targets, torch.is_grad_enabled())  # type: ignore[no-any-return]
+        return _ChunkedLoss.apply(states, self.weight, targets, torch.is_grad_enabled())
 
 
 def summed_loss(head: nn.Module, states_KH: Tensor, targets_K: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,10 +49,7 @@ def load_model(recipe: Recipe) -> tuple[FlorenceVLForConditionalGeneration, Any]
             model.set_attn_implementation(config.attn_implementation)
     else:
         raise ValueError("the recipe names no model: set model.path (a saved one) or model.build (its parts)")
-    settings: dict[str, Any] = {"aspect": config.image_aspect_ratio, "image_size": config.image_size}
-    settings |= {"token_budget": config.token_budget, "positions": config.positions}
-    if any(value is not None for value in settings.values()):
-        set_resolution(model, processor, **settings)
+    _set_images(recipe, model, processor)
     if config.feature_store is not None:
         from florence_vl.model.features import store_features
 
@@ -99,6 +97,44 @@ def _pictures(records: Mixture) -> Iterator[Any]:
     for index in range(len(records)):
         with contextlib.suppress(OSError, ValueError):  # bad records are counted where they are trained on
             yield from map(open_image, records[index].images[:1])
+
+
+def _set_images(recipe: Recipe, model: FlorenceVLForConditionalGeneration, processor: Any) -> None:
+    config = recipe.model
+    settings: dict[str, Any] = {"aspect": config.image_aspect_ratio, "image_size": config.image_size}
+    settings |= {"token_budget": config.token_budget, "positions": config.positions}
+    if any(value is not None for value in settings.values()):
+        set_resolution(model, processor, **settings)
+
+
+def load_shell(recipe: Recipe) -> tuple[FlorenceVLForConditionalGeneration, Any]:
+    """The recipe's model on the meta device, without weights, and its processor.
+
+    A `model.path` that another recipe will write is built as that recipe says.
+
+    Raises:
+        ValueError: As `load_model`.
+        FileNotFoundError: As `load_model`.
+    """
+    from florence_vl.model.assemble import build_model
+    from florence_vl.model.configuration import FlorenceVLConfig
+    from florence_vl.model.packaged import resolve
+    from florence_vl.model.processing import FlorenceVLProcessor
+    from florence_vl.train.flops import build_shell
+    from florence_vl.train.plan import recipe_that_writes
+
+    path, build = recipe.model.path, recipe.model.build
+    if path is not None and (Path(resolve(path, "models")) / "config.json").is_file():
+        folder = loading.check_folder(path)
+        model = build_shell(FlorenceVLConfig.from_pretrained(folder))
+        processor = FlorenceVLProcessor.from_pretrained(folder)
+    else:
+        build = recipe_that_writes(path).model.build if path is not None else build
+        if build is None:
+            raise ValueError("the recipe names no model: set model.path (a saved one) or model.build (its parts)")
+        model, processor = build_model(build, weights=False)
+    _set_images(recipe, model, processor)
+    return model, processor
 
 
 def check_attention(names: Iterable[str | None], device: torch.device) -> None:

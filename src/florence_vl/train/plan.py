@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from florence_vl.model.head import chunk_rows
 from florence_vl.registry import did_you_mean
 from florence_vl.train.config import BuildConfig, Recipe
 from florence_vl.train.flops import DEVICES, ActivationMeter, ModelFlops, Multipliers, build_shell, count_flops
@@ -102,24 +103,34 @@ def model_config(recipe: Recipe) -> tuple[FlorenceVLConfig, tuple[int, int]]:
         FileNotFoundError: `model.path` is neither a folder nor a recipe's output.
     """
     from florence_vl.model.configuration import FlorenceVLConfig
+    from florence_vl.model.packaged import resolve
     from florence_vl.model.parts import image_size
 
-    path = recipe.model.path
-    if path is not None and (Path(path) / "config.json").is_file():
-        config = FlorenceVLConfig.from_pretrained(path)
-        side = recipe.model.image_size or image_size(path, config.vision_config)
-        return config, (side, side)
-    if path is not None:
-        for name, file in list_recipes().items():
-            other = load_recipe(file)
-            if name != recipe.name and other.model.build is not None and other.run_dir / "model" == Path(path):
-                config, (height, width) = model_config(other)
-                side = recipe.model.image_size or height
-                return config, (side, recipe.model.image_size or width)
-        raise FileNotFoundError(f"model.path {path!r} is no folder, and no recipe writes it")
-    if recipe.model.build is None:
+    build, size = recipe.model.build, recipe.model.image_size
+    if recipe.model.path is not None:
+        folder = Path(resolve(recipe.model.path, "models"))
+        if (folder / "config.json").is_file():
+            config = FlorenceVLConfig.from_pretrained(folder)
+            side = size or image_size(folder, config.vision_config)
+            return config, (side, side)
+        writer = recipe_that_writes(recipe.model.path)
+        build, size = writer.model.build, size or writer.model.image_size
+    if build is None:
         raise ValueError("the recipe names no model: set model.path or model.build")
-    return _built_config(recipe.model.build, recipe.model.image_size)
+    return _built_config(build, size)
+
+
+def recipe_that_writes(folder: str) -> Recipe:
+    """The recipe whose run exports a model to a folder.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    for file in list_recipes().values():
+        other = load_recipe(file)
+        if other.model.build is not None and other.run_dir / "model" == Path(folder):
+            return other
+    raise FileNotFoundError(f"model.path {folder!r} is no folder, and no recipe writes it")
 
 
 def _built_config(build: BuildConfig, size: int | None) -> tuple[FlorenceVLConfig, tuple[int, int]]:
@@ -185,25 +196,24 @@ def plan_recipe(
     Raises:
         ValueError: Unknown device, or a part's shapes are not known here.
     """
-    if device not in DEVICES:
-        raise ValueError(f"unknown device {device!r}. {did_you_mean(device, DEVICES)}")
+    available = usable_memory(device)
     if not 0 < mfu <= 1:
         raise ValueError(f"mfu is a share between 0 and 1, found {mfu}")
     workload = workload or Workload()
     if recipe.precision == "auto":
         recipe = recipe.with_precision("bf16")  # what it finds on every device of the table
-    peak, capacity = DEVICES[device]
+    peak = DEVICES[device][0]
     config, (height, width) = model_config(recipe)
     flops = count_flops(config, height, width)
     multipliers = Multipliers.of(recipe.parts, flops.num_layers)
     sample_tokens = workload.images * flops.image_tokens + workload.text_tokens
     per_sample = flops.step(multipliers, workload.images, sample_tokens, sample_tokens**2, workload.supervised)
     strategy = _strategy(recipe, devices)
-    memory, largest = _memory(recipe, config, flops, workload, (height, width), devices, strategy, capacity)
+    plan = MemoryPlan(recipe, config, (height, width), devices, strategy)
+    memory, largest = _memory(plan, recipe, flops, workload, available)
     total_samples = samples if samples is not None else _samples(recipe, sample_tokens)
     run = sum(per_sample.values()) * total_samples if total_samples else None
     rate = devices * peak * 1e12 * mfu / sum(per_sample.values())
-    available = (capacity - RESERVE_GIB) * USABLE
     return CostPlan(
         recipe=recipe.name,
         devices=devices,
@@ -261,35 +271,73 @@ def _rows(recipe: Recipe, flops: ModelFlops, workload: Workload, micro: int) -> 
     return micro * images, micro * length, micro * text
 
 
+def usable_memory(device: str) -> float:
+    """GiB of a device that a run may fill.
+
+    Raises:
+        ValueError: Unknown device.
+    """
+    if device not in DEVICES:
+        raise ValueError(f"unknown device {device!r}. {did_you_mean(device, DEVICES)}")
+    return (DEVICES[device][1] - RESERVE_GIB) * USABLE
+
+
+class MemoryPlan:
+    """What a process holds at the peak of a step, by kind.
+
+    Args:
+        recipe: Its parts, precision and activation checkpointing count.
+        config: Of the model.
+        size: Height and width of images in pixels.
+        devices: Number of processes.
+        strategy: `none`, `ddp`, `fsdp` or `hsdp`.
+    """
+
+    def __init__(
+        self, recipe: Recipe, config: FlorenceVLConfig, size: tuple[int, int], devices: int, strategy: str
+    ) -> None:
+        self.recipe, self.size = recipe, size
+        self.static = _static_memory(recipe, config, devices, strategy)
+        text = config.get_text_config()
+        self.width, self.vocab = text.hidden_size, text.vocab_size
+        self._compute = 4 if recipe.precision == "fp32" else 2
+        self._meter = ActivationMeter(config, recipe.parts, torch.float32 if self._compute == 4 else torch.bfloat16)
+
+    def at(self, images: int, tokens: int, supervised: int) -> dict[str, float]:
+        """GiB by kind at a micro-batch.
+
+        Args:
+            images: Its images.
+            tokens: Its tokens, with padding.
+            supervised: Its supervised tokens.
+        """
+        saved = self._meter.measure(images, *self.size, tokens)
+        checkpointing = self.recipe.activation_checkpointing
+        modes = {"tower": checkpointing.tower, "llm": checkpointing.llm}
+        activations = sum(part.kept(modes.get(name, "none")) for name, part in saved.items())
+        return self.static | {"activations": activations / GIB, "logits": self._logits(supervised) / GIB}
+
+    def _logits(self, supervised: int) -> float:
+        """A chunk's logits, their exponentials and gradient (`florence_vl.model.head`), and the states' gradient."""
+        rows = min(supervised, chunk_rows(self.vocab))
+        return rows * self.vocab * 2 * (4 + self._compute) + supervised * self.width * 2 * self._compute
+
+
 def _memory(
-    recipe: Recipe,
-    config: FlorenceVLConfig,
-    flops: ModelFlops,
-    workload: Workload,
-    size: tuple[int, int],
-    devices: int,
-    strategy: str,
-    capacity: float,
+    plan: MemoryPlan, recipe: Recipe, flops: ModelFlops, workload: Workload, available: float
 ) -> tuple[dict[str, float], int]:
     """GiB a device by kind at the recipe's micro-batch, and the largest micro-batch that fits."""
-    static = _static_memory(recipe, config, devices, strategy)
-    dtype = torch.float32 if recipe.precision == "fp32" else torch.bfloat16
 
-    meter = ActivationMeter(config, recipe.parts, dtype)
+    def total(micro: int) -> float:
+        return sum(plan.at(*_rows(recipe, flops, workload, micro)).values())
 
-    def dynamic(micro: int) -> dict[str, float]:
-        images, tokens, supervised = _rows(recipe, flops, workload, micro)
-        saved = meter.measure(images, *size, tokens)
-        modes = {"tower": recipe.activation_checkpointing.tower, "llm": recipe.activation_checkpointing.llm}
-        activations = sum(part.kept(modes.get(name, "none")) for name, part in saved.items())
-        # log-probabilities, their gradient and that of the logits, all of them fp32
-        logits = supervised * config.get_text_config().vocab_size * 3 * 4
-        return {"activations": activations / GIB, "logits": logits / GIB}
-
-    now, one, two = dynamic(recipe.micro_batch_size), dynamic(1), dynamic(2)
-    first, step = sum(one.values()), max(sum(two.values()) - sum(one.values()), 1e-9)
-    room = (capacity - RESERVE_GIB) * USABLE - sum(static.values()) - first
-    return static | now, max(0, 1 + int(room // step)) if room >= 0 else 0
+    low, high = 0, 1
+    while total(high) <= available:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if total(middle) <= available else (low, middle)
+    return plan.at(*_rows(recipe, flops, workload, recipe.micro_batch_size)), low
 
 
 def _static_memory(recipe: Recipe, config: FlorenceVLConfig, devices: int, strategy: str) -> dict[str, float]:

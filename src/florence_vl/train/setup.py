@@ -208,7 +208,7 @@ def prepare_run(
         recipe.precision,
         recipe.activation_checkpointing,
         recipe.compile,
-        image_size,
+        size,
         weights_on_first,
         recipe.distill,
     )
@@ -237,7 +237,7 @@ def prepare_run(
         stream,
         total_steps,
         evaluation,
-        image_size,
+        size,
         digests,
         state,
     )
