@@ -102,13 +102,15 @@ def test_the_replicas_of_sharded_groups_exchange_in_the_last_micro_batch(recipe:
         first, last = played.micro_batches
         assert not any("all-reduce" in name for name in first.collectives)
         assert [name for name in last.collectives if "all-reduce" in name] == [
-            f"all-reduce {part}" for part in ("head", "LLM", "projector", "tower", "embeddings")
+            f"all-reduce {part}" for part in ("head", "LLM", "embeddings", "projector", "tower")
         ]
     with pytest.raises(ValueError, match="6 processes give no two whole groups"):
         dry_run(load_recipe(values | {"batch_size": 6, "parallel": {"strategy": "hsdp", "shard_size": 4}}), 6)
 
 
-def test_processes_that_would_wait_for_each_other_are_named(tiny_run: ModuleType, recipe: dict[str, Any]) -> None:
+def test_processes_that_would_wait_for_each_other_are_named(
+    tiny_run: ModuleType, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Sizes(tiny_run.SyntheticBatches):  # type: ignore[name-defined, misc]
         """Process 1 has images of two sizes, and so two passes through its tower."""
 
@@ -123,17 +125,21 @@ def test_processes_that_would_wait_for_each_other_are_named(tiny_run: ModuleType
             super().__init__(step, rank, size, per_step=8)
             self.batches_per_rank -= rank
 
-    loaded = load_recipe(recipe)
-    found = dry_run(loaded, 2, batches=lambda step, rank, size, state: Sizes(step, rank, size), device="cpu")
-    assert (
-        "step 1 would hang: process 0 comes to `gather projector` where process 1 comes to `gather tower`"
-        in (found.problems[0])
-    )
-    assert "tower 2 x 64x64, LLM" in found.problems[0]
-    ddp = load_recipe(recipe, ["parallel.strategy=ddp"])  # which gathers no weights
-    assert dry_run(ddp, 2, batches=lambda step, rank, size, state: Sizes(step, rank, size), device="cpu").problems == []
-    found = dry_run(loaded, 2, batches=lambda step, rank, size, state: Uneven(step, rank, size), device="cpu")
-    assert "process 0 has 2 micro-batches, process 1 has 1" in found.problems[0]
+    def play(batches: Any, strategy: str = "fsdp") -> Any:
+        loaded = load_recipe(recipe, [f"parallel.strategy={strategy}"])
+        return dry_run(loaded, 2, batches=lambda step, rank, size, _state: batches(step, rank, size), device="cpu")
+
+    found = play(Sizes)  # the run has process 0 pass a dummy image
+    assert found.problems == []
+    first, second = (found.steps[rank].micro_batches[0].passes for rank in (0, 1))
+    assert first[:2] == ["tower 2 x 64x64", "tower 1 x 64x64"]
+    assert second[:2] == ["tower 1 x 64x64", "tower 1 x 64x32"]
+    monkeypatch.setattr(dry_run_module, "most_calls", lambda calls: (0, 0))  # if it did not
+    problem = play(Sizes).problems[0]
+    assert "process 0 comes to `gather embeddings` where process 1 comes to `gather tower`" in problem
+    assert "in micro-batch 1: tower 2 x 64x64, LLM" in problem
+    assert play(Sizes, "ddp").problems == []  # which gathers no weights
+    assert "process 0 has 2 micro-batches, process 1 has 1" in play(Uneven).problems[0]
 
 
 def test_what_runs_out_ends_with_code_1(

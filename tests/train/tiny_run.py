@@ -194,9 +194,9 @@ def watch(output: str | Path, model: FlorenceVLForConditionalGeneration) -> None
             yield
         passes[-1]["collectives"] = sorted(found)
 
-    def recorded(parallel: Any, micro_batches: Any, num_items: int, device: torch.device) -> torch.Tensor:
+    def recorded(parallel: Any, micro_batches: Any, *others: Any) -> torch.Tensor:
         passes.clear()
-        result = forward_backward(parallel, micro_batches, num_items, device)
+        result = forward_backward(parallel, micro_batches, *others)
         line = {"counts": vars(StepCounts.of(micro_batches)), "micro_batches": passes}
         with (Path(output) / f"rank-{torch.distributed.get_rank()}.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -23,18 +23,27 @@ import torch
 from torch import Tensor, nn
 
 from florence_vl.model.modeling import group_by_size
+from florence_vl.model.precision import bf16_is_faster
 from florence_vl.train.config import PartsConfig, Recipe
-from florence_vl.train.flops import DEVICES
 from florence_vl.train.guards import nothing_to_learn
 from florence_vl.train.model import load_shell
 from florence_vl.train.parallel import LossModule, Parallelised, replica_groups, resolve_strategy
 from florence_vl.train.plan import GIB, MemoryPlan, usable_memory
 from florence_vl.train.setup import BatchFactory, image_size, refuse_early
-from florence_vl.train.step import Batch, StepCounts, count_supervised, forward_backward
+from florence_vl.train.step import (
+    Batch,
+    StepCounts,
+    TowerCalls,
+    count_supervised,
+    forward_backward,
+    most_calls,
+    tower_calls,
+)
 from florence_vl.train.world import World
 
 if TYPE_CHECKING:
     from florence_vl.data.packing import WindowPlan
+    from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
 
 PREFETCH = 2  # micro-batches that a worker of a `DataLoader` holds ready
 
@@ -44,7 +53,7 @@ class PlayedBatch:
     """A micro-batch of one process.
 
     Attributes:
-        rows: Rows; likewise `slots` (tokens with padding), `images` and `supervised` tokens.
+        rows: Rows.
         slots: Tokens with padding.
         images: Images.
         supervised: Tokens that are learned.
@@ -101,18 +110,26 @@ class DryRun:
         return asdict(self)
 
 
-class PlayedModel(nn.Module):
-    """Stands for the model: one number for each part, which notes when the part is used and its gradient arrives.
+class _PlayedBase(nn.Module):
+    """Stands for `FlorenceVLModel`: one number for each part, which notes when the part is used and its gradient comes.
 
     Args:
+        shell: The model on the meta device.
         parts: What trains.
         sharded: Whether weights are gathered when a part is used.
         exchanges: What is exchanged when a gradient arrives, now.
     """
 
-    def __init__(self, parts: PartsConfig, sharded: bool, exchanges: Callable[[], list[str]]) -> None:
+    def __init__(
+        self,
+        shell: FlorenceVLForConditionalGeneration,
+        parts: PartsConfig,
+        sharded: bool,
+        exchanges: Callable[[], list[str]],
+    ) -> None:
         super().__init__()
-        self.sharded, self.exchanges = sharded, exchanges
+        self.config, self.sharded, self.exchanges = shell.config, sharded, exchanges
+        self.uses_context, self.has_fill = shell.model.fusion.uses_context, shell.model.feature_fill is not None
         self.passes: list[str] = []
         self.collectives: list[str] = []
         llm = parts.llm
@@ -121,6 +138,16 @@ class PlayedModel(nn.Module):
         self.llm = self._part("LLM", llm.train)
         self.head = self._part("head", llm.train and llm.lora is None)
         self.embeddings = self._part("embeddings", llm.train and llm.lora is None and llm.last_layers is None)
+
+    @property
+    def fusion(self) -> SimpleNamespace:
+        """As far as it is asked here."""
+        return SimpleNamespace(uses_context=self.uses_context)
+
+    @property
+    def feature_fill(self) -> object | None:
+        """Something, where the model has it."""
+        return object() if self.has_fill else None
 
     def _part(self, name: str, trains: bool) -> nn.Parameter:
         part = nn.Parameter(torch.zeros(()), requires_grad=trains)
@@ -133,57 +160,101 @@ class PlayedModel(nn.Module):
             part.register_post_accumulate_grad_hook(note)
         return part
 
-    def _use(self, part: str, size: str = "") -> None:
+    def use(self, part: str, size: str = "") -> None:
+        """Note a pass through a part."""
         if size:
             self.passes.append(f"{part} {size}")
         if self.sharded:
             self.collectives.append(f"gather {part}")
 
-    def get_input_embeddings(self) -> Callable[[Tensor], Tensor]:
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """(B, L) -> (B, L, 1)."""
+        self.use("embeddings")
+        return self.embeddings * torch.ones(*input_ids.shape, 1)
+
+    def mean_embedding(self, question_ids: Tensor, _mask: Tensor | None = None) -> Tensor:
         """As the model's."""
+        return self.embed(question_ids).detach()
 
-        def embed(input_ids: Tensor) -> Tensor:
-            self._use("embeddings")
-            return self.embeddings * torch.ones(*input_ids.shape, 1)
+    def encode_images(self, pixel_values: Tensor, *_: Any) -> tuple[Tensor, None]:
+        """As the model's: one pass through the tower, for images of one size."""
+        count = len(pixel_values)
+        self.use("tower", f"{count} x {pixel_values.shape[-2]}x{pixel_values.shape[-1]}")
+        self.use("projector")
+        return (self.tower * 1.0 * self.projector).expand(count, 1, 1), None
 
-        return embed
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        image_sizes: Tensor | None = None,
+        question_ids: Tensor | None = None,
+        **_: Any,
+    ) -> SimpleNamespace:
+        """As the model's."""
+        if self.uses_context and question_ids is not None:
+            self.mean_embedding(question_ids)
+        found = [
+            self.encode_images(pixel_values[images][..., :height, :width])[0]
+            for (height, width), images in group_by_size(pixel_values, image_sizes)
+        ]
+        return SimpleNamespace(pooler_output=[tokens for tokens_I11 in found for tokens in tokens_I11])
 
-    def get_image_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None, **_: Any) -> SimpleNamespace:
-        """As the model's: one pass through the tower for each size."""
-        for (height, width), images in group_by_size(pixel_values, image_sizes):
-            self._use("tower", f"{len(images)} x {height}x{width}")
-        self._use("projector")
-        return SimpleNamespace(pooler_output=(self.tower * 1.0 * self.projector).reshape(1, 1, 1))
-
-    def model(
+    def forward(
         self,
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
         pixel_values: Tensor | None = None,
-        image_sizes: Tensor | None = None,
-        **_: Any,
+        **inputs: Any,
     ) -> SimpleNamespace:
-        """As `FlorenceVLModel.forward`."""
+        """As the model's."""
         if inputs_embeds is None:
             assert input_ids is not None
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+            inputs_embeds = self.embed(input_ids)
+        image = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
-            inputs_embeds = inputs_embeds + self.get_image_features(pixel_values, image_sizes).pooler_output
-        self._use("LLM", "x".join(map(str, inputs_embeds.shape[:2])))
+            image = self.get_image_features(pixel_values, **inputs)
+        if image is not None:
+            inputs_embeds = inputs_embeds + torch.stack(list(image.pooler_output)).sum()
+        self.use("LLM", "x".join(map(str, inputs_embeds.shape[:2])))
         return SimpleNamespace(last_hidden_state=inputs_embeds * self.llm)
+
+
+class _PlayedModel(nn.Module):
+    """Stands for `FlorenceVLForConditionalGeneration`; takes what `_PlayedBase` takes."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
+        self.model = _PlayedBase(*args)
+
+    def get_input_embeddings(self) -> Callable[[Tensor], Tensor]:
+        """As the model's."""
+        return self.model.embed
+
+    def supervised_logits(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """As the model's, with a vocabulary of one."""
+        count = count_supervised({"labels": labels})
+        self.model.use("head", str(count))
+        return (states.sum() * self.model.head).expand(count, 1), torch.zeros(count, dtype=torch.long)
 
     def supervised_loss(self, states: Tensor, labels: Tensor, _num_items: int) -> Tensor:
         """As the model's."""
-        self._use("head", str(count_supervised({"labels": labels})))
-        return (states * self.head).sum()
+        return self.supervised_logits(states, labels)[0].sum()
 
 
 class _PlayedModule(LossModule):
     """The real unit of parallelism around the played model, with the switches of DDP and FSDP2."""
 
-    def __init__(self, parts: PartsConfig, strategy: str, size: tuple[int, int], several: bool) -> None:
-        played: Any = PlayedModel(parts, strategy in ("fsdp", "hsdp"), self._exchanged)
-        super().__init__(played, size, always_images=several)
+    def __init__(
+        self,
+        shell: FlorenceVLForConditionalGeneration,
+        recipe: Recipe,
+        strategy: str,
+        size: tuple[int, int],
+        several: bool,
+    ) -> None:
+        played: Any = _PlayedModel(shell, recipe.parts, strategy in ("fsdp", "hsdp"), self._exchanged)
+        super().__init__(played, size, always_images=several, distill=recipe.distill)
         self.strategy, self.syncs = strategy, True
 
     def _exchanged(self) -> list[str]:
@@ -207,34 +278,29 @@ class _PlayedModule(LossModule):
         self.syncs = value
 
 
-def play_step(
-    parts: PartsConfig, strategy: str, size: tuple[int, int], world_size: int, micro_batches: Sequence[Batch]
-) -> list[PlayedBatch]:
-    """Forward and backward passes of one process's step, by the run's own loop, on numbers instead of a model.
-
-    Args:
-        parts: What trains.
-        strategy: `none`, `ddp`, `fsdp` or `hsdp`.
-        size: Height and width of a dummy image in pixels.
-        world_size: Number of processes.
-        micro_batches: The step's, as collated.
-    """
-    module = _PlayedModule(parts, strategy, size, world_size > 1)
-    played: Any = module.model
-    parallel = Parallelised(module, played, strategy, float(world_size))
+def _play(module: _PlayedModule, micro_batches: Sequence[Batch], calls: Sequence[TowerCalls]) -> list[PlayedBatch]:
+    """Forward and backward passes of one process's step, by the run's own loop, on numbers instead of a model."""
+    base: Any = module.model.model
     found: list[PlayedBatch] = []
 
-    def note(_module: nn.Module, _args: Any) -> None:
-        played.passes, played.collectives = [], []
-        found.append(PlayedBatch(0, 0, 0, 0, played.passes, played.collectives))
+    def note(_module: nn.Module, args: Any) -> None:
+        base.passes, base.collectives = [], []
+        counts = StepCounts.of([args[0]])
+        rows = len(args[0]["input_ids"])
+        shape = (rows, counts.slots, counts.images, counts.supervised)
+        found.append(PlayedBatch(*shape, base.passes, base.collectives))
 
-    module.register_forward_pre_hook(note)
-    forward_backward(parallel, micro_batches, 1, torch.device("cpu"))
-    for one, batch in zip(found, micro_batches, strict=True):
-        counts = StepCounts.of([batch])
-        one.rows, one.slots = len(batch["input_ids"]), counts.slots
-        one.images, one.supervised = counts.images, counts.supervised
+    handle = module.register_forward_pre_hook(note)
+    parallel = Parallelised(module, module.model, module.strategy, 1.0)
+    forward_backward(parallel, micro_batches, 1, torch.device("cpu"), calls)
+    handle.remove()
     return found
+
+
+def _outline(batch: Batch) -> Batch:
+    """The batch without its pixels, whose shape alone counts here."""
+    pixels = {key: value for key, value in batch.items() if key.endswith("pixel_values")}
+    return batch | {key: torch.zeros(()).expand(value.shape) for key, value in pixels.items()}
 
 
 class _SharedPlans:
@@ -306,32 +372,42 @@ def dry_run(
     from florence_vl.train.data import TrainingData
 
     local_size = min(world_size, processes_per_node)
-    world = World(torch.device("cpu" if recipe.device == "cpu" else "meta"), 0, world_size, 0, local_size)
+    world = World(torch.device("cpu" if device == "cpu" else "meta"), 0, world_size, 0, local_size)
     available = usable_memory(device) if device != "cpu" else _host_memory() / local_size
     refuse_early(recipe, world, batches)
+    if recipe.precision == "auto":
+        recipe = recipe.with_precision("bf16" if device != "cpu" or bf16_is_faster(world.device) else "fp32")
     strategy = resolve_strategy(recipe.parallel, world)
     if strategy == "hsdp":
         replica_groups(recipe.parallel, world)
     model, processor = load_shell(recipe)
     size = image_size(model, processor)
+    taken: dict[tuple[int, int], list[Batch]] = {}  # (step, process) -> micro-batches
+    bad: Counter[str] = Counter()
+    largest = 0
     with tempfile.TemporaryDirectory() as folder:  # the data keeps a list of bad records; the run's own stays as it is
         quiet = replace(recipe, output=folder, data=replace(recipe.data, workers=_workers(recipe)))
         if batches is None:
             batches = TrainingData(quiet, processor, _SharedPlans()).batches
-        played: list[PlayedStep] = []
-        bad: Counter[str] = Counter()
-        largest = 0
         for rank in range(world_size):
             stream = batches(0, rank, world_size, None)
             for step in range(steps):
                 own = [next(stream) for _ in range(stream.batches_per_rank)]
-                largest = max(largest, *(_bytes(batch) for batch in own))
-                found = play_step(recipe.parts, strategy, size, world_size, own)
-                played.append(PlayedStep(rank, step, StepCounts.of(own), found))
+                largest = max(largest, *map(_bytes, own))
+                taken[step, rank] = [_outline(batch) for batch in own]
             report = getattr(stream, "report", None)  # given batches have none
             for (kind, source), number in report().bad.items() if report is not None else ():
                 bad[f"{source}/{kind}"] += number
             stream.close()
+    module = _PlayedModule(model, recipe, strategy, size, world_size > 1)
+    played = []
+    for step in range(steps):
+        all_calls = [[tower_calls(batch) for batch in taken[step, rank]] for rank in range(world_size)]
+        calls = [most_calls(same) for same in zip(*all_calls, strict=False)]  # of micro-batches that all have
+        for rank in range(world_size):
+            own = taken[step, rank]
+            needed = calls + all_calls[rank][len(calls) :]
+            played.append(PlayedStep(rank, step, StepCounts.of(own), _play(module, own, needed)))
     every = [one for step in played for one in step.micro_batches]
     shape = (max(b.images for b in every), max(b.slots for b in every), max(b.supervised for b in every))
     memory = MemoryPlan(recipe, model.config, size, world_size, strategy).at(*shape)
@@ -382,4 +458,4 @@ def _shm_size() -> float:
     return shutil.disk_usage(folder).total / GIB if folder.is_dir() else float("inf")
 
 
-__all__ = ["DEVICES", "DryRun", "PlayedBatch", "PlayedStep", "dry_run", "find_hang", "play_step"]
+__all__ = ["DryRun", "PlayedBatch", "PlayedStep", "dry_run", "find_hang"]

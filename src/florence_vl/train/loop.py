@@ -126,8 +126,9 @@ def train(
     try:
         refuse_early(recipe, world, batches)
         suite = read_suite(recipe, world, suite_reader)
-        with hold_folder(recipe.run_dir, world):
-            checkpoint = world.decide(lambda: find_checkpoint(recipe.run_dir, resume))
+        folder = recipe.run_dir
+        with hold_folder(folder, world):
+            checkpoint = world.decide(lambda: find_checkpoint(folder, resume))
             recipe = settle_precision(recipe, world, checkpoint)
             run = prepare_run(recipe, world, model, processor, batches, checkpoint, suite)
             return Trainer(run, callbacks).run()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,6 +144,12 @@ def tower_calls(batch: Mapping[str, Any]) -> TowerCalls:
         return 1 if sizes is None else len(set(map(tuple, sizes.tolist())))
 
     return count(""), count(FULL_PREFIX)
+
+
+def most_calls(calls: Iterable[TowerCalls]) -> TowerCalls:
+    """What a micro-batch makes on every process: the most that one of them needs."""
+    first, second = zip(*calls, strict=True)
+    return max(first), max(second)
 
 
 def count_samples(batch: Batch) -> int:
