@@ -288,7 +288,7 @@ def test_the_processes_of_a_step_compute_batches_of_like_length():
         planner = WindowPlanner(mixture, reader, layout)
         useful = computed = 0
         for window in itertools.islice(planner.numbers(0), 2):
-            groups = [[lengths[mixture.locate(p)[1]] for p in group] for group in planner[window].groups]
+            groups = [[lengths[mixture.locate(p)[1]] for ((p, _),) in group] for group in planner[window].groups]
             assert {len(group) for group in groups} == {4}
             useful += sum(map(sum, groups))
             for step in range(0, len(groups), 64):  # 64 processes, one micro-batch each

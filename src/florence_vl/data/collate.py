@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -107,6 +108,8 @@ class PaddedCollator:
 class PackedCollator:
     """Several samples a row, which do not see each other: `position_ids` restart at 0 for each.
 
+    A sample that is a message tree comes with `branch_ids`; see `florence_vl.model.varlen_attention`.
+
     The model must be called without an attention mask and with `use_cache=False`; transformers then builds the
     block-diagonal causal mask from the positions (for every attention backend). What pads a row is a sample of its own.
 
@@ -142,7 +145,8 @@ class PackedCollator:
         Returns:
             `input_ids`, `position_ids` and `labels` (rows, L), int64, and, if there are images, `pixel_values` (images
             in reading order: row by row, sample by sample) and what stands beside them, see `PaddedCollator`. The first
-            label of each sample is -100, so that the shift by one never crosses from one sample into the next.
+            label of each sample and branch is -100, so that the shift by one never crosses from one into the next. If
+            there are message trees, also `branch_ids` (rows, L).
 
         Raises:
             ValueError: A row or a sample is longer than `max_length`, or a flat list is given without it.
@@ -162,6 +166,7 @@ class PackedCollator:
         input_ids = torch.full(shape, self.pad_token_id, dtype=torch.long)
         labels = torch.full(shape, IGNORE, dtype=torch.long)
         position_ids = torch.zeros(shape, dtype=torch.long)
+        branch_ids = torch.zeros(shape, dtype=torch.long)
         for index, row in enumerate(rows):
             start = 0
             for sample in row:
@@ -170,9 +175,16 @@ class PackedCollator:
                 labels[index, start:end] = sample.labels
                 labels[index, start] = IGNORE
                 position_ids[index, start:end] = torch.arange(len(sample))
+                bounds = [*sample.branches, len(sample)]
+                for number, (first, last) in enumerate(itertools.pairwise(bounds), start=1):
+                    branch = slice(start + first, start + last)
+                    position_ids[index, branch] = torch.arange(bounds[0], bounds[0] + last - first)
+                    branch_ids[index, branch] = number
+                    labels[index, start + first] = IGNORE
                 start = end
             position_ids[index, start:] = torch.arange(width - start)
-        return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, **_images(flat)}
+        batch = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, **_images(flat)}
+        return batch | {"branch_ids": branch_ids} if branch_ids.any() else batch
 
     def _rows(self, samples: Sequence[Sequence[Sample]] | Sequence[Sample]) -> list[list[Sample]]:
         if not samples:

@@ -44,6 +44,8 @@ class Sample:
             where they differ in size, `question_ids` and `question_mask` (images, Q) for a fusion that depends on the
             question, `feature_mask` (images, F) for views.
         full: The same conversation with all features at the processor's own size, for distillation.
+        branches: Of a message tree, where each branch begins (`florence_vl.data.trees`); empty for a single
+            conversation.
     """
 
     input_ids: Tensor
@@ -54,6 +56,7 @@ class Sample:
     image_tokens: tuple[int, ...] = ()
     image_inputs: dict[str, Tensor] = field(default_factory=dict)
     full: Sample | None = None
+    branches: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -35,6 +35,8 @@ class BatchLayout:
         pad_to_max_length: Packed mode: pad every row to `tokens_per_row` (one shape, for `torch.compile`); False pads
             to the longest row of the batch.
         group_by_length: Padded mode: batches of samples of similar length; False keeps the mixture's order.
+        trees: Packed mode: a window's records of one picture share its tokens (`florence_vl.data.trees`).
+        split_turns: With `trees`: the turns of a record about a picture are trained as independent pairs.
         max_bad_share: The run stops when more than this share of records is bad ...
         min_records: ... counted once so many records have been read.
         bad_records_file: JSON lines, one for every bad record; ranks above 0 append `.rank<r>` to its stem.
@@ -48,6 +50,8 @@ class BatchLayout:
     window: int = 256
     pad_to_max_length: bool = False
     group_by_length: bool = True
+    trees: bool = False
+    split_turns: bool = False
     max_bad_share: float = 0.05
     min_records: int = 1000
     bad_records_file: str | None = None
@@ -63,6 +67,10 @@ class BatchLayout:
                 f"packing.global_batch_size ({self.global_batch_size}) must be a multiple of packing.batch_size "
                 f"({self.batch_size})"
             )
+        if self.trees and self.mode != "packed":
+            raise ValueError("packing.trees needs packed rows: set packing.mode to packed")
+        if self.split_turns and not self.trees:
+            raise ValueError("packing.split_turns needs packing.trees: without it each pair would repeat its picture")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"packing.max_bad_share is a share between 0 and 1, got {self.max_bad_share}")
         if self.mode == "padded" and self.window < self.batch_size:

@@ -40,6 +40,17 @@ from florence_vl.data.mixture import Mixture
 from florence_vl.data.records import BadRecord
 from florence_vl.data.report import BadEntry, DataReport, rank_file
 from florence_vl.data.sampler import check_rank, mix
+from florence_vl.data.trees import (
+    WHOLE,
+    Leaf,
+    Pair,
+    Tree,
+    grow_trees,
+    join_samples,
+    measure_leaf,
+    split_turns,
+    tree_tokens,
+)
 
 T = TypeVar("T")
 
@@ -53,13 +64,13 @@ class WindowPlan:
 
     Attributes:
         window: The window.
-        groups: Positions in the mixture, a list for every row or padded batch, in the order of use.
+        groups: Trees of every row or padded batch, in the order of use; a sample by itself is a tree of one pair.
         bad: Records that cannot become a sample, as far as their text tells.
         error: What ended the measuring; the run ends with it when the window's turn comes.
     """
 
     window: Window
-    groups: list[list[int]] = field(default_factory=list)
+    groups: list[list[Tree]] = field(default_factory=list)
     bad: list[BadEntry] = field(default_factory=list)
     error: Exception | None = None
 
@@ -90,38 +101,54 @@ class WindowPlanner(Dataset[WindowPlan]):
 
     def __getitem__(self, number: int) -> WindowPlan:
         plan = WindowPlan(window := self.window(number))
-        positions, lengths, images = [], [], []
+        pairs: list[Pair] = []
+        leaves: list[Leaf] = []
         for position in range(window.first, window.end):
             try:
-                tokens, count = self.measure(position)
-            except BadRecord as error:
-                plan.bad.append(bad_entry(self.mixture, position, error))
+                found, bad = self.measure(position)
             except (ValueError, OSError) as error:
                 plan.error = error
                 return plan
-            else:
-                positions.append(position)
-                lengths.append(tokens)
-                images.append(count)
+            if bad is not None:
+                plan.bad.append(bad_entry(self.mixture, position, bad))
+            pairs += [Pair(position, leaf.turn) for leaf in found]
+            leaves += found
+        trees = grow_trees(leaves, self.layout.tokens_per_row)
+        lengths = [tree_tokens([leaves[i] for i in tree]) for tree in trees]
         seed = mix(self.seed, window.number, 3)
         if self.layout.mode == "packed":
-            groups = arrange(lengths, images, self.layout, seed)
+            groups = arrange(lengths, [leaves[tree[0]].images for tree in trees], self.layout, seed)
         else:
-            places = [position - window.first for position in positions]
+            places = [pair.position - window.first for pair in pairs]
             groups = deal_steps(places, lengths, window.end - window.first, self.layout, seed)
-        plan.groups = [[positions[i] for i in group] for group in groups]
+        plan.groups = [[[pairs[i] for i in trees[tree]] for tree in group] for group in groups]
         return plan
 
-    def measure(self, position: int) -> tuple[int, int]:
-        """Tokens and images of the record at a position.
+    def measure(self, position: int) -> tuple[list[Leaf], BadRecord | None]:
+        """Sizes of the pairs of the record at a position, and why the first one that can't be used is left out.
 
         Raises:
-            BadRecord: It cannot become a sample, as far as its text tells.
+            ValueError: A pair is too long, and the encoder's policy for these is "error".
         """
-        record = self.mixture[position]
-        tokens, count = measure(self.encoder, record, position)
-        check_fits(self.encoder, self.layout, record, tokens, count)
-        return tokens, count
+        leaves: list[Leaf] = []
+        bad: BadRecord | None = None
+        try:
+            record = self.mixture[position]
+            parts = list(enumerate(split_turns(record))) if self.layout.split_turns else [(WHOLE, record)]
+        except BadRecord as error:
+            return leaves, error
+        for turn, part in parts:
+            try:
+                if self.layout.trees:
+                    leaf = measure_leaf(self.encoder, part, turn)
+                else:
+                    leaf = Leaf(*measure(self.encoder, part, position))
+                check_fits(self.encoder, self.layout, part, leaf.tokens, leaf.images)
+            except BadRecord as error:
+                bad = bad or error
+            else:
+                leaves.append(leaf)
+        return leaves, bad
 
 
 def bad_entry(mixture: Mixture, position: int, error: BadRecord) -> BadEntry:
@@ -137,7 +164,7 @@ class MicroBatch:
     Attributes:
         step: Its optimizer step.
         last_of_step: Whether this process has no other micro-batch in the step.
-        groups: Positions in the mixture, a list for every row or padded batch.
+        groups: Trees of every row or padded batch, see `WindowPlan`.
         records: Records of the windows that begin with it.
         bad: Bad records of these windows, and of the micro-batch once it is encoded.
         cursor: Window and row behind its step.
@@ -150,7 +177,7 @@ class MicroBatch:
 
     step: int
     last_of_step: bool
-    groups: list[list[int]] = field(default_factory=list)
+    groups: list[list[Tree]] = field(default_factory=list)
     records: int = 0
     bad: list[BadEntry] = field(default_factory=list)
     cursor: tuple[int, int] = (0, 0)
@@ -176,21 +203,26 @@ class MicroBatchEncoder(Dataset[MicroBatch]):
     def __getitem__(self, batch: MicroBatch) -> MicroBatch:
         if batch.error is None:
             try:
-                rows = [self._encode(group, batch.bad) for group in batch.groups]
-                batch.tensors = self.collate(rows)
+                rows = [[self._encode(tree, batch.bad) for tree in group] for group in batch.groups]
+                image = self.encoder.processor.image_token_id
+                joined = [[join_samples(samples, image) for samples in row if samples] for row in rows]
+                batch.tensors = self.collate(joined)
             except (ValueError, OSError) as error:
                 batch.error = error
             else:
-                samples = [sample for row in rows for sample in row]
-                batch.ids = [(sample.source, sample.id) for sample in samples]
-                batch.tokens = sum(map(len, samples))
+                batch.ids = [(sample.source, sample.id) for row in rows for samples in row for sample in samples]
+                batch.tokens = sum(len(sample) for row in joined for sample in row)
         return batch
 
-    def _encode(self, positions: Sequence[int], bad: list[BadEntry]) -> list[Sample]:
-        samples = []
-        for position in positions:
+    def _encode(self, tree: Tree, bad: list[BadEntry]) -> list[Sample]:
+        """The samples of a tree's pairs; only the first has the pictures."""
+        samples: list[Sample] = []
+        for position, pairs in itertools.groupby(tree, key=lambda pair: pair.position):
             try:
-                samples.append(self.encoder(self.mixture[position], position))
+                record = self.mixture[position]
+                for _, turn in pairs:
+                    part = record if turn == WHOLE else split_turns(record)[turn]
+                    samples.append(self.encoder.outline(part) if samples else self.encoder(part, position))
             except BadRecord as error:
                 bad.append(bad_entry(self.mixture, position, error))
         return samples
@@ -281,7 +313,7 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
             cursor = (window.number, (self._start_step - window.number) * self._layout.groups_per_step)
         return cursor, counts
 
-    def _groups(self, cursor: tuple[int, int], begun: list[WindowPlan]) -> Iterator[tuple[list[int], tuple[int, int]]]:
+    def _groups(self, cursor: tuple[int, int], begun: list[WindowPlan]) -> Iterator[tuple[list[Tree], tuple[int, int]]]:
         """All groups from a window and row on, each with the window and row behind it; adds to `begun` new windows."""
         first, skip = cursor
         plan_workers = min(self._num_workers, max(1, self._num_workers // 4))
@@ -316,7 +348,7 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
                 own = range(self._rank, layout.batches_per_step, self._world_size)
                 for b in own:
                     batch = MicroBatch(step, last_of_step=b == own[-1], cursor=taken[-1][1])
-                    batch.groups = [positions for positions, _ in taken[b * size : (b + 1) * size]]
+                    batch.groups = [trees for trees, _ in taken[b * size : (b + 1) * size]]
                     for plan in begun:
                         if mix(plan.window.first) % self._world_size == self._rank:  # each window is counted once
                             batch.records += plan.window.end - plan.window.first
@@ -456,6 +488,11 @@ def check_sizes(encoder: RecordEncoder, packing: BatchLayout, rank: int, world_s
         raise ValueError(
             f"max_length {longest} exceeds packing.tokens_per_row {packing.tokens_per_row}: a sample must fit a row"
         )
+    if packing.trees and (encoder.processor.question_context or encoder.views is not None or encoder.distill):
+        raise ValueError(
+            "packing.trees needs pictures whose tokens are the same for every question; with a fusion that depends on "
+            "the question, drawn views or distillation they are not. Leave packing.trees out"
+        )
 
 
 def check_fingerprint(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -470,11 +507,11 @@ def check_fingerprint(found: Mapping[str, Any], expected: Mapping[str, Any]) -> 
             f"this version in order {expected['order']} (since then an epoch is exactly one pass). Finish the run with "
             "the version that began it, or start a new run from the checkpoint's weights"
         )
-    for key in expected:
-        if found.get(key) != expected[key]:
+    for key in {**expected, **found}:
+        if found.get(key) != expected.get(key):
             raise ValueError(
-                f"cannot resume at the same data: {key} was {found.get(key)} at the checkpoint and is {expected[key]} "
-                "now; restore it, or start a new run from the checkpoint's weights"
+                f"cannot resume at the same data: {key} was {found.get(key)} at the checkpoint and is "
+                f"{expected.get(key)} now; restore it, or start a new run from the checkpoint's weights"
             )
 
 
@@ -505,6 +542,8 @@ def _fingerprint(planner: WindowPlanner) -> dict[str, Any]:
     print_ |= {f"packing.{key}": value for key, value in asdict(config).items() if key in keep}
     if config.mode == "padded":
         print_["packing.batch_size"] = config.batch_size
+    if config.trees:
+        print_["packing.trees"] = "split turns" if config.split_turns else "records"
     if planner.encoder.views is not None:
         print_["views"] = [dict(planner.encoder.views.weights), planner.encoder.views.feature_dropout]
     print_["seed"] = planner.seed
@@ -557,22 +596,15 @@ class _Remembering(WindowPlanner):
 
     def __init__(self, mixture: Mixture, encoder: RecordEncoder, layout: BatchLayout, seed: int = 0) -> None:
         super().__init__(mixture, encoder, layout, seed)
-        self._sizes: dict[tuple[int, int], tuple[int, int] | BadRecord] = {}
+        self._sizes: dict[tuple[int, int], tuple[list[Leaf], BadRecord | None]] = {}
 
-    def measure(self, position: int) -> tuple[int, int]:
+    def measure(self, position: int) -> tuple[list[Leaf], BadRecord | None]:
         key = self.mixture.locate(position)
         if self.encoder.views is not None:  # which a position draws, so that a record's size changes
             return super().measure(position)
-        size = self._sizes.get(key)
-        if size is None:
-            try:
-                size = super().measure(position)
-            except BadRecord as error:
-                size = error
-            self._sizes[key] = size
-        if isinstance(size, BadRecord):
-            raise size
-        return size
+        if key not in self._sizes:
+            self._sizes[key] = super().measure(position)
+        return self._sizes[key]
 
 
 __all__ = [

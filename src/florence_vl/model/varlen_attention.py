@@ -129,6 +129,19 @@ def tree_mask_function(
     return sees
 
 
+def check_tree_attention(name: str) -> None:
+    """Refuse an attention implementation that would let the branches of a message tree see each other.
+
+    Raises:
+        ValueError: `name` is none of `TREE_ATTENTION`.
+    """
+    if name not in TREE_ATTENTION:
+        raise ValueError(
+            f"rows with message trees can't be computed by the attention {name!r}: set attn_implementation of "
+            f"text_config to {', '.join(TREE_ATTENTION)}, or lay the data out without trees"
+        )
+
+
 def tree_mask(config: PreTrainedConfig, inputs_embeds: Tensor, position_ids: Tensor, branch_ids: Tensor) -> Any:
     """The `attention_mask` of rows with trees, for an LLM's forward.
 
@@ -146,11 +159,7 @@ def tree_mask(config: PreTrainedConfig, inputs_embeds: Tensor, position_ids: Ten
         ValueError: The attention implementation, or the LLM's kind of layer, can't compute trees.
     """
     name = config._attn_implementation
-    if name not in TREE_ATTENTION:
-        raise ValueError(
-            f"rows with message trees (branch_ids) can't be computed by the attention {name!r}: set "
-            f"attn_implementation of text_config to {', '.join(TREE_ATTENTION)}, or lay the data out without trees"
-        )
+    check_tree_attention(name)
     sliding = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if sliding else "full_attention"])
     if unknown := kinds - {"full_attention", "sliding_attention"}:
@@ -257,6 +266,7 @@ __all__ = [
     "SDPA_VARLEN",
     "TREE_ATTENTION",
     "Span",
+    "check_tree_attention",
     "flash_bounds",
     "register_attention",
     "row_spans",

@@ -96,6 +96,10 @@ class PackingConfig:
         window: Records that are looked at together, for packing or for grouping by length.
         pad_to_max_length: Packed: every row is `tokens_per_row` long (one shape for compilation).
         group_by_length: Padded: batches of samples of like length.
+        trees: Packed: records of a window that show the same picture share its tokens and its pass through the tower;
+            attention, positions and loss stay those of separate samples.
+        split_turns: With `trees`: the turns of a record about a picture become independent pairs, which no longer see
+            the turns before them. For data sets that merge unrelated questions in a record.
     """
 
     __pydantic_config__ = STRICT
@@ -106,6 +110,8 @@ class PackingConfig:
     window: int = 256
     pad_to_max_length: bool = False
     group_by_length: bool = False
+    trees: bool = False
+    split_turns: bool = False
 
 
 @dataclass
@@ -567,6 +573,12 @@ class Recipe:
             problems.append("`data.packing.pad_to_max_length` is for packed rows")
         if packing.mode == "packed" and packing.group_by_length:
             problems.append("`data.packing.group_by_length` is for padded rows; packed rows have no padding to save")
+        if packing.trees and packing.mode != "packed":
+            problems.append("`data.packing.trees` is for packed rows: set `data.packing.mode` to packed")
+        if packing.split_turns and not packing.trees:
+            problems.append("`data.packing.split_turns` needs `data.packing.trees`")
+        if packing.trees and self.data.stream is not None:
+            problems.append("`data.packing.trees` is for `data.sources`; a stream has no windows of records to look at")
         if packing.mode == "packed" and (self.data.max_length or 0) > packing.tokens_per_row:
             problems.append(
                 f"`data.max_length` {self.data.max_length} exceeds `data.packing.tokens_per_row` "

@@ -174,6 +174,8 @@ class TrainingData:
             window=packing.window,
             pad_to_max_length=packing.pad_to_max_length,
             group_by_length=packing.group_by_length,
+            trees=packing.trees,
+            split_turns=packing.split_turns,
             max_bad_share=config.max_bad_share,
             bad_records_file=str(recipe.run_dir / "bad_records.jsonl"),
         )

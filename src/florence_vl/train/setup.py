@@ -17,6 +17,7 @@ import yaml
 
 from florence_vl.files import write_text
 from florence_vl.model.precision import bf16_is_faster
+from florence_vl.model.varlen_attention import check_tree_attention
 from florence_vl.train.checkpoint import CheckpointManager
 from florence_vl.train.checkpoint_files import read_trainer_state
 from florence_vl.train.config import Precision, Recipe
@@ -274,6 +275,9 @@ def refuse_early(recipe: Recipe, world: World, batches: BatchFactory | None = No
         require_energon()
     chosen = recipe.model.attn_implementation
     check_attention(chosen.values() if isinstance(chosen, dict) else [chosen], world.device)
+    llm = chosen.get("text_config") if isinstance(chosen, dict) else chosen
+    if recipe.data.packing.trees and llm is not None:
+        check_tree_attention(llm)
 
 
 def _restore(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from florence_vl.data.layout import FULL_PREFIX
+from florence_vl.model.varlen_attention import row_spans
 
 if TYPE_CHECKING:
     from florence_vl.train.parallel import Parallelised
@@ -153,25 +154,28 @@ def most_calls(calls: Iterable[TowerCalls]) -> TowerCalls:
 
 
 def count_samples(batch: Batch) -> int:
-    """Samples of a batch; in packed rows every position 0 begins one."""
+    """Samples of a batch; in packed rows every position 0 begins one, and so does each further branch of a tree."""
     positions = batch.get("position_ids")
     if positions is None:
         return len(batch["input_ids"])
-    return int((positions == 0).sum()) - int((count_row_padding(batch) > 0).sum())
+    branches = batch.get("branch_ids", torch.zeros_like(positions))
+    further = (branches[:, 1:] > 1) & (branches.diff(dim=-1) != 0)
+    return int((positions == 0).sum() + further.sum() - (count_row_padding(batch) > 0).sum())
 
 
 def count_pairs(batch: Batch) -> int:
-    """Sum of the samples' squared lengths: what attention costs, padding left out."""
+    """Sum of the samples' squared lengths: what attention costs, padding left out, and a tree's trunk counted once."""
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     if mask is not None:
         return int(mask.sum(-1).square().sum())
     if positions is None:
         return len(batch["input_ids"]) * batch["input_ids"].shape[1] ** 2
     total = 0
-    for row, padding in zip(positions, count_row_padding(batch).tolist(), strict=True):
-        used = row[: len(row) - padding]
-        starts = torch.cat([(used == 0).nonzero().flatten(), torch.tensor([len(used)], device=used.device)])
-        total += int(starts.diff().square().sum())
+    used = (positions.shape[1] - count_row_padding(batch)).tolist()
+    for spans, row_end in zip(row_spans(positions, batch.get("branch_ids")), used, strict=True):
+        for start, end, trunk_start, trunk_end in spans:
+            own = max(0, min(end, row_end) - start)
+            total += own * (own + 2 * (trunk_end - trunk_start))
     return total
 
 
