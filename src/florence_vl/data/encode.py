@@ -157,9 +157,10 @@ class RecordEncoder:
             raise ValueError(f"max_length is {max_length}; it must be at least 2 tokens")
         self.processor = processor
         context = processor.context_length
-        self.max_length, self._limit = max_length, f"max_length={max_length}"
+        self.max_length = max_length
+        self._longest, self._limit = max_length, f"max_length={max_length}"
         if context is not None and (max_length is None or context < max_length):
-            self.max_length, self._limit = context, f"the context of the LLM, {context} tokens"
+            self._longest, self._limit = context, f"the context of the LLM, {context} tokens"
         self.on_long = on_long
         self.views, self.distill = views, distill
         if views is not None or distill:
@@ -240,7 +241,7 @@ class RecordEncoder:
         views = [self._view(position), FULL_VIEW] if self.distill else [self._view(position)]
         counts = [self._image_tokens(record, view) for view in views]
         samples = self._encode(messages, record, counts)
-        while self.max_length is not None and (longest := max(map(len, samples))) > self.max_length:
+        while self._longest is not None and (longest := max(map(len, samples))) > self._longest:
             text = f"{name} has {longest} tokens, more than {self._limit}"
             if self.on_long == "error":
                 raise ValueError(f"{text}. Shorten it, or set on_long to drop or truncate_turns")
