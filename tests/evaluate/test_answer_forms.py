@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +36,14 @@ CHOSEN = [
     "◁think▷Is it A or D?◁/think▷{}", "[THINK]B?[/THINK]{}", "Is it A? No.</think>{}",
     "<think>First.</think> Hm. <think>Second.</think> {}", "The animal has ears and a tail.\n\n{}",
     "The animal has ears and a tail.\n\n**{}. {o}**", "Step 1: look.\nStep 2: compare.\nAnswer: {}",
+    "I'd say {}.", "I see fur. Therefore {}.", "Hence, {}.", "So {}.", "So, {}", "Certainly: {}", "_{}_", "<b>{}</b>",
+    "- {}", "> {}", "「{}」", "‘{}’", "'{}'", "答：{}", r"\boxed{{\textbf{{{}}}}}", r"\textbf{{{}}}", r"\mathrm{{{}}}",
+    "<|thinking|>A?<|/thinking|>{}", "<seed:think>A or B</seed:think>{}", "{{'answer': '{}'}}", "Letter {}",
+    "The answer to the question is {}.", "The answer to this question is ({}).", "The letter is {}.", "This is {}.",
+    "That would be {}.", "{} (because it has fur)", "{} because it has fur.", "{} matches the picture.",
+    "{} fits best.", "Ans: {}", "Ans. {}", "Response: {}", "{}选项", "{}项正确", "Réponse : {}", "La respuesta es {}.",
+    "Die Antwort ist {}.", "✅ {}", "{} ✅", "👉 {}", "**Option {}: {o}**", "**({})** {o}", "{} — {o}", "{}: **{o}**",
+    "Sure! The answer is {}.", "Based on the image, the answer is {}.", "The answer is \"{}\".", "Choice: {}",
     "答案是{}", "答案：{}", "选{}", "因此，答案为{}", "所以正确选项是{}。", "最终答案：\\boxed{{{}}}",
 ]  # fmt: skip
 
@@ -45,6 +55,9 @@ NOT_CHOSEN = [
     "It could be a cat or a dog.", "It is a cat and a dog.", "It is not a cat.", "Maybe a dog.", "I cannot tell.",
     "I'm sorry, but I can't help with that.", "A picture of an animal", "Z", "The answer is Z.", "\\boxed{{}}",
     "\\boxed{{A}} or \\boxed{{B}}", "<answer></answer>", "<answer>A</answer> <answer>B</answer>",
+    "I don't think it is {}.", "I do not believe the answer is {}.", "I think {} is wrong.", "So {} is not correct.",
+    "It is {}-shaped.", "The answer is not {}.", "{} is incorrect.", "Neither {} nor E.", "{}?", "Is it {}?",
+    "{} is wrong because it has fur.", "The answer cannot be {}.", "Not {}.",
     "<think>It is {}", "<think>The answer is {}.", "{}'s ears", "vitamin {} deficiency", "{}-shaped ears are long",
 ]  # fmt: skip
 
@@ -59,6 +72,8 @@ NOT_SAID = [
     "", " ", "Yes or no", "Yes/No", "Yes. No.", "yes no yes no", "No yes", "Yes, wait, no.",
     "No... actually yes, it is",
     "Maybe", "Maybe {}.", "Not sure, {}.", "I cannot tell.", "Not at all sure", "Yesterday", "Noon", "Eyes are visible",
+    "There are two dogs.", "There is a total of 3.", "There is a dog but no cat.",
+    "There is something like a dog, or not.",
     "Nothing", "\\boxed{{Yes}} \\boxed{{No}}", "<think>{}", "<answer></answer>", "The picture shows a dog.",
 ]  # fmt: skip
 
@@ -136,6 +151,13 @@ def test_numbers_and_nested_words_as_options() -> None:
     assert chosen("The car is dark red.", "red", "dark red") == "B"
     assert chosen("It is 12.", "1", "2") is None
     assert chosen("图中动物是一只狗。", "一只猫", "一只狗") == "B"
+
+
+@pytest.mark.parametrize("name", ["pope", "mme", "hallusion_bench"])
+def test_existence_that_is_said_in_words(name: str) -> None:
+    for answer, wanted in (("There is a dog in the image.", "yes"), ("There is no dog in the image.", "no")):
+        for word in ("yes", "no"):
+            assert METRICS[name].judge(answer, {"answer": word}).score == (word == wanted)
 
 
 @pytest.mark.parametrize("name", ["yes_no", "pope", "mme", "hallusion_bench", "short_answer"])
@@ -223,3 +245,16 @@ def test_hostile_answers_are_read_in_linear_time(number: int) -> None:
     free = {"question_type": "free_form", "answer_type": "integer", "answer": "7"}
     assert METRICS["mathvista"].judge(HOSTILE[number], free).score == 0
     assert METRICS["multiple_choice"].judge(HOSTILE[number], references["multiple_choice"]).parsed != "D"
+
+
+def test_verdicts_agree_with_careful_reading() -> None:
+    """Realistic answers whose score was decided by reading them, not by a rule."""
+    lines = Path(__file__).with_name("hand_judged_answers.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    wrong = []
+    for row in rows:
+        found = METRICS[row["metric"]].judge(row["answer"], row["reference"], row["finished"])
+        if found.score != pytest.approx(row["right"]):
+            wrong.append((row["metric"], row["answer"], row["reference"].get("answer", "")))
+    assert len(rows) == 476
+    assert len(wrong) <= 0.01 * len(rows), wrong

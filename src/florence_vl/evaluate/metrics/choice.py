@@ -12,29 +12,38 @@ from florence_vl.evaluate.metrics.text import NUMBERS
 
 # A letter that stands by itself, in brackets or not; the groups are the letter in brackets, and the one without.
 _LETTER = r"(?:[(\[]\s?([A-Za-z])\s?[)\]]|(?<![A-Za-z0-9_'])([A-Za-z])(?![A-Za-z0-9_']))"
-_NOUN = r"(?:(?:final|correct|best|right|most\s(?:appropriate|likely|suitable)|my)\s{1,3}){0,3}(?:answer|option|choice)"
-_VERB = r"(?:is|are|was|would\sbe|should\sbe|must\sbe|will\sbe|seems\sto\sbe|appears\sto\sbe|=|:|-)"
+_NOUN = (
+    r"(?:(?:final|correct|best|right|selected|most\s(?:appropriate|likely|suitable)|my)\s{1,3}){0,3}"
+    r"(?:answer|option|choice|letter|response|ans\b\.?|réponse|respuesta|antwort|risposta|resposta|ответ)"
+    r"(?:\sto\s(?:the|this|your)\squestion)?"
+)
+_VERB = r"(?:is|are|was|would\sbe|should\sbe|must\sbe|will\sbe|seems\sto\sbe|appears\sto\sbe|es|est|ist|é|è|=|:|-)"
 _WHOLE = re.compile(
-    rf"(?:(?:the\s)?{_NOUN}\s{{0,3}}(?:{_VERB}\s{{0,3}}){{0,2}})?(?:option\s|choice\s)?{_LETTER}[\s.,:;!)\]]*", re.I
+    rf"(?:[->•]\s{{1,3}})?(?:(?:the\s)?{_NOUN}\s{{0,3}}(?:{_VERB}\s{{0,3}}){{0,2}})?(?:option\s|choice\s|letter\s)?{_LETTER}"
+    r"(?:\s?选?项)?(?:是?正确的?)?[\s.,:;!)\]]*",
+    re.I,
 )
 _HEADING = re.compile(
     r"(?:(?:option|choice)\s)?(?:[(\[]\s?([A-Za-z])\s?[)\]]\s?[.:,-]?|([A-Z])\s?(?:[).:,\]]|-\s|(?=\n)))\s*", re.I
 )
 _STATED = re.compile(
     rf"(?:\b{_NOUN}\s{{0,3}}(?:{_VERB}\s{{0,3}}){{1,2}}(?:{_NOUN}\s{{0,3}}{_VERB}\s{{0,3}})?|\b{_NOUN}\s{{0,2}}\n\s{{0,3}}"
-    rf"|\bit(?:'s|\sis|\sshould\sbe|\smust\sbe|\swould\sbe)\s|\bi(?:'d|'ll|\swill|\swould)?\s(?:choose|pick|select|go\s(?:with|for))\s"
-    rf"|\bi\s(?:think|believe|guess)\s|答案\s?[是为选:]{{1,2}}\s?|(?:选项|选择|应选|故选|选)\s?[是为:]?\s?)"
+    rf"|\b(?:it|this|that)(?:'s|\sis|\sshould\sbe|\smust\sbe|\swould\sbe)\s"
+    rf"|\bi(?:'d|'ll|\swill|\swould)?\s(?:choose|pick|select|say|go\s(?:with|for))\s|\bi\s(?:think|believe|guess)\s"
+    rf"|\b(?:so|thus|hence|therefore|certainly|sure)(?:,|:)?\s|\b(?:no|wait|actually|sorry|correction|rather)(?:,|:)\s"
+    rf"|答案?\s?[是为选:]{{1,2}}\s?|(?:选项|选择|应选|故选|选)\s?[是为:]?\s?)"
     rf"(?:the\s)?(?:option\s|choice\s)?(?:选项\s?)?{_LETTER}",
     re.I,
 )
 _JUDGED = re.compile(
-    rf"(?<![\w']){_LETTER}\s(?:is|was|would\sbe|must\sbe|seems|appears\sto\sbe|looks)\s(?:clearly\s|indeed\s|definitely\s)?"
-    r"(?:the\s)?(?:only\s)?(?:most\s)?(?:correct|right|best|true|accurate|appropriate|likely|suitable|answer)\b",
+    rf"(?<![\w']){_LETTER}\s(?:(?:is|was|would\sbe|must\sbe|seems|appears\sto\sbe|looks)\s(?:clearly\s|indeed\s|definitely\s)?"
+    r"(?:the\s)?(?:only\s)?(?:most\s)?(?:correct|right|best|true|accurate|appropriate|likely|suitable|answer)"
+    r"|(?:best\s)?(?:matches|fits|describes|represents))\b",
     re.I,
 )
 # What may follow a stated letter; without it "the answer is A dog" would name the option A.
 _AFTER = re.compile(
-    r"\s*(?:$|[.,:;!?)\]\n(-]|[^\x00-\x7f]|(?:because|since|as|for|due|given|which|based|from|with|by|see|in|on|that|this|"
+    r"\s*(?:$|[.,:;!?)\]\n(]|-(?!\w)|[^\x00-\x7f]|(?:because|since|as|for|due|given|which|based|from|with|by|see|in|on|that|this|"
     r"according|here|rather|not|instead|if|so|therefore|it|is|was)\b)",
     re.I,
 )
@@ -52,6 +61,13 @@ _HEDGE = re.compile(
     re.I,
 )
 _NEGATION = frozenset({"not", "no", "never", "isnt", "arent", "wasnt", "without", "neither", "nor", "than", "不"})
+# What takes a statement back: before it ("I don't think it is B"), and after its letter ("I think B is wrong").
+_DENIED_BEFORE = re.compile(r"(?:n't|\b(?:not|never|cannot|hardly|doubt))\s[^.,;:!?\n]{0,30}$", re.I)
+_DENIED_AFTER = re.compile(
+    r"[)\]]?\s(?:is|was|can|could|would|does|seems|looks)(?:n't|\snot|not)?\s(?:be\s)?(?:not|wrong|incorrect|false|unlikely|\w+n't)\b"
+    r"|[)\]]?\s(?:is|was|can|could|would|does)(?:n't|not|\snot)\b",
+    re.I,
+)
 _ARTICLES = frozenset({"a", "an", "the"})
 _WORD = re.compile(r"\d+(?:[./:]\d+)*%?|[^\W\d_\u3040-\u9fff]+|[\u3040-\u9fff]")
 
@@ -148,6 +164,8 @@ class _Reader:
         match = re.match(r"([A-Z])\s+(?=\S)", text)
         if not match or match[1] not in self.letters:
             return None
+        if finished and re.match(r"\(?(?:because|since)\b", text[match.end() : match.end() + 10], re.I):
+            return match[1]
         said, option = _words(text[match.end() :]), self.options[self.letters.index(match[1])]
         if option:
             whole = said == option or (not finished and " ".join(option).startswith(" ".join(said)))
@@ -163,14 +181,16 @@ class _Reader:
                 if letter is None or not (pattern is _JUDGED or self.meant(match, text, letter)):
                     continue
                 another = _ANOTHER.match(text, match.end())
-                before = text[max(0, match.start() - 20) : match.start()]
+                before = text[max(0, match.start() - 40) : match.start()]
+                if _DENIED_BEFORE.search(before) or _DENIED_AFTER.match(text, match.end()):
+                    continue
                 if (another and self.known(another) not in (None, letter)) or _ONE_BEFORE.search(before):
                     return ""
                 found.append((match.start(), match.end(), letter))
         found.sort()
         if len({letter for _, _, letter in found}) > 1:
             start = next(end for _, end, letter in reversed(found) if letter != found[-1][2])
-            if not _CORRECTION.search(text, start, found[-1][0]):
+            if not _CORRECTION.search(text, start, found[-1][1]):
                 return ""
         return found[-1][2] if found else None
 

@@ -5,12 +5,14 @@ Every function takes time linear in the text's length.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 
 _TAG_NAMES = "think|thinking|thought|reasoning|reason|analysis|scratchpad"
 _REASONING = re.compile(
-    rf"<(/?)(?:{_TAG_NAMES})>|◁(/?)(?:{_TAG_NAMES})▷|\[(/?)(?:{_TAG_NAMES})\]|<\|(end_of|begin_of)_thought\|>",
+    rf"<(/?)(?:[a-z]{{1,10}}:)?(?:{_TAG_NAMES})>|◁(/?)(?:{_TAG_NAMES})▷|\[(/?)(?:{_TAG_NAMES})\]"
+    rf"|<\|(end_of|begin_of)_thought\|>|<\|(/?)(?:{_TAG_NAMES})\|>",
     re.IGNORECASE,
 )
 _ANSWER_TAG = re.compile(
@@ -19,12 +21,19 @@ _ANSWER_TAG = re.compile(
 )
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s{0,3}\{")
 _FRACTION = re.compile(r"\\[dt]?frac\{([^{}]{1,40})\}\{([^{}]{1,40})\}")
-_TEX = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mathsf|displaystyle|left|right|quad|[,;:!()\[\] ])")
+_TEX = re.compile(
+    r"\\(?:(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|sf|it|tt)|bf|rm|displaystyle|left|right|q?quad)(?![a-zA-Z])"
+    r"|[,;:!()\[\] ])"
+)
+_HTML = re.compile(r"</?(?:b|i|u|p|em|strong|span|div|br)\s?/?>", re.IGNORECASE)
+_SYMBOLS = re.compile("[\u2190-\u21ff\u2600-\u27bf\ufe0f\U0001f300-\U0001faff]")  # arrows, check marks, emoji
+_QUOTED = re.compile(r"'([^']*)'[.!]?")
 _FENCE = re.compile(r"```[a-z]{0,10}", re.IGNORECASE)
 # Full-width ASCII, the ideographic space and comma and full stop, dashes, curly quotes.
 _PLAIN = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
     0x3000: " ", 0x3001: ",", 0x3002: ".", 0xFF61: ".", 0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"',
-    0x2010: "-", 0x2011: "-", 0x2012: "-", 0x2013: "-", 0x2014: "-", 0x2212: "-", 0x3010: "[", 0x3011: "]",
+    0x300C: '"', 0x300D: '"', 0x2010: "-", 0x2011: "-",
+    0x2012: "-", 0x2013: "-", 0x2014: "-", 0x2212: "-", 0x3010: "[", 0x3011: "]",
 }  # fmt: skip
 _EMPHASIS = str.maketrans("", "", '*`"#$')
 
@@ -51,7 +60,10 @@ def unwrapped(text: str) -> list[str]:
         try:
             value = json.loads(bare)
         except (ValueError, RecursionError):
-            return [text]
+            try:
+                value = ast.literal_eval(bare)  # quotes as Python writes them
+            except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+                return [text]
         fields = {key.lower(): v for key, v in value.items()} if isinstance(value, dict) else {}
         for key in ("answer", "final_answer", "choice", "option"):
             if isinstance(fields.get(key), (str, int, float)):
@@ -95,5 +107,7 @@ def plain_tex(text: str) -> str:
 
 
 def plain_text(text: str) -> str:
-    """Text in ASCII punctuation, without emphasis, headings, quotes, dollar signs and TeX commands."""
-    return plain_tex(text.translate(_PLAIN)).translate(_EMPHASIS).strip()
+    """Text in ASCII punctuation, without emphasis, headings, quotes, dollar signs, symbols, HTML and TeX commands."""
+    plain = plain_tex(_HTML.sub("", _SYMBOLS.sub("", text.translate(_PLAIN)))).translate(_EMPHASIS).strip(" \t\r\n_")
+    quoted = _QUOTED.fullmatch(plain)
+    return quoted[1].strip() if quoted else plain

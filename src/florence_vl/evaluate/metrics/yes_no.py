@@ -8,6 +8,7 @@ from collections.abc import Hashable, Sequence
 
 from florence_vl.evaluate.metrics.base import Judged, Metric, Reference, Strata, Verdict, metric, pooled, verdict
 from florence_vl.evaluate.metrics.final import plain_text, unwrapped
+from florence_vl.evaluate.metrics.text import NUMBERS
 
 MME_PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
@@ -31,13 +32,18 @@ _UNSURE = re.compile(
     r"\b(?:maybe|perhaps|possibly|unsure|unclear|not\s(?:at\sall\s)?(?:sure|certain)"
     r"|can(?:not|'t)\s(?:tell|say|determine))\b"
 )
+# "There is a dog in the image.", alone: existence is said without the word.
+_EXISTS = re.compile(
+    r"there(?:'s| is| are|re) (?P<none>no|not an?|not any|an?|some)\b(?:(?!\b(?:but|not|no)\b)[^.,;:!?\n\d])*[.!]?"
+)
 
 
 def parse_yes_no(answer: str, finished: bool = True) -> str | None:
     """`yes` or `no` when the answer begins with it, states it or ends with it, and doesn't take it back, else None.
 
-    "Yes.", "No, there is none", "The answer is no." and "I see a dog, so yes" are read, in answer tags and boxes too;
-    "Yes or no", "Yes. No.", "Maybe yes", an empty answer and one cut off at the token limit are not.
+    "Yes.", "No, there is none", "The answer is no.", "I see a dog, so yes" and "There is no dog in the image." are
+    read, in answer tags and boxes too; "Yes or no", "Yes. No.", "Maybe yes", an empty answer and one cut off at the
+    token limit are not.
     """
     found = {_parse_yes_no(plain_text(part).lower(), finished) for part in unwrapped(answer.strip())}
     return found.pop() if len(found) == 1 else None
@@ -49,6 +55,8 @@ def _parse_yes_no(text: str, finished: bool) -> str | None:
         return _ALONE.get(words[0])
     if not words or not finished or _UNSURE.search(text):
         return None
+    if (exists := _EXISTS.fullmatch(text)) and not NUMBERS.keys() & set(words[3:]):
+        return "no" if exists["none"].startswith("no") else "yes"
     meanings = set()
     for said in _SAID.finditer(text):
         alone = said["after"] == "" and re.match(r"\s*(?:$|[.,;:!?\n)/-])", text[said.end() : said.end() + 20])
