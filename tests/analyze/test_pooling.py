@@ -75,7 +75,7 @@ def test_a_tampered_or_damaged_cache_is_refused(encoder, pictures, tmp_path):
     shard.unlink()
     identity = store.folder / "identity.json"
     identity.write_text(json.dumps({**json.loads(identity.read_text()), "encoder": "another"}))
-    with pytest.raises(ValueError, match="does not hold the identity"):
+    with pytest.raises(ValueError, match="does not match the name of its folder"):
         FeatureStore(encoder.identity, tmp_path)
 
 

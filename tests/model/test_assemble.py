@@ -116,7 +116,7 @@ def test_a_token_is_added_only_when_none_is_reserved(parts):
         ({"features": ["davit", "captoin"]}, ValueError, "Did you mean 'caption'"),
         ({"fusion": "chanel"}, ValueError, "Did you mean 'channel'"),
         ({"chat_template": "lama3"}, ValueError, "Did you mean 'llama3'"),
-        ({"image_size": 352, "positions": "absolute"}, ValueError, "at most 320 pixels a side"),
+        ({"image_size": 352, "positions": "absolute"}, ValueError, "at most 320 pixels per side"),
         ({"feature_layers": {"last": -1}}, ValueError, "for a vision backbone"),
     ],
 )

@@ -132,7 +132,7 @@ def test_a_store_of_another_identity_is_refused(tmp_path):
     store = FeatureStore({"encoder": "x"}, tmp_path)
     path = store.folder / "identity.json"
     path.write_text(json.dumps({"encoder": "y"}))
-    with pytest.raises(ValueError, match="does not hold the identity"):
+    with pytest.raises(ValueError, match="does not match the name of its folder"):
         FeatureStore({"encoder": "x"}, tmp_path)
 
 

@@ -98,7 +98,7 @@ def test_the_first_feature_is_never_gated_and_embeddings_get_no_gradient():
         ({"fusion": "gated", "gate": {"context": "questoin"}}, "Did you mean 'question'"),
         ({"fusion": "gated", "gate": {"contxt": "image"}}, "Did you mean 'context'"),
         ({"fusion": "channel", "gate": {"context": "image"}}, "gate is for fusion='gated'"),
-        ({"fusion": "gated", "features": ["davit"]}, "needs a feature besides the first"),
+        ({"fusion": "gated", "features": ["davit"]}, "needs a second feature"),
     ],
 )
 def test_refusals(fields, message):

@@ -230,7 +230,7 @@ def test_files_only_below_the_allowed_folders(tmp_path):
     for path in (outside, tmp_path / "in" / ".." / "b.png", tmp_path / "in" / "link.png", f"file://{outside}"):
         with pytest.raises(ValueError, match="not from this folder"):
             open_image(path, policy=policy)
-    with pytest.raises(ValueError, match="not allowed here"):
+    with pytest.raises(ValueError, match="not allowed"):
         open_image(inside, policy=UPLOADS)
     with pytest.raises(ValueError, match="must name a local file"):
         open_image("file://other/x.png")

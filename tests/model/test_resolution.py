@@ -125,7 +125,7 @@ def test_merge_quarters_the_tokens(fusion):
 
 
 def test_merge_and_the_mean_token_contradict():
-    with pytest.raises(ValueError, match="can't be combined with mean_token='all'"):
+    with pytest.raises(ValueError, match="cannot be combined with mean_token='all'"):
         tiny_model(merge=2, mean_token="all")
 
 

@@ -102,7 +102,7 @@ def test_released_sizes():
         with torch.device("meta"):
             tower = Florence2Tower(FlorenceVLConfig(mean_token=policy))
         assert tower.num_tokens(768, 768) == count
-    with pytest.raises(ValueError, match="at most 1600 pixels a side"):
+    with pytest.raises(ValueError, match="at most 1600 pixels per side"):
         tower.num_tokens(1632, 1632)
     with pytest.raises(ValueError, match="1024 positions"):
         tower.num_tokens(1024, 1024)
@@ -114,7 +114,7 @@ def test_bad_pixels():
         tower(torch.randn(3, 64, 64))
     with pytest.raises(ValueError, match="image 1 are not finite"):
         tower(torch.stack([torch.zeros(3, 64, 64), torch.full((3, 64, 64), float("nan"))]))
-    with pytest.raises(ValueError, match="10 an axis"):
+    with pytest.raises(ValueError, match="10 per axis"):
         tower(torch.zeros(1, 3, 352, 32))
 
 

@@ -107,7 +107,7 @@ def test_a_checkpoint_gains_views_and_keeps_them(tmp_path):
         ({"a": {"sice": 3}}, "keys size and features"),
         ({"a": {"size": 0}}, "pixels a side"),
         ({"full": {}}, "rename this one"),
-        (["a"], "table of names"),
+        (["a"], "mapping of names"),
     ],
 )
 def test_refusals(views, message):

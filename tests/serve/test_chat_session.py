@@ -236,7 +236,7 @@ def test_folders_that_are_no_model(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="type None"):
         check_folder(tmp_path / "inner")
     (tmp_path / "inner" / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match="type 'llama', not 'florence_vl'"):
+    with pytest.raises(ValueError, match="is a 'llama', not a 'florence_vl'"):
         check_folder(tmp_path / "inner")
     (tmp_path / "inner" / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not a JSON object"):

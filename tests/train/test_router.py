@@ -94,9 +94,9 @@ def test_save_load_and_route(parts, tmp_path):
     alone = [route(model, processor, router, [p], [q], trade=0.0)[0] for p, q in zip(pictures, questions, strict=True)]
     assert route(model, processor, router, pictures, questions, trade=0.0) == alone
     other, other_processor = tiny_model(views={"look": {"size": 32}}, positions="resampled", position_grid=[2, 2])
-    with pytest.raises(ValueError, match="use the router that was trained with it"):
+    with pytest.raises(ValueError, match="use the router that was trained with this model"):
         route(other, other_processor, router, pictures, questions, trade=0.0)
-    with pytest.raises(FileNotFoundError, match="holds no router"):
+    with pytest.raises(FileNotFoundError, match="no router in"):
         Router.load(tmp_path / "none")
     with pytest.raises(ValueError, match="trade must be 0 or more"):
         router.choose(data.questions_BH, data.images_BD, -1.0)

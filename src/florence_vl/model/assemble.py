@@ -1,4 +1,4 @@
-"""`build_model`: a pretrained vision model and a pretrained LLM become one Florence-VL with an untrained projector."""
+"""`build_model`: assemble a pretrained vision model and a pretrained LLM, with an untrained projector."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from florence_vl.model.processing import FlorenceVLProcessor, ImageTokenRule, pa
 from florence_vl.model.views import FeatureFill
 from florence_vl.registry import did_you_mean
 
-# Tokens that LLMs reserve and never use: one of them can be the image placeholder, with no new row in the vocabulary.
+# Tokens that LLMs reserve and do not use: one can be the image placeholder without enlarging the vocabulary.
 RESERVED_IMAGE_TOKENS: tuple[str, ...] = (
     "<image>",
     "<|image|>",
@@ -66,7 +66,7 @@ def build_model(
     weights: bool = True,
     **options: Any,
 ) -> tuple[FlorenceVLForConditionalGeneration, FlorenceVLProcessor]:
-    """Assemble pretrained parts into one model that saves and loads by itself; the projector is untrained.
+    """Assemble pretrained parts into one model, which is saved and loaded without them; the projector is untrained.
 
     Args:
         vision: Folder, hub id or packaged name of the vision model; or a whole `BuildConfig`.
@@ -80,14 +80,14 @@ def build_model(
         The model in eval mode, and its processor.
 
     Raises:
-        ValueError: A folder holds no model of that kind, a name is unknown, or the parts don't fit.
-        FileNotFoundError: A local path that doesn't exist.
+        ValueError: A folder does not contain a model of that kind, a name is unknown, or the parts do not fit.
+        FileNotFoundError: A local path does not exist.
 
     Example:
         >>> model, processor = build_model("mini", "smollm2", features=["davit", "caption"], fusion="token")
     """
     build = _build_config(vision, llm, options)
-    _ = FUSIONS[build.fusion]  # mistyped names are refused before anything is loaded
+    _ = FUSIONS[build.fusion]  # reports mistyped names before anything is loaded
     if build.chat_template is not None:
         _ = CHAT_TEMPLATES[build.chat_template]
     vision, llm = resolve(build.vision, "vision"), resolve(build.llm, "llms")
@@ -121,7 +121,7 @@ def build_model(
         chat_template=template.build(tokenizer, image_token=image_token, **(build.chat_template_options or {})),
     )
     size = processor.image_processor.size
-    tokens = model.num_image_tokens(size.height, size.width)  # refuses a size that the tower can't take
+    tokens = model.num_image_tokens(size.height, size.width)  # raises for a size that the tower does not support
     context = config.context_length
     if context is not None and tokens >= context:
         raise ValueError(
@@ -174,16 +174,16 @@ def config_fields(
     own_size: int | None = None,
     tokenizer: Callable[[], Callable[[str], list[int]] | None] = lambda: None,
 ) -> dict[str, Any]:
-    """The fields of `FlorenceVLConfig` that follow from a `BuildConfig`, all but those that depend on the LLM.
+    """The fields of `FlorenceVLConfig` that follow from a `BuildConfig`, except those that depend on the LLM.
 
     Args:
         build: The options.
         vision_config: Config of the vision model.
         own_size: Pixels per side in the vision model's own preprocessing; if unknown, `build.image_size` is used.
-        tokenizer: Gives the function from a prompt to its ids, or None where the ids of the released weights count.
+        tokenizer: Returns the function from a prompt to its ids, or None to use the ids of the released weights.
 
     Raises:
-        ValueError: Options that do not fit the vision model, or unknown features.
+        ValueError: Options do not fit the vision model, or features are unknown.
     """
     same = ("mean_token", "fusion", "gate", "merge", "views", "projector_depth")
     fields: dict[str, Any] = {name: getattr(build, name) for name in same}
@@ -194,7 +194,7 @@ def config_fields(
         fields |= {"tower": "backbone", "feature_layers": layers, "features": list(build.features or layers)}
         return fields | {"vision_config": vision_part(vision_config)}
     if build.feature_layers is not None:
-        raise ValueError("feature_layers is for a vision backbone; a Florence-2's features are davit and prompts")
+        raise ValueError("feature_layers is for a vision backbone; the features of a Florence-2 are davit and prompts")
     fields |= {name: getattr(build, name) for name in ("prompt_padding", "prompt_length", "positions")}
     trained_size = own_size or build.image_size
     if trained_size is not None:
@@ -205,7 +205,7 @@ def config_fields(
 
 
 def _prepare_vocabulary(tokenizer: Any, llm: PreTrainedModel, image_token: str | None) -> str:
-    """Choose the image token and a padding token; grow the vocabulary only when no reserved token is left."""
+    """Choose the image token and a padding token; enlarge the vocabulary only if no reserved token is left."""
     vocabulary = tokenizer.get_vocab()
     if image_token is None:
         image_token = next((token for token in RESERVED_IMAGE_TOKENS if token in vocabulary), "<image>")
@@ -214,7 +214,8 @@ def _prepare_vocabulary(tokenizer: Any, llm: PreTrainedModel, image_token: str |
         fitting = (token for token in PAD_TOKENS if token in vocabulary and token not in taken)
         tokenizer.pad_token = next(fitting, tokenizer.eos_token)
     pad_left(tokenizer)
-    # Added (again) as a token that leaves its neighbours alone: Phi-3.5's reserved ones swallow the newline after them.
+    # Added (again) as a token that does not strip its neighbors: Phi-3.5's reserved tokens strip the newline after
+    # them.
     tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
     rows = llm.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
@@ -231,20 +232,20 @@ def florence2_features(
     """The config fields `features`, `prompts` and `prompt_token_ids`.
 
     Args:
-        config: A Florence-2's.
-        features: Names in order; the paper's and all `prompts` when None.
+        config: Config of a Florence-2.
+        features: Names in order; if None, the paper's and all `prompts`.
         prompts: More prompts by feature name, or other wordings.
         tokenize: See `prompt_tokenizer`.
 
     Raises:
-        ValueError: An unknown feature, or prompts that need a tokenizer which is not there.
+        ValueError: A feature is unknown, or prompts need a tokenizer that is missing.
     """
     texts = FLORENCE2_PROMPTS | dict(prompts)
     names = list(features or [*DBFUSION_FEATURES, *prompts])
     for name in names:
         if name not in texts and name != DAVIT:
             raise ValueError(
-                f"unknown feature {name!r}. {did_you_mean(name, [DAVIT, *texts])} A prompt of your own is "
+                f"unknown feature {name!r}. {did_you_mean(name, [DAVIT, *texts])} Define a custom prompt with "
                 f"prompts={{{name!r}: 'its text'}}"
             )
     texts = {name: texts[name] for name in names if name in texts}
@@ -260,7 +261,7 @@ def florence2_features(
 
 @torch.no_grad()
 def _check_head(model: FlorenceVLForConditionalGeneration, llm: PreTrainedModel) -> None:
-    """Refuse LLMs whose head is more than a linear layer (soft-capping, logit scaling): ours would differ silently."""
+    """Reject LLMs whose head is more than a linear layer (soft-capping, logit scaling), as results would differ."""
     ids = torch.arange(1, 9).unsqueeze(0) % llm.config.vocab_size
     ids = torch.where(ids == model.config.image_token_id, 0, ids)
     ours, theirs = model(input_ids=ids).logits.float(), llm(input_ids=ids).logits.float()

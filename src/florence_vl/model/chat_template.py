@@ -1,4 +1,4 @@
-"""Chat templates with generation marks: what is written around each message, and which tokens are learned."""
+"""Chat templates with generation marks, which determine the supervised tokens."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ VICUNA_SYSTEM = (
 PHI3_SYSTEM = "You are a helpful AI assistant."
 
 BREAK = "\U0010fffd"
-"""A private-use character that ends a token without being one. It keeps control tokens that a user typed from being
-matched as such, whatever tokenizer and version of transformers; `FlorenceVLProcessor` drops its tokens."""
+"""A private-use character that splits tokens. It prevents control tokens in user text from being matched, with any
+tokenizer and version of transformers; `FlorenceVLProcessor` drops its tokens."""
 
 OPTIONS: dict[str, tuple[type, ...]] = {
     "system": (str,),
@@ -31,20 +31,20 @@ PLAIN_ENDS = ("eos", "newline")
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A named template: its Jinja text and what a tokenizer needs for it.
+    """A named template: its Jinja text and the tokens that it requires.
 
     Args:
         name: Registered name.
-        end: Token that ends an answer; it is supervised and generation stops on it. None: the tokenizer's end token.
+        end: Token that ends an answer; it is supervised and stops generation. None: the tokenizer's end token.
         control_tokens: Tokens that the template writes, each of which must be one token of the tokenizer.
-        bos: Token at the very start; None: what the tokenizer itself puts there, if anything.
-        system: Text of the system turn when the conversation has none; "" for no system turn.
+        bos: Token at the start; None: the one that the tokenizer adds, if any.
+        system: Text of the system turn if the conversation has none; "" for no system turn.
         newline_after_image: Whether a newline follows each image.
-        answer_prefix: What the model writes before its answer (part of what is learned).
-        allows: Names of the options that `build` takes.
-        jinja: The text that writes `turns` (messages without the system one), with `bos`, `end`, `system`,
-            `add_generation_prompt` and the macro `content_of(message)` at hand and each answer with its `end` between
-            `{% generation %}` marks; None reads `templates/<name>.jinja` of this package.
+        answer_prefix: Text that the model generates before its answer (supervised).
+        allows: Names of the options that `build` accepts.
+        jinja: Text that renders `turns` (the messages without the system message). It can use `bos`, `end`, `system`,
+            `add_generation_prompt` and the macro `content_of(message)`, and must put each answer with its `end` between
+            `{% generation %}` marks. None reads `templates/<name>.jinja` of this package.
     """
 
     name: str
@@ -68,10 +68,10 @@ class ChatTemplate:
         return [token for token in dict.fromkeys(needed) if not _is_one_token(tokenizer, token)]
 
     def check(self, tokenizer: Any) -> None:
-        """Verify that the tokenizer has the template's tokens.
+        """Check that the tokenizer has the tokens of the template.
 
         Raises:
-            ValueError: Some are missing, or the tokenizer has no end token; the templates that fit are named.
+            ValueError: Tokens are missing, or the tokenizer has no end token; the message names the templates that fit.
         """
         missing = self.missing_tokens(tokenizer)
         if missing:
@@ -97,26 +97,26 @@ class ChatTemplate:
         return True
 
     def end_text(self, tokenizer: Any, end: str = "eos") -> str:
-        """What closes an answer: the end token, or a newline for `plain` with `end="newline"`."""
+        """The end of an answer: the end token, or a newline for `plain` with `end="newline"`."""
         if end == "newline":
             return "\n"
         return self.end or tokenizer.eos_token
 
     def build(self, tokenizer: Any, image_token: str = "<image>", **options: Any) -> str:
-        """The template as one Jinja text that needs nothing else, for `processor.chat_template`.
+        """The template as one self-contained Jinja text for `processor.chat_template`.
 
         Args:
-            tokenizer: The LLM's.
+            tokenizer: The LLM's tokenizer.
             image_token: The processor's image placeholder.
-            **options: `system`: text of the system turn when the conversation has none ("" for none).
-                `newline_after_image`: the released Llama-3 weights were most probably trained without it (True but
-                for plain by default). `double_bos`: two begin tokens, as the released scripts give with tokenizers
-                that add one themselves. `end` (plain only): "eos" closes a caption with the tokenizer's end token,
-                "newline" with a newline only, as the released scripts do.
+            **options: `system`: text of the system turn if the conversation has none ("" for none).
+                `newline_after_image`: by default True except for `plain`; the released Llama-3 weights were most
+                probably trained without it. `double_bos`: two begin tokens, as in the released scripts with tokenizers
+                that add one themselves. `end` (plain only): "eos" ends a caption with the tokenizer's end token,
+                "newline" with a newline only, as in the released scripts.
 
         Raises:
-            ValueError: The tokenizer lacks tokens of the template, or an option is unknown, of the wrong type or not
-                for this template.
+            ValueError: The tokenizer lacks tokens of the template, or an option is unknown, has the wrong type or is
+                not for this template.
         """
         self.check(tokenizer)
         for name, value in options.items():
@@ -124,7 +124,7 @@ class ChatTemplate:
                 raise ValueError(f"unknown chat template option {name!r}. {did_you_mean(name, OPTIONS)}")
             if name not in self.allows:
                 raise ValueError(
-                    f"option {name!r} is not for chat template {self.name!r}, which takes {', '.join(self.allows)}"
+                    f"option {name!r} is not for chat template {self.name!r}, which accepts {', '.join(self.allows)}"
                 )
             if not isinstance(value, OPTIONS[name]):
                 raise ValueError(f"chat template option {name}={value!r} is not of type {OPTIONS[name][0].__name__}")
@@ -170,10 +170,10 @@ for _template in (
 
 
 def choose_template(tokenizer: Any) -> str:
-    """Name of the chat template whose control tokens this tokenizer has.
+    """Name of the chat template whose control tokens are in the tokenizer's vocabulary.
 
     Raises:
-        ValueError: None fits; the message says what each lacks.
+        ValueError: No template fits; the message lists the missing tokens.
     """
     for template in CHAT_TEMPLATES:
         if template != "plain" and CHAT_TEMPLATES[template].fits(tokenizer):
@@ -190,15 +190,15 @@ def choose_template(tokenizer: Any) -> str:
 
 
 def control_tokens(tokenizer: Any, chat_template: str, image_token: str) -> list[str]:
-    """The tokens that only a template may write: the image token, special tokens, and added tokens that it contains.
+    """Tokens that only a template may write: the image token, special tokens, and added tokens in the template.
 
     Args:
-        tokenizer: The LLM's.
+        tokenizer: The LLM's tokenizer.
         chat_template: Jinja text.
         image_token: The image placeholder.
 
     Returns:
-        The longest first, so that breaking one never leaves a longer one whole.
+        Tokens, longest first, so that splitting one never leaves a longer one intact.
     """
     found = {
         token.content
@@ -209,7 +209,7 @@ def control_tokens(tokenizer: Any, chat_template: str, image_token: str) -> list
 
 
 def has_generation_marks(chat_template: str) -> bool:
-    """Whether a Jinja template says which text is the assistant's."""
+    """Whether a Jinja template marks the assistant's text."""
     return "endgeneration" in chat_template
 
 
@@ -219,7 +219,7 @@ def _is_one_token(tokenizer: Any, token: str) -> bool:
 
 
 def _own_bos(tokenizer: Any) -> str:
-    """The begin token, if the tokenizer puts one in front of every text by itself."""
+    """The begin token, if the tokenizer adds one to every text itself."""
     if tokenizer.bos_token_id is None:
         return ""
     ids = tokenizer("a")["input_ids"]

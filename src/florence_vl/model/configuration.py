@@ -1,4 +1,4 @@
-"""`FlorenceVLConfig`: one vision tower asked several questions, a fusion, a projector and a decoder LLM."""
+"""`FlorenceVLConfig`: a vision tower with several prompts, a fusion, a projector and a decoder LLM."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from florence_vl.model.geometry import DAVIT
 from florence_vl.registry import did_you_mean
 
-# Feature name -> Florence-2's own task prompt: the strings that the released weights saw. The first three tasks are
-# DBFusion's (paper section 3.2; its wording differs); the others are the rest of Florence-2's prompts without an input.
+# Feature name -> Florence-2's task prompt: the strings of the released weights' training. The first three are used by
+# the paper (section 3.2, worded differently); the others are Florence-2's remaining prompts without an input.
 FLORENCE2_PROMPTS: dict[str, str] = {
     "caption": "Describe in detail what is shown in the image.",
     "ocr": "What is the text in the image?",
@@ -36,9 +36,9 @@ FLORENCE2_PROMPT_IDS: dict[str, tuple[int, ...]] = {
     "proposals": (0, 574, 22486, 5, 976, 5327, 11, 5, 2274, 4, 2),
 }
 
-FLORENCE2_GRID = (24, 24)  # of the released Florence-2 weights, at 768 px
+FLORENCE2_GRID = (24, 24)  # released Florence-2 weights at 768 px
 
-BACKBONE_LAYERS = {"last": -2}  # of any other vision model: LLaVA-1.5's choice
+BACKBONE_LAYERS = {"last": -2}  # any other vision model, as in LLaVA-1.5
 
 DBFUSION_FEATURES: tuple[str, ...] = (DAVIT, "caption", "ocr", "grounding")
 
@@ -52,48 +52,48 @@ class FlorenceVLConfig(PreTrainedConfig):
     r"""Configuration of a Florence-VL (arXiv 2412.04424, section 3).
 
     Args:
-        vision_config: The tower's: a `Florence2Config`, or the config of any transformers vision model (CLIP, SigLIP,
+        vision_config: Config of the tower: a `Florence2Config`, or that of any transformers vision model (CLIP, SigLIP,
             DINOv2 ...) with `tower="backbone"`.
-        text_config: Any decoder LLM's.
+        text_config: Config of any decoder LLM.
         tower: `"florence2"` or `"backbone"`.
         features: Names of the features that are fused, in the order of their channels. For `florence2`: `davit` and
             names of `prompts`; for `backbone`: names of `feature_layers`.
-        prompts: Prompt text by feature name; documentation only, since the tower reads `prompt_token_ids`.
+        prompts: Prompt text by feature name; for documentation only, as the tower reads `prompt_token_ids`.
         prompt_token_ids: Ids of each prompt, with begin and end tokens and without padding, so that no Florence-2
             tokenizer is needed at run time.
-        prompt_padding: What the encoder does with the padding behind shorter prompts: `masked` (right), or
-            `attended` (what the released weights most probably saw).
+        prompt_padding: Treatment of the padding after shorter prompts in the encoder: `masked` (correct), or `attended`
+            (most probably used for the released weights).
         prompt_length: Length to which prompts are padded, in tokens; `None` pads to the longest prompt in use.
             The released weights have 14.
-        mean_token: What happens to Florence-2's mean token: `grid` drops it after the encoder (576 tokens at 768 px),
+        mean_token: Treatment of Florence-2's mean token: `grid` drops it after the encoder (576 tokens at 768 px),
             `all` keeps it (577), `grid_before_encoder` drops it before the encoder. For a `backbone` tower `grid` drops
             class and register tokens and `all` keeps them.
-        positions: How the Florence-2 tower numbers image positions at sizes other than the trained one: `absolute`
-            (transformers' own; exact at the trained size, degraded at others) or `resampled` (both position tables
-            are interpolated from `position_grid`; the same at the trained size).
-        position_grid: (rows, columns) of the trained size; Florence-2's 24x24 (768 px) when None. With `absolute`
-            positions it only warns of other sizes.
-        merge: Side of the square of neighboring tokens that become one before fusion, 1 or 2. With 2, an image of
-            1536 px takes as many tokens as one of 768 px with 1, each four times as wide.
+        positions: Position numbering of the Florence-2 tower at sizes other than the trained one: `absolute` (as in
+            transformers; exact at the trained size, degraded at others) or `resampled` (both position tables are
+            interpolated from `position_grid`; the same at the trained size).
+        position_grid: (rows, columns) at the trained size; Florence-2's 24x24 (768 px) if None. With `absolute`
+            positions it is only used to warn of other sizes.
+        merge: Side of the square of neighboring tokens that are merged into one before fusion, 1 or 2. With 2, an image
+            of 1536 px has the same number of tokens as one of 768 px with 1, each four times as wide.
         views: Named pairs of size and features, `{"glance": {"size": 384, "features": ["davit"]}}`; see
             `florence_vl.model.views`.
-        feature_layers: For `backbone`: feature name -> index into the backbone's hidden states; when None,
-            `{"last": -2}`, LLaVA-1.5's choice.
+        feature_layers: For `backbone`: feature name -> index into the backbone's hidden states; `{"last": -2}` if None,
+            as in LLaVA-1.5.
         fusion: Registered name of the fusion: `channel`, `token` or `average` (paper section 3.3), or `gated`.
         gate: Options of `gated` fusion: `context` (`none`, `image` or `question`, the default), `per_token`, `hidden`.
         projector_depth: Number of linear layers of the projector, 1 to 4.
-        projector_hidden_act: Activation between them.
+        projector_hidden_act: Activation between the linear layers.
         image_token_id: Id of the image placeholder in the LLM's vocabulary.
         tie_word_embeddings: Whether the LLM's head is its embedding table. Follows `text_config`.
 
     Raises:
-        ValueError: A name is unknown or two settings contradict each other; the message says which and what is known.
+        ValueError: A name is unknown or two settings contradict each other; the message gives the known names.
     """
 
     model_type = "florence_vl"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
-    # Typed Any because None until __post_init__ fills them in; the docstring says what they are from then on.
+    # Typed Any because None until __post_init__ sets them; the docstring gives the types afterwards.
     vision_config: Any = None
     text_config: Any = None
     tower: str = "florence2"
@@ -136,7 +136,7 @@ class FlorenceVLConfig(PreTrainedConfig):
             self.prompts = self.prompts or {}
             self.prompt_token_ids = self.prompt_token_ids or {}
         if isinstance(self.features, str):
-            raise ValueError(f"features is {self.features!r}, a text; give a list of names, e.g. ['davit', 'caption']")
+            raise ValueError(f"features is {self.features!r}, a string; give a list, e.g. ['davit', 'caption']")
         self.features = list(self.features)
         if self.position_grid is not None:
             self.position_grid = tuple(self.position_grid)
@@ -157,7 +157,7 @@ class FlorenceVLConfig(PreTrainedConfig):
         _ = TOWERS[self.tower]
         _ = FUSIONS[self.fusion]
         if self.gate is not None and self.fusion != "gated":
-            raise ValueError(f"gate is for fusion='gated', and the fusion is {self.fusion!r}")
+            raise ValueError(f"gate is for fusion='gated', but fusion is {self.fusion!r}")
         check_gate(self.gate or {})
         _choice("mean_token", self.mean_token, MeanToken.__args__)  # type: ignore[attr-defined]
         _choice("positions", self.positions, Positions.__args__)  # type: ignore[attr-defined]
@@ -165,7 +165,7 @@ class FlorenceVLConfig(PreTrainedConfig):
         if self.merge not in (1, 2):
             raise ValueError(f"merge is {self.merge}; it must be 1 or 2")
         if self.merge > 1 and self.mean_token == "all":
-            raise ValueError("merge=2 joins tokens of the grid; it can't be combined with mean_token='all'")
+            raise ValueError("merge=2 merges tokens of the grid; it cannot be combined with mean_token='all'")
         if not 1 <= self.projector_depth <= 4:
             raise ValueError(f"projector_depth is {self.projector_depth}; it must be 1 to 4")
         names = list(self.features)
@@ -194,7 +194,7 @@ class FlorenceVLConfig(PreTrainedConfig):
         if self.feature_layers is not None:
             raise ValueError("feature_layers is for the 'backbone' tower; the florence2 tower's depth is 'davit'")
         if DAVIT in self.prompt_token_ids:
-            raise ValueError(f"{DAVIT!r} names the unprompted feature and can't be a prompt; choose another name")
+            raise ValueError(f"{DAVIT!r} names the unprompted feature and cannot be a prompt; choose another name")
         longest = 0
         for name in names:
             if name == DAVIT:
@@ -212,36 +212,36 @@ class FlorenceVLConfig(PreTrainedConfig):
         tables = self.vision_config.vision_config.max_position_embeddings
         if self.positions == "resampled" and not 0 < max(rows, columns) <= tables:
             raise ValueError(
-                f"position_grid is {rows}x{columns}, but this Florence-2 has {tables} trained positions an axis: give "
-                "the grid of the size that it was trained at"
+                f"position_grid is {rows}x{columns}, but this Florence-2 has {tables} trained positions per axis: give "
+                "the grid of its trained size"
             )
         if self.prompt_length is not None and self.prompt_length < longest:
             raise ValueError(f"prompt_length is {self.prompt_length}, but a prompt in use has {longest} tokens")
 
     @property
     def fusion_options(self) -> dict[str, Any]:
-        """Arguments of the fusion besides the features."""
+        """Arguments of the fusion in addition to the features."""
         if self.fusion != "gated":
             return {}
         return {"context_dim": self.text_config.hidden_size, "context": "question", **(self.gate or {})}
 
     @property
     def context_length(self) -> int | None:
-        """Tokens that the LLM's context holds, image tokens included; None where its config names no limit."""
+        """Context length of the LLM in tokens, including image tokens; None if its config has no limit."""
         return getattr(self.text_config, "max_position_embeddings", None)
 
     @property
     def trained_grid(self) -> tuple[int, int] | None:
-        """The grid that position tables are resampled from; None with absolute positions."""
+        """The grid from which position tables are resampled; None with absolute positions."""
         return (self.position_grid or FLORENCE2_GRID) if self.positions == "resampled" else None
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is saved: all but the places that the parts were loaded from, which are of this machine only."""
+        """The saved fields: all except the local paths of the parts."""
         return _without_paths(super().to_diff_dict())
 
     @property
     def prompt_names(self) -> list[str]:
-        """Names of the features that take a pass through the encoder, in order."""
+        """Names of the prompted features, in order."""
         return [name for name in self.features if name != DAVIT] if self.tower == "florence2" else []
 
 

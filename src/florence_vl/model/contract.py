@@ -1,4 +1,4 @@
-"""A load is a contract: weights that are missing, unexpected or of another shape are refused, with their names."""
+"""Strict loading: missing, unexpected or mismatched weights are errors that name the weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-SHOWN = 5  # names in an error text
+SHOWN = 5  # names in an error message
 
 
 def check_loading(
@@ -17,17 +17,17 @@ def check_loading(
     ignore_unexpected: bool = False,
     unused: str | None = None,
 ) -> None:
-    """Refuse what transformers' `from_pretrained` only warns of: it would fill missing weights with random numbers.
+    """Raise an error where `from_pretrained` of transformers only warns and initializes missing weights randomly.
 
     Args:
-        report: What `output_loading_info=True` returns.
-        source: Folder or hub id, for the error text.
-        ignore_mismatched_sizes: The caller asked for new weights where shapes differ.
-        ignore_unexpected: The caller takes a part of the checkpoint.
-        unused: Pattern of the names of weights that the caller does not use, which may be missing.
+        report: Loading report of `output_loading_info=True`.
+        source: Folder or hub id, for the error message.
+        ignore_mismatched_sizes: Whether the caller accepts new weights if shapes differ.
+        ignore_unexpected: Whether the caller loads only a part of the checkpoint.
+        unused: Pattern for names of weights that the caller does not use and that may be missing.
 
     Raises:
-        ValueError: Naming how many weights, and the first of them.
+        ValueError: Weights do not fit; the message gives their number and the first names.
     """
     missing = {key for key in report.get("missing_keys", ()) if unused is None or not re.search(unused, key)}
     mismatched = {key[0] if isinstance(key, tuple) else key for key in report.get("mismatched_keys", ())}
@@ -35,18 +35,18 @@ def check_loading(
     if missing - mismatched:
         faults.append(f"{_names(missing - mismatched)} missing")
     if mismatched and not ignore_mismatched_sizes:
-        faults.append(f"{_names(mismatched)} of another shape than its config says")
+        faults.append(f"{_names(mismatched)} with a shape other than in the config")
     if report.get("unexpected_keys") and not ignore_unexpected:
         faults.append(f"{_names(report['unexpected_keys'])} not part of this model")
     if faults:
         raise ValueError(
-            f"the weights of {source} do not fit its config: {'; '.join(faults)}. The checkpoint is damaged, or of "
-            "another model: fetch or export it again (`florence-vl convert` reads other layouts)"
+            f"the weights of {source} do not fit its config: {'; '.join(faults)}. The checkpoint is damaged or belongs "
+            "to another model: download or export it again (`florence-vl convert` reads other layouts)"
         )
 
 
 def load_whole(cls: Any, source: str | Path, unused: str | None = None, **options: Any) -> Any:
-    """`cls.from_pretrained(source, **options)` of a part, refused when weights are missing. No remote code runs.
+    """`cls.from_pretrained(source, **options)` of a part, which must be complete. No remote code runs.
 
     Raises:
         ValueError: See `check_loading`; or a file is damaged.
@@ -56,7 +56,7 @@ def load_whole(cls: Any, source: str | Path, unused: str | None = None, **option
     try:
         model, report = cls.from_pretrained(str(source), output_loading_info=True, trust_remote_code=False, **options)
     except SafetensorError as error:
-        raise ValueError(f"{_damaged(Path(source))} is damaged ({error}): fetch it again") from error
+        raise ValueError(f"{_damaged(Path(source))} is damaged ({error}): download it again") from error
     check_loading(report, source, ignore_unexpected=True, unused=unused)
     return model
 

@@ -1,8 +1,8 @@
-"""Features of images computed once: a store on disk under what decides their values, and towers that read from it.
+"""Stored features of images: a store on disk with an identity, and towers that read from it.
 
 Layout of a store: `ROOT/<digest of the identity>/identity.json` and append-only `*.safetensors` shards with `keys`
-(n, 16) and one (n, ...) table a feature. A shard is written whole or not at all, so what an interrupted run has written
-serves the next one, and two processes may write to one store. Tables are memory-mapped: reading rows costs no memory.
+(n, 16) and one (n, ...) table per feature. Shards are written atomically, so the next run uses what an interrupted run
+has written, and two processes may write to one store. Tables are memory-mapped: reading rows needs no memory.
 
 Shape letters: I images, N tokens of a feature, D its channels, H width of the LLM.
 """
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 SHARD_BYTES = 64 << 20
-SHARD_SECONDS = 60.0  # slow encoders write sooner, so that little is lost with an interrupted run
+SHARD_SECONDS = 60.0  # maximum time between writes, to limit the loss if a run is interrupted
 
 
 def identity_digest(identity: Mapping[str, Any]) -> str:
-    """Short name of an identity: the same for equal content, whatever the order of keys."""
+    """Digest of an identity, independent of the order of keys."""
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
@@ -57,7 +57,7 @@ def state_hash(*modules: nn.Module) -> str:
 
 
 def content_key(data: Any) -> bytes:
-    """16 bytes that stand for an input's content, given as bytes or a contiguous buffer."""
+    """16-byte key of an input's content, given as bytes or a contiguous buffer."""
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
@@ -65,12 +65,12 @@ class FeatureStore:
     """Tensors by key and feature name, for one identity.
 
     Args:
-        identity: What decides the tensors' values; another identity is another folder, so they never mix.
+        identity: Values that determine the tensors; each identity has its own folder, so they never mix.
         root: Folder of all stores; `cache_dir()/features` by default.
         dtype: Data type on disk; part of the identity.
 
     Raises:
-        ValueError: The folder holds another identity, or a shard is damaged; the message says what to delete.
+        ValueError: The folder contains another identity, or a shard is damaged; the message says what to delete.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class FeatureStore:
         except ValueError:
             found = None
         if found != self.identity:
-            raise ValueError(f"{path} does not hold the identity that its folder is named after; delete {self.folder}")
+            raise ValueError(f"the identity in {path} does not match the name of its folder; delete {self.folder}")
 
     def _index(self, path: Path) -> None:
         try:
@@ -110,7 +110,7 @@ class FeatureStore:
                 keys = [bytes(row) for row in shard.get_tensor("keys").numpy()]
                 names = [name.removeprefix("feature.") for name in shard.keys() if name.startswith("feature.")]  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}); delete it, its features are then computed again") from None
+            raise ValueError(f"{path} is damaged ({error}); delete it, and its features are computed again") from None
         first = len(self._shards) << 32
         self._shards.append(path)
         self._where.setdefault(tuple(sorted(names)), {}).update((key, first + row) for row, key in enumerate(keys))
@@ -128,22 +128,22 @@ class FeatureStore:
         return self._tables[shard, name]
 
     def has(self, key: bytes, names: Sequence[str]) -> bool:
-        """Whether all these features of an input are there."""
+        """Whether all these features of an input are stored."""
         pending = self._pending_rows.get(key, {})
         return all(name in pending or self._find(key, name) is not None for name in names)
 
     def add(self, keys: Sequence[bytes], tables: Mapping[str, Tensor]) -> None:
-        """Keep tensors. They are on disk after `flush`, which happens by itself every 64 MiB and every minute.
+        """Add tensors. They are written by `flush`, which is also called every 64 MiB and every minute.
 
         Args:
             keys: n keys.
             tables: Feature name -> (n, ...).
 
         Raises:
-            ValueError: The disk is full; what was written before is kept.
+            ValueError: The disk is full; shards written before are kept.
         """
         if self._pending and set(self._pending[0][1]) != set(tables):
-            self.flush()  # a shard's rows have the same features
+            self.flush()  # all rows of a shard have the same features
         if not self._pending:
             self._flushed = time.monotonic()
         rows = {name: table.detach().to("cpu", self.dtype) for name, table in tables.items()}
@@ -156,10 +156,10 @@ class FeatureStore:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was added as one shard, whole or not at all.
+        """Write the added tensors as one shard, atomically.
 
         Raises:
-            ValueError: The disk is full; what was written before is kept.
+            ValueError: The disk is full; shards written before are kept.
         """
         if not self._pending:
             return
@@ -174,7 +174,7 @@ class FeatureStore:
         except (OSError, SafetensorError) as error:
             if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
                 raise ValueError(
-                    f"no space left for features in {self.folder}. What was written before is kept: free some space "
+                    f"no space left for features in {self.folder}. Shards written before are kept: free some space "
                     "and start the same command again"
                 ) from None
             raise
@@ -184,7 +184,7 @@ class FeatureStore:
         """The tensors of one feature for these keys, (n, ...), in the stored data type.
 
         Raises:
-            KeyError: A key is not there.
+            KeyError: A key is not stored.
         """
         found: list[Tensor] = []
         for key in keys:
@@ -199,16 +199,16 @@ class FeatureStore:
         return _stack(found) if found else torch.empty(0, dtype=self.dtype)
 
     def matrix(self, keys: Sequence[bytes], names: Sequence[str]) -> Tensor:
-        """Vectors of the named features side by side: (n, sum of D), for features of one dimension.
+        """Concatenated vectors of the named features: (n, sum of D), for one-dimensional features.
 
         Raises:
-            KeyError: A key is not there.
+            KeyError: A key is not stored.
         """
         return torch.cat([self.rows(keys, name) for name in names], dim=1) if keys else torch.empty(0, 0)
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """`torch.stack`, which autocast on a CPU refuses for float16."""
+    """`torch.stack`, also for float16 under CPU autocast, which does not support it."""
     result = torch.empty((len(tensors), *tensors[0].shape), dtype=tensors[0].dtype)
     for row, tensor in zip(result, tensors, strict=True):
         row.copy_(tensor)
@@ -216,10 +216,9 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def feature_identity(tower: VisionTower, name: str) -> dict[str, Any]:
-    """What decides the values of one feature of a tower besides the picture.
+    """Everything except the image that determines the values of one feature of a tower.
 
-    It does not depend on which other features the tower gives, so that models of different features share what is
-    stored of a picture.
+    It does not depend on the tower's other features, so that models with different features share stores.
     """
     config: Any = tower.config
     identity: dict[str, Any] = {"feature": name, "mean_token": config.mean_token}
@@ -238,13 +237,13 @@ def feature_identity(tower: VisionTower, name: str) -> dict[str, Any]:
 
 
 class StoredTower:
-    """The forward pass of a frozen tower that computes each picture once, whatever number of runs sees it.
+    """Forward pass of a frozen tower that computes each image once for any number of runs.
 
-    Pictures are known by their pixels as the tower gets them, so another preprocessing or size is another picture.
-    Features are stored in float16 and always returned as stored, whether they were just computed or read.
+    Images are identified by the pixels that the tower receives, so another preprocessing or size is another image.
+    Features are stored in float16 and always returned as stored, whether just computed or read.
 
     Args:
-        tower: The tower; its weights must not change from here on.
+        tower: The tower; its weights must not change afterwards.
         root: Folder of the stores.
     """
 
@@ -257,7 +256,7 @@ class StoredTower:
         self._stores: dict[tuple[Any, ...], dict[str, FeatureStore]] = {}
 
     def stores(self, pixel_values: Tensor) -> dict[str, FeatureStore]:
-        """A store for each feature, of images of this size and computed in this data type."""
+        """A store for each feature, for images of this size and computed in this data type."""
         kind = pixel_values.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else pixel_values.dtype
         size = tuple(pixel_values.shape[-2:])
@@ -274,11 +273,11 @@ class StoredTower:
         return self._stores[key]
 
     def __call__(self, pixel_values: Tensor, feature_mask: Tensor | None = None) -> dict[str, Tensor]:
-        # a mask only allows to leave features out, and what is stored serves images without a mask too
+        # A mask only allows omitting features; stored features are also used for images without a mask.
         if self.tower.training:  # a frozen one stays in eval mode
             raise ValueError(
-                "stored features are for a frozen tower, but this one trains: set parts.tower.train=false, or leave "
-                "model.feature_store out"
+                "stored features need a frozen tower, but this one is trained: set parts.tower.train=false, or remove "
+                "model.feature_store"
             )
         stores = self.stores(pixel_values)
         keys = [content_key(pixels.detach().cpu().contiguous().view(torch.uint8).numpy()) for pixels in pixel_values]
@@ -296,16 +295,16 @@ class StoredTower:
 
 
 def store_features(model: FlorenceVLForConditionalGeneration, root: str | Path) -> StoredTower:
-    """Let a model's frozen tower read its features from stores under `root`, and compute what is not there.
+    """Let a model's frozen tower read its features from stores under `root`, and compute missing ones.
 
-    The model's modules, weights and `state_dict` stay as they are; only the tower's forward pass is replaced.
+    The model's modules, weights and `state_dict` do not change; only the tower's forward pass is replaced.
 
     Args:
         model: Changed in place.
         root: Folder of the stores.
 
     Returns:
-        What answers instead of the tower; `computed` counts the pictures that went through the tower itself.
+        The replacement of the tower; `computed` counts the images that went through the tower itself.
     """
     tower = model.model.vision_tower
     stored = StoredTower(tower, Path(root))
@@ -321,15 +320,15 @@ def tower_features(
     batch_size: int = 32,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Tensor]:
-    """The tower's features of images that are processed to one size: name -> (I, N, D), on the tower's device.
+    """The tower's features of images processed to one size: name -> (I, N, D), on the tower's device.
 
-    A processor that keeps images' aspect ratio pads them to its square here, so that all have as many tokens.
+    A processor that keeps the aspect ratio pads images to its square here, so that all have the same number of tokens.
 
     Args:
-        model: Whose tower.
+        model: The model with the tower.
         processor: Its processor.
-        images: Opened one batch at a time, so a generator holds few of them in memory.
-        batch_size: Images of a forward pass.
+        images: Opened one batch at a time, so a generator keeps few images in memory.
+        batch_size: Images per forward pass.
         progress: Called with the number of images done.
     """
     native = processor.image_processor.image_aspect_ratio == "native"
@@ -355,14 +354,14 @@ def encode_images(
     question_ids: Tensor | None = None,
     question_mask: Tensor | None = None,
 ) -> list[Tensor]:
-    """Projected tokens of each image, (N, H): what `mm_encoder_outputs` takes instead of running the tower again.
+    """Projected tokens of each image, (N, H), for `mm_encoder_outputs`, which avoids running the tower again.
 
     Args:
         model: A Florence-VL.
         processor: Its processor.
         images: The images.
-        question_ids: (I, Q) the question beside each image, for a fusion with `uses_context`.
-        question_mask: (I, Q), 1 where `question_ids` counts.
+        question_ids: (I, Q) question of each image, for a fusion with `uses_context`.
+        question_mask: (I, Q), 1 for valid positions of `question_ids`.
     """
     inputs = processor.image_processor(list(images), return_tensors="pt")
     pixels = inputs.pop("pixel_values").to(model.device, model.dtype)

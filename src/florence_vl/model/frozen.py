@@ -1,4 +1,4 @@
-"""What is frozen is deterministic: the one rule of training mode."""
+"""Frozen modules stay in eval mode, so they are deterministic."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def keep_frozen_in_eval(root: nn.Module) -> None:
-    """After `root.train()`: put every module whose parameters are all frozen back in eval, so without dropout.
+    """Put every module whose parameters are all frozen back in eval mode after `root.train()`.
 
-    A frozen block inside a part that trains (LoRA's base, an LLM's first layers) counts too. A layer that recomputes
-    activations keeps its own flag, which transformers reads to checkpoint, as gradients still pass through it; the
-    modules inside, where dropout lies, are in eval.
+    This includes frozen blocks inside a trained part (LoRA's base, an LLM's first layers). A layer with activation
+    checkpointing keeps its flag, which transformers reads, because gradients still pass through it; the modules inside
+    it, which contain dropout, are in eval mode.
     """
     for module in root.modules():
         parameters = list(module.parameters())

@@ -1,4 +1,4 @@
-"""What configuration, processor and towers share about a grid of image tokens: its size and its prefix tokens."""
+"""Geometry of the grid of image tokens: its size and its prefix tokens."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-DAVIT = "davit"  # name of the feature that takes no prompt: DaViT's last stage through its projector
-MAX_UPSCALE = 2.0  # of an image with its own aspect ratio
+DAVIT = "davit"  # name of the unprompted feature: DaViT's last stage through its projection
+MAX_UPSCALE = 2.0  # for images with their own aspect ratio
 
 
 def convolved_size(height: int, width: int, convolutions: Iterable[tuple[int, int, int]]) -> tuple[int, int]:
-    """Rows and columns that are left of an image after convolutions of (kernel, stride, padding) in pixels."""
+    """Rows and columns of an image after convolutions of (kernel, stride, padding) in pixels."""
     for kernel, stride, padding in convolutions:
         height = (height + 2 * padding - kernel) // stride + 1
         width = (width + 2 * padding - kernel) // stride + 1
@@ -24,27 +24,27 @@ def davit_convolutions(vision: Any) -> tuple[tuple[int, int, int], ...]:
 
 
 def backbone_prefix_tokens(vision: Any) -> int:
-    """Class and register tokens in front of a vision backbone's grid, from its config."""
+    """Number of class and register tokens before a vision backbone's grid, from its config."""
     return 0 if vision.model_type.startswith("siglip") else 1 + getattr(vision, "num_register_tokens", 0)
 
 
 def native_size(
     height: int, width: int, stride: int, token_budget: int, max_upscale: float = MAX_UPSCALE
 ) -> tuple[int, int]:
-    """Height and width in pixels that keep an image's aspect ratio and give as many tokens as the budget allows.
+    """Largest size in pixels that keeps the aspect ratio of an image within a token budget.
 
     Args:
-        height: The image's, px.
-        width: The image's, px.
-        stride: Pixels a side of one token: the tower's stride, times `merge`. Both sides are multiples of it.
-        token_budget: Tokens at most.
-        max_upscale: The image is enlarged by this factor at most.
+        height: Height of the image, px.
+        width: Width of the image, px.
+        stride: Pixels per side of one token: the tower's stride times `merge`. Both sides are multiples of it.
+        token_budget: Maximum number of tokens.
+        max_upscale: Maximum factor by which the image is enlarged.
 
     Returns:
         (height, width); the aspect ratio is kept up to rounding to whole tokens.
 
     Raises:
-        ValueError: A side, the stride or the budget below 1.
+        ValueError: A side, the stride or the budget is below 1.
 
     Example:
         >>> native_size(1080, 1920, stride=32, token_budget=576)
@@ -58,7 +58,7 @@ def native_size(
     rows, columns = scale * height / stride, scale * width / stride
     best, least = (1, 1), math.inf
     for r in {max(1, math.floor(rows)), max(1, math.ceil(rows))}:
-        # A side that cannot go below one token takes from the other one's share.
+        # If one side is limited to one token, the other side is shortened.
         limit = max(1, token_budget // r)
         for c in {min(limit, max(1, math.floor(columns))), min(limit, max(1, math.ceil(columns)))}:
             error = abs(math.log(r / rows)) + abs(math.log(c / columns))

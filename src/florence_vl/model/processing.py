@@ -1,4 +1,4 @@
-"""`FlorenceVLProcessor`: conversations and images in, `input_ids` with counted image tokens and `pixel_values` out."""
+"""`FlorenceVLProcessor`: conversations and images to `input_ids` with expanded image tokens and `pixel_values`."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 __all__ = ["BREAK", "FlorenceVLImageProcessor", "FlorenceVLProcessor", "ImageTokenRule"]
 
-# Florence-2's patch convolutions: kernel, stride, padding of each stage. 32 px an image token.
+# Florence-2's patch convolutions: kernel, stride, padding of each stage. 32 px per image token.
 _FLORENCE2_CONVOLUTIONS = ((7, 4, 3), (3, 2, 1), (3, 2, 1), (3, 2, 1))
 
 
 @dataclass(frozen=True)
 class ImageTokenRule:
-    """How many tokens an image of a given size becomes: `scale * (rows * columns / merge^2 + additional) + offset`.
+    """Number of tokens of an image of a given size: `scale * (rows * columns / merge^2 + additional) + offset`.
 
     Args:
-        convolutions: (kernel, stride, padding) of the tower's patch convolutions, px, which give rows and columns.
-        additional: Tokens beside the grid that are kept (mean, class or register tokens).
-        scale: Tokens after fusion for each token of one feature (the number of features for `token` fusion).
-        offset: Tokens after fusion whatever the image's size.
-        merge: Side of the square of neighboring tokens that become one before fusion.
+        convolutions: (kernel, stride, padding) of the tower's patch convolutions, px, which determine rows and columns.
+        additional: Number of tokens outside the grid that are kept (mean, class or register tokens).
+        scale: Tokens after fusion per token of one feature (the number of features for `token` fusion).
+        offset: Tokens after fusion that do not depend on the image's size.
+        merge: Side of the square of neighboring tokens that are merged into one before fusion.
     """
 
     convolutions: tuple[tuple[int, int, int], ...] = _FLORENCE2_CONVOLUTIONS
@@ -71,7 +71,7 @@ class ImageTokenRule:
         return cls(convolutions, additional, scale, offset, config.merge)
 
     def num_tokens(self, height: int, width: int) -> int:
-        """Tokens of an image of `height` x `width` pixels.
+        """Number of tokens of an image of `height` x `width` pixels.
 
         Raises:
             ValueError: The image is smaller than one patch, or `merge` does not divide its rows and columns.
@@ -88,29 +88,29 @@ class ImageTokenRule:
 
 
 def pad_left(tokenizer: Any) -> None:
-    """Make a tokenizer pad on the left, as generation needs it, whatever its own files say."""
+    """Set a tokenizer to pad on the left, as generation requires, whatever its files contain."""
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
 
 
 class FlorenceVLProcessor(ProcessorMixin):
     """Tokenizer, image processor and chat template of one Florence-VL.
 
-    What a user types is text: `<image>` or `<|im_end|>` inside a message is never a placeholder or a control token.
-    Padding is on the left, as generation needs it, unless the tokenizer was saved or loaded with another
-    `padding_side`; training pads by itself (`florence_vl.data.collate`).
+    User text is plain text: `<image>` or `<|im_end|>` inside a message is never a placeholder or a control token.
+    Padding is on the left, as generation requires, unless the tokenizer was saved or loaded with another
+    `padding_side`; training uses its own padding (`florence_vl.data.collate`).
 
     Args:
         image_processor: A `FlorenceVLImageProcessor`.
-        tokenizer: The LLM's, a fast one, whose vocabulary has `image_token` as one token.
-        chat_template: Jinja text, as `florence_vl.model.chat_template.CHAT_TEMPLATES[name].build(tokenizer)` gives it.
-        image_token: The placeholder, repeated once for each image token.
-        image_token_rule: Counts the tokens of an image; an `ImageTokenRule` or its dict. Florence-2's 576 at 768 px by
+        tokenizer: The LLM's fast tokenizer, whose vocabulary has `image_token` as one token.
+        chat_template: Jinja text from `florence_vl.model.chat_template.CHAT_TEMPLATES[name].build(tokenizer)`.
+        image_token: The placeholder, repeated once per image token.
+        image_token_rule: Number of tokens of an image; an `ImageTokenRule` or its dict. Florence-2's 576 at 768 px by
             default.
-        question_context: Also return `question_ids` and `question_mask` for a fusion that depends on the question.
-        context_length: Tokens that the LLM's context holds; longer prompts are refused. None is without limit.
+        question_context: Also return `question_ids` and `question_mask`, for a fusion that depends on the question.
+        context_length: Context length of the LLM in tokens; longer prompts are errors. None means no limit.
 
     Raises:
-        ValueError: The tokenizer has no such image token or is not a fast one.
+        ValueError: The tokenizer does not have the image token or is not a fast one.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class FlorenceVLProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_control_patterns": {}}  # use must not change what a pickle, so a hash of it, holds
+        return {**self.__dict__, "_control_patterns": {}}  # use must not change the pickle, and so not its hash
 
     # ------------------------------------------------------------ image tokens
 
@@ -160,7 +160,7 @@ class FlorenceVLProcessor(ProcessorMixin):
         return self._rule.num_tokens(height or size["height"], width or size["width"])
 
     def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any) -> str:
-        """The placeholder of one processed image, repeated once for each of its tokens."""
+        """The placeholder of one processed image, repeated once per token."""
         if "image_sizes" in image_inputs:
             height, width = (int(side) for side in image_inputs["image_sizes"][image_idx])
         else:
@@ -168,12 +168,12 @@ class FlorenceVLProcessor(ProcessorMixin):
         return self.image_token * self.num_image_tokens(height, width)
 
     def image_tokens(self, height: int, width: int, **settings: Any) -> int:
-        """Tokens that an image file of `height` x `width` pixels takes, whatever size it is encoded at.
+        """Number of tokens of an image file of `height` x `width` pixels, at the size at which it is encoded.
 
         Args:
-            height: The image's own, px.
-            width: The image's own, px.
-            **settings: As of `FlorenceVLImageProcessor.output_size`.
+            height: Height of the image file, px.
+            width: Width of the image file, px.
+            **settings: As in `FlorenceVLImageProcessor.output_size`.
         """
         return self.num_image_tokens(*self.image_processor.output_size(height, width, **settings))
 
@@ -190,10 +190,10 @@ class FlorenceVLProcessor(ProcessorMixin):
         return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
 
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
-        """Check that every prompt has as many placeholders as images.
+        """Check that the numbers of placeholders and images of the prompts are equal.
 
         Raises:
-            ValueError: Naming both counts.
+            ValueError: They differ; the message gives both counts.
         """
         if text is not None:
             texts = [text] if isinstance(text, str) else list(text)
@@ -214,13 +214,13 @@ class FlorenceVLProcessor(ProcessorMixin):
     def _count_message(self, placeholders: int, images: int, who: str) -> str:
         return (
             f"{who} {placeholders} image placeholders ({self.image_token}) but {images} images were given. Give one "
-            "image for each placeholder; in a chat use {'type': 'image', 'image': ...} parts"
+            "image per placeholder; in a chat use {'type': 'image', 'image': ...} parts"
         )
 
     # ------------------------------------------------------------ text
 
     def control_pattern(self, chat_template: str) -> re.Pattern[str]:
-        """Matches the tokens that only a template may write; see `control_tokens`."""
+        """Pattern of the tokens that only a template may write; see `control_tokens`."""
         pattern = self._control_patterns.get(chat_template)
         if pattern is None:
             tokens = control_tokens(self.tokenizer, chat_template, self.image_token)
@@ -229,13 +229,13 @@ class FlorenceVLProcessor(ProcessorMixin):
         return pattern
 
     def sanitize(self, conversation: Sequence[Mapping[str, Any]], chat_template: str) -> list[dict[str, Any]]:
-        """A copy of the messages in which no text can be taken for a control token or an image.
+        """A copy of the messages in which text cannot be mistaken for a control token or an image.
 
-        A `BREAK` is put inside each control token that a message contains, and before an answer that starts with white
+        Inserts `BREAK` into each control token that a message contains, and before an answer that starts with white
         space (so that it does not merge with the template's). `__call__` and `tokenize` drop it again.
 
         Raises:
-            ValueError: A message without role or content, a text part without text, a part of unknown type.
+            ValueError: A message has no role or content, a text part has no text, or the type of a part is unknown.
         """
         pattern = self.control_pattern(chat_template)
         result = []
@@ -265,7 +265,7 @@ class FlorenceVLProcessor(ProcessorMixin):
                 if kind == "text":
                     if not isinstance(part.get("text"), str):
                         raise ValueError(f"message {index} ({message['role']}) has a text part without text")
-                    if parts and parts[-1]["type"] == "text":  # a control token may be typed in two parts
+                    if parts and parts[-1]["type"] == "text":  # a control token may be split over two parts
                         parts[-1]["text"] += part["text"]
                     else:
                         parts.append(dict(part))
@@ -287,15 +287,15 @@ class FlorenceVLProcessor(ProcessorMixin):
     def question_inputs(
         self, conversations: Sequence[Sequence[Mapping[str, Any]]], chat_template: str | None = None
     ) -> dict[str, list[list[int]]]:
-        """The question that belongs to each image: the text of the message that holds it, and nothing else.
+        """The question of each image: the text of the message that contains it.
 
         Args:
-            conversations: Chats of messages, whose images are taken in reading order.
+            conversations: Chats of messages, whose images are in reading order.
             chat_template: Whose control tokens are text here; the processor's own by default.
 
         Returns:
-            `question_ids` and `question_mask`, a row an image, padded on the right; both empty without images. The
-            mask is all zero where a message has no text.
+            `question_ids` and `question_mask`, one row per image, padded on the right; both empty without images. The
+            mask is all zero if a message has no text.
         """
         pattern = self.control_pattern(self.template_text(chat_template))
         rows: list[list[int]] = []
@@ -315,7 +315,7 @@ class FlorenceVLProcessor(ProcessorMixin):
     def tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a rendered text and the characters [start, end) that each covers.
 
-        No special tokens are added, image placeholders are not expanded and the tokens of `BREAK` are left out.
+        No special tokens are added, image placeholders are not expanded, and the tokens of `BREAK` are dropped.
         """
         encoding = self.tokenizer(
             text,
@@ -340,14 +340,14 @@ class FlorenceVLProcessor(ProcessorMixin):
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Render conversations, and tokenize them and process their images with `tokenize=True`.
+        """Render conversations; with `tokenize=True`, also tokenize them and process their images.
 
-        As transformers' `ProcessorMixin.apply_chat_template`, with two differences: text in messages is sanitized,
-        also with `return_assistant_tokens_mask` (the rendered text then holds `BREAK` characters, which this
-        processor drops); and the tokenizer adds no special tokens, since the template writes them all.
+        Like transformers' `ProcessorMixin.apply_chat_template`, with two differences. Text in messages is sanitized,
+        also with `return_assistant_tokens_mask` (the rendered text then contains `BREAK` characters, which this
+        processor drops). The tokenizer adds no special tokens, because the template writes all of them.
 
         Raises:
-            ValueError: A malformed conversation, or one that the template refuses.
+            ValueError: The conversation is malformed, or the template raises an error for it.
         """
         template = self.template_text(chat_template)
         return_tensors = kwargs.get("return_tensors") or (processor_kwargs or {}).get("return_tensors")
@@ -366,16 +366,16 @@ class FlorenceVLProcessor(ProcessorMixin):
                 conversation, template, tokenize=tokenize, processor_kwargs=processor_kwargs, **kwargs
             )
         except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template refuses this conversation: {error}") from error
+            raise ValueError(f"the chat template rejects this conversation: {error}") from error
         if self.question_context and isinstance(out, BatchFeature) and "pixel_values" in out:
             out.update(BatchFeature(self.question_inputs(chats, template), tensor_type=return_tensors))
         return out
 
     def template_text(self, chat_template: str | None = None) -> str:
-        """The Jinja text of a named template of this processor, of a text itself, or of the default template.
+        """The Jinja text of a named template of this processor, of a given text, or of the default template.
 
         Raises:
-            ValueError: There is none.
+            ValueError: The processor has no chat template.
         """
         own = self.chat_template
         if chat_template is None:
@@ -390,20 +390,21 @@ class FlorenceVLProcessor(ProcessorMixin):
         return template
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
-        """Tokenize prompts, each placeholder standing for one image, and process the images.
+        """Tokenize prompts, with one placeholder per image, and process the images.
 
         Args:
-            images: Images of all prompts in reading order (or a list of images for each prompt): PIL images, paths,
-                addresses, bytes or uint8 arrays.
+            images: Images of all prompts in reading order (or a list of images per prompt): PIL images, paths, URLs,
+                bytes or uint8 arrays.
             text: Rendered prompt or prompts. The chat template writes the begin token, so the tokenizer adds none
-                unless `add_special_tokens=True` is given: ids in use equal ids in training.
-            **kwargs: transformers' keywords for text and images (`padding`, `max_length`, `return_tensors`, ...).
+                unless `add_special_tokens=True` is given: ids in inference equal those in training.
+            **kwargs: Keyword arguments of transformers for text and images (`padding`, `max_length`, `return_tensors`,
+                ...).
 
         Returns:
             `input_ids`, `attention_mask` and, with images, `pixel_values` (n, 3, H, W).
 
         Raises:
-            ValueError: The counts of placeholders and images differ, truncation would cut an image, or a prompt is
+            ValueError: The numbers of placeholders and images differ, truncation would split an image, or a prompt is
                 longer than the LLM's context.
         """
         if "add_special_tokens" not in kwargs.get("text_kwargs", {}):
@@ -430,7 +431,7 @@ class FlorenceVLProcessor(ProcessorMixin):
                 )
 
     def _call_without_breaks(self, images: Any, texts: list[str], kwargs: dict[str, Any]) -> BatchFeature:
-        # The tokenizer sees the breaks, so padding, truncation and conversion to tensors have to wait until they left.
+        # The tokenizer sees the breaks, so padding, truncation and conversion to tensors happen after they are dropped.
         merged = self._merge_kwargs(
             self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
@@ -456,8 +457,8 @@ class FlorenceVLProcessor(ProcessorMixin):
                 lost = set(keep) - set(cut)
                 if any(out["input_ids"][row][index] == self.image_token_id for index in lost):
                     raise ValueError(
-                        f"max_length={limit} would cut an image: prompt {row} has {len(keep)} tokens. Raise max_length "
-                        "or give fewer images"
+                        f"max_length={limit} would split an image: prompt {row} has {len(keep)} tokens. Raise "
+                        "max_length or give fewer images"
                     )
                 keep = cut
             for key in columns:
@@ -517,7 +518,7 @@ def _break_positions(text: str) -> set[int]:
 
 
 def _shifted(positions: set[int], replacements: Sequence[Mapping[str, Any]]) -> set[int]:
-    """Positions in the text after its placeholders were expanded."""
+    """Positions in the text after placeholder expansion."""
     shifted = set()
     for position in positions:
         gain = [r["new_span"][1] - r["span"][1] for r in replacements if r["span"][1] <= position]

@@ -1,6 +1,6 @@
-"""Importing this module registers Florence-VL with transformers' Auto classes and tables, and `sdpa_varlen`.
+"""Registers Florence-VL with transformers' Auto classes and tables, and registers `sdpa_varlen`, on import.
 
-`florence_vl.import_hook` imports it; nothing else needs to.
+Imported by `florence_vl.import_hook`; no other module needs to import it.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ def _register() -> None:
         FlorenceVLConfig, image_processor_classes={"pil": FlorenceVLImageProcessor}, exist_ok=True
     )
     AutoProcessor.register(FlorenceVLConfig, FlorenceVLProcessor, exist_ok=True)
-    # Pipelines and `transformers serve` look a model up in these tables of names, ...
+    # Pipelines and `transformers serve` look models up in these tables of names.
     modeling_auto.MODEL_MAPPING_NAMES["florence_vl"] = FlorenceVLModel.__name__
     for names in (
         modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
         modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
     ):
         names["florence_vl"] = FlorenceVLForConditionalGeneration.__name__
-    # ... TRL, vLLM and SGLang take a class from the module. Importing transformers.processing_utils puts a second
-    # module object into sys.modules, so both have to know us: the one imported first and the one that is live.
+    # TRL, vLLM and SGLang read a class from the module. Importing transformers.processing_utils adds a second module
+    # object to sys.modules, so both have to be updated: the one imported first and the current one.
     for module in (transformers, sys.modules["transformers"]):
         for cls in (FlorenceVLConfig, FlorenceVLModel, FlorenceVLForConditionalGeneration, FlorenceVLProcessor):
             setattr(module, cls.__name__, cls)

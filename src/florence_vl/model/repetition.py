@@ -1,4 +1,4 @@
-"""Stops an answer that repeats itself without end, as small models do when they are unsure."""
+"""Stops an answer that repeats itself endlessly, as small models do when uncertain."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from transformers import StoppingCriteria
 
 
 class RepetitionStop(StoppingCriteria):
-    """Ends a row of `generate` once the end of its answer is one block of tokens over and over.
+    """Ends a row of `generate` if the end of its answer is one block of tokens, repeated.
 
-    The prompt does not count. Make one for each call of `generate`.
+    The prompt does not count. Create one instance per call of `generate`.
 
     Args:
-        repeats: How often the block must stand in a row.
-        tokens: How many tokens the repetition must cover at least, so that "no no no no" may be said.
-        longest: Longest block in tokens.
+        repeats: Minimum number of consecutive repetitions of the block.
+        tokens: Minimum number of tokens that the repetition covers, so that "no no no no" is allowed.
+        longest: Maximum length of the block in tokens.
 
     Example:
         >>> model.generate(**inputs, stopping_criteria=StoppingCriteriaList([RepetitionStop()]))  # doctest: +SKIP
@@ -42,7 +42,7 @@ class RepetitionStop(StoppingCriteria):
             Bool, (B,).
         """
         if self._prompt is None:
-            self._prompt = input_ids.shape[1] - 1  # called first when the answer has one token
+            self._prompt = input_ids.shape[1] - 1  # first called when the answer has one token
         answer_BL = input_ids[:, self._prompt :]
         return self.repeating(answer_BL)
 

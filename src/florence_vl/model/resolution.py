@@ -1,4 +1,4 @@
-"""Let a loaded model see images at another size, aspect ratio or view, without training."""
+"""Change the image size, aspect ratio or view of a loaded model without training."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def set_resolution(
     positions: str | None = None,
     view: str | None = None,
 ) -> None:
-    """Let a loaded model see images at another resolution, without training.
+    """Change the resolution at which a loaded model encodes images, without training.
 
     Args:
-        model: Its config changes in place.
-        processor: Its image processor changes in place.
-        image_size: Pixels a side of the square input; with `native`, the square of as many tokens as the budget.
+        model: Its config is changed in place.
+        processor: Its image processor is changed in place.
+        image_size: Pixels per side of the square input; with `native`, of the square with the same number of tokens.
         aspect: `pad`, `squash` or `native`.
-        token_budget: Tokens an image at most, for `native`; by default what `image_size` gives.
-        positions: `absolute` or `resampled`. By default resampled when images get another size: the trained grid is
-            taken from the processor's size before the change.
-        view: The view of every image for which no other one is named; see `florence_vl.model.views`.
+        token_budget: Maximum tokens per image, for `native`; by default the number at `image_size`.
+        positions: `absolute` or `resampled`. By default `resampled` if images get another size; the trained grid is
+            then derived from the processor's size before the change.
+        view: Default view of an image; see `florence_vl.model.views`.
 
     Raises:
-        ValueError: An unknown choice or view, a size or budget that the tower or the LLM's context can't take.
+        ValueError: A choice or view is unknown, or the tower or the LLM's context does not support a size or budget.
     """
     images: Any = processor.image_processor
     if token_budget is not None and (aspect or images.image_aspect_ratio) != "native":
@@ -66,7 +66,7 @@ def set_resolution(
 
 
 def resolution_settings(model: FlorenceVLForConditionalGeneration, processor: FlorenceVLProcessor) -> dict[str, Any]:
-    """How a model sees images now, as JSON values: what tells its answers from those at another resolution."""
+    """Resolution settings of a model as JSON values, which distinguish its answers from those at other resolutions."""
     images: Any = processor.image_processor
     settings = {
         "image_size": [images.size["height"], images.size["width"]],

@@ -1,7 +1,7 @@
-"""A router chooses the view of an image from the question and a thumbnail, before the text is tokenized.
+"""A router that chooses the view of an image from the question and a thumbnail, before tokenization.
 
-It predicts, for each view, how much the loss of the right answer grows against the full view, and takes the view with
-the least predicted growth plus `trade` times the view's cost. One router gives the whole curve of accuracy and cost.
+For each view it predicts the increase of the loss of the correct answer over the full view. It chooses the view with
+the smallest sum of predicted increase and `trade` times the view's cost, so one router covers the cost-accuracy curve.
 
 Shape letters: B images, H width of the LLM, D channels of the first feature, W views.
 """
@@ -29,14 +29,14 @@ ROUTER_CONFIG = "router.json"
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """What a router chooses among.
+    """Choices of a router.
 
     Attributes:
-        question_dim: H.
-        image_dim: D.
-        costs: Cost of each view, relative to the full one (1.0).
-        thumbnail: The view whose first feature the router looks at.
-        hidden: Width of its hidden layer.
+        question_dim: Width H of the question.
+        image_dim: Channels D of the image feature.
+        costs: Cost of each view, relative to the full view (1.0).
+        thumbnail: The view whose first feature is the router's input.
+        hidden: Width of the hidden layer.
     """
 
     question_dim: int
@@ -47,10 +47,10 @@ class RouterConfig:
 
 
 class Router(nn.Module):
-    """An MLP from [question ; mean of the thumbnail's first feature] to the growth of the loss in each view.
+    """An MLP from [question ; mean of the thumbnail's first feature] to the increase of the loss in each view.
 
     Args:
-        config: What it chooses among; the full view is one of `costs`.
+        config: The choices; the full view is one of `costs`.
 
     Raises:
         ValueError: The full view or the thumbnail's view has no cost.
@@ -73,19 +73,19 @@ class Router(nn.Module):
         self.register_buffer("costs", costs, persistent=False)
 
     def forward(self, question_BH: Tensor, image_BD: Tensor) -> Tensor:
-        """Predicted growth of the loss against the full view, (B, W); 0 for the full view."""
+        """Predicted increase of the loss over the full view, (B, W); 0 for the full view."""
         states = [nn.functional.layer_norm(x.float(), x.shape[-1:]) for x in (question_BH, image_BD)]
         growth_BW = self.layers(torch.cat(states, -1))
         full = self.views.index(FULL_VIEW)
         return growth_BW - growth_BW[:, full : full + 1]
 
     def choose(self, question_BH: Tensor, image_BD: Tensor, trade: float) -> list[str]:
-        """The view of each image.
+        """Choose the view of each image.
 
         Args:
             question_BH: See `question_context`.
             image_BD: Mean of the thumbnail's first feature.
-            trade: What one full view's cost is worth in loss (nats); 0 takes the least predicted loss.
+            trade: Loss (nats) that the cost of one full view is worth; 0 minimizes the predicted loss.
 
         Raises:
             ValueError: `trade` is negative.
@@ -96,7 +96,7 @@ class Router(nn.Module):
         return [self.views[index] for index in growth_BW.argmin(-1).tolist()]
 
     def save(self, folder: Path) -> None:
-        """Write the router beside a model: `router.safetensors` and `router.json`."""
+        """Write the router to a model's folder: `router.safetensors` and `router.json`."""
         import json
 
         from safetensors.torch import save
@@ -109,18 +109,18 @@ class Router(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> Router:
-        """Read what `save` wrote.
+        """Load a router written by `save`.
 
         Raises:
-            FileNotFoundError: The folder holds no router.
-            ValueError: Its files don't fit each other.
+            FileNotFoundError: The folder contains no router.
+            ValueError: The files are inconsistent.
         """
         import json
 
         from safetensors.torch import load_file
 
         if not (folder / ROUTER_CONFIG).is_file():
-            raise FileNotFoundError(f"{folder} holds no router ({ROUTER_CONFIG}): `florence-vl train-router` makes one")
+            raise FileNotFoundError(f"no router in {folder} ({ROUTER_CONFIG}): `florence-vl train-router` trains one")
         router = cls(RouterConfig(**json.loads((folder / ROUTER_CONFIG).read_text(encoding="utf-8"))))
         try:
             router.layers.load_state_dict(load_file(folder / ROUTER_FILE))
@@ -137,14 +137,14 @@ def router_states(
     questions: Sequence[str],
     thumbnail: str,
 ) -> tuple[Tensor, Tensor]:
-    """What a router sees of each image and its question.
+    """Inputs of a router for each image and its question.
 
     Args:
-        model: With views.
-        processor: The model's.
-        images: One picture a question.
-        questions: The text of the user turn that holds the picture.
-        thumbnail: The view that is looked at.
+        model: A model with views.
+        processor: Its processor.
+        images: One image per question.
+        questions: The text of the user turn with the image.
+        thumbnail: The view that the router uses.
 
     Returns:
         The questions, (B, H), and the means of the first feature, (B, D).
@@ -171,16 +171,16 @@ def route(
     questions: Sequence[str],
     trade: float,
 ) -> list[str]:
-    """The view of each picture for its question; see `Router.choose` and `router_states`.
+    """Choose the view of each image for its question; see `Router.choose` and `router_states`.
 
     Raises:
-        ValueError: The router's views are not the model's.
+        ValueError: The views of the router and the model differ.
     """
     known: Mapping[str, Any] = model.config.views or {}
     unknown = [name for name in router.views if name != FULL_VIEW and name not in known]
     if unknown:
         raise ValueError(
             f"the router chooses among {', '.join(router.views)}, but this model's views are "
-            f"{', '.join([FULL_VIEW, *known])}: use the router that was trained with it"
+            f"{', '.join([FULL_VIEW, *known])}: use the router that was trained with this model"
         )
     return router.choose(*router_states(model, processor, images, questions, router.config.thumbnail), trade)

@@ -1,4 +1,4 @@
-"""Tiny random models and processors: every path of the project on a CPU in seconds, with no file and no network."""
+"""Tiny random models and processors for tests on a CPU in seconds, without files or network."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def tiny_florence2(**overrides: Any) -> dict[str, Any]:
 
 
 def tiny_config(llm: str = "llama", tower: str = "florence2", **overrides: Any) -> FlorenceVLConfig:
-    """A `FlorenceVLConfig` of tiny parts.
+    """A `FlorenceVLConfig` with tiny parts.
 
     Args:
         llm: Model type of the LLM, one of `TINY_LLMS`.
@@ -98,7 +98,7 @@ def tiny_config(llm: str = "llama", tower: str = "florence2", **overrides: Any) 
 def tiny_model(
     llm: str = "llama", tower: str = "florence2", seed: int = 0, **overrides: Any
 ) -> tuple[FlorenceVLForConditionalGeneration, FlorenceVLProcessor]:
-    """A tiny random model in eval mode, float32, and its processor. Same seed, same weights."""
+    """A tiny random model in eval mode, float32, and its processor. The seed determines the weights."""
     config = tiny_config(llm, tower, **overrides)
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
@@ -107,7 +107,7 @@ def tiny_model(
     return model, tiny_processor(config)
 
 
-# Every template's control tokens. The first four have the ids that `tiny_config` says: pad, bos, eos, image.
+# Control tokens of every template. The first four have the ids of `tiny_config`: pad, bos, eos, image.
 TINY_SPECIAL_TOKENS = (
     "<pad>",
     "<s>",
@@ -132,7 +132,7 @@ TINY_CORPUS = (
 
 
 def tiny_tokenizer() -> Any:
-    """A fast byte-level BPE of `TINY_VOCAB_SIZE` tokens, trained on three sentences, with every template's tokens."""
+    """A fast byte-level BPE with `TINY_VOCAB_SIZE` tokens, trained on three sentences, with every template's tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

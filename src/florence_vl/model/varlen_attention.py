@@ -1,12 +1,12 @@
-"""Attention of packed rows sample by sample, where no variable-length kernel exists (CPU): `sdpa_varlen`.
+"""Attention of packed rows sample by sample, for devices without a variable-length kernel (CPU): `sdpa_varlen`.
 
-Under `sdpa` transformers gives packed rows a dense (L, L) block mask, and PyTorch computes all of it: of eight samples
-a row seven eighths for nothing, and with a mask it can't leave out the future either. Here every sample is one causal
-call without a mask. Everything else (padding, cached decoding, sliding windows) is transformers' `sdpa`, to the letter.
+With `sdpa`, transformers uses a dense (L, L) block mask for packed rows, and PyTorch computes all of it: with eight
+samples per row, seven eighths are wasted, and with a mask it cannot skip the future either. Here every sample is one
+causal call without a mask. Everything else (padding, cached decoding, sliding windows) is exactly transformers' `sdpa`.
 
-A sample can also be a tree: a trunk (the picture) and branches behind it (questions with their answers), each of which
-sees the trunk and itself only. `branch_ids` (B, L) tell them apart: 0 in the trunk and in samples without branches, and
-1, 2, ... in the branches of a tree, whose positions all go on behind the trunk. `tree_mask` is the mask of such rows.
+A sample can also be a tree: a trunk (the image) and branches (questions with their answers), each of which attends only
+to the trunk and itself. `branch_ids` (B, L) is 0 in the trunk and in samples without branches, and 1, 2, ... in the
+branches of a tree, whose positions all continue after the trunk. `tree_mask` is the mask of such rows.
 
 Shape letters: B rows, A heads, L tokens of a row, D width of a head.
 """
@@ -25,7 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 SDPA_VARLEN = "sdpa_varlen"
 
 TREE_ATTENTION = ("eager", "flex_attention", "sdpa", SDPA_VARLEN)
-"""Attention implementations that can compute trees."""
+"""Attention implementations that support trees."""
 
 
 def sdpa_varlen_mask(
@@ -38,10 +38,10 @@ def sdpa_varlen_mask(
     local_size: int | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """`transformers.masking_utils.sdpa_mask`, but None for packed rows: `sdpa_varlen` takes bounds from the positions.
+    """`transformers.masking_utils.sdpa_mask`, but None for packed rows: `sdpa_varlen` derives bounds from the
+    positions.
 
-    Of all masks that transformers makes, a plain causal one may not be skipped, without cache and padding, only for
-    packed rows.
+    transformers does not skip a plain causal mask, without cache and padding, only for packed rows.
     """
     bidirectional = "allow_is_bidirectional_skip" in kwargs
     custom = use_vmap or local_size is not None or attention_mask is not None or bidirectional
@@ -60,13 +60,13 @@ def sdpa_varlen_mask(
 
 
 class Span(NamedTuple):
-    """Consecutive tokens of a row that see each other causally, and the trunk before them.
+    """Consecutive tokens of a row that attend to each other causally, and the trunk before them.
 
     Attributes:
         start: First token.
-        end: Behind the last token.
-        trunk_start: First token of the trunk that they see too.
-        trunk_end: Behind the trunk's last token; `trunk_start` for what sees itself only (samples, trunks).
+        end: Index after the last token.
+        trunk_start: First token of the trunk to which they also attend.
+        trunk_end: Index after the trunk's last token; `trunk_start` for spans without a trunk (samples, trunks).
     """
 
     start: int
@@ -76,7 +76,7 @@ class Span(NamedTuple):
 
 
 def row_spans(position_ids: Tensor, branch_ids: Tensor | None = None) -> list[list[Span]]:
-    """The spans of each row. A sample begins where positions don't go on by one, a branch where its number changes.
+    """The spans of each row. A sample begins where positions do not increase by one, a branch where its number changes.
 
     Args:
         position_ids: (B, L).
@@ -90,8 +90,8 @@ def row_spans(position_ids: Tensor, branch_ids: Tensor | None = None) -> list[li
     begins_BL[:, 1:] = (position_ids.diff(dim=-1) != 1) | (branches_BL.diff(dim=-1) != 0)
     if branch_ids is None and ((position_ids[:, 1:] > 0) & (position_ids.diff(dim=-1) < 1)).any():
         raise ValueError(
-            "positions go back, but not to 0, as those of message trees do; branch_ids, which say what belongs to "
-            "which branch, are missing or were not passed on by the LLM"
+            "positions go back, but not to 0, as in message trees; branch_ids, which assign tokens to branches, "
+            "are missing or were not passed on by the LLM"
         )
     rows = []
     for begins_L, branches_L in zip(begins_BL, branches_BL, strict=True):
@@ -109,12 +109,12 @@ def row_spans(position_ids: Tensor, branch_ids: Tensor | None = None) -> list[li
 def tree_mask_function(
     position_ids: Tensor, branch_ids: Tensor, window: int | None = None
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Which key a query sees in rows with trees, in the form of transformers' mask functions and of flex attention.
+    """Which keys a query attends to in rows with trees, as a mask function of transformers and of flex attention.
 
     Args:
         position_ids: (B, L).
         branch_ids: (B, L).
-        window: Size of a sliding window, positions; None for full attention.
+        window: Size of a sliding window in positions; None for full attention.
     """
     begins_BL = torch.ones_like(position_ids, dtype=torch.bool)
     begins_BL[:, 1:] = (position_ids.diff(dim=-1) != 1) & (branch_ids[:, 1:] == 0)
@@ -143,20 +143,20 @@ def check_tree_attention(name: str) -> None:
 
 
 def tree_mask(config: PreTrainedConfig, inputs_embeds: Tensor, position_ids: Tensor, branch_ids: Tensor) -> Any:
-    """The `attention_mask` of rows with trees, for an LLM's forward.
+    """The `attention_mask` of rows with trees, for the forward pass of an LLM.
 
     Args:
-        config: The LLM's.
+        config: Config of the LLM.
         inputs_embeds: (B, L, H).
         position_ids: (B, L).
         branch_ids: (B, L).
 
     Returns:
-        What the attention implementation takes: (B, 1, L, L) or a `BlockMask`, or None where `sdpa_varlen` reads
-        `branch_ids` itself; a dict of these by kind of layer for an LLM with layers of several kinds.
+        The mask for the attention implementation: (B, 1, L, L) or a `BlockMask`, or None if `sdpa_varlen` reads
+        `branch_ids` itself; a dict of these by layer type for an LLM with several types.
 
     Raises:
-        ValueError: The attention implementation, or the LLM's kind of layer, can't compute trees.
+        ValueError: The attention implementation, or the LLM's type of layer, does not support trees.
     """
     name = config._attn_implementation
     check_tree_attention(name)
@@ -165,7 +165,7 @@ def tree_mask(config: PreTrainedConfig, inputs_embeds: Tensor, position_ids: Ten
     if unknown := kinds - {"full_attention", "sliding_attention"}:
         raise ValueError(
             f"message trees (branch_ids) need an LLM of attention layers; this one ({config.model_type}) has layers of "
-            f"the kind {', '.join(sorted(unknown))}, which would carry one branch into the next"
+            f"the type {', '.join(sorted(unknown))}, which would carry one branch into the next"
         )
 
     def mask(kind: str) -> Any:
@@ -192,13 +192,13 @@ def tree_mask(config: PreTrainedConfig, inputs_embeds: Tensor, position_ids: Ten
 
 
 def flash_bounds(position_ids: Tensor) -> dict[str, Any]:
-    """What tells flash attention where the samples of packed rows are, by transformers' names.
+    """Bounds of the samples of packed rows for flash attention, by transformers' names.
 
-    transformers derives it from the positions for a single row only; several rows would get plain causal attention
+    transformers derives them from the positions for a single row only; several rows would get plain causal attention
     across their samples.
 
     Args:
-        position_ids: (B, L), restarting with each sample.
+        position_ids: (B, L), restarting at each sample.
     """
     begins_BL = torch.ones_like(position_ids, dtype=torch.bool)
     begins_BL[:, 1:] = position_ids.diff(dim=-1) != 1
@@ -218,7 +218,7 @@ def sdpa_varlen(
     branch_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers; packed rows are those with several samples or a tree, and no mask.
+    """Attention function for transformers; packed rows have several samples or a tree, and no mask.
 
     Args:
         module: The attention layer.
@@ -226,16 +226,16 @@ def sdpa_varlen(
         key: (B, key-value heads, L, D).
         value: Like `key`.
         attention_mask: None for packed rows.
-        position_ids: (B or 1, L), restarting with each sample.
+        position_ids: (B or 1, L), restarting at each sample.
         branch_ids: (B, L), for rows with trees.
         **kwargs: As for `sdpa`.
 
     Returns:
-        (B, L, A, D), and no weights.
+        (B, L, A, D), and None for the attention weights.
     """
     packed = None
     if attention_mask is None and query.shape[2] == key.shape[2] > 1:
-        assert position_ids is not None, "this LLM hides the positions from its attention; use attn_implementation sdpa"
+        assert position_ids is not None, "this LLM passes no positions to its attention; use attn_implementation sdpa"
         packed = row_spans(position_ids.expand(query.shape[0], -1), branch_ids)
     if packed is None or all(len(spans) == 1 for spans in packed):
         return sdpa_attention_forward(module, query, key, value, attention_mask, position_ids=position_ids, **kwargs)
@@ -257,7 +257,7 @@ def sdpa_varlen(
 
 
 def register_attention() -> None:
-    """Make `sdpa_varlen` known to transformers; importing `florence_vl.model` does."""
+    """Register `sdpa_varlen` with transformers; importing `florence_vl.model` calls it."""
     AttentionInterface.register(SDPA_VARLEN, sdpa_varlen)
     AttentionMaskInterface.register(SDPA_VARLEN, sdpa_varlen_mask)
 

@@ -1,7 +1,7 @@
-"""Views: named pairs of image size and features, so that a question can choose how closely an image is looked at.
+"""Views: named pairs of image size and features, so that the resolution can depend on the question.
 
 A view changes the number of image placeholders, so it is chosen before tokenization: `processor(..., view="glance")`.
-The features that it leaves out are not computed at inference; their mean stands in their place (`FeatureFill`).
+Features outside a view are not computed in inference and replaced by their mean (`FeatureFill`).
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ FULL_VIEW = "full"  # the processor's own size with all features; every model ha
 
 
 def check_views(views: Any, features: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The view table of a config, checked and complete.
+    """The views of a config, checked and completed.
 
     Args:
-        views: Name -> `{"size": pixels a side, "features": names}`; both may be left out.
+        views: Name -> `{"size": pixels per side, "features": names}`; both are optional.
         features: The model's features; the first is part of every view.
 
     Raises:
-        ValueError: Not such a table, an unknown feature (near names are listed), or a view without the first feature.
+        ValueError: Not a valid mapping, an unknown feature (similar names are suggested), or a view without the first.
     """
     if not isinstance(views, Mapping):
-        raise ValueError(f"views must be a table of names, found {views!r}")
+        raise ValueError(f"views must be a mapping of names, found {views!r}")
     result = {}
     for name, view in views.items():
         if not isinstance(view, Mapping) or set(view) - {"size", "features"}:
@@ -46,7 +46,7 @@ def check_views(views: Any, features: Sequence[str]) -> dict[str, dict[str, Any]
             raise ValueError(f"views[{name!r}] lacks the feature {features[0]!r}, which is part of every view")
         size = view.get("size")
         if size is not None and (not isinstance(size, int) or size < 1):
-            raise ValueError(f"views[{name!r}]: size must be pixels a side, found {size!r}")
+            raise ValueError(f"views[{name!r}]: size must be pixels per side, found {size!r}")
         result[str(name)] = {"size": size, "features": [feature for feature in features if feature in chosen]}
     return result
 
@@ -58,7 +58,7 @@ def feature_mask(features: Sequence[str], chosen: Iterable[str]) -> list[int]:
 
 
 class FeatureFill(nn.Module):
-    """What stands in for a feature that was not computed: one vector a feature, (D,), zero until it is estimated.
+    """Replacement of features that were not computed: one vector (D,) per feature, zero until estimated.
 
     Args:
         feature_dims: Channels D of each feature by name.
@@ -76,12 +76,12 @@ class FeatureFill(nn.Module):
         return {name: self.get_parameter(f"mean_{name}") for name in self.feature_names}
 
     def reset_parameters(self) -> None:
-        """Zero what `from_pretrained` has not loaded."""
+        """Zero the parameters that `from_pretrained` has not loaded."""
         for vector in self.vectors.values():
             init.zeros_(vector)
 
     def forward(self, features: Mapping[str, Tensor], mask_BF: Tensor) -> dict[str, Tensor]:
-        """Replace the features (B, N, D) where the mask, one column a feature in their order, is 0."""
+        """Replace the features (B, N, D) where the mask, one column per feature in their order, is 0."""
         mask_BF = mask_BF.to(next(iter(features.values())).device, torch.bool)
         vectors = self.vectors
         return {
@@ -91,7 +91,7 @@ class FeatureFill(nn.Module):
 
     @torch.no_grad()
     def estimate(self, batches: Iterable[Mapping[str, Tensor]]) -> int:
-        """Set the vectors to the features' means over images and tokens.
+        """Set the vectors to the means of the features over images and tokens.
 
         Args:
             batches: Features of images by name, (B, N, D).
@@ -100,7 +100,7 @@ class FeatureFill(nn.Module):
             The number of images.
 
         Raises:
-            ValueError: No images.
+            ValueError: There are no images.
         """
         sums = {name: torch.zeros_like(vector, dtype=torch.float64) for name, vector in self.vectors.items()}
         images = tokens = 0

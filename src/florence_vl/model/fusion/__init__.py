@@ -1,4 +1,4 @@
-"""Depth-breadth fusion: named features in, one sequence of image tokens out. One file a fusion, registered by name."""
+"""Depth-breadth fusion: named features in, one sequence of image tokens out. Fusions are registered by name."""
 
 from florence_vl.model.fusion.base import FUSIONS, Fusion, build_fusion, merge_tokens
 from florence_vl.model.fusion.gated import GatedFusion

@@ -1,7 +1,7 @@
 """Depth-breadth fusion: named features in, one sequence of image tokens out (paper section 3.3).
 
-Shape letters: B images, N tokens a feature, N' tokens out, D channels of a feature, C channels out.
-A new fusion is a class here or in any module that registers it under an exact name; its contract test runs by itself.
+Shape letters: B images, N tokens of a feature, N' output tokens, D channels of a feature, C output channels.
+A new fusion is a class in any module that registers it under an exact name; the contract test then covers it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FUSIONS: Registry[type[Fusion]] = Registry("fusion")
 
 
 class Fusion(nn.Module, ABC):
-    """Joins the features of an image.
+    """Base class: combines the features of an image.
 
     Args:
         feature_dims: Channels D of each feature by name, in the order of fusion.
@@ -31,32 +31,32 @@ class Fusion(nn.Module, ABC):
     @property
     @abstractmethod
     def out_dim(self) -> int:
-        """Channels C of the result."""
+        """Output channels C."""
 
     @property
     def uses_context(self) -> bool:
-        """Whether the result depends on the question; what does is never cached by the image alone."""
+        """Whether the result depends on the question; such results are never cached by the image alone."""
         return False
 
     def num_tokens(self, num_feature_tokens: int) -> int:
-        """Tokens N' of the result for features of `num_feature_tokens` tokens."""
+        """Number of output tokens N' for features of `num_feature_tokens` tokens."""
         return num_feature_tokens
 
     def _check_context(self, context: Tensor | None) -> None:
         if context is None:
             raise ValueError(
-                "this fusion depends on the question, and none was given: pass question_ids and question_mask, as the "
-                "processor returns them, beside pixel_values (a mask of zeros says that there is no text)"
+                "this fusion depends on the question, but none was given: pass question_ids and question_mask, as "
+                "returned by the processor, in addition to pixel_values (a mask of zeros means no text)"
             )
 
     @abstractmethod
     def forward(self, features: Mapping[str, Tensor], context: Tensor | None = None) -> Tensor:
-        """Fuse.
+        """Fuse the features.
 
         Args:
             features: Name -> (B, N, D).
-            context: (B, H) state of the question for fusions with `uses_context`, a row of zeros where there is no
-                text. Other fusions ignore it.
+            context: (B, H) state of the question for fusions with `uses_context`, zeros if there is no text. Ignored by
+                other fusions.
 
         Returns:
             (B, N', C).
@@ -66,11 +66,11 @@ class Fusion(nn.Module, ABC):
         """The features in the order of fusion.
 
         Raises:
-            ValueError: A feature is missing; the message names both lists.
+            ValueError: A feature is missing; the message contains both lists.
         """
         missing = [name for name in self.feature_dims if name not in features]
         if missing:
-            raise ValueError(f"fusion misses the features {missing}; it got {list(features)}")
+            raise ValueError(f"features {missing} are missing for the fusion; it got {list(features)}")
         return [features[name] for name in self.feature_dims]
 
     def _same_width(self, kind: str) -> int:
@@ -81,7 +81,7 @@ class Fusion(nn.Module, ABC):
 
 
 def merge_tokens(x_BND: Tensor, grid: tuple[int, int], merge: int) -> Tensor:
-    """Join squares of `merge` x `merge` neighboring tokens: (B, R C, D) -> (B, R C / merge^2, D merge^2).
+    """Merge squares of `merge` x `merge` neighboring tokens: (B, R C, D) -> (B, R C / merge^2, D merge^2).
 
     Args:
         x_BND: Tokens of a grid, row by row.
@@ -96,14 +96,14 @@ def merge_tokens(x_BND: Tensor, grid: tuple[int, int], merge: int) -> Tensor:
 
 
 def build_fusion(name: str, feature_dims: Mapping[str, int], **options: Any) -> Fusion:
-    """The fusion of that exact name.
+    """Build the fusion registered under `name`.
 
     Args:
         name: Registered name.
         feature_dims: Channels of each feature by name, in the order of fusion.
-        **options: Further arguments of the class, such as the gate's.
+        **options: Further arguments of the class, such as those of the gate.
 
     Raises:
-        ValueError: No such fusion (near names listed), or the features do not fit it.
+        ValueError: The name is unknown (similar names are suggested), or the features do not fit the fusion.
     """
     return FUSIONS[name](feature_dims, **options)

@@ -1,8 +1,8 @@
-"""`gated` fusion: how much of each prompted feature stands in a token depends on the image and the question.
+"""`gated` fusion: the image and the question determine the weight of each prompted feature.
 
 h_f = g_f * V'_f, concatenated along channels as `channel` does, g = 2 sigmoid(W2 silu(W1 [norm(q); norm(mean V)])).
-W2 and its bias are zero at the start, so g = 1 and the fusion equals `channel` bit for bit: released weights load,
-and training of a `channel` model can go on with gates. The first feature (V, DaViT's) is never gated.
+W2 and its bias are initialized to zero, so g = 1 and the fusion equals `channel` bit for bit: released weights load,
+and a trained `channel` model can continue training with gates. The first feature (V, DaViT's) is never gated.
 
 Shape letters: B images, N tokens, D channels of a feature, F gated features, H width of the context.
 """
@@ -25,10 +25,10 @@ CONTEXTS: tuple[Context, ...] = ("none", "image", "question")
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero."""
+    """A linear layer that is initialized to zero."""
 
     def reset_parameters(self) -> None:
-        """Zero what `from_pretrained` has not loaded."""
+        """Zero the parameters that `from_pretrained` has not loaded."""
         init.zeros_(self.weight)
         if self.bias is not None:
             init.zeros_(self.bias)
@@ -36,17 +36,17 @@ class ZeroLinear(nn.Linear):
 
 @FUSIONS.register("gated")
 class GatedFusion(ChannelFusion):
-    """Channel fusion with one gate a prompted feature.
+    """Channel fusion with one gate per prompted feature.
 
     Args:
         feature_dims: Channels D of each feature by name, in the order of fusion.
         context_dim: Width H of the question's state; the LLM's hidden size.
-        context: What the gates see: `none` (learned constants), `image` (the mean of V), or `question` (both).
-        per_token: Whether each token has gates of its own, from V at its place.
+        context: Inputs of the gates: `none` (learned constants), `image` (the mean of V), or `question` (both).
+        per_token: Whether each token has separate gates, computed from V at its position.
         hidden: Width of the hidden layer.
 
     Raises:
-        ValueError: An unknown context, a `question` gate without `context_dim`, or no feature to gate.
+        ValueError: The context is unknown, a `question` gate has no `context_dim`, or there is no feature to gate.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class GatedFusion(ChannelFusion):
         if context == "question" and context_dim is None:
             raise ValueError("a gate with context='question' needs context_dim, the width of the LLM")
         if len(self.feature_dims) < 2:
-            raise ValueError(f"fusion 'gated' needs a feature besides the first, which is never gated: {feature_dims}")
+            raise ValueError(f"fusion 'gated' needs a second feature, as the first is never gated: {feature_dims}")
         self.context, self.per_token = context, per_token
         self.image_dim = next(iter(self.feature_dims.values()))
         num_gated = len(self.feature_dims) - 1
@@ -80,7 +80,7 @@ class GatedFusion(ChannelFusion):
         return self.context == "question"
 
     def reset_constants(self) -> None:
-        """Zero the parameters outside of layers that `from_pretrained` has not loaded."""
+        """Zero the parameters outside layers that `from_pretrained` has not loaded."""
         for parameter in (self.constant, self.no_question):
             if parameter is not None:
                 init.zeros_(parameter)
@@ -122,10 +122,10 @@ def _normalize(x: Tensor) -> Tensor:
 
 
 def check_gate(gate: Mapping[str, Any]) -> None:
-    """Refuse unknown options of a config's `gate`.
+    """Check that the options of a config's `gate` are known.
 
     Raises:
-        ValueError: Near names are listed.
+        ValueError: An option is unknown; similar names are suggested.
     """
     known = ("context", "per_token", "hidden")
     for key in gate:

@@ -1,6 +1,6 @@
 """The paper's three fusions: along channels (its choice), along the sequence, and the mean (section 3.3, Table 1).
 
-Shape letters: B images, N tokens a feature, D channels of a feature.
+Shape letters: B images, N tokens of a feature, D channels of a feature.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from florence_vl.model.fusion.base import FUSIONS, Fusion
 
 @FUSIONS.register("channel")
 class ChannelFusion(Fusion):
-    """Concatenates along channels: (B, N, sum of D). The paper's choice: as many tokens as one feature has."""
+    """Concatenates along channels: (B, N, sum of D). The paper's choice: as many tokens as one feature."""
 
     @property
     def out_dim(self) -> int:

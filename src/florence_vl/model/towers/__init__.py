@@ -18,10 +18,10 @@ TOWERS: Registry[type[VisionTower]] = Registry("tower")
 
 
 class VisionTower(nn.Module, ABC):
-    """Contract of every tower: `(B, 3, H, W) -> {feature name: (B, N, D)}`, sizes known before any forward."""
+    """Base class of towers: `(B, 3, H, W) -> {feature name: (B, N, D)}`, with sizes known before any forward pass."""
 
     def train(self, mode: bool = True) -> VisionTower:
-        """`nn.Module.train`, but what is frozen stays in eval; see `florence_vl.model.frozen`."""
+        """`nn.Module.train`, but frozen modules stay in eval mode; see `florence_vl.model.frozen`."""
         super().train(mode)
         if mode:
             keep_frozen_in_eval(self)
@@ -29,18 +29,19 @@ class VisionTower(nn.Module, ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first parameter that is a floating-point number."""
+        """Data type of the first floating-point parameter."""
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
 
     @property
     def device(self) -> torch.device:
-        """Of the first parameter."""
+        """Device of the first parameter."""
         return next(self.parameters()).device
 
     def with_input_gradients(self, pixel_values: Tensor) -> Tensor:
-        """The pixels, made to need gradients where re-entrant checkpointing would else pass none to the layers.
+        """The pixels, with gradients required if re-entrant checkpointing would otherwise pass none to the layers.
 
-        It hands gradients only to a layer whose input needs some. A frozen first convolution under adapters gives none.
+        Re-entrant checkpointing passes gradients only to layers whose input requires them, which is not the case after
+        a frozen first convolution with adapters.
         """
         if self.training and torch.is_grad_enabled() and _checkpoints_reentrant(self):
             return pixel_values.detach().requires_grad_()
@@ -49,18 +50,18 @@ class VisionTower(nn.Module, ABC):
     @property
     @abstractmethod
     def vision_model(self) -> nn.Module:
-        """The transformers model that sees the pixels."""
+        """The transformers model that receives the pixels."""
 
     @contextmanager
     def recording(self, hidden_states: bool = False, attentions: bool = False) -> Iterator[dict[str, Any]]:
-        """Keep the vision model's hidden states and attentions of a forward inside the block.
+        """Record the vision model's hidden states and attentions of a forward pass inside the block.
 
         Args:
-            hidden_states: Keep them, as the vision model's own `output_hidden_states`.
-            attentions: Keep them, as its own `output_attentions`.
+            hidden_states: Whether to record them, as the vision model's own `output_hidden_states`.
+            attentions: Whether to record them, as its own `output_attentions`.
 
         Yields:
-            A dict that holds `hidden_states` and `attentions` after the forward, as far as they were asked for.
+            A dict with `hidden_states` and `attentions` after the forward pass, as requested.
         """
         wanted = {"output_hidden_states": hidden_states, "output_attentions": attentions}
         wanted = {name: True for name, asked in wanted.items() if asked}
@@ -97,30 +98,30 @@ class VisionTower(nn.Module, ABC):
 
     @abstractmethod
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the tokens of one feature for an image of that many pixels."""
+        """Rows and columns of the tokens of one feature for an image of this size in pixels."""
 
     @abstractmethod
     def num_tokens(self, height: int, width: int) -> int:
-        """Tokens N of one feature for an image of that many pixels.
+        """Number of tokens N of one feature for an image of this size in pixels.
 
         Raises:
-            ValueError: The tower can't take an image of this size.
+            ValueError: The tower does not support this image size.
         """
 
     @abstractmethod
     def forward(self, pixel_values: Tensor, feature_mask: Tensor | None = None) -> dict[str, Tensor]:
-        """All features of the images.
+        """Compute all features of the images.
 
         Args:
             pixel_values: (B, 3, H, W), normalized.
-            feature_mask: (B, F), 0 for a feature (in the order of fusion) of an image that the caller does not need.
-                In eval mode a tower need not compute it, and its values are then zero.
+            feature_mask: (B, F), 0 for a feature (in the order of fusion) of an image that the caller does not need. In
+                eval mode a tower may skip it; its values are then zero.
 
         Returns:
             Name -> (B, N, D).
 
         Raises:
-            ValueError: Wrong number of dimensions or channels, or a size that the tower can't take.
+            ValueError: The number of dimensions or channels is wrong, or the tower does not support the size.
         """
 
 
@@ -132,17 +133,17 @@ def _checkpoints_reentrant(module: nn.Module) -> bool:
 
 
 def check_pixels(pixel_values: Tensor) -> None:
-    """Refuse what is not a batch of RGB images.
+    """Check that the input is a batch of RGB images.
 
     Raises:
-        ValueError: `pixel_values` isn't (B, 3, H, W), or holds NaN or infinity (checked on the CPU only).
+        ValueError: `pixel_values` is not (B, 3, H, W), or contains NaN or infinity (checked on the CPU only).
     """
     if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
         raise ValueError(
             f"pixel_values has shape {tuple(pixel_values.shape)}; expected (images, 3, height, width): RGB images as "
             "the processor returns them, all images of the batch along the first dimension"
         )
-    # Elsewhere this would wait for the device at every step; there the trainer's loss guard finds it.
+    # Elsewhere this would synchronize with the device at every step; there the trainer's loss guard detects it.
     if pixel_values.device.type == "cpu" and not torch.compiler.is_compiling():
         finite = torch.isfinite(pixel_values).flatten(1).all(1)
         if not finite.all():

@@ -21,7 +21,7 @@ class BackboneTower(VisionTower):
         config: `vision_config` is the backbone's, `feature_layers` names the layers (LLaVA-1.5: `{"clip": -2}`).
 
     Raises:
-        ValueError: A layer index is outside the backbone.
+        ValueError: A layer index is out of range.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -29,7 +29,7 @@ class BackboneTower(VisionTower):
         self.config = config
         vision = config.vision_config
         if vision.model_type.startswith("siglip"):
-            vision.vision_use_head = False  # SigLIP's pooling head: its result is not a feature
+            vision.vision_use_head = False  # SigLIP's pooling head, which is not used as a feature
         self.backbone = AutoModel.from_config(vision, dtype=torch.get_default_dtype())
         depth = vision.num_hidden_layers
         for name, layer in config.feature_layers.items():
@@ -49,11 +49,11 @@ class BackboneTower(VisionTower):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Class and register tokens in front of the grid."""
+        """Number of class and register tokens before the grid."""
         return backbone_prefix_tokens(self.config.vision_config)
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches of an image of that many pixels."""
+        """Rows and columns of patches for an image of this size in pixels."""
         patch = self.config.vision_config.patch_size
         return height // patch, width // patch
 
@@ -64,8 +64,8 @@ class BackboneTower(VisionTower):
             raise ValueError(f"an image of {height}x{width} pixels is smaller than one patch of {patch}x{patch}")
         if self.fixed_size and (height, width) != (vision.image_size, vision.image_size):
             raise ValueError(
-                f"an image of {height}x{width} pixels: this {vision.model_type} takes {vision.image_size}x"
-                f"{vision.image_size} only. Set the processor's size to that"
+                f"an image of {height}x{width} pixels: this {vision.model_type} accepts only {vision.image_size}x"
+                f"{vision.image_size}. Set the processor's size to that"
             )
         return (height // patch) * (width // patch) + (self.num_prefix_tokens if self.config.mean_token == "all" else 0)
 

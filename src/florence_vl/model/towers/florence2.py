@@ -1,8 +1,8 @@
-"""The paper's tower: Florence-2 without its decoder, asked several prompts at once (paper sections 2 and 3.2).
+"""The paper's tower: Florence-2 without its decoder, with several prompts per image (paper sections 2 and 3.2).
 
-DaViT runs once an image; all prompts go through the BART encoder as one batch.
-Shape letters: B images, P prompts, M pairs of both, T tokens of a prompt, N image tokens, S = N + T, D channels,
-G channel groups.
+DaViT runs once per image; all prompts pass through the BART encoder as one batch.
+Shape letters: B images, P prompts, M pairs of image and prompt, T tokens of a prompt, N image tokens, S = N + T, D
+channels, G channel groups.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.get_logger(__name__)
 
 
 class DaViTBlock(GradientCheckpointingLayer, Florence2VisionBlock):
-    """transformers' DaViT block, reachable by `gradient_checkpointing_enable` (upstream's is not)."""
+    """transformers' DaViT block with gradient checkpointing, which upstream's lacks."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return Florence2VisionBlock.forward(self, hidden_states)
@@ -40,8 +40,8 @@ class DaViTBlock(GradientCheckpointingLayer, Florence2VisionBlock):
 class DaViTChannelAttention(Florence2VisionChannelAttention):
     """transformers' channel-group attention, as plain matrix products.
 
-    Its "heads" have as many channels as the image has positions (36,864 at stage 1 for 768 px): no fused attention
-    kernel takes that, and none is needed, as the attention matrix itself is tiny (32 x 32 in every released size).
+    Its "heads" have one channel per image position (36,864 at stage 1 for 768 px). No fused attention kernel supports
+    that, and none is needed, because the attention matrix is tiny (32 x 32 in every released size).
     """
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class DaViTChannelAttention(Florence2VisionChannelAttention):
 
 
 class DropPath(nn.Dropout):
-    """transformers' DropPath (drops a residual branch of whole images), as a module that tools for dropout know."""
+    """transformers' DropPath (drops a residual branch of whole images) as a subclass of `nn.Dropout`."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.p == 0:
@@ -65,10 +65,10 @@ class DropPath(nn.Dropout):
 
 
 class _Switched:
-    """BART's functional dropouts read their rate from an `nn.Dropout`.
+    """Makes BART's functional dropouts read their rate from an `nn.Dropout`.
 
-    So tools that switch dropout off reach it, and a frozen layer that recomputes activations has none. Mixed into a
-    BART module after construction, when `dropout` and `activation_dropout` are plain numbers.
+    Tools that disable dropout modules then reach them, and a frozen layer that recomputes activations has no dropout.
+    Mixed into a BART module after construction, when `dropout` and `activation_dropout` are plain numbers.
     """
 
     @property
@@ -89,11 +89,11 @@ class SwitchedEncoder(_Switched, BartEncoder):
 
 
 class SwitchedEncoderLayer(_Switched, BartEncoderLayer):
-    """transformers' layer of it."""
+    """transformers' BART encoder layer; see `_Switched`."""
 
 
 class SwitchedAttention(_Switched, BartAttention):
-    """transformers' attention of it."""
+    """transformers' BART attention; see `_Switched`."""
 
 
 _SWITCHED: dict[type, type] = {
@@ -116,7 +116,7 @@ class Florence2Tower(VisionTower):
     """DaViT, its projection and the BART encoder of a Florence-2.
 
     Args:
-        config: Names the features and holds the Florence-2 config and the prompts' token ids.
+        config: Names the features, and contains the Florence-2 config and the prompts' token ids.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -124,7 +124,7 @@ class Florence2Tower(VisionTower):
         florence2: Florence2Config = config.vision_config
         self.config = config
         self.davit = Florence2VisionBackbone._from_config(florence2.vision_config, dtype=torch.get_default_dtype())
-        for module in self.davit.modules():  # same parameters and names, our forward
+        for module in self.davit.modules():  # same parameters and names, other forward
             if type(module) is Florence2VisionBlock:
                 module.__class__ = DaViTBlock
             elif type(module) is Florence2VisionChannelAttention:
@@ -152,7 +152,7 @@ class Florence2Tower(VisionTower):
 
     def recording(self, hidden_states: bool = False, attentions: bool = False) -> Any:
         if attentions:
-            raise ValueError("DaViT's attentions (windows and channel groups) are not available; leave out the keyword")
+            raise ValueError("DaViT's attentions (windows and channel groups) are not available; remove the keyword")
         return super().recording(hidden_states)
 
     @property
@@ -163,7 +163,7 @@ class Florence2Tower(VisionTower):
     def reset_buffers(self) -> None:
         """Fill the prompt buffers and DaViT's temporal embedding from the config.
 
-        Called at construction, and again after `from_pretrained` built the model without storage.
+        Called at construction, and again after `from_pretrained` has built the model without storage.
         """
         names = self.config.prompt_names
         ids = [self.config.prompt_token_ids[name] for name in names]
@@ -176,10 +176,10 @@ class Florence2Tower(VisionTower):
         self.masks_padding = self.config.prompt_padding == "masked" and any(len(i) < length for i in ids)
 
     def set_positions(self, positions: str) -> None:
-        """Choose how positions are numbered at other sizes than the trained one; see `FlorenceVLConfig.positions`.
+        """Choose the position numbering at sizes other than the trained one; see `FlorenceVLConfig.positions`.
 
         Raises:
-            ValueError: Neither `absolute` nor `resampled`, or a trained grid beyond the tables.
+            ValueError: Neither `absolute` nor `resampled`, or the trained grid is larger than the tables.
         """
         before, self.config.positions = self.config.positions, positions
         try:
@@ -191,14 +191,14 @@ class Florence2Tower(VisionTower):
         self.image_projector.image_position_embed.trained = self.trained_grid
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of DaViT's last map for an image of that many pixels."""
+        """Rows and columns of DaViT's last feature map for an image of this size in pixels."""
         return convolved_size(height, width, davit_convolutions(self.config.vision_config.vision_config))
 
     def num_tokens(self, height: int, width: int) -> int:
         rows, columns = self.grid_size(height, width)
         if min(rows, columns) < 1:
             stride = _product(self.config.vision_config.vision_config.patch_stride)
-            raise ValueError(f"an image of {height}x{width} pixels is too small: this Florence-2 needs {stride} a side")
+            raise ValueError(f"an image of {height}x{width} pixels is too small: the minimum is {stride} per side")
         if self.trained_grid is None:
             self._check_absolute(height, width)
         return rows * columns + (self.config.mean_token == "all")
@@ -212,7 +212,7 @@ class Florence2Tower(VisionTower):
         if max(rows, columns) > limit:
             raise ValueError(
                 f"an image of {height}x{width} pixels gives {rows}x{columns} positions, but this Florence-2 has "
-                f"{limit} an axis: at most {limit * stride} pixels a side. {other}"
+                f"{limit} per axis: at most {limit * stride} pixels per side. {other}"
             )
         inside = rows * columns + (self.config.mean_token != "grid_before_encoder")
         if self.encoder is not None:
@@ -252,8 +252,8 @@ class Florence2Tower(VisionTower):
         """The encoder's outputs at the image positions, for all prompts: (B, N, D) -> (B, P, N, D).
 
         Args:
-            image_BND: DaViT's projected tokens, with the mean token in front unless the config drops it.
-            grid: Rows and columns of the tokens behind the mean token.
+            image_BND: DaViT's projected tokens, after the mean token unless the config drops it.
+            grid: Rows and columns of the tokens after the mean token.
             pairs: (B, P) bool, the pairs of image and prompt to compute; the others are zero. None computes all.
         """
         assert self.encoder is not None

@@ -1,9 +1,9 @@
 """Florence-2's two position tables at sizes other than the trained one.
 
-The DaViT map gets a learned row and a learned column embedding. The BART encoder numbers image tokens in one dimension,
-so at another size a (row, column) lands on another position, and prompt features degrade silently. `Grid2D` and
-`EncoderPositions` resample both tables from the trained grid to the actual one; at the trained size they return the
-tables themselves, bit for bit.
+DaViT's feature map gets a learned row and a learned column embedding. The BART encoder numbers image tokens in one
+dimension, so at another size a (row, column) is mapped to another position, and prompt features degrade silently.
+`Grid2D` and `EncoderPositions` resample both tables from the trained grid to the actual one; at the trained size they
+return the tables themselves, bit for bit.
 
 Shape letters: R rows, C columns, T prompt tokens, S = [mean token] + R * C + T, D channels.
 """
@@ -17,12 +17,12 @@ from transformers.models.florence2.modeling_florence2 import Florence2VisionLear
 
 
 class Grid2D(Florence2VisionLearnedAbsolutePositionEmbedding2D):
-    """transformers' row and column embedding, resampled from `trained` (rows, columns) when that is set."""
+    """transformers' row and column embedding, resampled from `trained` (rows, columns) if that is set."""
 
     trained: tuple[int, int] | None = None
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> Tensor:
-        """(B, D, R, C) -> (B, D, R, C) of positions."""
+        """(B, D, R, C) -> (B, D, R, C), the position embeddings."""
         rows, columns = pixel_values.shape[-2:]
         trained_rows, trained_columns = self.trained or (rows, columns)
         y_RD = self._table(self.row_embeddings, trained_rows, rows)
@@ -42,7 +42,7 @@ class Grid2D(Florence2VisionLearnedAbsolutePositionEmbedding2D):
 class EncoderPositions(BartLearnedPositionalEmbedding):
     """BART's positions for [image tokens ; prompt tokens], added by the tower before it calls the encoder.
 
-    The encoder's own call returns zero, so that its sum stays what the tower made it.
+    The encoder's own call returns zero, so its sum does not change what the tower computed.
     """
 
     def forward(
@@ -54,14 +54,14 @@ class EncoderPositions(BartLearnedPositionalEmbedding):
         num_prefix: int = 0,
         num_prompt: int = 0,
     ) -> Tensor:
-        """Positions of a sequence.
+        """Position embeddings of a sequence.
 
         Args:
-            input_ids: What BART passes; the result is then a zero.
+            input_ids: The input of BART's own call, for which the result is zero.
             grid: Rows and columns of the image tokens.
-            trained: The grid that the table was trained with; None numbers the tokens from 0, as BART does.
-            num_prefix: Tokens in front of the grid (the mean token).
-            num_prompt: Tokens behind it, T.
+            trained: The grid with which the table was trained; None numbers the tokens from 0, as BART does.
+            num_prefix: Number of tokens before the grid (the mean token).
+            num_prompt: Number of tokens after it, T.
 
         Returns:
             (S, D), or a scalar zero.
