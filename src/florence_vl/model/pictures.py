@@ -229,8 +229,7 @@ def _check_size(image: Image.Image) -> None:
     if width * height > limit:
         kind = f" for {image.format} of this kind" if weight > 1 else ""
         raise ValueError(
-            f"it has {width}x{height} pixels, more than the limit of {limit}{kind} (FLORENCE_VL_MAX_PIXELS "
-            "changes it)"
+            f"it has {width}x{height} pixels, more than the limit of {limit}{kind} (FLORENCE_VL_MAX_PIXELS changes it)"
         )
     tags = getattr(image, "tag_v2", None) or {}
     tile = tags.get(TiffImagePlugin.TILEWIDTH, 0) * tags.get(TiffImagePlugin.TILELENGTH, 0)
