@@ -206,7 +206,7 @@ def test_invalid_json_names_the_line(tmp_path):
         ("", "is empty"),
         ("   \n ", "holds no records"),
         ("[]", "holds no records"),
-        ('[{"conversations": []}, {"conv', "cut off.*number 1"),
+        ('[{"conversations": []}, {"conv', "truncated.*number 1"),
         ('[[{"conversations": []}]]', "not a list of objects"),
         ('[{"conversations": []}]\n[{"conversations": []}]', "more than one JSON list: the first ends at byte 22"),
         ('{"data": 1}', "the first record has no 'conversations'; its keys are data"),

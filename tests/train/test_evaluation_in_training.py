@@ -154,7 +154,7 @@ def test_a_sharded_model_is_refused_and_a_missing_file_named(records: Path, pope
     several = World(torch.device("cpu"), rank=0, size=4)
     with pytest.raises(ValueError, match=r"parallel.strategy is fsdp here. Use parallel.strategy=ddp"):
         read_suite(load_recipe(values), several, suite_scorer)
-    with pytest.raises(ValueError, match=r"evaluate.suite is 'pope', but nothing was passed that scores suites"):
+    with pytest.raises(ValueError, match=r"evaluate.suite is 'pope', but no function that scores suites was passed"):
         train(values)
     with pytest.raises(FileNotFoundError, match="pope"):
         read_suite(load_recipe(values, [f"evaluate.data={tmp_path}"]), World(torch.device("cpu")), suite_scorer)

@@ -129,7 +129,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_taken(
 def test_when_every_checkpoint_is_damaged_the_run_says_so(tiny_run: ModuleType, run: Path) -> None:
     for _, path in list_checkpoints(run):
         _damage("truncated", path)
-    with pytest.raises(ValueError, match=r"no checkpoint of .* is whole"):
+    with pytest.raises(ValueError, match=r"no checkpoint of .* is complete"):
         tiny_run.run(run, steps=4, resume="auto", checkpoint=SAVES)
 
 

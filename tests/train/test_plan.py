@@ -147,7 +147,7 @@ def test_mistakes_are_named() -> None:
     recipe = load_recipe("paper/8b-finetune")
     with pytest.raises(ValueError, match=r"unknown device 'h100'. Did you mean .*'h100-80gb'"):
         plan_recipe(recipe, device="h100")
-    with pytest.raises(ValueError, match="mfu is a share"):
+    with pytest.raises(ValueError, match="mfu is a fraction"):
         plan_recipe(recipe, mfu=40)
     recipe.model.path = "runs/nobody/model"
     with pytest.raises(FileNotFoundError, match="no recipe writes it"):

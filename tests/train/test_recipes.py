@@ -36,11 +36,11 @@ def test_values_reach_the_typed_recipe() -> None:
         ({"steps": 5, "model": {"build": {"llm": "x"}}}, "`model.build.vision` is missing"),
         ({}, "exactly one of `steps` and `epochs`"),
         ({"steps": 1, "epochs": 1}, "exactly one of `steps` and `epochs`"),
-        ({"steps": 1, "batch_size": 10, "micro_batch_size": 4}, "no multiple of `micro_batch_size`"),
+        ({"steps": 1, "batch_size": 10, "micro_batch_size": 4}, "not a multiple of `micro_batch_size`"),
         ({"steps": 1, "parts": {k: {"train": False} for k in ("tower", "projector", "llm")}}, "every part is frozen"),
         ({"steps": 1, "parts": {"llm": {"last_layers": 1, "lora": {}}}}, "only one of `parts.llm.last_layers`"),
         ({"steps": 1, "parts": {"llm": {"train": False, "lora": {}}}}, "`parts.llm.train` is false but"),
-        ({"steps": 1, "output": "runs/{nam}"}, "may hold only the field {name}"),
+        ({"steps": 1, "output": "runs/{nam}"}, "may contain only the field {name}"),
         (
             {"steps": 1, "data": {"max_length": 9000, "packing": {"mode": "packed", "tokens_per_row": 4096}}},
             "a sample must fit a row",

@@ -187,7 +187,7 @@ def test_spikes_are_told_once_the_average_stands() -> None:
 
 def test_a_first_loss_worse_than_guessing_warns() -> None:
     assert first_loss_warning(6.3, 512) is None
-    assert "worse than guessing" in (first_loss_warning(9.0, 512) or "")
+    assert "worse than chance" in (first_loss_warning(9.0, 512) or "")
 
 
 def test_a_sample_is_shown_with_its_mask() -> None:

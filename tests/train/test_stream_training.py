@@ -109,7 +109,7 @@ def test_another_number_of_processes_or_workers_or_other_data_is_refused(shards:
     data = TrainingData(load_recipe(values), processor)
     with pytest.raises(ValueError, match=r"as many processes and workers.*world size was 1 at the checkpoint and is 2"):
         data.batches(2, 0, 2, trainer["data"][0])
-    with pytest.raises(ValueError, match="step 2 holds no data state"):
+    with pytest.raises(ValueError, match="step 2 contains no data state"):
         data.batches(2, 0, 1, None)
     with pytest.raises(ValueError, match="workers was 0 at the checkpoint and is 1 now"):
         losses(load_recipe(values, ["steps=3", "data.workers=1"]).to_dict(), resume="auto")

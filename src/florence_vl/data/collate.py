@@ -1,4 +1,4 @@
-"""Samples become a batch that goes straight into the model: padded, packed, or from raw records for other trainers."""
+"""Collators: samples to batches for the model, padded, packed, or from raw records for other trainers."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Batch = dict[str, Tensor]
 
 
 def num_supervised(labels: Tensor) -> int:
-    """Number of targets in a batch: labels that are not -100, after the shift by one.
+    """Number of targets in a batch: labels other than -100, after the shift by one.
 
     Args:
-        labels: (..., L), position 0 of every row never being a target.
+        labels: (..., L); position 0 of every row is never a target.
     """
     return int((labels[..., 1:] != IGNORE).sum())
 
 
 def _images(samples: Sequence[Sample]) -> Batch:
-    """`pixel_values` and the samples' `image_inputs`; `image_sizes` only where an image is smaller than the tensor."""
+    """`pixel_values` and the samples' `image_inputs`; `image_sizes` only if an image is smaller than the tensor."""
     shown = [sample for sample in samples if sample.pixel_values is not None]
     if not shown:
         return {}
@@ -44,7 +44,7 @@ def _images(samples: Sequence[Sample]) -> Batch:
 
 
 def _cat_padded(tensors: Sequence[Tensor], last: tuple[int, ...]) -> Tensor:
-    """The rows of all tensors, zeros at the ends of their last dimensions where these are shorter than `last`."""
+    """The rows of all tensors, with zeros at the end of last dimensions that are shorter than `last`."""
     if all(tensor.shape[-len(last) :] == last for tensor in tensors):
         return torch.cat(list(tensors))
     whole = tensors[0].new_zeros(sum(map(len, tensors)), *tensors[0].shape[1 : -len(last)], *last)
@@ -63,12 +63,12 @@ def _round_up(length: int, multiple: int | None) -> int:
 
 
 class PaddedCollator:
-    """One row a sample.
+    """Pads samples to one row each.
 
     Args:
         pad_token_id: Id of the padding.
         padding_side: "right" for training, "left" for generation.
-        pad_to_multiple_of: Rounds the length up, for hardware that likes it.
+        pad_to_multiple_of: Round the length up to a multiple, for efficient kernels.
     """
 
     def __init__(self, pad_token_id: int, padding_side: str = "right", pad_to_multiple_of: int | None = None) -> None:
@@ -80,12 +80,12 @@ class PaddedCollator:
         self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        """Pad.
+        """Pad the samples.
 
         Returns:
             `input_ids`, `attention_mask` and `labels` (samples, L), int64, and, if there are images, `pixel_values`
-            (images of the batch in reading order, 3, H, W), with `image_sizes` (images, 2) where they differ in size,
-            and the samples' other `image_inputs`.
+            (images of the batch in reading order, 3, H, W), with `image_sizes` (images, 2) if they differ in size, and
+            the samples' other `image_inputs`.
         """
         _check_samples(samples)
         length = _round_up(max(len(sample) for sample in samples), self.pad_to_multiple_of)
@@ -106,18 +106,19 @@ class PaddedCollator:
 
 
 class PackedCollator:
-    """Several samples a row, which do not see each other: `position_ids` restart at 0 for each.
+    """Packs several samples per row, isolated from each other: `position_ids` restart at 0 for each.
 
     A sample that is a message tree comes with `branch_ids`; see `florence_vl.model.varlen_attention`.
 
     The model must be called without an attention mask and with `use_cache=False`; transformers then builds the
-    block-diagonal causal mask from the positions (for every attention backend). What pads a row is a sample of its own.
+    block-diagonal causal mask from the positions (for every attention backend). The padding of a row is a separate
+    sample.
 
     Args:
         pad_token_id: Id of the padding.
-        max_length: Token budget of a row. Needed for flat lists; rows that are given are checked against it.
-        pad_to_multiple_of: Rounds the length up.
-        pad_to_max_length: Give every batch the length `max_length` (one shape for `torch.compile`).
+        max_length: Token budget of a row. Required for flat lists; given rows are checked against it.
+        pad_to_multiple_of: Round the length up to a multiple.
+        pad_to_max_length: Pad every batch to the length `max_length` (one shape for `torch.compile`).
     """
 
     def __init__(
@@ -136,10 +137,10 @@ class PackedCollator:
         self.pad_to_max_length = pad_to_max_length
 
     def __call__(self, samples: Sequence[Sequence[Sample]] | Sequence[Sample]) -> Batch:
-        """Pack.
+        """Pack the samples.
 
         Args:
-            samples: The samples of each row, as `florence_vl.data.packing` plans them; or a flat list, which fills rows
+            samples: The samples of each row, as planned by `florence_vl.data.packing`; or a flat list, which fills rows
                 in order up to `max_length`.
 
         Returns:
@@ -208,15 +209,15 @@ class PackedCollator:
 class FlorenceVLCollator:
     """`data_collator` for HF `Trainer` and TRL `SFTTrainer`: raw records in, a padded batch out.
 
-    A row is a `Record`, or a dict with `messages` and optionally `images` (the columns that TRL uses): one source for
-    each image part, or a source inside the part (`{"type": "image", "image": ...}`). Set
-    `remove_unused_columns=False`, and for TRL `dataset_kwargs={"skip_prepare_dataset": True}`.
+    A row is a `Record`, or a dict with `messages` and optionally `images` (the columns that TRL uses): one source per
+    image part, or a source inside the part (`{"type": "image", "image": ...}`). Set `remove_unused_columns=False`, and
+    for TRL `dataset_kwargs={"skip_prepare_dataset": True}`.
 
     Args:
-        encoder: What turns a record into a sample.
+        encoder: Converts a record to a sample.
         padding_side: "right" for training.
-        pad_to_multiple_of: Rounds the length up.
-        on_bad: Called with each `BadRecord`, whose row is then left out of the batch; None lets it raise.
+        pad_to_multiple_of: Round the length up to a multiple.
+        on_bad: Called with each `BadRecord`, whose row is then dropped from the batch; None raises it.
 
     Raises:
         ValueError: The tokenizer has no pad token.
@@ -234,7 +235,7 @@ class FlorenceVLCollator:
         self.pad = PaddedCollator(encoder.processor.tokenizer.pad_token_id, padding_side, pad_to_multiple_of)
 
     def __call__(self, rows: Sequence[Record | Mapping[str, Any]]) -> Batch:
-        """Encode and pad.
+        """Encode and pad the rows.
 
         Raises:
             BadRecord: A row is bad and `on_bad` is None, or all rows are.
@@ -255,10 +256,10 @@ class FlorenceVLCollator:
 
 
 def as_record(row: Record | Mapping[str, Any], index: int = 0) -> Record:
-    """A `Record` from a row of a `datasets` table.
+    """Convert a row of a `datasets` table to a `Record`.
 
     Raises:
-        BadRecord: Kind "messages": no messages.
+        BadRecord: Kind "messages": the row has no messages.
     """
     if isinstance(row, Record):
         return row
@@ -270,7 +271,7 @@ def as_record(row: Record | Mapping[str, Any], index: int = 0) -> Record:
     messages = []
     for message in row["messages"]:
         content = message.get("content")
-        if isinstance(content, (list, tuple)):  # tables fill the keys that a part does not have with None
+        if isinstance(content, (list, tuple)):  # tables fill missing keys of a part with None
             content = [{k: v for k, v in part.items() if v is not None} for part in content]
             if "images" not in row and "image" not in row:
                 images += [_part_source(part) for part in content if part.get("type") == "image"]

@@ -1,4 +1,4 @@
-"""A record becomes a sample: token ids, labels from the chat template's generation marks, and pixel values."""
+"""Encode records as samples: token ids, labels from the chat template's generation marks, and pixel values."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from florence_vl.model.views import FULL_VIEW, feature_mask
 from florence_vl.registry import did_you_mean
 
 IGNORE = -100
-"""Label of a position that is not learned (`torch.nn.CrossEntropyLoss`'s default `ignore_index`)."""
+"""Label of an unsupervised position (default `ignore_index` of `torch.nn.CrossEntropyLoss`)."""
 
 ON_LONG = ("error", "drop", "truncate_turns")
 
-_render_lock = threading.Lock()  # transformers' generation tracker belongs to the compiled template, which is shared
+_render_lock = threading.Lock()  # transformers' generation tracker is part of the compiled template, which is shared
 
 
 @dataclass
@@ -34,15 +34,15 @@ class Sample:
     """One conversation, ready for a collator.
 
     Args:
-        input_ids: (L,) int64, with one placeholder for each image token.
-        labels: (L,) int64: the id where the assistant wrote it, -100 elsewhere and at position 0.
+        input_ids: (L,) int64, with one placeholder per image token.
+        labels: (L,) int64: the id for tokens of the assistant, -100 elsewhere and at position 0.
         pixel_values: (images, 3, H, W) float32 in reading order, each in the top left corner; None without images.
-        id: The record's.
-        source: The record's data set.
+        id: Id of the record.
+        source: Data set of the record.
         image_tokens: Number of tokens of each image.
-        image_inputs: What else the model takes of the images, a row an image, by argument: `image_sizes` (images, 2)
-            where they differ in size, `question_ids` and `question_mask` (images, Q) for a fusion that depends on the
-            question, `feature_mask` (images, F) for views.
+        image_inputs: Further inputs of the model, one row per image, by argument: `image_sizes` (images, 2) if they
+            differ in size, `question_ids` and `question_mask` (images, Q) for a fusion that depends on the question,
+            `feature_mask` (images, F) for views.
         full: The same conversation with all features at the processor's own size, for distillation.
         branches: Of a message tree, where each branch begins (`florence_vl.data.trees`); empty for a single
             conversation.
@@ -68,27 +68,26 @@ class Sample:
 
     @property
     def num_supervised(self) -> int:
-        """Number of tokens that are learned."""
+        """Number of supervised tokens."""
         return int((self.labels != IGNORE).sum())
 
     @property
     def row_tokens(self) -> int:
-        """Tokens of a row that it needs: its own, or those of `full` where they are more."""
+        """Tokens that it needs in a row: its own, or those of `full` if they are more."""
         return max(len(self), len(self.full) if self.full is not None else 0)
 
 
 @dataclass(frozen=True)
 class ViewDraws:
-    """Draws the view of each record, and which features its images keep, from a seed and the record's position.
+    """Draws the view of each record, and the features of its images, from a seed and the record's position.
 
     Args:
-        weights: Name of a view -> how often it is drawn, relative to the others; `full` is all features at the
-            processor's own size.
-        feature_dropout: Probability that a feature besides the first is left out.
-        seed: Of the draws.
+        weights: Name of a view -> relative frequency; `full` means all features at the processor's own size.
+        feature_dropout: Probability that a feature other than the first is dropped.
+        seed: Seed of the draws.
 
     Raises:
-        ValueError: No view, a negative weight, all weights zero, or a probability outside [0, 1).
+        ValueError: There is no view, a weight is negative, all weights are zero, or a probability is outside [0, 1).
     """
 
     weights: Mapping[str, float]
@@ -111,7 +110,7 @@ class ViewDraws:
         return max(self.weights, key=self.weights.__getitem__)  # rounding
 
     def mask(self, position: int, features: Sequence[str], chosen: Sequence[str]) -> list[int]:
-        """1 for each of `features` that is `chosen` and kept; the first always is."""
+        """1 for each of `features` that is `chosen` and kept, otherwise 0; the first is always kept."""
         kept = [
             index == 0 or mix(self.seed, position, 6, index) / 2**64 >= self.feature_dropout
             for index in range(len(features))
@@ -120,25 +119,25 @@ class ViewDraws:
 
 
 class RecordEncoder:
-    """Turns records into samples, deterministically and without padding.
+    """Converts records to samples, deterministically and without padding.
 
-    Labels come from the template's generation marks: each answer and its end token. The text is tokenized once.
+    Labels follow from the template's generation marks: each answer and its end token. The text is tokenized only once.
 
     Args:
-        processor: The model's.
-        template: Name in `CHAT_TEMPLATES`; None takes the processor's own chat template.
-        max_length: Longest sample, tokens, image tokens included; None for no limit but the LLM's context, which
-            the processor names.
-        on_long: What happens to a longer one. `error`: ValueError. `drop`: BadRecord of kind "too_long", for the caller
-            to count. `truncate_turns`: its last turns are dropped, with their images, until it fits; BadRecord if the
-            first turn alone does not. An image is never cut.
-        template_options: Options of `ChatTemplate.build`, with `template` only.
-        views: Draws the view of each record that comes with its position; by default the processor's own view.
-        distill: Also make `Sample.full`, with which the loss compares.
+        processor: The model's processor.
+        template: Name in `CHAT_TEMPLATES`; None uses the processor's own chat template.
+        max_length: Maximum number of tokens of a sample, including image tokens; None for no limit except the LLM's
+            context length, which the processor knows.
+        on_long: Treatment of longer samples. `error`: ValueError. `drop`: BadRecord of kind "too_long", for the caller
+            to count. `truncate_turns`: the last turns are dropped, with their images, until it fits; BadRecord if the
+            first turn alone is too long. An image is never truncated.
+        template_options: Options of `ChatTemplate.build`, only together with `template`.
+        views: Draws the view of each record with a position; by default the processor's own view.
+        distill: Also create `Sample.full`, for the distillation loss.
 
     Raises:
-        ValueError: Unknown template, option, view or `on_long`; a template that does not fit the tokenizer or has no
-            generation marks; views or distillation for a model without views.
+        ValueError: A template, option, view or `on_long` is unknown; a template does not fit the tokenizer or has no
+            generation marks; or views or distillation are used with a model without views.
     """
 
     def __init__(
@@ -175,8 +174,8 @@ class RecordEncoder:
             self.template = processor.template_text()
         if not has_generation_marks(self.template):
             raise ValueError(
-                "the processor's chat template has no {% generation %} marks, so nothing says what to learn. Name one "
-                f"of ours: template={' | '.join(CHAT_TEMPLATES.names())}"
+                "the processor's chat template has no {% generation %} marks, so the supervised tokens are unknown. "
+                f"Use a template of this package: template={' | '.join(CHAT_TEMPLATES.names())}"
             )
         self._variables = {"add_generation_prompt": False, **processor.tokenizer.special_tokens_map}
 
@@ -185,12 +184,12 @@ class RecordEncoder:
 
         Args:
             record: The record.
-            position: Where it stands in the mixture, for the draw of its view; None takes the processor's own view.
+            position: Its position in the mixture, for the draw of its view; None uses the processor's own view.
 
         Raises:
-            BadRecord: Kind "messages" (malformed, or as many images as don't fit the messages), "image" (unreadable),
-                "unsupervised" (nothing to learn) or "too_long".
-            ValueError: Longer than `max_length` with `on_long="error"`.
+            BadRecord: Kind "messages" (malformed, or the number of images does not fit the messages), "image"
+                (unreadable), "unsupervised" (no supervised token) or "too_long".
+            ValueError: The sample is longer than `max_length` with `on_long="error"`.
         """
         messages, sample = self._fit(record, position)
         if sample.image_tokens:
@@ -209,16 +208,16 @@ class RecordEncoder:
         return sample
 
     def outline(self, record: Record, position: int | None = None) -> Sample:
-        """The sample without its pixels: of images at most the headers are read. Raises as `__call__`."""
+        """The sample without its pixels; reads at most the headers of images. Raises as `__call__`."""
         return self._fit(record, position)[1]
 
     def tokenize(self, record: Record) -> tuple[Tensor, Tensor]:
-        """`input_ids` and `labels` of a record, (L,) each, as `outline`. Raises as `__call__`."""
+        """`input_ids` and `labels` of a record, (L,) each, from `outline`. Raises as `__call__`."""
         sample = self.outline(record)
         return sample.input_ids, sample.labels
 
     def length(self, record: Record) -> int:
-        """Number of tokens of the record's sample, as `outline`. Raises as `__call__`."""
+        """Number of tokens of the record's sample, from `outline`. Raises as `__call__`."""
         return len(self.outline(record))
 
     def _view(self, position: int | None) -> str | None:
@@ -252,12 +251,12 @@ class RecordEncoder:
             samples = self._encode(messages, record, counts)
         sample, *others = samples
         if not sample.num_supervised:
-            raise BadRecord("unsupervised", f"{name} has no assistant token to learn")
+            raise BadRecord("unsupervised", f"{name} has no assistant token to supervise")
         sample.full = others[0] if others else None
         return messages, sample
 
     def _image_tokens(self, record: Record, view: str | None) -> list[int]:
-        """Tokens of each image in a view. Only sizes that follow the image need a look at the file."""
+        """Tokens of each image in a view. Reads the file only if the size depends on the image."""
         native = self.processor.image_processor.image_aspect_ratio == "native"
         counts = []
         for index, source in enumerate(record.images):
@@ -294,7 +293,7 @@ class RecordEncoder:
             last = np.searchsorted(bounds[:, 0], end, side="left")
             mask[first:last] = True
         labels = np.where(mask, ids, IGNORE)
-        labels[:1] = IGNORE  # nothing comes before the first token, so it is never a target
+        labels[:1] = IGNORE  # the first token has no predecessor, so it is never a target
         images = ids == self.processor.image_token_id
         samples = []
         for tokens in counts:
@@ -317,7 +316,7 @@ class RecordEncoder:
     def _show(
         self, record: Record, sample: Sample, images: list[Any], questions: Mapping[str, Tensor], view: str | None
     ) -> None:
-        """Put the images into a sample."""
+        """Add the images to a sample."""
         inputs = self.processor.image_processor(images, view=view, return_tensors="pt")
         sample.pixel_values = inputs.pop("pixel_values")
         sample.image_inputs = {**inputs, **questions}
@@ -326,8 +325,8 @@ class RecordEncoder:
             if tokens != sample.image_tokens[index]:
                 raise BadRecord(
                     "image",
-                    f"{_where(record, index)} decodes to {images[index].height}x{images[index].width} pixels, which is "
-                    f"not what its header says: {tokens} tokens instead of {sample.image_tokens[index]}",
+                    f"{_where(record, index)} decodes to {images[index].height}x{images[index].width} pixels, not the "
+                    f"size in its header: {tokens} tokens instead of {sample.image_tokens[index]}",
                 )
 
 
@@ -339,14 +338,14 @@ def _check_views(processor: FlorenceVLProcessor, views: ViewDraws | None) -> Non
     images: Any = processor.image_processor
     if images.views is None:
         raise ValueError(
-            "views and distillation need a model with views, and this one has none: give `model.build.views`, or load "
-            "it with from_pretrained(folder, views={...}); an empty table allows feature_dropout alone"
+            "views and distillation need a model with views, and this one has none: set `model.build.views`, or load "
+            "it with from_pretrained(folder, views={...}); an empty mapping allows feature_dropout only"
         )
     for name in views.weights if views is not None else ():
         images.view_settings(name)
 
 
 def _without_last_turn(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
-    """The messages up to and with the last answer but one; None if there is none."""
+    """The messages up to the second to last answer; None if there is none."""
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     return [dict(message) for message in messages[: answers[-2] + 1]] if len(answers) > 1 else None

@@ -1,4 +1,4 @@
-"""Looking at training data: what of a record is learned, how long records are, what is wrong; text and HTML."""
+"""Inspect training data: supervised tokens, lengths and bad records, as text and HTML."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Segment:
     """A run of tokens of one kind.
 
     Args:
-        kind: "supervised" (learned), "context" (read only) or "image".
-        text: Decoded, special tokens included; for images "image 1" and so on.
+        kind: "supervised", "context" (not supervised) or "image".
+        text: Decoded text with special tokens; for images "image 1" and so on.
         tokens: Number of tokens.
     """
 
@@ -44,11 +44,11 @@ class Inspected:
 
     Args:
         index: Number of the record, or position in the mixture.
-        record: The record; None when the reader could not make one.
-        segments: Its tokens; by role when there is no encoder, with `tokens` 0.
-        num_tokens: Length, image tokens included.
-        num_supervised: Learned tokens.
-        error: Why training would skip it; None for a good one.
+        record: The record; None if the reader failed.
+        segments: Its tokens; by role if there is no encoder, with `tokens` 0.
+        num_tokens: Length, including image tokens.
+        num_supervised: Number of supervised tokens.
+        error: Why training would skip it; None for a good record.
     """
 
     index: int
@@ -64,7 +64,7 @@ def segments_of(sample: Sample, processor: Any) -> list[Segment]:
 
     Args:
         sample: The sample; its pixels are not needed.
-        processor: Gives the tokenizer and the image token's id.
+        processor: Provides the tokenizer and the image token's id.
     """
     ids, labels = sample.input_ids.tolist(), sample.labels.tolist()
     kinds = [
@@ -76,7 +76,7 @@ def segments_of(sample: Sample, processor: Any) -> list[Segment]:
     for kind, run in itertools.groupby(kinds):
         end = start + len(list(run))
         if kind == "image":
-            while start < end:  # images may stand side by side
+            while start < end:  # images may be adjacent
                 tokens = sample.image_tokens[shown]
                 shown, start = shown + 1, start + tokens
                 result.append(Segment("image", f"image {shown}", tokens))
@@ -90,13 +90,13 @@ def segments_of(sample: Sample, processor: Any) -> list[Segment]:
 def inspect_records(
     records: MapReader, indices: Iterable[int], encoder: RecordEncoder | None = None, check_images: bool = True
 ) -> Iterator[Inspected]:
-    """Read, and with an encoder encode, some records.
+    """Read some records and, with an encoder, encode them.
 
     Args:
         records: Reader or mixture.
-        indices: Which.
-        encoder: Without it the roles tell what is learned, and no tokens are counted.
-        check_images: Decode the images too, so that broken ones are found.
+        indices: Their indices.
+        encoder: Without it segments follow the roles, and no tokens are counted.
+        check_images: Also decode the images, to find broken ones.
     """
     for index in indices:
         record = None
@@ -143,19 +143,19 @@ def _open_images(record: Record) -> None:
 
 @dataclass
 class DataStats:
-    """Figures of (a sample of) a data set.
+    """Statistics of a data set or a sample of it.
 
     Args:
         records: Records in the data set.
-        examined: Records that were looked at.
-        tokens: Length of every good one; empty without an encoder.
-        supervised: Learned tokens of every good one.
-        images: Images of every good one.
-        turns: Answers of the assistant in every good one.
-        characters: Text length of every good one.
+        examined: Number of records examined.
+        tokens: Length of every good record; empty without an encoder.
+        supervised: Supervised tokens of every good record.
+        images: Images of every good record.
+        turns: Answers of the assistant in every good record.
+        characters: Text length of every good record.
         bad: Kind -> number.
         examples: First message of every kind.
-        sources: Source -> good records.
+        sources: Source -> number of good records.
     """
 
     records: int
@@ -170,7 +170,7 @@ class DataStats:
     sources: Counter[str] = field(default_factory=Counter)
 
     def summary(self) -> dict[str, Any]:
-        """Plain figures: counts, shares, and mean, median, 95 % point and maximum of each length."""
+        """Counts, fractions, and mean, median, 95 % quantile and maximum of each length, as plain types."""
         good = len(self.images)
         result: dict[str, Any] = {
             "records": self.records,
@@ -197,11 +197,11 @@ class DataStats:
 def collect_stats(
     records: MapReader, limit: int | None = 10_000, encoder: RecordEncoder | None = None, check_images: bool = False
 ) -> DataStats:
-    """Figures of a data set, over a uniform sample when it is larger than `limit`.
+    """Statistics of a data set, over a uniform sample if it is larger than `limit`.
 
     Args:
         records: Reader or mixture.
-        limit: Most records to look at; None looks at all.
+        limit: Maximum number of records; None means all.
         encoder: Counts tokens.
         check_images: Decode every image.
     """
@@ -248,7 +248,7 @@ _COLOURS = {"supervised": "#14532d;background:#bbf7d0", "context": "#475569", "i
 
 
 def html_page(samples: Sequence[Inspected], title: str, thumbnail: int = 320) -> str:
-    """A self-contained page: every sample with its pictures, learned text on green.
+    """A self-contained page: every sample with its pictures, supervised text on green.
 
     Args:
         samples: From `inspect_records`.
@@ -264,7 +264,7 @@ def html_page(samples: Sequence[Inspected], title: str, thumbnail: int = 320) ->
         + "".join(f".{kind}{{color:{colour}}}" for kind, colour in _COLOURS.items())
         + "</style>",
         f"<h1>{html.escape(title)}</h1>",
-        "<p><span class=supervised>learned</span> <span class=context>read only</span> "
+        "<p><span class=supervised>supervised</span> <span class=context>not supervised</span> "
         "<span class=image>image</span></p>",
     ]
     for sample in samples:
@@ -272,7 +272,7 @@ def html_page(samples: Sequence[Inspected], title: str, thumbnail: int = 320) ->
         name = f"{record.source} / {record.id}" if record else "unreadable"
         parts.append(f"<article><h2>{sample.index}: {html.escape(name)}</h2>")
         if sample.num_tokens:
-            parts.append(f"<p class=meta>{sample.num_tokens} tokens, {sample.num_supervised} learned</p>")
+            parts.append(f"<p class=meta>{sample.num_tokens} tokens, {sample.num_supervised} supervised</p>")
         if sample.error is not None:
             parts.append(f"<p class=bad>{html.escape(sample.error.kind)}: {html.escape(str(sample.error))}</p>")
         parts += [_thumbnail(image, thumbnail) for image in (record.images if record else [])]
@@ -305,14 +305,14 @@ def _thumbnail(image: Any, side: int) -> str:
 
 
 def plain_text(sample: Inspected) -> str:
-    """A sample as text for files and pipes: learned runs stand between ⟦ and ⟧."""
+    """A sample as text for files and pipes, with supervised tokens between ⟦ and ⟧."""
     return "".join(
         f"⟦{segment.text}⟧" if segment.kind == "supervised" else _caption_of(segment) for segment in sample.segments
     )
 
 
 def rich_text(sample: Inspected) -> Any:
-    """A sample as `rich.text.Text`: learned green, images blue, the rest dim."""
+    """A sample as `rich.text.Text`: supervised tokens green, images blue, others dim."""
     from rich.text import Text
 
     styles = {"supervised": "bold green", "context": "dim", "image": "blue"}

@@ -1,4 +1,4 @@
-"""How samples are laid out in batches: rows of a token budget, or padded groups of like length."""
+"""Layout of samples in batches: rows with a token budget, or padded groups of similar length."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from florence_vl.registry import did_you_mean
 MODES = ("packed", "padded")
 
 FULL_PREFIX = "full."
-"""Before the names of a batch's second half: the same samples with all features, see `RowCollator`."""
+"""Prefix of the names in the second half of a batch: the same samples with all features, see `RowCollator`."""
 
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How records become batches.
+    """Layout of batches.
 
     Args:
-        mode: "packed": rows of at most `tokens_per_row` tokens hold several samples each, isolated from each other.
-            "padded": a batch holds `batch_size` samples, padded to the longest.
-        tokens_per_row: Token budget of a packed row (image tokens count).
-        max_images_per_row: Most images in a packed row; bounds the tower's memory.
-        batch_size: Rows (packed) or samples (padded) of one forward of one process.
+        mode: "packed": rows of at most `tokens_per_row` tokens contain several samples each, isolated from each other.
+            "padded": a batch contains `batch_size` samples, padded to the longest.
+        tokens_per_row: Token budget of a packed row (including image tokens).
+        max_images_per_row: Maximum number of images in a packed row; limits the tower's memory.
+        batch_size: Rows (packed) or samples (padded) of one forward pass of one process.
         global_batch_size: Rows (packed) or samples (padded) of one optimizer step over all processes and accumulation.
-        window: Records that are looked at together, about: windows end with their epoch, and for grouping by length
-            they are whole steps, at least one.
+        window: Approximate number of records that are laid out together: windows end with their epoch, and for grouping
+            by length they consist of whole steps, at least one.
         pad_to_max_length: Packed mode: pad every row to `tokens_per_row` (one shape, for `torch.compile`); False pads
             to the longest row of the batch.
         group_by_length: Padded mode: batches of samples of similar length; False keeps the mixture's order.
@@ -72,32 +72,32 @@ class BatchLayout:
         if self.split_turns and not self.trees:
             raise ValueError("packing.split_turns needs packing.trees: without it each pair would repeat its picture")
         if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"packing.max_bad_share is a share between 0 and 1, got {self.max_bad_share}")
+            raise ValueError(f"packing.max_bad_share is a fraction between 0 and 1, got {self.max_bad_share}")
         if self.mode == "padded" and self.window < self.batch_size:
-            raise ValueError(f"packing.window ({self.window}) must hold at least one batch of {self.batch_size}")
+            raise ValueError(f"packing.window ({self.window}) must contain at least one batch of {self.batch_size}")
 
     @property
     def batches_per_step(self) -> int:
-        """Micro-batches of one optimizer step, over all processes."""
+        """Micro-batches per optimizer step, over all processes."""
         return self.global_batch_size // self.batch_size
 
     @property
     def groups_per_step(self) -> int:
-        """Groups (rows, or padded batches) of one optimizer step, over all processes."""
+        """Groups (rows, or padded batches) per optimizer step, over all processes."""
         return self.global_batch_size if self.mode == "packed" else self.batches_per_step
 
     @property
     def groups_per_batch(self) -> int:
-        """Groups that one micro-batch is made of."""
+        """Groups per micro-batch."""
         return self.batch_size if self.mode == "packed" else 1
 
     def window_at(self, number: int, epoch: int) -> Window:
         """A window of the stream; no window crosses the end of an epoch (padded: of an epoch's last step).
 
         Args:
-            number: Packed: its number from 0. Padded: any of its steps, since a padded window is whole steps and its
-                groups are therefore known without a look at the records.
-            epoch: Records of an epoch of the mixture.
+            number: Packed: its number from 0. Padded: any of its steps, because a padded window consists of whole
+                steps, so its groups are known without reading records.
+            epoch: Number of records per epoch of the mixture.
         """
         if self.mode == "packed":
             windows = -(-epoch // self.window)
@@ -120,8 +120,8 @@ class Window:
 
     Attributes:
         number: See `BatchLayout.window_at`.
-        first: Its first position in the mixture's stream.
-        end: The position behind its last one.
+        first: First position in the mixture's stream.
+        end: Position after the last one.
         following: Number of the next window.
     """
 
@@ -134,20 +134,20 @@ class Window:
 def pack_first_fit(
     lengths: Sequence[int], images: Sequence[int], budget: int, max_images: int, decreasing: bool = True
 ) -> list[list[int]]:
-    """First-fit bin packing under two limits.
+    """First-fit bin packing with two limits.
 
     Args:
         lengths: Tokens of each sample.
         images: Images of each sample.
-        budget: Tokens a row.
-        max_images: Images a row.
+        budget: Tokens per row.
+        max_images: Images per row.
         decreasing: Longest first (Johnson 1973: at most 11/9 of the optimal number of rows); False keeps the order.
 
     Returns:
-        Rows as lists of indices into `lengths`, ascending inside a row.
+        Rows as lists of indices into `lengths`, ascending within a row.
 
     Raises:
-        ValueError: A sample alone exceeds a limit.
+        ValueError: A single sample exceeds a limit.
     """
     for index, (length, count) in enumerate(zip(lengths, images, strict=True)):
         if length > budget or count > max_images:
@@ -171,7 +171,7 @@ def pack_first_fit(
 
 
 def arrange(lengths: Sequence[int], images: Sequence[int], layout: BatchLayout, seed: int) -> list[list[int]]:
-    """Rows (packed) or batches (padded) of samples, in the order of use.
+    """Rows (packed) or batches (padded) of samples, in order of use.
 
     Args:
         lengths: Tokens of each sample.
@@ -194,15 +194,15 @@ def arrange(lengths: Sequence[int], images: Sequence[int], layout: BatchLayout, 
 def deal_steps(
     places: Sequence[int], lengths: Sequence[int], size: int, layout: BatchLayout, seed: int
 ) -> list[list[int]]:
-    """Padded batches of a window of whole steps: always as many, so that a step's window follows from its number.
+    """Padded batches of a window of whole steps. Their number is constant, so a step determines its window.
 
-    Grouped by length, the samples of a step are of like length and its batches in ascending order: processes that
-    compute neighboring batches at the same time wait little for each other.
+    If grouped by length, the samples of a step have similar lengths and its batches are in ascending order: processes
+    that compute neighboring batches at the same time wait little for each other.
 
     Args:
-        places: Place in the window of each good sample, ascending; bad ones leave their places empty.
+        places: Place in the window of each good sample, ascending; places of bad samples stay empty.
         lengths: Tokens of each good sample.
-        size: Places of the window.
+        size: Number of places in the window.
         layout: The layout.
         seed: Shuffles the order of the steps.
 
@@ -223,21 +223,21 @@ def deal_steps(
 
 
 def measure(encoder: RecordEncoder, record: Record, position: int | None = None) -> tuple[int, int]:
-    """(tokens, images) of a record's sample, after turns that are too many were cut; no image is decoded.
+    """(tokens, images) of a record's sample, after truncation of turns; no image is decoded.
 
     Raises:
-        BadRecord: As `RecordEncoder.__call__`, but for images that only decoding tells to be broken.
+        BadRecord: As in `RecordEncoder.__call__`, except for images whose damage only decoding detects.
     """
     sample = encoder.outline(record, position)
     return sample.row_tokens, len(sample.image_tokens)
 
 
 def check_fits(encoder: RecordEncoder, layout: BatchLayout, record: Record, tokens: int, images: int) -> None:
-    """Refuse a sample that no packed row can hold.
+    """Check that a packed row can hold a sample.
 
     Raises:
-        BadRecord: kind "too_long".
-        ValueError: The encoder's policy for long samples is "error".
+        BadRecord: Kind "too_long".
+        ValueError: The sample is too long and the encoder's `on_long` is "error".
     """
     text = ""
     if layout.mode == "packed" and tokens > layout.tokens_per_row:
@@ -252,10 +252,10 @@ def check_fits(encoder: RecordEncoder, layout: BatchLayout, record: Record, toke
 
 
 class RowCollator:
-    """Encoded rows to a batch, in the layout's mode.
+    """Collates encoded rows to a batch, in the layout's mode.
 
     Args:
-        encoder: Gives the pad token.
+        encoder: Provides the pad token.
         layout: The layout.
     """
 
@@ -266,9 +266,9 @@ class RowCollator:
         self._pack = PackedCollator(pad, layout.tokens_per_row, pad_to_max_length=layout.pad_to_max_length)
 
     def __call__(self, rows: list[list[Sample]]) -> dict[str, torch.Tensor]:
-        """Collate; rows may be empty, all of them too (then the batch teaches nothing but keeps the ranks in step).
+        """Collate rows; some or all may be empty (a batch without samples keeps the ranks in step but trains nothing).
 
-        With distillation the batch also holds that of the samples' `full`, each name behind `full.`.
+        With distillation the batch also contains the samples' `full`, with names prefixed by `full.`.
         """
         if not any(rows):
             rows = [[Sample(torch.tensor([self._pad.pad_token_id]), torch.tensor([IGNORE]))], *rows[1:]]

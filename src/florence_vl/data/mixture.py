@@ -17,7 +17,7 @@ WEIGHTINGS = ("repeats", "proportions")
 
 @runtime_checkable
 class MapReader(Protocol):
-    """What a mixture needs of a reader; every class in `READERS` has it."""
+    """The reader interface that a mixture needs; every class in `READERS` has it."""
 
     def __len__(self) -> int: ...
 
@@ -30,7 +30,7 @@ class MixtureSource:
 
     Args:
         name: Name in reports; records get it as their `source`.
-        reader: Any sized, indexable object that gives a `Record`.
+        reader: Any sized, indexable object that returns a `Record`.
         weight: See `Mixture`.
     """
 
@@ -41,7 +41,7 @@ class MixtureSource:
 
 @dataclass(frozen=True)
 class _Node:
-    """A node of the interleaving tree: a leaf (a source) or two subtrees with their draws an epoch."""
+    """A node of the interleaving tree: a leaf (a source) or two subtrees with their draws per epoch."""
 
     draws: int
     source: int = -1
@@ -49,23 +49,23 @@ class _Node:
 
 
 class Mixture:
-    """An endless, evenly interleaved, shuffled stream over weighted sources, without state.
+    """An endless, evenly interleaved, shuffled, stateless stream over weighted sources.
 
-    Draws are stratified: after every epoch each source has been drawn exactly as often as its weight says, and within
-    an epoch the sources are spread evenly (a binary tree of Bresenham lines), so no stretch of training misses a
-    source. The k-th draw of a source is record `shuffle_pass(k mod n)` of its pass number k div n; a source with weight
-    0.5 is therefore seen whole in two epochs, and one with weight 3 three times an epoch.
+    Draws are stratified: after every epoch each source has been drawn exactly as often as its weight specifies, and
+    within an epoch the sources are interleaved evenly (a binary tree of Bresenham lines), so no part of training misses
+    a source. The k-th draw of a source is record `shuffle_pass(k mod n)` of its pass number k div n; a source with
+    weight 0.5 is therefore seen completely in two epochs, and one with weight 3 three times per epoch.
 
     Args:
         sources: The sources; names must differ.
-        weighting: "repeats": a weight is how often the source is passed in one epoch (1 = every record once).
-            "proportions": a weight is the source's share of the stream, whatever its size; an epoch is as long as the
-            sources together.
-        seed: Chooses the shuffles.
-        shuffle: False keeps every source's own order (evaluation, debugging).
+        weighting: "repeats": a weight is the number of passes over the source per epoch (1 = every record once).
+            "proportions": a weight is the source's fraction of the stream, independent of its size; an epoch is as long
+            as the sources together.
+        seed: Seed of the shuffles.
+        shuffle: False keeps every source's own order (for evaluation and debugging).
 
     Raises:
-        ValueError: No sources, equal names, an empty source, or a weight that is not positive and finite.
+        ValueError: There are no sources, names are equal, a source is empty, or a weight is not positive and finite.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Mixture:
         self._root = _tree([_Node(draws, index) for index, draws in enumerate(self.draws)])
 
     def __len__(self) -> int:
-        """Records an epoch."""
+        """Number of records per epoch."""
         return self._root.draws
 
     def locate(self, position: int) -> tuple[int, int]:
@@ -121,7 +121,7 @@ class Mixture:
         return node.source, index
 
     def __getitem__(self, position: int) -> Record:
-        """The record at a position, named after its source.
+        """The record at a position, with the name of its source.
 
         Raises:
             BadRecord: The record is malformed; `locate` names it.
@@ -132,7 +132,7 @@ class Mixture:
         return record
 
     def describe(self) -> list[dict[str, object]]:
-        """For every source: name, records, weight, draws and passes an epoch, share of the stream."""
+        """For every source: name, records, weight, draws and passes per epoch, fraction of the stream."""
         return [
             {
                 "source": source.name,
@@ -152,7 +152,7 @@ def _shuffle(size: int, seed: int, block: int) -> Permutation | BlockPermutation
 
 
 def _apportion(weights: Sequence[float], total: int) -> list[int]:
-    """Whole numbers in the proportion of the weights that add up to `total` (largest remainders), each at least 1."""
+    """Integers in proportion to the weights with the sum `total` (largest remainders), each at least 1."""
     exact = [weight / math.fsum(weights) * total for weight in weights]
     counts = [max(1, math.floor(x)) for x in exact]
     order = sorted(range(len(weights)), key=lambda i: (counts[i] - exact[i], i))

@@ -1,15 +1,15 @@
-"""From a mixture to batches: windows of records are measured, laid out, encoded by workers and collated.
+"""Mixtures to batches: windows of records are measured, laid out, encoded by workers and collated.
 
-The stream of a mixture is cut into windows that end with their epoch. What the rows of a window hold depends on the
-seed and the window alone. Each optimizer step takes the next rows, so after the last step of an epoch each record was
-drawn as often as its weight says; a step's micro-batches are dealt to the processes in turn. A step's rows are thus a
-pure function of (seed, step), whatever the number of processes. Resuming needs the step alone: in padded mode the
-window follows from it, in packed mode the rows of the windows before are counted again from the texts, without any
-image, unless a `state()` holds the place.
+The stream of a mixture is divided into windows that end with their epoch. The rows of a window depend only on the seed
+and the window. Each optimizer step takes the next rows, so after the last step of an epoch each record was drawn as
+often as its weight specifies; the micro-batches of a step are assigned to the processes in turn. The rows of a step are
+therefore a pure function of (seed, step), whatever the number of processes. Resuming needs only the step: in padded
+mode it determines the window; in packed mode the rows of the preceding windows are counted again from the texts,
+without reading images, unless a `state()` contains the position.
 
-Planning (lengths, from text and image sizes) and encoding (decoded images) are two worker pools, so no worker ever
-holds a window's pictures. Any window's rows may become any process's, so each process needs the plan of the whole
-stream: by default it makes its own, and `share` says where it comes from otherwise.
+Planning (lengths, from text and image sizes) and encoding (decoded images) have separate worker pools, so no worker
+holds a whole window's images. Any process may need the rows of any window, so each process needs the plan of the whole
+stream: by default it computes its own, and `share` provides it otherwise.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ from florence_vl.data.trees import (
 T = TypeVar("T")
 
 ORDER = 2
-"""Version of the order of records, part of the data state: a run cannot go on in another order."""
+"""Version of the order of records, part of the data state: a run cannot resume with a different order."""
 
 
 @dataclass
 class WindowPlan:
-    """Rows (or padded batches) of one window.
+    """Rows (or padded batches) of a window.
 
     Attributes:
         window: The window.
@@ -79,10 +79,10 @@ class WindowPlanner(Dataset[WindowPlan]):
     """`planner[number]` measures the records of a window and lays them out; a pure function of mixture and number.
 
     Args:
-        mixture: Gives the records by position.
-        encoder: Its `outline` counts without decoding images.
+        mixture: Provides the records by position.
+        encoder: Its `outline` counts tokens without decoding images.
         layout: Rows, batches and limits.
-        seed: Shuffles the order of a window's rows.
+        seed: Seed of the order of a window's rows.
     """
 
     def __init__(self, mixture: Mixture, encoder: RecordEncoder, layout: BatchLayout, seed: int = 0) -> None:
@@ -93,7 +93,7 @@ class WindowPlanner(Dataset[WindowPlan]):
         return self.layout.window_at(number, len(self.mixture))
 
     def numbers(self, first: int) -> Iterator[int]:
-        """Numbers of all windows from one on, without end."""
+        """Numbers of all windows from `first` on, endlessly."""
         while True:
             window = self.window(first)
             yield window.number
@@ -152,14 +152,14 @@ class WindowPlanner(Dataset[WindowPlan]):
 
 
 def bad_entry(mixture: Mixture, position: int, error: BadRecord) -> BadEntry:
-    """The report's line for a bad record at a position of the mixture."""
+    """The report entry of a bad record at a position of the mixture."""
     source, index = mixture.locate(position)
     return BadEntry(error.kind, mixture.sources[source].name, index, position, str(error))
 
 
 @dataclass
 class MicroBatch:
-    """One micro-batch on its way: planned in the main process, encoded by a worker.
+    """A micro-batch in preparation: planned in the main process, encoded by a worker.
 
     Attributes:
         step: Its optimizer step.
@@ -171,7 +171,7 @@ class MicroBatch:
         tensors: The collated batch, once encoded.
         ids: Source and id of its samples, once encoded.
         tokens: Tokens of its samples, once encoded.
-        error: What ended the planning or the encoding; raised in the main process when its turn comes, without a
+        error: Error that ended planning or encoding; raised in the main process when the micro-batch is used, without a
             worker's traceback.
     """
 
@@ -188,12 +188,12 @@ class MicroBatch:
 
 
 class MicroBatchEncoder(Dataset[MicroBatch]):
-    """Encodes the records of a planned micro-batch and collates them; runs in workers.
+    """Encodes the records of a planned micro-batch and collates them, in workers.
 
     Args:
-        mixture: Gives the records by position.
-        encoder: Record -> sample.
-        layout: Says how samples are collated.
+        mixture: Provides the records by position.
+        encoder: Converts a record to a sample.
+        layout: Determines how samples are collated.
     """
 
     def __init__(self, mixture: Mixture, encoder: RecordEncoder, layout: BatchLayout) -> None:
@@ -229,14 +229,14 @@ class MicroBatchEncoder(Dataset[MicroBatch]):
 
 
 def ignore_stop_signals(_worker: int) -> None:
-    """Leave signals to the training process: one to the whole group (a time limit, Ctrl-C) must not end its workers."""
+    """Ignore stop signals in workers: a signal to the process group (time limit, Ctrl-C) must not end them."""
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _load(dataset: Dataset[T], indices: Iterator[Any], workers: int, prefetch: int) -> Iterator[T]:
-    """`dataset[i]` for endless indices, in order, computed ahead by workers (0: in this process)."""
+    """`dataset[i]` for endless indices, in order, prefetched by workers (0: in this process)."""
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -244,7 +244,7 @@ def _load(dataset: Dataset[T], indices: Iterator[Any], workers: int, prefetch: i
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         worker_init_fn=ignore_stop_signals if workers else None,
-        generator=torch.Generator(),  # the loader's own seed must not move the training's random state
+        generator=torch.Generator(),  # the loader's own seed must not change the random state of training
     )
     return iter(loader)
 
@@ -265,9 +265,9 @@ def stop_workers(iterator: Iterator[Any] | None) -> None:
 
 
 class Batches(Iterator[dict[str, torch.Tensor]]):
-    """Endless iterator over one rank's micro-batches; made by `build_batches`.
+    """Endless iterator over one rank's micro-batches, created by `build_batches`.
 
-    Each item goes straight into `model(**batch)`. A step is `batches_per_rank` items.
+    Pass each item as `model(**batch)`. A step consists of `batches_per_rank` items.
     """
 
     def __init__(
@@ -297,7 +297,7 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
         self._encoded: Iterator[MicroBatch] | None = None  # workers start with the first batch
 
     def _read_state(self, state: Mapping[str, Any] | None) -> tuple[tuple[int, int] | None, Mapping[str, Any] | None]:
-        """Window and row at the start step, and the counts of this rank's report, as far as they are known."""
+        """Window and row at the start step, and the counts of this rank's report, if known."""
         cursor, counts = None, None
         if state is not None:
             if state["step"] != self._start_step:
@@ -332,7 +332,7 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
                 raise ValueError(f"{empty} records in a row are bad; the last: {plan.bad[-1]}")
 
     def _planned(self) -> Iterator[MicroBatch]:
-        """Micro-batches from the start step on, not yet encoded; the last carries the error that ended the planning."""
+        """Planned micro-batches from the start step on; the last one carries the error that ended planning."""
         layout = self._layout
         begun: list[WindowPlan] = []
         groups = self._groups(self._cursor or (0, 0), begun)
@@ -391,13 +391,13 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
         return batch.tensors
 
     def report(self) -> DataReport:
-        """Bad records by kind and source, and how full the rows are, of this rank since the run's start."""
+        """Bad records by kind and source, and the fill ratio of the rows, of this rank since the run's start."""
         return self._report
 
     def state(self) -> dict[str, Any]:
-        """Where the data stands after the last whole step: plain types, for a checkpoint.
+        """Position of the data after the last complete step, as plain types for a checkpoint.
 
-        The step alone is enough to resume; with the place of packed rows no text is measured again.
+        The step alone is sufficient to resume; with the position of packed rows no text has to be measured again.
         """
         return {
             "step": self._step,
@@ -408,14 +408,14 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
         }
 
     def close(self) -> None:
-        """Stop the workers; nothing comes after."""
+        """Stop the workers; the iterator is then exhausted."""
         stop_workers(self._encoded)
         stop_workers(self._plans)
         self._encoded = self._plans = iter(())
 
 
 _MAX_BAD_IN_A_ROW = 25_000
-"""Records; where no row at all comes of so many, the run ends."""
+"""The run ends if this number of consecutive records gives no row."""
 
 
 def build_batches(
@@ -434,17 +434,17 @@ def build_batches(
     """The training data of one rank, from any step on.
 
     Args:
-        mixture: Where records come from.
-        encoder: Record -> sample; its `max_length` and `on_long` say what becomes of long ones.
-        packing: Rows, batches, limits. `packing.batches_per_step` must be a multiple of `world_size`; the accumulation
-            steps of a rank are `packing.batches_per_step // world_size`.
-        seed: Orders the rows inside windows (the mixture has its own).
-        rank: This process.
+        mixture: Source of the records.
+        encoder: Converts a record to a sample; its `max_length` and `on_long` determine the treatment of long ones.
+        packing: Rows, batches, limits. `packing.batches_per_step` must be a multiple of `world_size`; a rank has
+            `packing.batches_per_step // world_size` accumulation steps.
+        seed: Seed of the order of rows inside windows (the mixture has its own).
+        rank: Rank of this process.
         world_size: Number of data-parallel processes. The rows of a step are the same for every world size.
-        start_step: First optimizer step to give.
-        num_workers: Worker processes that decode and encode; another quarter of that number measures texts. 0 does all
-            in this process.
-        state: What `state()` gave at `start_step` (of this rank, or merged over ranks): makes the start immediate.
+        start_step: First optimizer step.
+        num_workers: Worker processes that decode and encode; in addition, a quarter of this number measures texts. 0
+            uses this process.
+        state: Result of `state()` at `start_step` (of this rank, or merged over ranks); makes the start immediate.
         pin_memory: Page-locked batches, for a CUDA device.
         share: Called with a function that starts the planning; returns the plans of all windows from the start step's
             on. Processes that share one planning pass it on; by default each process plans for itself.
@@ -454,7 +454,7 @@ def build_batches(
         last batch), `batches_per_rank` and `close()`.
 
     Raises:
-        ValueError: The sizes do not divide, the rank is impossible, or `state` is of other data.
+        ValueError: The sizes do not divide, the rank is invalid, or `state` belongs to other data.
     """
     check_sizes(encoder, packing, rank, world_size, start_step)
     return Batches(
@@ -470,10 +470,10 @@ def build_batches(
 
 
 def check_sizes(encoder: RecordEncoder, packing: BatchLayout, rank: int, world_size: int, start_step: int) -> None:
-    """Refuse processes that cannot share a step evenly, and samples that cannot fit a row.
+    """Check that processes can share a step evenly and that samples fit into a row.
 
     Raises:
-        ValueError: Says which.
+        ValueError: They cannot, or do not.
     """
     check_rank(rank, world_size)
     if packing.batches_per_step % world_size:
@@ -496,10 +496,10 @@ def check_sizes(encoder: RecordEncoder, packing: BatchLayout, rank: int, world_s
 
 
 def check_fingerprint(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Refuse a data state that belongs to other data.
+    """Check that a data state belongs to this data.
 
     Raises:
-        ValueError: Names what differs.
+        ValueError: It differs; the message names what differs.
     """
     if "order" in expected and found.get("order") != expected["order"]:
         raise ValueError(
@@ -516,7 +516,7 @@ def check_fingerprint(found: Mapping[str, Any], expected: Mapping[str, Any]) -> 
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One state from those of all ranks at the same step, for resuming with another world size.
+    """One state from those of all ranks at the same step, for resuming with a different world size.
 
     Raises:
         ValueError: The states are of different steps or data.
@@ -563,16 +563,16 @@ def count_steps(
     seed: int = 0,
     limit: int = 200_000,
 ) -> int:
-    """Optimizer steps of so many epochs, the last one filled up with records of the next.
+    """Number of optimizer steps in `epochs` epochs; the last step is filled up with records of the next epoch.
 
     Args:
-        mixture: See `build_batches`, as for the next two.
-        encoder: Measures.
+        mixture: See `build_batches`, also for the next two.
+        encoder: Measures the samples.
         packing: The layout.
-        epochs: Passes of the mixture.
+        epochs: Passes over the mixture.
         seed: As in `build_batches`.
-        limit: Packed rows are counted by measuring texts, no image is decoded. Where the stream holds more than this
-            many records, windows evenly spread over it are measured and the number of rows is extrapolated.
+        limit: Packed rows are counted by measuring texts, without decoding images. If the stream has more records than
+            this, evenly spaced windows are measured and the number of rows is extrapolated.
     """
     records = math.ceil(len(mixture) * epochs)
     if packing.mode == "padded":
@@ -600,7 +600,7 @@ class _Remembering(WindowPlanner):
 
     def measure(self, position: int) -> tuple[list[Leaf], BadRecord | None]:
         key = self.mixture.locate(position)
-        if self.encoder.views is not None:  # which a position draws, so that a record's size changes
+        if self.encoder.views is not None:  # a position determines the view, so the size of a record changes
             return super().measure(position)
         if key not in self._sizes:
             self._sizes[key] = super().measure(position)

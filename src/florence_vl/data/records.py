@@ -1,4 +1,4 @@
-"""The training record: messages and the images they show, whatever file it was read from."""
+"""The training record: messages and their images, whatever file they were read from."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ PART_TYPES = ("text", "image")
 
 
 class BadRecord(ValueError):
-    """A record that cannot become a training sample; readers and loops count these by `kind`.
+    """A record that cannot become a training sample; readers and training loops count these by `kind`.
 
     Args:
-        kind: One of `BadRecord.KINDS`: "image" (missing, broken, or not an image), "unsupervised" (no token to
-            learn), "too_long" (does not fit `max_length`), "messages" (malformed conversation), "unreadable" (damaged
-            bytes, or anything else that made the reader or the encoder fail).
+        kind: One of `BadRecord.KINDS`: "image" (missing, broken, or not an image), "unsupervised" (no supervised
+            token), "too_long" (exceeds `max_length`), "messages" (malformed conversation), "unreadable" (damaged bytes,
+            or any other failure of the reader or the encoder).
         message: What was found, for the user.
     """
 
@@ -42,16 +42,16 @@ class BadRecord(ValueError):
 
 @contextmanager
 def bad_record_on_error(where: str) -> Iterator[None]:
-    """Make every exception of the block a `BadRecord`, so that one record cannot end a run.
+    """Convert every exception of the block to a `BadRecord`, so that one record cannot end a run.
 
-    `DataReport` counts these like other bad records and stops the run when there are too many, so that a fault of the
-    program does not stay hidden.
+    `DataReport` counts these like other bad records and stops the run if there are too many, so that a bug does not
+    stay hidden.
 
     Args:
         where: Name of the record, for messages.
 
     Raises:
-        BadRecord: The block's own, or kind "unreadable" with the type and text of another exception.
+        BadRecord: That of the block, or kind "unreadable" with the type and text of another exception.
     """
     try:
         yield
@@ -74,14 +74,14 @@ def _unsafe(character: str) -> bool:
 
 
 def decode_text(data: bytes, where: str) -> str:
-    """Text of a file: UTF-8, or what its byte order mark says. Nothing is replaced.
+    """Decode the text of a file: UTF-8, or as its byte order mark specifies. Nothing is replaced.
 
     Args:
         data: The file's bytes.
         where: Name of the file, for messages.
 
     Raises:
-        BadRecord: kind "messages": the bytes are not such text.
+        BadRecord: Kind "messages": the bytes are not valid text.
     """
     encoding = byte_order_mark(data) or "utf-8"
     try:
@@ -93,12 +93,12 @@ def decode_text(data: bytes, where: str) -> str:
             "convert it to UTF-8",
         ) from None
     if "\0" in text:
-        raise BadRecord("messages", f"{where} holds NUL characters: convert it to UTF-8")
+        raise BadRecord("messages", f"{where} contains NUL characters: convert it to UTF-8")
     return text
 
 
 def byte_order_mark(data: bytes) -> str | None:
-    """The encoding that a byte order mark at the start of the data names."""
+    """The encoding of a byte order mark at the start of the data, or None."""
     return next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), None)
 
 
@@ -111,19 +111,19 @@ _BYTE_ORDER_MARKS = (
 )
 
 MAX_IMAGE_BYTES = 256 << 20
-"""Largest encoded image inside an archive; what claims to be larger is a bad record."""
+"""Maximum size of an encoded image inside an archive; larger ones are bad records."""
 
 
 @dataclass(frozen=True)
 class ImageRef:
-    """Bytes of an image inside a larger file (tar member, zip, column of a table), read only when asked.
+    """Bytes of an image inside a larger file (tar member, zip, column of a table), read lazily.
 
     Args:
-        uri: Path or fsspec address of the file.
+        uri: Path or fsspec URL of the file.
         offset: First byte of the image.
         length: Number of bytes; None reads to the end of the file.
-        name: What messages call the image; `uri@offset` by default.
-        crc: CRC-32 of the bytes, where the archive gives it.
+        name: Name for messages; `uri@offset` by default.
+        crc: CRC-32 of the bytes, if the archive contains it.
     """
 
     uri: str
@@ -156,7 +156,7 @@ class ImageRef:
         return data
 
     def head(self, length: int) -> bytes:
-        """The first bytes, at most so many; their checksum is not compared."""
+        """The first bytes, at most `length`; their checksum is not compared."""
         import fsspec
 
         with fsspec.open(self.uri, "rb") as file:
@@ -179,7 +179,7 @@ class Record:
         source: Name of the data set it comes from.
         messages: Chat messages: `{"role": "system"|"user"|"assistant", "content": [{"type": "text", "text": ...} |
             {"type": "image"}, ...]}`. Text is text: `<image>` inside a text part is never a placeholder.
-        images: One source for every image part, in reading order.
+        images: One source per image part, in reading order.
     """
 
     id: str
@@ -204,13 +204,13 @@ class Record:
         return "\n".join(parts)
 
     def check(self) -> Record:
-        """Verify the shape of the messages and that every image part has its image.
+        """Check the form of the messages and that every image part has an image.
 
         Returns:
             The record itself.
 
         Raises:
-            BadRecord: kind "messages", naming the record, what was found and what was expected.
+            BadRecord: Kind "messages"; the message names the record, what was found and what was expected.
         """
         self.id = printable(self.id)
         self.messages = normalise_messages(self.messages, where=f"record {self.id!r} of {self.source!r}")
@@ -225,9 +225,9 @@ class Record:
 
 
 def caption_of(record: Record) -> tuple[ImageSource, str] | str:
-    """Image and caption of a record, or why it has none.
+    """Image and caption of a record, or the reason why it has none.
 
-    The caption is the first answer of the conversation; records must show exactly one image.
+    The caption is the first answer of the conversation; records must have exactly one image.
     """
     if len(record.images) != 1:
         return "no image" if not record.images else "more than one image"
@@ -239,17 +239,17 @@ def caption_of(record: Record) -> tuple[ImageSource, str] | str:
 
 
 def normalise_messages(messages: Any, where: str = "conversation") -> list[dict[str, Any]]:
-    """Check messages and turn the short form (`content` as a string) into a list of parts.
+    """Check messages and convert the short form (`content` as a string) to a list of parts.
 
     Args:
-        messages: What a reader or a user hands in.
+        messages: Messages from a reader or a user.
         where: Name of the record, for messages.
 
     Returns:
-        New messages in the form described at `Record`, with `role` and `content` only.
+        New messages in the form of `Record`, with `role` and `content` only.
 
     Raises:
-        BadRecord: kind "messages".
+        BadRecord: Kind "messages".
     """
 
     def bad(text: str) -> BadRecord:
@@ -281,8 +281,8 @@ def normalise_messages(messages: Any, where: str = "conversation") -> list[dict[
                     part["text"].encode()
                 except UnicodeEncodeError as error:
                     raise bad(
-                        f"message {index} ({role}) holds half of a character (a lone surrogate, "
-                        f"{part['text'][error.start]!a}): the text was cut or escaped wrongly"
+                        f"message {index} ({role}) contains half of a character (a lone surrogate, "
+                        f"{part['text'][error.start]!a}): the text was truncated or escaped incorrectly"
                     ) from None
             if kind == "image" and role != "user":
                 raise bad(f"message {index} ({role}) shows an image; only user messages can")
@@ -296,5 +296,5 @@ def text_part(text: str) -> dict[str, str]:
 
 
 def image_part() -> dict[str, str]:
-    """An image part of a message; its source stands in the record's `images`."""
+    """An image part of a message; its source is in the record's `images`."""
     return {"type": "image"}

@@ -1,4 +1,4 @@
-"""What the data pipeline saw: bad records by kind and source, and how full the batches are."""
+"""Statistics of the data pipeline: bad records by kind and source, and the fill ratio of batches."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class BadEntry:
     Args:
         kind: See `BadRecord`.
         source: Name of the source.
-        index: Its number in the source's reader.
-        position: Its position in the mixture's stream.
+        index: Number of the record in the source's reader.
+        position: Position in the mixture's stream.
         message: What was found.
     """
 
@@ -32,13 +32,13 @@ class BadEntry:
 
 
 class DataReport:
-    """Counts of one rank; stops the run when too much of the data is bad.
+    """Counts of one rank; stops the run if too much of the data is bad.
 
     Args:
-        max_bad_share: Largest share of bad records that is borne ...
-        min_records: ... once so many records have been read.
-        path: JSON lines of the bad records, appended to; None writes none.
-        counts: What `counts()` gave when the run was stopped.
+        max_bad_share: Maximum fraction of bad records,
+        min_records: checked after this number of records has been read.
+        path: File to which bad records are appended as JSON lines; None writes none.
+        counts: Result of `counts()` when the run was stopped.
     """
 
     def __init__(
@@ -72,15 +72,15 @@ class DataReport:
         """Count one micro-batch.
 
         Args:
-            records: Records newly looked at.
-            bad: Those of them, or of the batch, that were skipped.
+            records: Number of newly read records.
+            bad: Skipped records among them, or of the batch.
             rows: Packed rows, or padded batches.
             batch: The collated batch: `input_ids` (B, T), `labels` (B, T), `pixel_values` (images, 3, H, W) or absent.
             tokens: Tokens of its samples, without padding.
-            samples: Samples in it.
+            samples: Number of samples.
 
         Raises:
-            ValueError: More than `max_bad_share` of the records is bad.
+            ValueError: More than `max_bad_share` of the records are bad.
         """
         self.records += records
         self.samples += samples
@@ -122,7 +122,7 @@ class DataReport:
 
     @property
     def last_message(self) -> str:
-        """What was found in the last record that was skipped."""
+        """Message of the last skipped record."""
         return self._last[-1].message if self._last else ""
 
     @property
@@ -132,7 +132,7 @@ class DataReport:
 
     @property
     def efficiency(self) -> float:
-        """Tokens of samples over tokens computed (padding included), 0 to 1."""
+        """Tokens of samples divided by computed tokens (with padding), in [0, 1]."""
         return self.tokens / self.slots if self.slots else 0.0
 
     def counts(self) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class DataReport:
         return plain
 
     def summary(self) -> dict[str, Any]:
-        """Figures for a log line: what was read, skipped, and how full the batches were."""
+        """Summary for a log line: records read and skipped, and the fill ratio of batches."""
         return {
             "records": self.records,
             "samples": self.samples,

@@ -1,4 +1,4 @@
-"""Stateless shuffles: the i-th record of a shuffle of any size is computed from (seed, i), nothing is stored.
+"""Stateless shuffles: the i-th record of a shuffle of any size is computed from (seed, i).
 
 A shuffle of n records is a keyed bijection of [0, n): a generalized Feistel network over Z_a x Z_b with a * b >= n and
 cycle walking (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002). Memory is O(1), so ten million
@@ -50,10 +50,10 @@ class Permutation:
         self._keys = [mix(seed, size, round_) for round_ in range(_ROUNDS)]
 
     def __call__(self, index: int) -> int:
-        """Where element `index` goes.
+        """New position of element `index`.
 
         Raises:
-            IndexError: `index` lies outside [0, size).
+            IndexError: `index` is outside [0, size).
         """
         if not 0 <= index < self.size:
             raise IndexError(f"index {index} outside a permutation of {self.size}")
@@ -78,16 +78,16 @@ def _mix_word(x: int, key: int) -> int:
 
 
 class BlockPermutation:
-    """A shuffle that keeps neighbors together, for files where reading one record costs as much as reading its block.
+    """A shuffle that keeps neighbors together, for files in which reading a record costs as much as reading its block.
 
     Blocks of `block` consecutive records (a parquet row group) are shuffled; then every run of `span` shuffled blocks
-    is shuffled record by record. A reader that keeps `span` blocks in memory reads each block once a pass.
+    is shuffled by record. A reader that keeps `span` blocks in memory reads each block once per pass.
 
     Args:
         size: Number of records.
-        seed: Chooses the shuffle.
-        block: Records a block.
-        span: Blocks that are mixed with each other.
+        seed: Seed of the shuffle.
+        block: Records per block.
+        span: Number of blocks that are mixed with each other.
     """
 
     def __init__(self, size: int, seed: int = 0, block: int = 1024, span: int = 8) -> None:
@@ -108,7 +108,7 @@ class BlockPermutation:
         return self._blocks(group * self.span + slot) * self.block + inner
 
     def __call__(self, index: int) -> int:
-        """Where element `index` goes; see `Permutation`."""
+        """New position of element `index`; see `Permutation`."""
         if not 0 <= index < self.size:
             raise IndexError(f"index {index} outside a permutation of {self.size}")
         value = self._once(index)
@@ -118,10 +118,10 @@ class BlockPermutation:
 
 
 def check_rank(rank: int, world_size: int) -> None:
-    """Refuse a rank outside [0, world_size).
+    """Check that a rank is in [0, world_size).
 
     Raises:
-        ValueError: It is outside.
+        ValueError: It is not.
     """
     if world_size < 1 or not 0 <= rank < world_size:
-        raise ValueError(f"rank must lie in [0, world_size), got rank {rank} of {world_size}")
+        raise ValueError(f"rank must be in [0, world_size), got rank {rank} of {world_size}")

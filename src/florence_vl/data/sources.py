@@ -1,7 +1,7 @@
-"""The data sets that Florence-VL was trained on, by name: where they lie, how they are laid out, what may be done.
+"""The data sets that Florence-VL was trained on, by name: location, layout and license.
 
-Nothing is downloaded here: an entry says what to fetch, and `open_dataset(name, path)` reads what was fetched with the
-right reader, columns and filters.
+Nothing is downloaded here: an entry describes what to download, and `open_dataset(name, path)` reads the download with
+the correct reader, columns and filters.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from florence_vl.registry import Registry
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set's facts.
+    """Description of a data set.
 
     Args:
         name: Registered name.
         hub_id: Repository on the Hugging Face Hub.
-        files: What to fetch from it.
-        records: Stated number of records; None when no count is published.
+        files: Files to download.
+        records: Stated number of records; None if no count is published.
         columns: Columns or keys of a record.
-        images: How a record's images are found, and what to fetch for them.
-        licence: Licence of the annotations, as stated by the publisher.
-        commercial: Whether the licence allows commercial use; None when it is not stated for all of the data.
+        images: Where a record's images are, and what to download for them.
+        licence: License of the annotations, as stated by the publisher.
+        commercial: Whether the license allows commercial use; None if it is not stated for all of the data.
         layouts: Reader name -> its options; the first that fits the path is used.
-        folder: Folder of the repository that holds the files; a whole download is read from there.
-        note: What to know before training on it.
-        revision: Commit that the authors of Florence-VL used, where they named one.
+        folder: Folder of the repository with the files; a complete download is read from there.
+        note: Remarks for training.
+        revision: Commit that the authors of Florence-VL used, if they named one.
     """
 
     name: str
@@ -266,16 +266,16 @@ _add(
 
 
 def open_dataset(name: str, path: str | Path, **options: Any) -> Reader:
-    """A reader of a known data set.
+    """Open a reader of a known data set.
 
     Args:
         name: Name in `DATASETS`.
-        path: The annotation file, folder or glob that was fetched; local or fsspec URL.
-        options: Arguments of the reader, e.g. `image_root`; they replace the entry's own.
+        path: The downloaded annotation file, folder or glob; local or fsspec URL.
+        options: Arguments of the reader, e.g. `image_root`; they override those of the entry.
 
     Raises:
-        FileNotFoundError: Nothing there.
-        ValueError: Unknown data set (near names are listed), or the path has another layout.
+        FileNotFoundError: The path does not exist.
+        ValueError: The data set is unknown (similar names are suggested), or the path has another layout.
     """
     dataset = DATASETS[name]
     if dataset.folder is not None and files.is_folder(files.join(path, dataset.folder)):
@@ -293,10 +293,11 @@ def open_dataset(name: str, path: str | Path, **options: Any) -> Reader:
 
 
 def _renamed_caption(path: str | Path, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Options for shards whose caption img2dataset stored under `caption` (its --caption_col renames the column).
+    """Options for shards with the caption under `caption`, where img2dataset stores it (--caption_col renames the
+    column).
 
     Raises:
-        ValueError: `caption` holds other text than the data set's captions.
+        ValueError: `caption` contains other text than the data set's captions.
     """
     column = own["caption"]
     plain = open_reader(path, "webdataset", caption="caption")

@@ -1,10 +1,10 @@
 """Streaming at cluster scale: WebDataset shards through megatron-energon, with the same encoding and packing.
 
-Indexed data (`florence_vl.data.packing`) is the default: its position is the step alone. A stream reads shards in
-sequence, which suits object stores and hundreds of millions of samples; its position is a saved state of every rank, so
-it resumes exactly with the same number of processes and workers only.
+Indexed data (`florence_vl.data.packing`) is the default: the step alone determines its position. A stream reads shards
+sequentially, which suits object stores and hundreds of millions of samples. Its position is a saved state of every
+rank, so it resumes exactly only with the same number of processes and workers.
 
-Needs the extra `[stream]`; imported by name only when it is used.
+Needs the extra `[stream]`; imported only when used.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from florence_vl.data.report import BadEntry, DataReport, rank_file
 
 @edataclass
 class StreamSample(EnergonSample):
-    """A sample on its way: first the record, then its size, then encoded; or why it is bad.
+    """A sample in preparation: first the record, then its size, then encoded; or the reason why it is bad.
 
     Args:
-        record: The record; None when it is bad.
+        record: The record; None if it is bad.
         tokens: Its length, once measured.
-        images: Its images, once measured.
-        sample: What the encoder made of it.
+        images: Number of its images, once measured.
+        sample: The encoded sample.
         bad: Why it is skipped.
     """
 
@@ -71,7 +71,7 @@ class StreamRow(EnergonSample):
     """A packed row, or a padded batch.
 
     Args:
-        members: Its samples, bad ones too.
+        members: Its samples, including bad ones.
     """
 
     members: list[StreamSample]
@@ -82,11 +82,11 @@ class StreamBatch(EnergonBatch):
     """A collated batch with what the report needs.
 
     Args:
-        tensors: Goes into the model.
+        tensors: Inputs of the model.
         ids: Source and id of every sample.
-        bad: What was skipped.
+        bad: Skipped records.
         tokens: Tokens without padding.
-        rows: Packed rows or padded batches.
+        rows: Number of packed rows or padded batches.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -97,17 +97,17 @@ class StreamBatch(EnergonBatch):
 
 
 class RecordTaskEncoder(TaskEncoder):
-    """energon's hooks, filled with this project's encoder and layout.
+    """energon's hooks, implemented with this package's encoder and layout.
 
     Args:
-        encoder: Record -> sample.
+        encoder: Converts a record to a sample.
         packing: The layout.
         name: Source name of the records.
-        caption: How captions become messages, for shards without conversations.
+        caption: Converts captions to messages, for shards without conversations.
         filters: Samples to keep by values of the JSON member.
     """
 
-    decoder = None  # members stay bytes
+    decoder = None  # keep members as bytes
 
     def __init__(
         self, encoder: RecordEncoder, packing: BatchLayout, name: str, caption: Caption, filters: Sequence[Filter] = ()
@@ -119,7 +119,7 @@ class RecordTaskEncoder(TaskEncoder):
 
     @stateless
     def cook(self, crude: CrudeSample) -> StreamSample:
-        """A record from the members of a shard's sample."""
+        """Create a record from the members of a shard's sample."""
         base, key = basic_sample_keys(crude), crude["__key__"]
         try:
             with bad_record_on_error(f"{self.name}/{key}"):
@@ -131,7 +131,7 @@ class RecordTaskEncoder(TaskEncoder):
         return StreamSample(**base, record=record)
 
     def _record(self, key: str, crude: Mapping[str, Any]) -> Record | None:
-        """The record of a sample; None when the filters leave it out."""
+        """The record of a sample; None if the filters drop it."""
         members = {f"{key}.{name}": data for name, data in crude.items() if isinstance(data, bytes)}
         row: dict[str, Any] = {}
         for name, data in members.items():
@@ -160,7 +160,7 @@ class RecordTaskEncoder(TaskEncoder):
         return sample
 
     def select_samples_to_pack(self, samples: list[StreamSample]) -> list[list[StreamSample]]:
-        """Lay out a window; bad samples travel with its first row, so that they are counted."""
+        """Lay out a window; bad samples are added to its first row, so that they are counted."""
         good = [sample for sample in samples if sample.bad is None]
         seed = zlib.crc32("\n".join(sample.__key__ for sample in samples).encode())
         layout = arrange([s.tokens for s in good], [s.images for s in good], self.packing, seed)
@@ -201,12 +201,12 @@ class RecordTaskEncoder(TaskEncoder):
 
 
 def _position(sample: StreamSample) -> int:
-    """What stands for the position of a sample of a stream, from which its view is drawn: the same in every pass."""
+    """Substitute for the position of a sample in a stream, which determines its view; the same in every pass."""
     return zlib.crc32(sample.__key__.encode())
 
 
 def prepare_shards(path: str | Path, workers: int = 4) -> int:
-    """Write the `.nv-meta` folder that energon needs beside the shards of a folder (once).
+    """Write the `.nv-meta` folder that energon needs to a folder of shards (once).
 
     Args:
         path: Folder of `.tar` shards (WebDataset: `.json`, `.txt` and image members of one key belong together).
@@ -216,7 +216,7 @@ def prepare_shards(path: str | Path, workers: int = 4) -> int:
         Number of samples.
 
     Raises:
-        FileNotFoundError: No shards there.
+        FileNotFoundError: There are no shards.
         ValueError: A shard is damaged.
     """
     folder = Path(files.local(path))
@@ -230,7 +230,7 @@ def prepare_shards(path: str | Path, workers: int = 4) -> int:
 
 
 def _pack(value: Any) -> Any:
-    """energon's state as plain types (dicts, lists, numbers, text), so that no checkpoint holds a pickle."""
+    """Convert energon's state to plain types (dicts, lists, numbers, text), so that checkpoints contain no pickle."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: _pack(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"state": [type(value).__module__, type(value).__qualname__], "fields": fields}
@@ -272,7 +272,7 @@ def _unpack(value: Any) -> Any:
 
 
 def _state_class(module: str, name: str) -> type:
-    """A dataclass of energon by name; nothing else is ever built from a checkpoint."""
+    """A dataclass of energon by name; no other class is built from a checkpoint."""
     found = None
     if module.split(".")[:2] == ["megatron", "energon"]:
         found = getattr(importlib.import_module(module), name, None)
@@ -282,7 +282,7 @@ def _state_class(module: str, name: str) -> type:
 
 
 class StreamBatches(Iterator[dict[str, torch.Tensor]]):
-    """Endless iterator over one rank's micro-batches of a stream; made by `build_stream`. Used like `Batches`."""
+    """Endless iterator over one rank's micro-batches of a stream, created by `build_stream`. Used like `Batches`."""
 
     def __init__(
         self,
@@ -305,7 +305,7 @@ class StreamBatches(Iterator[dict[str, torch.Tensor]]):
                 found = state["fingerprint"].get(key)
                 if found not in (None, fingerprint[key]):
                     raise ValueError(
-                        "a stream goes on with as many processes and workers as it was saved with: "
+                        "a stream resumes only with the number of processes and workers with which it was saved: "
                         f"{key} was {found} at the checkpoint and is {fingerprint[key]} now; restore it, or start a "
                         "new run from the checkpoint's weights"
                     )
@@ -346,7 +346,7 @@ class StreamBatches(Iterator[dict[str, torch.Tensor]]):
         return self._report
 
     def state(self) -> dict[str, Any]:
-        """Where this rank's stream stands, between two steps: plain types, for a checkpoint.
+        """Position of this rank's stream between two steps, as plain types for a checkpoint.
 
         Raises:
             ValueError: Called in the middle of a step.
@@ -386,25 +386,25 @@ def build_stream(
     """The training data of one rank, streamed from shards.
 
     Args:
-        path: A folder that `prepare_shards` (or `energon prepare`) has indexed, or a `.yaml` metadataset of energon
-            that blends several by weight; local or a URL that energon reads.
-        encoder: Record -> sample.
+        path: A folder indexed by `prepare_shards` (or `energon prepare`), or a `.yaml` metadataset of energon that
+            blends several by weight; local or a URL that energon reads.
+        encoder: Converts a record to a sample.
         packing: The layout; `packing.window` samples are laid out together.
-        seed: Shuffles shards and samples.
-        rank: This process.
+        seed: Seed of the shuffle of shards and samples.
+        rank: Rank of this process.
         world_size: Number of data-parallel processes.
         num_workers: Worker processes of this rank.
-        state: What `state()` gave, for this rank or merged: resumes exactly, with the same processes and workers.
+        state: Result of `state()`, for this rank or merged: resumes exactly, with the same processes and workers.
         shuffle_buffer: Samples in the shuffle buffer of a worker; 0 reads in order.
         name: Source name of the records; the folder's by default.
-        caption: As in the reader "webdataset".
-        prompts: As there.
-        strip_prefixes: As there.
-        filters: As there.
+        caption: As in the reader "webdataset", also for the next three.
+        prompts: See `caption`.
+        strip_prefixes: See `caption`.
+        filters: See `caption`.
 
     Raises:
-        FileNotFoundError: Not there, or not prepared.
-        ValueError: The sizes do not divide, or the state is of other data.
+        FileNotFoundError: The path does not exist, or is not prepared.
+        ValueError: The sizes do not divide, or the state belongs to other data.
     """
     check_sizes(encoder, packing, rank, world_size, 0)
     folder = files.local(path)
@@ -441,7 +441,7 @@ def build_stream(
     }
     if encoder.views is not None:
         fingerprint["views"] = [dict(encoder.views.weights), encoder.views.feature_dropout]
-    # in this process, collecting garbage is the training loop's business
+    # in this process, garbage collection is left to the training loop
     collect = {} if num_workers else {"gc_collect_every_n_steps": 0}
     loader = get_savable_loader(dataset, watchdog_timeout_seconds=None, **collect)
     return StreamBatches(loader, packing, fingerprint, rank, world_size, state)

@@ -1,4 +1,4 @@
-"""Checks of a local copy of a known data set, before a run depends on it."""
+"""Checks of a local copy of a known data set before training."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from florence_vl.data.records import BadRecord
 from florence_vl.data.sources import DATASETS, open_dataset
 from florence_vl.model.pictures import open_image
 
-_SIDE = 32  # pixels of a thumbnail's side
+_SIDE = 32  # pixels per side of a thumbnail
 SAME_PICTURE = 0.985
-"""Thumbnails that correlate at least so much show the same picture, re-encoded or resized."""
+"""Minimum correlation of thumbnails of the same picture, re-encoded or resized."""
 
 
 class PictureIndex:
     """Thumbnails of pictures, to find copies of them in another size or encoding.
 
     Args:
-        pictures: Pairs of a name and a source that `open_image` takes. Unreadable and plain pictures are left out.
+        pictures: Pairs of a name and a source for `open_image`. Unreadable and plain pictures are skipped.
 
     Attributes:
-        names: The names of the pictures that are in the index.
+        names: The names of the pictures in the index.
     """
 
     def __init__(self, pictures: Iterable[tuple[str, Any]]) -> None:
@@ -53,7 +53,7 @@ class PictureIndex:
         return len(self.names)
 
     def find(self, image: Image.Image) -> str | None:
-        """Name of a picture that `image` is a copy of."""
+        """Name of the picture of which `image` is a copy, or None."""
         row_D = _thumbnail(image)
         if row_D is None or not self.names:
             return None
@@ -63,7 +63,7 @@ class PictureIndex:
 
 
 def _thumbnail(image: Image.Image) -> np.ndarray | None:
-    """Gray levels (D,), mean 0 and norm 1; None for a plain picture, which looks like every other one."""
+    """Gray levels (D,), mean 0 and norm 1; None for a plain picture, which correlates with every other one."""
     small = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX)
     levels = np.asarray(small, dtype=np.float32).ravel()
     levels -= levels.mean()
@@ -74,21 +74,21 @@ def _thumbnail(image: Image.Image) -> np.ndarray | None:
 def verify_dataset(
     name: str, path: str | Path, sample: int = 1000, benchmarks: PictureIndex | None = None, **options: Any
 ) -> list[str]:
-    """What is wrong with a copy of a known data set.
+    """Problems of a local copy of a known data set.
 
     Args:
         name: Name in `DATASETS`.
-        path: As for `open_dataset`.
-        sample: Records, spread over the data set, whose images are decoded; 0 for all.
+        path: As in `open_dataset`.
+        sample: Number of evenly spaced records whose images are decoded; 0 for all.
         benchmarks: Pictures that should not be among them.
         options: Arguments of the reader.
 
     Returns:
-        One line for each finding; empty when all is as published.
+        One line per finding; empty if the copy equals the published data set.
 
     Raises:
-        FileNotFoundError, ValueError: As `open_dataset`: nothing there, another layout, or a column that the reader
-            needs is missing.
+        FileNotFoundError, ValueError: As in `open_dataset`: the path does not exist, has another layout, or lacks a
+            column that the reader needs.
     """
     dataset = DATASETS[name]
     reader = open_dataset(name, path, **options)
@@ -127,7 +127,7 @@ def verify_dataset(
             examples.setdefault(kind, str(error))
     found += [f"{count} of {examined} records: {kind}, e.g. {examples[kind]}" for kind, count in bad.most_common()]
     if repeated:
-        found.append(f"{repeated} of the {images} examined images are shown by another record too")
+        found.append(f"{repeated} of the {images} examined images are also in another record")
     if copies:
         parts = ", ".join(f"{count} in {benchmark}" for benchmark, count in copies.most_common())
         found.append(
@@ -153,7 +153,7 @@ def _missing_columns(reader: Reader, columns: Sequence[str]) -> list[str]:
 
 
 def _missing_shards(paths: Sequence[str]) -> list[str]:
-    """Shards named `...-00003-of-00010...` whose series is not whole."""
+    """Shards named `...-00003-of-00010...` of an incomplete series."""
     series: dict[tuple[str, int], set[int]] = {}
     for path in paths:
         match = re.search(r"(.*)-(\d+)-of-(\d+)[^/]*$", str(path))
@@ -168,7 +168,7 @@ def _missing_shards(paths: Sequence[str]) -> list[str]:
 
 
 def _dead_links(path: str | Path) -> list[str]:
-    """What img2dataset, by its `*_stats.json`, could not download."""
+    """Links that img2dataset could not download, from its `*_stats.json`."""
     if not files.is_folder(path):
         return []
     try:

@@ -1,4 +1,4 @@
-"""What answers questions: a local model or an endpoint, behind one interface, and how questions are put in batches."""
+"""The interface of models that answer questions, local or served, and batching of questions."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Answer:
     """A raw answer.
 
     Attributes:
-        text: What was generated, without control tokens.
-        finished: False when it was cut off at the token limit.
-        tokens: Number of generated tokens, where known.
-        error: Why there is no answer; None when there is one.
+        text: Generated text without control tokens.
+        finished: False if generation reached the token limit.
+        tokens: Number of generated tokens, if known.
+        error: Why there is no answer; None otherwise.
     """
 
     text: str
@@ -32,8 +32,8 @@ class Answerer(ABC):
     """Answers batches of questions.
 
     Attributes:
-        identity: What tells one model from another: name, fingerprint of the weights, precision.
-        batch_size: Questions that are answered at a time.
+        identity: Values that identify the model: name, fingerprint of the weights, precision.
+        batch_size: Number of questions per batch.
     """
 
     identity: dict[str, Any]
@@ -44,12 +44,12 @@ class Answerer(ABC):
         """One answer for each question of a batch, in order."""
 
     def answer_all(self, questions: Sequence[Question], generation: Generation) -> list[Answer]:
-        """One answer for each of any number of questions, in order; asked in `batches` of `batch_size`.
+        """One answer for each of any number of questions, in order; computed in `batches` of `batch_size`.
 
         Raises:
-            ValueError: `batch_size` isn't positive, or a question can't be asked (see `answer`).
+            ValueError: `batch_size` is not positive, or a question is invalid (see `answer`).
         """
-        found: dict[int, list[Answer]] = {}  # by identity: ids are unique in one benchmark only
+        found: dict[int, list[Answer]] = {}  # by identity, because ids are unique only within a benchmark
         for batch in batches(questions, self.batch_size):
             for question, answer in zip(batch, self.answer(batch, generation), strict=True):
                 found.setdefault(id(question), []).append(answer)
@@ -57,14 +57,14 @@ class Answerer(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Free what is held between batches."""
+        """Free memory held between batches."""
 
 
 def batches(questions: Iterable[Question], batch_size: int) -> list[list[Question]]:
-    """Batches in which questions on the same pictures stand together, ordered by length.
+    """Batches in which questions about the same images are adjacent, ordered by length.
 
     Raises:
-        ValueError: `batch_size` isn't positive.
+        ValueError: `batch_size` is not positive.
     """
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, found {batch_size}")
@@ -76,8 +76,8 @@ def batches(questions: Iterable[Question], batch_size: int) -> list[list[Questio
     ordered = sorted(groups.values(), key=lambda group: (len(group[0].images), len(group[-1].text)))
     found: list[list[Question]] = []
     for group in ordered:
-        # A picture's questions share a batch, so that the work on their common beginning is done once, unless that
-        # would leave the last batch less than half full.
+        # An image's questions share a batch, so that their common prefix is computed once, unless this leaves the last
+        # batch less than half full.
         space = batch_size - len(found[-1]) if found else 0
         if len(group) <= space or 2 * space > batch_size:
             found[-1] += group[:space]

@@ -1,4 +1,4 @@
-"""`florence_vl.evaluate`: a benchmark run as one call; `florence-vl evaluate` does the same from the command line."""
+"""`florence_vl.evaluate`: run benchmarks with one call, like `florence-vl evaluate` on the command line."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ def evaluate(
     dtype: str = "auto",
     draws: int = 1000,
 ) -> Scores:
-    """Score a model on benchmarks. Every prompt and answer is kept in `out`; a run that was killed goes on there.
+    """Score a model on benchmarks. `out` keeps every prompt and answer, and an interrupted run resumes from it.
 
     Args:
-        model: Folder, hub id or packaged name of an image-text-to-text model; or what `florence_vl.load` returned.
-        suite: Suites, benchmarks and YAML files of your own: names, or one text with commas.
+        model: Folder, hub id or packaged name of an image-text-to-text model; or the result of `florence_vl.load`.
+        suite: Suites, benchmarks and YAML files: a list, or one comma-separated text.
         out: Results folder.
         data: Folder with the benchmarks' parquet files; the mini suite needs none.
-        limit: About this many questions of each benchmark.
-        seed: Of the sample that `limit` draws.
-        protocol: `current`, or `authors`: settings of the paper's runs.
-        batch_size: Questions at a time.
-        device: See `florence_vl.model.loading.choose_device`; of a model that has to be loaded.
-        dtype: `auto`, `float32`, `bfloat16` or `float16`; of a model that has to be loaded.
-        draws: Bootstrap samples of the intervals; 0 leaves them out.
+        limit: Approximate number of questions per benchmark.
+        seed: Seed of the sample that `limit` draws.
+        protocol: `current`, or `authors` for the settings of the paper's runs.
+        batch_size: Questions per batch.
+        device: Device for loading a model; see `florence_vl.model.loading.choose_device`.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`, for loading a model.
+        draws: Bootstrap samples of the intervals; 0 omits them.
 
     Returns:
-        Scores by benchmark; `BenchmarkScore.note` says what is incomplete.
+        Scores by benchmark; `BenchmarkScore.note` describes what is incomplete.
 
     Raises:
-        FileNotFoundError: The model or a benchmark's file is not there.
-        ValueError: An unknown suite, or a results folder of another model.
+        FileNotFoundError: The model or a benchmark's file does not exist.
+        ValueError: The suite is unknown, or the results folder belongs to another model.
     """
     made = plan(
         choose(suite, protocol),

@@ -1,4 +1,4 @@
-"""Benchmarks as YAML: where the rows are, how a row becomes a question, and the protocol of its score."""
+"""Benchmarks as YAML: source of the rows, conversion of rows to questions, and the scoring protocol."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ JUDGES = ("none", "optional", "required")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a benchmark's rows come from.
+    """Source of a benchmark's rows.
 
     Attributes:
         dataset: Hugging Face data set id.
-        split: Split of it.
-        config: Configuration of it.
+        split: Split of the data set.
+        config: Configuration of the data set.
         task: The lmms-eval task with the same rows and prompts.
     """
 
@@ -44,7 +44,7 @@ class Source:
 
 @dataclass(frozen=True)
 class OtherTable:
-    """Images that stand in a second table: the column `image` of the row whose `key` equals this table's `match`."""
+    """Images in a second table: the column `image` of the row whose `key` equals this table's `match`."""
 
     config: str
     split: str
@@ -55,16 +55,16 @@ class OtherTable:
 
 @dataclass(frozen=True)
 class Rows:
-    """How a row becomes a question. Values are Jinja expressions over the row's columns (`row["..."]` for
-    odd names; `number` is the row's number).
+    """Conversion of a row to a question. Values are Jinja expressions over the row's columns (`row["..."]` for names
+    that are not identifiers; `number` is the row number).
 
     Attributes:
-        id: Identity of the question; repeated ones get a running number.
+        id: Id of the question; duplicates get a running number.
         images: Image columns, in order.
-        image_key: Expression for the identity of a row's images where the data set has one; else their content is
+        image_key: Expression for the identity of a row's images, if the data set has one; otherwise their content is
             hashed. images_from: Images in a second table. interleave: Pattern whose first group names the image column
-            that stands at that place of the prompt. optional_images: Whether a row may have no image. where: Rows for
-            which this is false are left out. reference: What the metric needs, by name.
+            at that position of the prompt. optional_images: Whether a row may have no image. where: Rows for which
+            this is false are skipped. reference: Inputs of the metric, by name.
     """
 
     id: str
@@ -79,11 +79,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Generation:
-    """How answers are generated: greedy unless a temperature is given.
+    """Generation settings: greedy unless a temperature is given.
 
     Attributes:
-        max_new_tokens: Token limit of an answer.
-        temperature: Above 0 samples.
+        max_new_tokens: Maximum tokens of an answer.
+        temperature: Sampling temperature; 0 is greedy.
     """
 
     max_new_tokens: int = 128
@@ -92,22 +92,22 @@ class Generation:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark and its protocol, as one YAML file describes it.
+    """A benchmark and its protocol, as described by a YAML file.
 
     Attributes:
         name: Name on the command line.
         title: Name in reports.
-        group: One of `GROUPS`, or any heading of your own.
-        source: Where the rows come from.
-        rows: How a row becomes a question.
+        group: One of `GROUPS`, or any other heading.
+        source: Source of the rows.
+        rows: Conversion of a row to a question.
         prompt: Jinja template of the question's text.
         metric: Name in `METRICS`.
-        generation: How answers are generated.
-        columns: The paper's column name -> the score that stands in it.
+        generation: Generation settings.
+        columns: The paper's column name -> name of the score.
         judge: `none`, `required` (nothing can be scored without one) or `optional`.
         authors: Fields that differ in the authors' protocol (lmms-eval of August 2024), used by `--protocol authors`.
-        size: Number of questions of the whole benchmark, where known: fewer in the data folder are not the benchmark.
-        differences: What distinguishes the authors' run, this protocol and lmms-eval's present one.
+        size: Number of questions of the whole benchmark, if known: a data folder with fewer is incomplete.
+        differences: Differences between the authors' run, this protocol and lmms-eval's current one.
         protocol: `current` or `authors`.
     """
 
@@ -131,7 +131,7 @@ class Benchmark:
         """Check and build a benchmark.
 
         Raises:
-            ValueError: An unknown or missing field, metric or judge; the message names `where`.
+            ValueError: A field is unknown or missing, or the metric or judge is invalid; the message names `where`.
         """
         nested = {"source": Source, "rows": Rows, "generation": Generation}
         built = {
@@ -152,10 +152,10 @@ class Benchmark:
         return METRICS[self.metric]
 
     def with_protocol(self, protocol: str) -> Benchmark:
-        """This benchmark as the authors ran it (`authors`) or as it is now (`current`).
+        """This benchmark with the authors' protocol (`authors`) or the current one (`current`).
 
         Raises:
-            ValueError: Unknown protocol.
+            ValueError: The protocol is unknown.
         """
         if protocol not in PROTOCOLS:
             raise ValueError(f"unknown protocol {protocol!r}. {did_you_mean(protocol, PROTOCOLS)}")
@@ -168,7 +168,7 @@ class Benchmark:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything that an answer depends on, beside the model: rows, prompt, generation."""
+        """Hash of everything except the model that determines an answer: rows, prompt, generation."""
         facts = {"source": asdict(self.source), "rows": asdict(self.rows), "prompt": self.prompt}
         facts |= {"generation": asdict(self.generation), "name": self.name}
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=list).encode()).hexdigest()[:16]
@@ -177,8 +177,8 @@ class Benchmark:
         """All questions, from parquet files under `folder` (see `find_files`).
 
         Raises:
-            FileNotFoundError: No file of this benchmark is there.
-            ValueError: A column is missing, a row has no image, or its values don't fit.
+            FileNotFoundError: There is no file of this benchmark.
+            ValueError: A column is missing, a row has no image, or its values are invalid.
         """
         try:
             paths = find_files(folder, self.name, self.source.split, self.source.config)
@@ -260,12 +260,12 @@ def split_at_images(text: str, pattern: str) -> tuple[tuple[Any, ...], list[str]
 
 
 def select(questions: Sequence[Question], metric: Metric, limit: int | None, seed: int = 0) -> list[Question]:
-    """A sample of about `limit` questions in which units (pairs, rotations) stay whole; the same for the same seed.
+    """A sample of about `limit` questions with complete units (pairs, rotations), determined by the seed.
 
-    Units are drawn in an order that depends on the seed alone, so a larger limit keeps what a smaller one chose.
+    The seed alone determines the order of units, so a larger limit includes the sample of a smaller one.
 
     Raises:
-        ValueError: `limit` isn't positive.
+        ValueError: `limit` is not positive.
     """
     if limit is None:
         return list(questions)
@@ -326,13 +326,13 @@ def evaluate(expression: str, row: Mapping[str, Any], where: str) -> Any:
     """Value of a Jinja expression over a row's columns.
 
     Raises:
-        ValueError: It names a column that isn't there, or can't be computed; the message names `where`.
+        ValueError: The expression names a missing column, or fails; the message names `where`.
     """
     return _run(expression, row, where, template=False)
 
 
 def render(template: str, row: Mapping[str, Any], where: str) -> str:
-    """A Jinja template filled with a row's columns; raises as `evaluate`."""
+    """Render a Jinja template with a row's columns; raises as `evaluate`."""
     return _run(template, row, where, template=True)
 
 
@@ -354,7 +354,7 @@ def _run(text: str, row: Mapping[str, Any], where: str, template: bool) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON has it."""
+    """A value as JSON types."""
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -380,11 +380,11 @@ def _dataclass(kind: Any, values: Any, where: str) -> Any:
 
 
 def read_benchmark(path: Path) -> Benchmark:
-    """The benchmark that a YAML file describes.
+    """Read a benchmark from a YAML file.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file isn't YAML or doesn't describe a benchmark.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not YAML or does not describe a benchmark.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))

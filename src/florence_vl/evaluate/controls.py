@@ -1,7 +1,8 @@
-"""How much of a score comes from the picture: the same questions with another picture, with none, with some features.
+"""Controls: the same questions with another picture, without a picture, or with only some features.
 
-A model can answer many questions without looking: most are answered yes, and a chart's bars have likely heights. Each
-control asks a benchmark's questions again with something taken away; what the score loses is what that gave.
+A model can answer many questions without the picture: most answers are yes, and the bars of a chart have likely
+heights. Each control removes some input and asks the questions again; the loss of score is the contribution of that
+input.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class ControlScore:
     """A benchmark's headline score under one condition.
 
     Attributes:
-        value: In per cent.
-        interval: 95 %, bootstrap over questions.
+        value: In percent.
+        interval: 95 % bootstrap interval over questions.
         against: Paired comparison of this condition (first) with the full model (second); None for the full model.
     """
 
@@ -44,12 +45,12 @@ class ControlScore:
 
 
 def without_images(questions: Sequence[Question]) -> list[Question]:
-    """The same questions about no picture."""
+    """The same questions without pictures."""
     return [replace(q, parts=tuple(p for p in q.parts if p is not IMAGE), images=()) for q in questions]
 
 
 def with_other_images(questions: Sequence[Question], seed: int = 0) -> list[Question]:
-    """The same questions, each about the pictures of another question with as many; one alone keeps its own."""
+    """The same questions with the pictures of another question that has the same number; a single one keeps its own."""
     generator = Random(seed)
     by_number: dict[int, dict[str, Sequence[Picture]]] = {}
     for question in questions:
@@ -62,12 +63,12 @@ def with_other_images(questions: Sequence[Question], seed: int = 0) -> list[Ques
 
 
 def commonest_answers(questions: Sequence[Question], among: Sequence[Question] | None = None) -> list[str]:
-    """For each question the commonest right answer to the questions of its skill and form, known in hindsight.
+    """The most common correct answer to the questions with the same skill and form, for each question.
 
     Args:
-        questions: Those that are asked.
-        among: Those whose answers are counted, a whole benchmark's for example, as a small sample flatters a guess that
-            knows it; the questions themselves when None.
+        questions: The questions to answer.
+        among: Questions whose answers are counted, for example a whole benchmark, because a small sample overestimates
+            this control; the questions themselves if None.
     """
     counts: dict[Any, dict[str, int]] = {}
 
@@ -85,15 +86,15 @@ def commonest_answers(questions: Sequence[Question], among: Sequence[Question] |
 def only_features(
     model: FlorenceVLForConditionalGeneration, names: Sequence[str], means: dict[str, Tensor]
 ) -> Iterator[None]:
-    """Inside, every other feature of the tower is replaced by its mean over pictures, so that it tells nothing.
+    """Context in which every other feature of the tower is replaced by its mean over pictures, without information.
 
     Args:
         model: A Florence-VL.
-        names: Features that stay.
+        names: Features to keep.
         means: The mean of every feature, (N, D), by name.
 
     Raises:
-        ValueError: A name is none of the model's features.
+        ValueError: A name is not a feature of the model.
     """
     if unknown := set(names) - set(means):
         raise ValueError(f"{', '.join(sorted(unknown))}: the model's features are {', '.join(means)}")
@@ -134,11 +135,11 @@ def score_controls(
     Args:
         model: A Florence-VL.
         processor: Its processor.
-        sample: Benchmarks with questions whose references have `answer`, as the mini suite's.
-        llm: A Florence-VL with the untrained LLM, asked without pictures; left out when None.
-        batch_size: Questions at a time.
-        say: Called with a description of the questions that are asked next.
-        whole: Benchmark name -> all its questions, for the commonest answers; those of `sample` when None.
+        sample: Benchmarks with questions whose references have `answer`, as in the mini suite.
+        llm: A Florence-VL with the untrained LLM, asked without pictures; omitted if None.
+        batch_size: Questions per batch.
+        say: Called with a description of the next questions.
+        whole: Benchmark name -> all its questions, for the most common answers; those of `sample` if None.
 
     Returns:
         Benchmark name -> condition -> score; the first condition is `full`.

@@ -1,7 +1,7 @@
-"""Answers from an OpenAI-compatible endpoint: failed requests are retried, then the question stays unanswered.
+"""Answers from an OpenAI-compatible endpoint. Failed requests are retried; then the question stays unanswered.
 
-The client is our own: the `openai` package follows redirects, reads bodies of any size, and takes its key from
-`OPENAI_API_KEY` wherever the address leads.
+This module has its own client, because the `openai` package follows redirects, reads bodies of any size, and sends the
+key of `OPENAI_API_KEY` to any address.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ MAX_BODY = 16 << 20  # bytes of a reply
 
 
 class EndpointError(Exception):
-    """An endpoint that gave no answer; the message says what it gave instead."""
+    """An endpoint returned no answer; the message says what it returned."""
 
 
 class ChatEndpoint:
     """Client of one OpenAI-compatible server.
 
     Args:
-        url: Base address, with or without `/v1`: https, or plain http on this machine. Redirects are not followed.
-        model: Name of the model; the server's only one by default.
-        key: API key. By default that of the environment variable `key_variable`; `OPENAI_API_KEY` is sent to
-            api.openai.com only.
-        retries: Further attempts after a lost connection, a timeout, 429 or a server's error.
-        wait: Seconds before the second attempt; doubles with each.
-        timeout: Seconds for one attempt.
-        sleep: For tests.
+        url: Base URL, with or without `/v1`: https, or plain http on this machine. Redirects are not followed.
+        model: Name of the model; by default the server's only model.
+        key: API key. By default that of the environment variable `key_variable`; `OPENAI_API_KEY` is sent only to
+            api.openai.com.
+        retries: Further attempts after a lost connection, a timeout, 429 or a server error.
+        wait: Seconds before the second attempt; doubled for each further one.
+        timeout: Seconds per attempt.
+        sleep: Replaceable for tests.
         key_variable: Environment variable with the key.
 
     Raises:
-        ValueError: The address is not allowed, or no model is named and the server can't be asked, or serves several.
+        ValueError: The URL is not allowed, or no model is named and the server cannot be asked, or serves several.
     """
 
     def __init__(
@@ -88,10 +88,10 @@ class ChatEndpoint:
         return served[0]
 
     def chat(self, messages: list[dict[str, Any]], max_tokens: int, temperature: float = 0.0) -> tuple[str, bool]:
-        """The reply to a conversation, and whether it ended by itself.
+        """The reply to a conversation, and whether it ended before the token limit.
 
         Raises:
-            EndpointError: No reply after all attempts.
+            EndpointError: There was no reply after all attempts.
         """
         body = {"model": self.model, "messages": messages, "max_tokens": max_tokens, "temperature": temperature}
         reply = self._send("POST", "/chat/completions", body)
@@ -116,7 +116,7 @@ class ChatEndpoint:
                 if 300 <= error.code < 400:
                     where = error.headers.get("Location", "")
                     raise EndpointError(
-                        f"{self.url}{path} redirects to {where!r}, which is not followed: give that address instead"
+                        f"{self.url}{path} redirects to {where!r}, which is not followed: give that URL instead"
                     ) from None
                 if error.code != 429 and error.code < 500:
                     raise EndpointError(f"{self.url}{path} refused: HTTP {error.code}: {text}") from None
@@ -141,12 +141,12 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def _check_address(url: str) -> str:
-    """Host of an address that requests may go to; see `ChatEndpoint`."""
+    """Host of a URL to which requests may be sent; see `ChatEndpoint`."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"an endpoint's address begins with http:// or https://, found {url!r}")
+        raise ValueError(f"an endpoint's URL begins with http:// or https://, found {url!r}")
     if parts.username or parts.password:
-        raise ValueError(f"put the key into ${KEY_VARIABLE}, not into the address of {parts.hostname}")
+        raise ValueError(f"put the key into ${KEY_VARIABLE}, not into the URL of {parts.hostname}")
     if parts.scheme == "http" and not _is_loopback(parts.hostname):
         raise ValueError(
             f"{url} would send questions, pictures and keys unencrypted: use https://, or an SSH tunnel to a port of "
@@ -178,7 +178,7 @@ class EndpointAnswerer(Answerer):
 
     Args:
         endpoint: The server.
-        batch_size: Requests at a time.
+        batch_size: Number of parallel requests.
     """
 
     def __init__(self, endpoint: ChatEndpoint, batch_size: int = 16) -> None:
@@ -197,13 +197,13 @@ class EndpointAnswerer(Answerer):
         try:
             messages = [{"role": "user", "content": message_content(question)}]
             text, finished = self.endpoint.chat(messages, generation.max_new_tokens, generation.temperature)
-        except (EndpointError, ValueError, OSError) as error:  # also a picture that can't be read
+        except (EndpointError, ValueError, OSError) as error:  # including unreadable pictures
             return Answer("", error=str(error))
         return Answer(text, finished)
 
 
 def message_content(question: Question) -> list[dict[str, Any]]:
-    """Message parts of a question as OpenAI's API has them, images as PNG or JPEG data addresses.
+    """Message parts of a question for OpenAI's API, with images as PNG or JPEG `data:` URLs.
 
     Raises:
         ValueError: An image is missing or broken.

@@ -1,4 +1,4 @@
-"""Judges: models behind an OpenAI-compatible endpoint that score answers no rule can read. No reply, no score."""
+"""Judges: models behind an OpenAI-compatible endpoint that score answers without a rule. No reply gives no score."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def _prompts() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A judge's word on one answer.
+    """Judgement of one answer.
 
     Attributes:
-        verdict: None when the judge failed, or its reply couldn't be read.
-        reply: What it said, or why it said nothing.
+        verdict: None if the judge failed, or its reply could not be parsed.
+        reply: The reply, or the reason why there is none.
     """
 
     verdict: Verdict | None
@@ -36,10 +36,10 @@ class Judgement:
 
 
 class Judge:
-    """Asks a judge with the benchmark's own prompt and reads its reply strictly.
+    """Asks a judge with the benchmark's own prompt and parses its reply strictly.
 
     Args:
-        endpoint: Where the judge is served.
+        endpoint: Endpoint of the judge.
     """
 
     def __init__(self, endpoint: ChatEndpoint) -> None:
@@ -47,11 +47,11 @@ class Judge:
         self.identity = {"model": endpoint.model, "url": endpoint.url}
 
     def wants(self, metric: str, strict: Verdict | None) -> bool:
-        """Whether an answer goes to the judge: all of some benchmarks (MM-Vet ...), else what isn't readable."""
+        """Whether an answer goes to the judge: all answers of some benchmarks (MM-Vet ...), or unreadable ones."""
         return metric in _prompts() and (metric in _ALWAYS or (strict is not None and strict.kind == "unparsed"))
 
     def decide(self, metric: str, answer: str, reference: Reference) -> Judgement:
-        """The judgement of one answer; an empty answer is wrong without asking."""
+        """The judgement of one answer; an empty answer is wrong without asking the judge."""
         if not answer.strip():
             details = {"model_points": 1.0, "reference_points": 10.0} if metric == "llava_bench" else None
             return Judgement(Verdict(None, 0.0, "empty", details), "")
@@ -68,7 +68,7 @@ _LIMITS = {"llava_bench": 1024, "hallusion_bench": 16, "mathvista": 256, "circul
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """A prompt with `{name}` replaced, in one pass, so that braces in the values stay."""
+    """A prompt with `{name}` replaced in one pass, so that braces in the values are kept."""
     pattern = "|".join(re.escape(f"{{{name}}}") for name in values)
     return re.sub(pattern, lambda match: values[match[0][1:-1]], template)
 
@@ -118,7 +118,7 @@ def _read_hallusion(reply: str, reference: Reference) -> Verdict | None:
         score = 0.0
     elif "correct" in text:
         score = 1.0
-    elif "unclear" in text:  # right where no figure is shown and the model says that it can't know
+    elif "unclear" in text:  # correct if no figure is shown and the model says that it cannot know
         score = float(reference["category"] == "VS" and str(reference["figure_id"]) == "0")
     else:
         return None

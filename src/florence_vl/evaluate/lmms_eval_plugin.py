@@ -2,7 +2,7 @@
 
     lmms-eval --model florence_vl --model_args pretrained=FOLDER,batch_size=16 --tasks pope
 
-lmms-eval is installed without its 54 requirements, some of which replace a CPU build of torch; see docs/evaluation.md.
+Install lmms-eval without its 54 requirements, some of which replace a CPU build of torch; see docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from florence_vl.evaluate.local import LocalAnswerer, load_answerer
 from florence_vl.evaluate.metrics import METRICS
 from florence_vl.evaluate.question import IMAGE, BytesPicture, Question
 
-DEFAULT_NEW_TOKENS = 1024  # what lmms-eval's adapters take where a task has no limit
+DEFAULT_NEW_TOKENS = 1024  # default of lmms-eval's adapters for tasks without a limit
 
 
 def manifest() -> ModelManifest:
-    """What lmms-eval's registry loads from the entry point."""
+    """The manifest that lmms-eval's registry loads from the entry point."""
     return ModelManifest(model_id="florence_vl", chat_class_path=f"{__name__}.FlorenceVLAdapter")
 
 
@@ -34,14 +34,14 @@ class FlorenceVLAdapter(lmms):
     """Adapter of lmms-eval's chat interface to `LocalAnswerer`.
 
     Args:
-        pretrained: Folder, name on the Hub, or `mini`.
-        batch_size: Questions at a time.
+        pretrained: Folder, hub id, or `mini`.
+        batch_size: Questions per batch.
         device: See `florence_vl.model.loading.choose_device`.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
-        answerer: A loaded one instead of `pretrained`.
+        answerer: A loaded answerer instead of `pretrained`.
 
     Raises:
-        ValueError: Unknown options, or neither `pretrained` nor `answerer`.
+        ValueError: Options are unknown, or neither `pretrained` nor `answerer` is given.
     """
 
     is_simple = False
@@ -91,7 +91,7 @@ class FlorenceVLAdapter(lmms):
         return [found[str(position)] for position in range(len(requests))]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Not offered: the benchmarks here generate.
+        """Not supported: the benchmarks here generate.
 
         Raises:
             ValueError: Always.
@@ -99,7 +99,7 @@ class FlorenceVLAdapter(lmms):
         raise ValueError("florence_vl answers generate_until tasks; choose the generation variant of this task")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """Not offered: every question here is one turn.
+        """Not supported: every question here has one turn.
 
         Raises:
             ValueError: Always.
@@ -110,7 +110,8 @@ class FlorenceVLAdapter(lmms):
 def _stops(until: str | Sequence[str] | None) -> tuple[str, ...]:
     if not until:
         return ()
-    # lmms-eval adds a blank line as a default stop, which cuts answers that reason; only a task's own ones count.
+    # lmms-eval adds a blank line as a default stop, which truncates reasoning; only the stops of a task itself are
+    # used.
     return tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop.strip())
 
 
@@ -120,7 +121,7 @@ class ImagePicture(BytesPicture):
 
     @classmethod
     def of(cls, image: Any) -> ImagePicture:
-        """Encode without loss."""
+        """Encode losslessly."""
         file = io.BytesIO()
         image.convert("RGB").save(file, "PNG", compress_level=1)
         return cls(file.getvalue())
@@ -130,7 +131,7 @@ def question_of(messages: ChatMessages, name: str, task: str) -> Question:
     """A single-turn conversation of lmms-eval as a question.
 
     Raises:
-        ValueError: More than one turn, or audio or video.
+        ValueError: There is more than one turn, or audio or video.
     """
     if len(messages.messages) != 1:
         raise ValueError(f"{task}: florence_vl answers single-turn tasks, found {len(messages.messages)} messages")
@@ -143,12 +144,12 @@ def question_of(messages: ChatMessages, name: str, task: str) -> Question:
             parts.append(IMAGE)
             images.append(ImagePicture.of(part.url))
         else:
-            raise ValueError(f"{task}: florence_vl sees images only, found {part.type}")
+            raise ValueError(f"{task}: florence_vl accepts only images, found {part.type}")
     return Question(name, task, tuple(parts), tuple(images))
 
 
 def short_answer_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """`process_results` of the mini suite's tasks: the same verdict as in our own runner."""
+    """`process_results` of the mini suite's tasks: the same verdict as in this package's runner."""
     found = METRICS["short_answer"].judge(results[0], {"answer": doc["answer"], "choices": doc["choices"]})
     return {"accuracy": found.score}
 

@@ -1,8 +1,8 @@
-"""Answers from a model on this machine: batched, left padded, each image encoded once for all its questions.
+"""Answers from a local model: batched, left-padded, with each image encoded once for all its questions.
 
-Questions about one image also share the language model's work on it: the common beginning of their prompts goes through
-the LLM once, and its keys and values are handed to every question. Shape letters: B questions, G groups of one picture,
-P length of the longest common beginning, S length of the longest rest, N tokens of an image, H width of the LLM.
+Questions about the same image also share the LLM's key-value cache of their common prefix. Shape letters: B questions,
+G groups of one image, P length of the longest common prefix, S length of the longest rest, N tokens of an image, H
+width of the LLM.
 """
 
 from __future__ import annotations
@@ -31,18 +31,17 @@ from florence_vl.model.resolution import resolution_settings, set_resolution
 class LocalAnswerer(Answerer):
     """A transformers image-text-to-text model.
 
-    For a Florence-VL images are encoded once and prompts share their beginning; any other model goes through its own
-    processor.
+    For a Florence-VL, images are encoded once and prompts share their prefix. Any other model uses its own processor.
 
     Args:
-        model: In eval mode, on its device.
-        processor: With a chat template.
-        batch_size: Questions at a time.
-        identity: What tells this model from another; a fingerprint of the weights in memory by default. How a
-            Florence-VL sees images (see `resolution_settings`) is added.
-        share_prefix: Whether the common beginning of prompts about one picture goes through the LLM once.
-        cached_images: Encoded images that are kept for later batches.
-        seed: For sampling, when a benchmark asks for a temperature.
+        model: A model in eval mode, on its device.
+        processor: Its processor, with a chat template.
+        batch_size: Questions per batch.
+        identity: Identity of the model; by default a fingerprint of the weights in memory. For a Florence-VL the
+            resolution settings (see `resolution_settings`) are added.
+        share_prefix: Whether prompts about the same image share the computation of their prefix.
+        cached_images: Number of encoded images that are cached for later batches.
+        seed: Seed for sampling, for benchmarks with a temperature.
 
     Raises:
         ValueError: The processor has no chat template.
@@ -68,7 +67,7 @@ class LocalAnswerer(Answerer):
         self.identity = identity or {"model": type(model).__name__, "fingerprint": state_hash(model)}
         self.share_prefix = share_prefix
         self.seed = seed
-        self.encoded_images = 0  # how often the vision side ran
+        self.encoded_images = 0  # number of images encoded by the tower
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
         self._cached_images = cached_images
         self._own = hasattr(processor, "tokenize") and hasattr(model, "num_image_tokens")
@@ -85,10 +84,10 @@ class LocalAnswerer(Answerer):
     def answer(self, questions: Sequence[Question], generation: Generation) -> list[Answer]:
         """Greedy answers (sampled with a temperature above 0).
 
-        A question whose picture can't be read, or whose prompt fills the LLM's context, gets no answer; the reason is
-        the answer's `error`. An answer ends, unfinished, where the context does.
+        A question with an unreadable image, or with a prompt that fills the LLM's context, gets no answer but an
+        `error`. An answer ends, unfinished, at the end of the context.
         """
-        if generation.temperature > 0:  # the same batch is drawn the same way, also after a resume
+        if generation.temperature > 0:  # the same batch is sampled in the same way, also after a resume
             name = "/".join(f"{q.benchmark}:{q.id}" for q in questions)
             torch.manual_seed(int.from_bytes(hashlib.sha256(f"{self.seed}/{name}".encode()).digest()[:7], "big"))
         modes = [(module, module.training) for module in self.model.modules()] if self.model.training else []
@@ -100,11 +99,11 @@ class LocalAnswerer(Answerer):
             found = iter(ask(asked, opened, generation) if asked else [])
             return [Answer("", error=unread[id(q)]) if id(q) in unread else next(found) for q in questions]
         finally:
-            for module, training in modes:  # one by one: frozen parts stay as they were
+            for module, training in modes:  # one by one, so that frozen parts keep their mode
                 module.training = training
 
     def _open_pictures(self, questions: Sequence[Question]) -> tuple[dict[str, Any], dict[int, str]]:
-        """Pictures that are not encoded yet, by key, and for questions with an unreadable one the reason, by `id`."""
+        """Images that are not encoded yet, by key, and the reasons for questions with an unreadable one, by `id`."""
         opened: dict[str, Any] = {}
         unread: dict[int, str] = {}
         for question in questions:
@@ -123,7 +122,7 @@ class LocalAnswerer(Answerer):
         questions: Sequence[Question],
         ask: Callable[[list[Question]], list[Answer]],
     ) -> list[Answer] | None:
-        """Answers where a prompt fills the LLM's context: the others are asked. None where all leave room."""
+        """Errors for prompts that fill the LLM's context; the other questions are asked. None if all fit."""
         limit = self._context
         if limit is None or max(lengths) < limit:
             return None
@@ -143,7 +142,7 @@ class LocalAnswerer(Answerer):
         texts = [self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
         images = [[opened[picture.key] for picture in question.images] for question in questions]
         bos = getattr(getattr(self.processor, "tokenizer", None), "bos_token", None)
-        written = bool(bos) and all(text.startswith(bos) for text in texts)  # by the template: not a second time
+        written = bool(bos) and all(text.startswith(bos) for text in texts)  # by the template, so not added again
         inputs = self.processor(
             text=texts,
             images=images if any(images) else None,
@@ -167,16 +166,16 @@ class LocalAnswerer(Answerer):
     # ---------------------------------------------------------------- Florence-VL
 
     def _key(self, question: Question, position: int) -> str:
-        """What the tokens of a picture depend on: the picture, and with a gated fusion the question too."""
+        """Key of an image's tokens: the image, and with a gated fusion also the question."""
         picture = question.images[position].key
         return f"{picture}\0{question.text}" if self._by_question else picture
 
     def encode(self, questions: Sequence[Question], opened: dict[str, Any]) -> dict[str, Tensor]:
-        """Projected tokens (N, H) of these questions' pictures, by `_key`; those seen before come from the cache.
+        """Projected tokens (N, H) of these questions' images, by `_key`; cached ones are reused.
 
         Args:
             questions: The questions.
-            opened: Pictures that may not be in the cache, by their own key.
+            opened: Images that may not be in the cache, by their own key.
         """
         wanted: dict[str, tuple[Question, int]] = {}
         for question in questions:
@@ -186,7 +185,7 @@ class LocalAnswerer(Answerer):
         if missing:
             places = [wanted[key] for key in missing]
             context: dict[str, Tensor] = {}
-            if self._by_question:  # one picture a chat, so that each has the whole question
+            if self._by_question:  # one image per chat, so that each has the whole question
                 chats = [
                     [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q.text}]}]
                     for q, _ in places
@@ -206,7 +205,7 @@ class LocalAnswerer(Answerer):
         return found
 
     def token_ids(self, question: Question, features: dict[str, Tensor]) -> list[int]:
-        """Token ids of a question's prompt, each image's placeholder repeated for its tokens."""
+        """Token ids of a question's prompt, with each image's placeholder repeated for its tokens."""
         chat = [{"role": "user", "content": question.content()}]
         text = self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         ids, _ = self.processor.tokenize(text)
@@ -274,14 +273,14 @@ class LocalAnswerer(Answerer):
         return [answers[i] for i in range(len(questions))]
 
     def _common(self, question: Question, rows: list[list[int]]) -> int:
-        """Length of the rows' common beginning, 0 unless it holds all images; at least one token stays outside."""
+        """Length of the rows' common prefix, 0 unless it contains all images; at least one token stays outside."""
         shortest = min(len(row) for row in rows) - 1
         length = next((i for i in range(shortest) if len({row[i] for row in rows}) > 1), shortest)
         last = max((i for i, token in enumerate(rows[0]) if token == self.processor.image_token_id), default=-1)
         return length if question.images and length > last else 0
 
     def _slides(self) -> bool:
-        """Padding between beginning and rest would count in a sliding window, so such LLMs don't share."""
+        """Whether the LLM has a sliding window, in which padding between prefix and rest counts (no sharing then)."""
         text = self.model.config.get_text_config()
         kinds = getattr(text, "layer_types", None) or ()
         return "sliding_attention" in kinds or bool(getattr(text, "sliding_window", None))
@@ -321,23 +320,23 @@ class LocalAnswerer(Answerer):
         return answers
 
 
-# What a pass of the LLM costs beside its tokens, in tokens: weights are read once a pass, which a CPU notices little
-# beside the products themselves.
+# Overhead of a pass of the LLM in tokens: weights are read once per pass, which on a CPU is small compared with the
+# matrix products.
 _PASS_COST = {"cpu": 64, "accelerator": 8192}
 
 
 def split_lengths(lengths: Sequence[int], overhead: int) -> list[list[int]]:
-    """Put rows in batches so that padding is small: the sum of rows x longest, plus `overhead` a batch, is least.
+    """Divide rows into batches with minimal padding: minimizes the sum of rows x longest, plus `overhead` per batch.
 
     Args:
         lengths: Tokens of each row.
-        overhead: What one more batch costs, in tokens.
+        overhead: Cost of one more batch, in tokens.
 
     Returns:
-        Indices of the rows of each batch, rows in order of length.
+        Indices of the rows of each batch, with rows in order of length.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    best = [(0, 0)]  # least cost of the first n rows, and where their last batch begins
+    best = [(0, 0)]  # minimum cost of the first n rows, and the start of their last batch
     for end in range(1, len(order) + 1):
         longest = lengths[order[end - 1]]
         best.append(min((best[start][0] + (end - start) * longest + overhead, start) for start in range(end)))
@@ -374,10 +373,9 @@ def _stop_ids(model: Any, processor: Any) -> list[int]:
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Hash of every byte of a saved model's files, reports and logs aside.
+    """Hash of every byte of a saved model's files, except reports and logs.
 
-    Digests of large files are kept in the cache folder under path, size, inode and times of change, so weights are
-    read once.
+    Digests of large files are cached under path, size, inode and modification times, so weights are read once.
     """
     known_file = cache_dir() / "fingerprints.json"
     try:
@@ -396,7 +394,7 @@ def folder_fingerprint(folder: Path) -> str:
         digest.update(f"{path.name}:{known[key]}\n".encode())
     if added:
         kept = {key: value for key, value in known.items() if int(key.rsplit(":", 4)[1]) > 1 << 20}
-        with contextlib.suppress(OSError):  # a read-only cache costs time only
+        with contextlib.suppress(OSError):  # a read-only cache only costs time
             write_text(known_file, json.dumps(kept))
     return digest.hexdigest()[:16]
 
@@ -410,20 +408,20 @@ def load_answerer(
     seed: int = 0,
     resolution: Mapping[str, Any] | None = None,
 ) -> LocalAnswerer:
-    """A saved Florence-VL, or any image-text-to-text model that transformers loads without remote code.
+    """Load a Florence-VL, or any image-text-to-text model that transformers loads without remote code.
 
     Args:
-        model: Folder, name on the Hub, or `mini` for the embedded one.
+        model: Folder, hub id, or `mini` for the packaged model.
         device: See `florence_vl.model.loading.choose_device`.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
-        batch_size: Questions at a time.
+        batch_size: Questions per batch.
         share_prefix: See `LocalAnswerer`.
-        seed: For sampling.
-        resolution: Keywords of `florence_vl.model.resolution.set_resolution`, for a Florence-VL.
+        seed: Seed for sampling.
+        resolution: Keyword arguments of `florence_vl.model.resolution.set_resolution`, for a Florence-VL.
 
     Raises:
-        FileNotFoundError: Nothing is there.
-        ValueError: The folder holds no such model, it has no chat template, or it can't see images at that resolution.
+        FileNotFoundError: The model does not exist.
+        ValueError: The folder contains no such model, it has no chat template, or it does not support the resolution.
     """
     from florence_vl.model.loading import check_folder, choose_device, load_model
 
@@ -439,7 +437,7 @@ def load_answerer(
     else:
         if resolution:
             raise ValueError(
-                f"{folder} holds a {kind!r}, but {', '.join(resolution)} is for a Florence-VL: leave it out"
+                f"{folder} contains a {kind!r}, but {', '.join(resolution)} is for a Florence-VL: remove it"
             )
         from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -1,4 +1,4 @@
-"""A benchmark question: what is asked about which images, and what is known about the answer."""
+"""A benchmark question: its prompt, its images, and the reference of its answer."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
-IMAGE = object()  # marks an image's place in a prompt
+IMAGE = object()  # marks the position of an image in a prompt
 
 
 class Picture(Protocol):
-    """An image that is read only when it is needed."""
+    """An image that is read lazily."""
 
     @property
     def key(self) -> str:
-        """The same for the same picture, so that it is encoded once."""
+        """Identity of the picture, so that it is encoded once."""
         ...
 
     def read(self) -> bytes:
@@ -26,7 +26,7 @@ class Picture(Protocol):
 
 @dataclass(frozen=True)
 class BytesPicture:
-    """A picture that is in memory already."""
+    """A picture in memory."""
 
     data: bytes
 
@@ -48,8 +48,8 @@ class Question:
         id: Unique within its benchmark.
         benchmark: The benchmark's name.
         parts: Text and `IMAGE` marks, in reading order.
-        images: One picture for each mark.
-        reference: What the metric needs, JSON values only.
+        images: One picture per mark.
+        reference: Input of the metric, JSON values only.
     """
 
     id: str
@@ -60,7 +60,7 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """The prompt as text, images as `<image>` on lines of their own."""
+        """The prompt as text, with `<image>` for images on separate lines."""
         return "\n".join("<image>" if part is IMAGE else part for part in self.parts)
 
     @property
@@ -70,7 +70,7 @@ class Question:
 
     @property
     def picture_key(self) -> str:
-        """Key of all its pictures together; questions that share it share the encoded images."""
+        """Key of all its pictures together; questions with the same key share the encoded images."""
         return "+".join(picture.key for picture in self.images)
 
     def content(self) -> list[dict[str, str]]:

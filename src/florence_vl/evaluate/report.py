@@ -25,11 +25,11 @@ DEFAULT_ROW = "Florence-VL 3B"
 
 
 def lines(scores: Scores, row: str | None) -> list[dict[str, Any]]:
-    """The table: a line for each benchmark and column, by group in the paper's order.
+    """The table: one line per benchmark and column, by group in the paper's order.
 
     Args:
-        scores: The run's.
-        row: Name of the paper's row to put beside it; None for none.
+        scores: Scores of the run.
+        row: Name of the paper's row to show next to it; None for none.
 
     Returns:
         `name`, `group`, `title`, `column`, `key`, `score`, `interval`, `paper`, `questions`, `note` of each line.
@@ -90,7 +90,7 @@ def _header(scores: Scores) -> dict[str, Any]:
 
 
 def as_json(scores: Scores, row: str | None = DEFAULT_ROW) -> dict[str, Any]:
-    """Everything a report says, as JSON values."""
+    """The whole report as JSON values."""
     paper = reported_row(row) if row else {}
     return {
         **_header(scores),
@@ -193,7 +193,7 @@ def as_terminal(scores: Scores, row: str | None = DEFAULT_ROW) -> RenderableType
 
 
 def failures(scores: Scores, name: str, of_kind: int = 6) -> dict[str, list[dict[str, Any]]]:
-    """Some of a benchmark's failures by kind: the answers with the hardest kinds first, at most `of_kind` of each."""
+    """Some of a benchmark's failures by kind: answers with the most severe kinds first, at most `of_kind` of each."""
     found: dict[str, list[dict[str, Any]]] = {}
     for key, (verdict, reference) in scores.verdicts[name].items():
         if verdict.kind == "right":
@@ -217,7 +217,7 @@ def failures(scores: Scores, name: str, of_kind: int = 6) -> dict[str, list[dict
 def as_html(
     scores: Scores, row: str | None = DEFAULT_ROW, questions: Mapping[str, Sequence[Question]] | None = None
 ) -> str:
-    """The report as one HTML file, with pictures of failures where the questions are at hand."""
+    """The report as one HTML file, with pictures of failures if the questions are available."""
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -266,7 +266,7 @@ def write_reports(
 def comparison_table(
     first: Scores, second: Scores, found: Mapping[str, PairedComparison]
 ) -> tuple[RenderableType, dict[str, Any]]:
-    """Two runs side by side, for a terminal and as JSON values."""
+    """A comparison of two runs, for a terminal and as JSON values."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""Runs benchmarks: asks what isn't answered yet, writes every answer at once, and survives being killed."""
+"""Runs benchmarks: asks unanswered questions, writes every answer immediately, and can be resumed after a kill."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from florence_vl.evaluate.metrics.judged import JudgedMetric
 from florence_vl.evaluate.question import Question
 from florence_vl.evaluate.store import ResultsFolder, append_lines, read_lines
 
-# Called with the number of questions that were answered just now.
+# Called with the number of questions that were just answered.
 Progress = Callable[[int], None]
 
 
@@ -31,10 +31,10 @@ class EvaluationPlan:
     Attributes:
         questions: The chosen questions of each benchmark, by name.
         benchmarks: The benchmarks by name.
-        limit: The `--limit` that chose them.
-        seed: The seed of the choice.
-        available: Number of questions each benchmark has without a limit.
-        fingerprints: Digest of each benchmark's protocol and questions; answers are stored under it.
+        limit: The `--limit` of the sample.
+        seed: The seed of the sample.
+        available: Number of questions of each benchmark without a limit.
+        fingerprints: Digest of each benchmark's protocol and questions, under which answers are stored.
     """
 
     questions: dict[str, list[Question]]
@@ -60,13 +60,13 @@ def plan(
 
     Args:
         chosen: The benchmarks.
-        load: Gives a benchmark's questions.
-        limit: Approximate number of questions per benchmark (units stay whole).
+        load: Returns a benchmark's questions.
+        limit: Approximate number of questions per benchmark (units stay complete).
         seed: Seed of the sample.
 
     Raises:
-        FileNotFoundError: A benchmark's file isn't there.
-        ValueError: A file has the wrong schema, or the limit isn't positive.
+        FileNotFoundError: A benchmark's file does not exist.
+        ValueError: A file has the wrong schema, or the limit is not positive.
     """
     made = EvaluationPlan({}, {b.name: b for b in chosen}, limit, seed)
     for benchmark in chosen:
@@ -85,7 +85,7 @@ def _fingerprint(benchmark: Benchmark, questions: Sequence[Question]) -> str:
 
 
 def shard(made: EvaluationPlan, rank: int, processes: int) -> EvaluationPlan:
-    """The part of a plan that one of several processes does: whole picture groups, by hash."""
+    """The part of a plan for one of several processes: whole picture groups, by hash."""
 
     def mine(question: Question) -> bool:
         digest = hashlib.sha256(f"{question.benchmark}/{question.picture_key}".encode()).digest()
@@ -102,7 +102,7 @@ def shard(made: EvaluationPlan, rank: int, processes: int) -> EvaluationPlan:
 
 
 def describe(made: EvaluationPlan) -> dict[str, dict[str, Any]]:
-    """What `run.json` says about each benchmark of a plan."""
+    """The entry of `run.json` for each benchmark of a plan."""
     found = {}
     for name, benchmark in made.benchmarks.items():
         facts = asdict(benchmark)
@@ -120,7 +120,7 @@ def describe(made: EvaluationPlan) -> dict[str, dict[str, Any]]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a score depends on."""
+    """Versions of the libraries on which a score depends."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for package in ("florence-vl", "torch", "transformers", "tokenizers", "pillow", "numpy"):
         try:
@@ -133,7 +133,7 @@ def versions() -> dict[str, str]:
 def open_results(
     folder: ResultsFolder, answerer: Answerer, made: EvaluationPlan, data: Path | None = None
 ) -> dict[str, Any]:
-    """Start or go on with a results folder; see `ResultsFolder.open` for what is refused."""
+    """Open or create a results folder; see `ResultsFolder.open` for errors."""
     description = folder.open(answerer.identity, describe(made))
     description["versions"] = versions()
     if data is not None:
@@ -148,16 +148,16 @@ def run(
     folder: ResultsFolder,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, str]]:
-    """Ask every question of a plan that the folder has no answer to.
+    """Ask every question of a plan without an answer in the folder.
 
     Args:
-        answerer: What answers.
+        answerer: The model.
         made: The questions.
         folder: Where answers are written after each batch; opened before (see `open_results`).
-        progress: Called after each batch; first with the number of answers that are there already.
+        progress: Called after each batch; first with the number of existing answers.
 
     Returns:
-        Unanswered questions: for each benchmark, question ids and what went wrong.
+        Unanswered questions: question ids and errors for each benchmark.
     """
     known = folder.answers()
     failed: dict[str, dict[str, str]] = {}
@@ -196,7 +196,7 @@ def run(
 
 
 def strict_verdict(metric: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Parsed answer, score and kind of an answer, as they are written beside it; no score where a judge is needed."""
+    """Parsed answer, score and kind of an answer, stored with it; no score if a judge is needed."""
     chosen = METRICS[metric]
     if isinstance(chosen, JudgedMetric):
         return {"parsed": None, "score": None, "kind": "not scored: needs a judge"}
@@ -207,17 +207,17 @@ def strict_verdict(metric: str, row: Mapping[str, Any]) -> dict[str, Any]:
 def judge_answers(
     judge: Judge, folder: ResultsFolder, metrics: Mapping[str, str], progress: Progress | None = None, workers: int = 8
 ) -> dict[tuple[str, str], dict[str, Any]]:
-    """Let a judge score what rules can't; judgements are kept beside the answers and not asked for twice.
+    """Let a judge score what rules cannot; judgements are stored with the answers and not requested again.
 
     Args:
         judge: The judge.
         folder: Results.
         metrics: Metric of each benchmark.
         progress: Called with 1 after each judgement.
-        workers: Requests at a time.
+        workers: Number of parallel requests.
 
     Returns:
-        Judgements by benchmark and question: `verdict` (None where the judge failed) and `reply`.
+        Judgements by benchmark and question: `verdict` (None if the judge failed) and `reply`.
     """
     file = folder.path / "judgements.jsonl"
     known = load_judgements(folder, judge.identity)
@@ -239,7 +239,7 @@ def judge_answers(
         line = {"benchmark": key[0], "id": key[1], "judge": judge.identity, "answer": row["answer"]}
         line |= {"reply": word.reply, "verdict": None if word.verdict is None else asdict(word.verdict)}
         known[key] = line
-        if word.verdict is not None:  # a failure is asked again next time
+        if word.verdict is not None:  # a failed judgement is requested again next time
             append_lines(file, [line])
         if progress:
             progress(1)
@@ -250,7 +250,7 @@ def judge_answers(
 
 
 def load_judgements(folder: ResultsFolder, identity: Mapping[str, Any] | None) -> dict[tuple[str, str], dict[str, Any]]:
-    """Judgements in a folder by benchmark and question; of one judge, or of whichever judged last."""
+    """Judgements in a folder by benchmark and question; of one judge, or of the most recent one."""
     rows: Iterable[dict[str, Any]] = read_lines(folder.path / "judgements.jsonl")
     return {(r["benchmark"], r["id"]): r for r in rows if identity is None or r["judge"] == dict(identity)}
 

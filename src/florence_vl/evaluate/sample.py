@@ -1,4 +1,4 @@
-"""A small evaluation on a fixed sample, while a model trains: the recipe's `evaluate.suite`."""
+"""A small evaluation on a fixed sample during training: the recipe's `evaluate.suite`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from florence_vl.evaluate.metrics import stratify
 from florence_vl.evaluate.question import Question
 from florence_vl.evaluate.suites import choose, data_folder
 
-# Benchmarks with the questions that are asked of each.
+# Benchmarks with their sampled questions.
 Sample = Sequence[tuple[Benchmark, Sequence[Question]]]
 
 
@@ -21,7 +21,7 @@ def choose_scorable(suite: str) -> list[Benchmark]:
     """The benchmarks of a suite.
 
     Raises:
-        ValueError: Unknown names, or a benchmark that needs a judge.
+        ValueError: A name is unknown, or a benchmark needs a judge.
     """
     chosen = choose(suite)
     if needing := [b.name for b in chosen if b.judge == "required"]:
@@ -30,7 +30,7 @@ def choose_scorable(suite: str) -> list[Benchmark]:
 
 
 def read_sample(suite: str = "mini", limit: int = 32, seed: int = 0, data: Path | None = None) -> Sample:
-    """The questions of a fixed sample of a suite; arguments and errors as of `evaluate_sample`."""
+    """The questions of a fixed sample of a suite; arguments and errors as in `evaluate_sample`."""
     return [(benchmark, _cached(benchmark.name, limit, seed, data)) for benchmark in choose_scorable(suite)]
 
 
@@ -45,30 +45,30 @@ def evaluate_sample(
 ) -> dict[str, float]:
     """Score a model in memory on a fixed sample of a suite.
 
-    The model's mode (train or eval) and torch's random state are left as they were, so training goes on as without it.
+    The model's mode (train or eval) and torch's random state are restored, so training is not affected.
 
     Args:
         model: A Florence-VL, on its device.
         processor: Its processor.
-        suite: Suites or benchmarks; those that need a judge are refused.
+        suite: Suites or benchmarks; those that need a judge are errors.
         limit: Approximate number of questions per benchmark.
         seed: Seed of the sample: the same seed selects the same questions.
         data: Folder with the benchmarks' files; not needed for the mini suite.
-        batch_size: Questions at a time.
+        batch_size: Questions per batch.
 
     Returns:
-        The benchmarks' headline scores as `eval/<benchmark>`, their mean as `eval/mean` when there are several, and
-        `eval/unfinished`, the share of answers that ran into the token limit.
+        The benchmarks' headline scores as `eval/<benchmark>`, their mean as `eval/mean` if there are several, and
+        `eval/unfinished`, the fraction of answers that reached the token limit.
 
     Raises:
-        FileNotFoundError: A benchmark's file isn't there.
-        ValueError: Unknown names, or a benchmark that needs a judge.
+        FileNotFoundError: A benchmark's file does not exist.
+        ValueError: A name is unknown, or a benchmark needs a judge.
     """
     return score_sample(model, processor, read_sample(suite, limit, seed, data), batch_size)
 
 
 def score_sample(model: Any, processor: Any, sample: Sample, batch_size: int = 16) -> dict[str, float]:
-    """Score a model in memory on what `read_sample` gave; see `evaluate_sample` for the rest."""
+    """Score a model in memory on the result of `read_sample`; see `evaluate_sample`."""
     import torch
 
     device = torch.device(model.device)
@@ -97,16 +97,16 @@ def score_sample(model: Any, processor: Any, sample: Sample, batch_size: int = 1
 
 
 def suite_scorer(suite: str, limit: int, data: Path | None, batch_size: int) -> Callable[[Any, Any], dict[str, float]]:
-    """What `florence_vl.train.train` takes as `suite_reader`: reads a sample now, scores models on it later.
+    """The `suite_reader` of `florence_vl.train.train`: reads a sample now, and scores models on it later.
 
     Args:
-        suite: As of `evaluate_sample`, like the rest.
+        suite: As in `evaluate_sample`.
         limit: Approximate number of questions per benchmark.
         data: Folder with the benchmarks' files.
-        batch_size: Questions at a time.
+        batch_size: Questions per batch.
 
     Returns:
-        A function of a model and its processor that gives scores by name, as `evaluate_sample` does.
+        A function of a model and its processor that returns scores by name, as `evaluate_sample`.
     """
     sample = read_sample(suite, limit, data=data)
     return lambda model, processor: score_sample(model, processor, sample, batch_size)

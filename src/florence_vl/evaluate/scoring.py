@@ -1,4 +1,4 @@
-"""From a results folder to scores: strict verdicts, judgements where there are, intervals, and what is missing."""
+"""Scores of a results folder: strict verdicts, judgements if present, intervals, and what is missing."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class BenchmarkScore:
 
     Attributes:
         name: The benchmark.
-        facts: What `run.json` says about it.
-        scores: By name, per cent unless the metric says otherwise; empty when not scored.
+        facts: Its entry in `run.json`.
+        scores: By name, in percent unless the metric defines otherwise; empty if not scored.
         intervals: 95 % bootstrap interval of each score.
         answered: Number of answers.
         expected: Number of questions of the run.
-        kinds: How many answers of each kind (see `florence_vl.evaluate.metrics.KINDS`).
-        judged_by: The judge's model, where one was asked.
-        unjudged: Answers that wait for a judge or whose judge failed.
-        note: Why there is no score, or what is incomplete; empty when all is well.
+        kinds: Number of answers of each kind (see `florence_vl.evaluate.metrics.KINDS`).
+        judged_by: The judge's model, if there was one.
+        unjudged: Number of answers without a judgement.
+        note: Why there is no score, or what is incomplete; otherwise empty.
     """
 
     name: str
@@ -51,7 +51,7 @@ class BenchmarkScore:
 
     @property
     def another_size(self) -> bool:
-        """Whether the data held another number of questions than the whole benchmark has, a shard of it for example."""
+        """Whether the number of questions in the data differs from the whole benchmark, for example for a shard."""
         return self.facts.get("size") not in (None, self.facts["available"])
 
     @property
@@ -93,7 +93,7 @@ def score_folder(path: Path, draws: int = 1000) -> Scores:
 
     Args:
         path: The folder.
-        draws: Bootstrap samples; 0 leaves intervals out.
+        draws: Bootstrap samples; 0 omits intervals.
 
     Raises:
         FileNotFoundError: There are no results.
@@ -152,7 +152,7 @@ def _score(
     result.scores = metric.combine(units.means())
     if draws:
         result.intervals = intervals(units, metric.combine, draws=draws)
-    if result.judged_by and strict:  # the judge's score stands in the table, the strict one beside it
+    if result.judged_by and strict:  # the table shows the judge's score, with the strict one next to it
         alone = _units(facts["metric"], strict)
         if alone is not None and alone.vectors:
             result.scores |= {f"without_judge/{k}": v for k, v in metric.combine(alone.means()).items()}
@@ -161,7 +161,7 @@ def _score(
     notes += [f"{result.unjudged} answers not judged"] if result.unjudged else []
     parts = ["incomplete: " + ", ".join(notes)] if notes else []
     if result.another_size:
-        parts.append(f"not the paper's benchmark: {facts['available']} questions in the data, {facts['size']} in all")
+        parts.append(f"not the paper's benchmark: {facts['available']} questions in the data, {facts['size']} in total")
     result.note = "; ".join(parts)
     return result, found
 
@@ -173,10 +173,10 @@ def _units(metric: str, judged: Mapping[str, Judged]) -> Units | None:
 
 
 def compare_runs(first: Scores, second: Scores, draws: int = 1000) -> dict[str, PairedComparison]:
-    """Compare two runs benchmark by benchmark on the questions that both answered.
+    """Compare two runs by benchmark on the questions that both answered.
 
     Raises:
-        ValueError: They share no benchmark, or one under different protocols.
+        ValueError: They share no benchmark, or ran one under different protocols.
     """
     shared = [name for name in first.benchmarks if name in second.benchmarks]
     if not shared:
@@ -205,13 +205,13 @@ def compare_runs(first: Scores, second: Scores, draws: int = 1000) -> dict[str, 
 
 
 def headline(facts: Mapping[str, Any]) -> str:
-    """The score of a benchmark that stands in a table."""
+    """The score that represents a benchmark in a table."""
     return next(iter(facts["columns"].values()), METRICS[facts["metric"]].headline)
 
 
 @lru_cache(maxsize=1)
 def reported_results() -> dict[str, Any]:
-    """The paper's tables, as `reported_results.yaml` has them."""
+    """The paper's tables from `reported_results.yaml`."""
     return yaml.safe_load((files(__package__) / "reported_results.yaml").read_text(encoding="utf-8"))
 
 
@@ -231,7 +231,7 @@ def reported_row(name: str) -> dict[str, float]:
     """One of `reported_rows`.
 
     Raises:
-        ValueError: The paper has no such row; near names are listed.
+        ValueError: The paper has no such row; similar names are suggested.
     """
     rows = reported_rows()
     if name not in rows:
@@ -240,7 +240,7 @@ def reported_row(name: str) -> dict[str, float]:
 
 
 def averages(columns: Mapping[str, float], paper: Mapping[str, float]) -> dict[str, Any]:
-    """The average as the paper computes it: over all columns of a run, and over those that the paper's row has too."""
+    """The average as in the paper: over all columns of a run, and over those that the paper's row also has."""
     shared = [column for column in columns if column in paper]
     return {
         "columns": list(columns),

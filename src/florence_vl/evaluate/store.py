@@ -1,4 +1,4 @@
-"""A results folder: answers as append-only lines, a description of the run, and the refusal to mix two runs."""
+"""A results folder: answers as append-only lines, and a description of the run that prevents mixing runs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ VERSION = 1
 class ResultsFolder:
     """Answers of one model under fixed protocols.
 
-    `answers*.jsonl` have one line for each answered question, written as soon as it is known; `run.json` says which
-    model and which protocols they belong to. A line that a kill cut short is dropped when the folder is opened again.
+    `answers*.jsonl` have one line per answered question, written immediately; `run.json` describes the model and the
+    protocols. A line truncated by a kill is dropped when the folder is opened again.
 
     Args:
-        path: The folder, made when it isn't there.
-        rank: Number of the process that writes here, so that each has a file of its own.
+        path: The folder, created if it does not exist.
+        rank: Rank of the writing process; each has a separate file.
     """
 
     def __init__(self, path: Path, rank: int = 0) -> None:
@@ -29,10 +29,10 @@ class ResultsFolder:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What `run.json` says; empty when there is none.
+        """Content of `run.json`; empty if it does not exist.
 
         Raises:
-            ValueError: The file isn't one of ours.
+            ValueError: The file was not written by this package.
         """
         file = self.path / "run.json"
         if not file.is_file():
@@ -46,11 +46,11 @@ class ResultsFolder:
         return found
 
     def open(self, identity: Mapping[str, Any], benchmarks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """Start or go on with a run.
+        """Start or resume a run.
 
         Args:
-            identity: The model's (see `Answerer.identity`).
-            benchmarks: By name, what is known of each; `fingerprint` identifies its protocol.
+            identity: Identity of the model (see `Answerer.identity`).
+            benchmarks: Description of each benchmark by name; `fingerprint` identifies its protocol.
 
         Returns:
             The description, with this run's benchmarks added.
@@ -62,9 +62,9 @@ class ResultsFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         found = self.description
         if not found and any(self.path.iterdir()):
-            raise ValueError(f"{self.path} holds files but no results (no run.json); give an empty folder with --out")
+            raise ValueError(f"{self.path} has files but no results (no run.json); give an empty folder with --out")
         old, new = found.get("identity", {}), dict(identity)
-        # A folder may be moved: where there is a fingerprint of the weights, the model's name doesn't matter.
+        # A folder may be moved: with a fingerprint of the weights, the model's name is ignored.
         unimportant = {"model"} if "fingerprint" in old and "fingerprint" in new else set()
         odd = [key for key in sorted({*old, *new} - unimportant) if old.get(key) != new.get(key)]
         if found and odd:
@@ -99,7 +99,7 @@ class ResultsFolder:
         return sum(file.read_bytes().count(b"\n") for file in self.path.glob("answers*.jsonl"))
 
     def write_unanswered(self, failed: Mapping[str, Mapping[str, str]]) -> None:
-        """Keep which questions this process could not get answered, and why; none removes the file."""
+        """Store the questions that this process could not get answered, with the reasons; none removes the file."""
         file = self.path / self.file.name.replace("answers", "unanswered").replace(".jsonl", ".json")
         if failed:
             write_text(file, json.dumps(failed, indent=2, ensure_ascii=False) + "\n")
@@ -107,7 +107,7 @@ class ResultsFolder:
             file.unlink(missing_ok=True)
 
     def unanswered(self) -> dict[str, dict[str, str]]:
-        """Unanswered questions of all processes: by benchmark, ids and what went wrong."""
+        """Unanswered questions of all processes: ids and reasons by benchmark."""
         found: dict[str, dict[str, str]] = {}
         for file in sorted(self.path.glob("unanswered*.json")):
             for name, failures in json.loads(file.read_text(encoding="utf-8")).items():
@@ -120,7 +120,7 @@ class ResultsFolder:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file; a last line that was cut short is removed from the file.
+    """The lines of a JSONL file; a truncated last line is removed from the file.
 
     Raises:
         ValueError: A line other than the last is not a JSON object.

@@ -20,7 +20,7 @@ class TablePicture:
         group: Row group.
         row: Row within the group.
         column: Name of the column.
-        item: Position in a cell that lists several images.
+        item: Position in a cell with several images.
         key: Identity of the picture (see `Picture`).
     """
 
@@ -35,7 +35,7 @@ class TablePicture:
         """The encoded bytes.
 
         Raises:
-            ValueError: The cell is empty, or refers to a file that isn't there.
+            ValueError: The cell is empty, or refers to a missing file.
         """
         images = _cell_images(_column(self.path, self.group, self.column)[self.row].as_py())
         return _image_bytes(images[self.item], self)
@@ -45,13 +45,13 @@ class TablePicture:
 
 
 class Table:
-    """Rows of one or more parquet files, without their images, which come as `TablePicture`.
+    """Rows of one or more parquet files, without their images, which are returned as `TablePicture`.
 
     Args:
         paths: The files, in order.
 
     Raises:
-        ValueError: A file isn't readable as parquet, or the files differ in columns.
+        ValueError: A file is not readable as parquet, or the files differ in columns.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -79,20 +79,20 @@ class Table:
         return sum(pq.read_metadata(path).num_rows for path in self.paths)
 
     def rows(self) -> Iterator[tuple[dict[str, Any], str, int, int]]:
-        """Each row's values without image columns, and where it is: file, row group, row in the group."""
+        """Each row's values without image columns, and its location: file, row group, row in the group."""
         import pyarrow.parquet as pq
 
         plain = [name for name in self.columns if name not in self.image_columns]
         for path in self.paths:
             with pq.ParquetFile(path) as file:
                 for group in range(file.num_row_groups):
-                    # One column is read even where none but images is there, to know the number of rows.
+                    # One column is read even if there are only image columns, to get the number of rows.
                     rows = file.read_row_group(group, columns=plain).to_pylist() if plain else [{}]
                     for number, row in enumerate(rows):
                         yield row, path, group, number
 
     def pictures(self, path: str, group: int, row: int, column: str, key: str | None = None) -> list[TablePicture]:
-        """The pictures of one cell; `key` names them when the data set says which rows share one."""
+        """The pictures of one cell; `key` identifies them if the data set says which rows share one."""
         if key is not None:
             keys = [f"{key}#{item}" for item in range(self._count(path, group, row, column))]
         else:
@@ -103,7 +103,7 @@ class Table:
         return [TablePicture(path, group, row, column, item, found) for item, found in enumerate(keys)]
 
     def _count(self, path: str, group: int, row: int, column: str) -> int:
-        """Number of images in a cell, without reading their bytes where the file's layout allows it."""
+        """Number of images in a cell, without reading their bytes if the file's layout allows it."""
         kind = self.schema.field(column).type
         cell = _column(path, group, f"{column}.path" if _is_struct(kind) else column)[row]
         if not cell.is_valid:
@@ -114,19 +114,19 @@ class Table:
 def find_files(folder: Path, benchmark: str, split: str, config: str | None = None, main: bool = True) -> list[Path]:
     """A benchmark's parquet files under a data folder.
 
-    Looked for are, in this order, `<benchmark>.parquet` (not for second tables), `<benchmark>.<config>.parquet`, files
-    in `<benchmark>/<config>/` and, when that isn't there, in `<benchmark>/`: those named after the split
-    (`<split>-00000-of-00001.parquet`), or all when none is named after any split.
+    Searched, in this order: `<benchmark>.parquet` (not for second tables), `<benchmark>.<config>.parquet`, files in
+    `<benchmark>/<config>/` and, if that does not exist, in `<benchmark>/`: those named after the split
+    (`<split>-00000-of-00001.parquet`), or all if none is named after any split.
 
     Args:
         folder: The data folder.
-        benchmark: Its name.
-        split: Wanted split.
-        config: Wanted configuration.
-        main: Whether the benchmark's own table is meant, not a second one.
+        benchmark: Name of the benchmark.
+        split: The split.
+        config: The configuration.
+        main: Whether to find the benchmark's own table, not a second one.
 
     Raises:
-        FileNotFoundError: None is there; the message names the places.
+        FileNotFoundError: No file was found; the message names the places.
     """
     singles = [folder / f"{benchmark}.parquet"] if main else []
     singles += [folder / f"{benchmark}.{config}.parquet"] if config else []
@@ -148,7 +148,7 @@ def find_files(folder: Path, benchmark: str, split: str, config: str | None = No
 
 
 def _check_shards(paths: Sequence[Path]) -> None:
-    """Refuse a part of a set of files that are named `...-00000-of-00002.parquet`."""
+    """Raise an error for an incomplete set of files named `...-00000-of-00002.parquet`."""
     groups: dict[tuple[str, int], set[int]] = {}
     for path in paths:
         if match := re.fullmatch(r"(.*)-(\d+)-of-(\d+)", path.stem):

@@ -1,11 +1,11 @@
-"""What the numbers of a recipe may be, by their names."""
+"""Allowed ranges of the numbers in a recipe, by their names."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-# A number in none of these may be any finite one.
+# Any other number only has to be finite.
 # fmt: off
 POSITIVE = {
     "alpha", "batch_size", "epochs", "eps", "every_steps", "image_size", "keep_every", "keep_last", "last_layers",
@@ -19,9 +19,9 @@ SHARES = {"decay_ratio", "dropout", "feature_dropout", "max_bad_share", "min_lr_
 
 
 def check_numbers(value: Any, path: str = "") -> list[str]:
-    """What is wrong with the numbers of a recipe: not finite, or outside what their name allows."""
+    """Problems of the numbers in a recipe: not finite, or outside the range of their name."""
     if isinstance(value, dict):
-        free = ("options", "template_options", "filters")  # other code's
+        free = ("options", "template_options", "filters")  # checked by the code that uses them
         inner = [(f"{path}.{key}" if path else str(key), item) for key, item in value.items() if key not in free]
         return [problem for key, item in inner for problem in check_numbers(item, key)]
     if isinstance(value, (list, tuple)):

@@ -1,14 +1,14 @@
-"""Checkpoints that survive anything: torch.distributed.checkpoint in the background, published by an atomic rename.
+"""Crash-safe checkpoints: torch.distributed.checkpoint in the background, published by an atomic rename.
 
     RUN/checkpoints/step-00000500/   .metadata, *.distcp (model and optimizer, sharded), trainer.json
-    RUN/checkpoints/LATEST           name of the newest one
+    RUN/checkpoints/LATEST           name of the newest checkpoint
 
-A folder is written under a name that begins with a dot and renamed when it is complete, so a folder of the right name
-is a good checkpoint whenever the process was killed. Weights are stored once by their full names: any number of
-processes and any strategy can load them.
+A folder is written under a temporary name that begins with a dot and renamed when it is complete, so a folder with its
+final name is a good checkpoint whenever the process was killed. Weights are stored once under their full names, so any
+number of processes and any strategy can load them.
 
-What may fail on one process alone (making and publishing the folder, a full disk) is done by the main one, which tells
-the others before anything that all of them do together.
+Steps that may fail on a single process (creating and publishing the folder, a full disk) are done by the main process,
+which informs the others before any collective operation.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from florence_vl.train.config import CheckpointConfig
 from florence_vl.train.world import World
 
 log = logging.getLogger("florence_vl.train")
-# Said at every save of a single process, which is a case that we mean.
+# Logged at every save of a single process, which is an intended case.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 LATEST_FILE = "LATEST"
@@ -50,7 +50,7 @@ _FAILURES = (OSError, RuntimeError, dcp.CheckpointException)
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; the earlier ones are untouched."""
+    """A checkpoint could not be written; earlier ones are unchanged."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -59,7 +59,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
-    """Checkpoints of a run by step, oldest first, damaged ones included."""
+    """Checkpoints of a run by step, oldest first, including damaged ones."""
     folder = run_dir / "checkpoints"
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
@@ -69,10 +69,10 @@ def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest checkpoint that is whole; a damaged newer one is reported and passed over.
+    """The newest complete checkpoint; damaged newer ones are reported and skipped.
 
     Returns:
-        Its folder; None when the run has no checkpoint at all.
+        Its folder; None if the run has no checkpoints.
 
     Raises:
         ValueError: All checkpoints are damaged.
@@ -82,32 +82,32 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
         problem = find_damage(path)
         if problem is None:
             for one in problems:
-                log.warning("a checkpoint is damaged: %s. Going back to the newest whole one, %s", one, path)
+                log.warning("a checkpoint is damaged: %s. Using the newest complete one, %s", one, path)
             return path
         problems.append(problem)
     if problems:
         raise ValueError(
-            f"no checkpoint of {run_dir} is whole: {'; '.join(problems)}. Restore the files, or start a new run in "
+            f"no checkpoint of {run_dir} is complete: {'; '.join(problems)}. Restore the files, or start a new run in "
             "another folder (output=...)"
         )
     return None
 
 
 def find_checkpoint(run_dir: Path, resume: str | Path) -> Path | None:
-    """The checkpoint that a run starts from; None starts from the beginning.
+    """The checkpoint from which a run resumes; None starts a new run.
 
     Args:
         run_dir: The run's folder.
-        resume: `never`; `auto`: the newest whole one, if any; or the path of a checkpoint or of a run.
+        resume: `never`; `auto`: the newest complete one, if any; or the path of a checkpoint or of a run.
 
     Raises:
-        ValueError: `never`, and the folder holds a run; the named checkpoint is damaged, or all are.
-        FileNotFoundError: A path that holds no checkpoint.
+        ValueError: `never`, but the folder contains a run; or the named checkpoint is damaged, or all are.
+        FileNotFoundError: The path contains no checkpoint.
     """
     if str(resume) == "never":
         if list_checkpoints(run_dir):
             raise ValueError(
-                f"{run_dir} holds a run already. Go on with it (--resume auto), or choose another folder (output=...)"
+                f"{run_dir} already contains a run. Resume it (--resume auto), or choose another folder (output=...)"
             )
         return None
     if str(resume) == "auto":
@@ -125,19 +125,19 @@ def find_checkpoint(run_dir: Path, resume: str | Path) -> Path | None:
 
 
 def _way_back(damaged: Path) -> str:
-    """The newest whole checkpoint beside a damaged one, as an advice."""
+    """Advice that names the newest complete checkpoint before a damaged one."""
     for _, path in reversed(list_checkpoints(damaged.parent.parent)):
         if path.name < damaged.name and find_damage(path) is None:
-            return f"The newest whole one before it is {path}: --resume {path}"
-    return "No whole one lies before it"
+            return f"The newest complete one before it is {path}: --resume {path}"
+    return "There is no complete one before it"
 
 
 class CheckpointManager:
-    """Writes, publishes, rotates and reads the checkpoints of a run.
+    """Writes, publishes, rotates and loads the checkpoints of a run.
 
     Args:
         run_dir: The run's folder.
-        config: What to keep.
+        config: Which checkpoints to keep.
         model: The model itself (not its DDP wrapper).
         optimizer: Its optimizer.
         world: The processes.
@@ -149,7 +149,7 @@ class CheckpointManager:
         self.folder, self.config, self.world = run_dir / "checkpoints", config, world
         self.run_dir, self.model, self.optimizer = run_dir, model, optimizer
         self._no_dist = not (dist.is_available() and dist.is_initialized())
-        # The background writer has collectives of its own, which must not mix with the training thread's.
+        # The background writer has its own collectives, which must not mix with those of the training thread.
         self._group = None if self._no_dist else dist.new_group(backend="gloo")
         self._pending: tuple[int, Path, Future] | None = None
         self.last_saved_step: int | None = None
@@ -162,17 +162,17 @@ class CheckpointManager:
                 shutil.rmtree(left_over, ignore_errors=True)
 
     def save(self, step: int, trainer_state: dict[str, Any], blocking: bool = False) -> None:
-        """Save a step. Every process calls it.
+        """Save a checkpoint. Every process calls it.
 
         Args:
-            step: Optimizer steps done.
-            trainer_state: JSON types; the main process's is kept.
-            blocking: Wait until it is published, as at the end of a run; on a full disk, room is made and it is tried
-                once more.
+            step: Number of optimizer steps done.
+            trainer_state: JSON types; that of the main process is saved.
+            blocking: Wait until it is published, as at the end of a run. On a full disk, old checkpoints are deleted
+                and the write is repeated once.
 
         Raises:
             CheckpointError: `blocking` and the write failed. In the background a failure is reported and the run
-                goes on: the earlier checkpoints are untouched.
+                continues; earlier checkpoints are unchanged.
         """
         self.finish()
         temporary = self.folder / f".saving-{checkpoint_name(step)}"
@@ -209,9 +209,9 @@ class CheckpointManager:
             self.world.decide(lambda: self._publish(step, temporary))
 
     def poll(self) -> None:
-        """Publish a background save that is done; call it once a step.
+        """Publish a finished background save; call it once per step.
 
-        The rename needs no agreement between processes: the main one's future is done only when all have written.
+        The rename needs no agreement between processes: the main process's future completes only when all have written.
         """
         if self._pending is not None and self._pending[2].done():
             self.finish()
@@ -239,7 +239,7 @@ class CheckpointManager:
         self._rotate(step)
 
     def _rotate(self, step: int) -> None:
-        """Keep what the recipe says; what lies after the step belongs to a part of the run that is done anew."""
+        """Delete checkpoints as the recipe specifies; those of later steps belong to steps that are repeated."""
         found = list_checkpoints(self.run_dir)
         before = [(number, path) for number, path in found if number <= step]
         for number, path in before[: -self.config.keep_last]:
@@ -253,7 +253,7 @@ class CheckpointManager:
         return bool(self.config.keep_every) and step % (self.config.keep_every or 1) == 0
 
     def _make_room(self) -> bool:
-        """Where the disk can't take another checkpoint, delete the oldest ones but for the newest; True if any was."""
+        """If the disk cannot hold another checkpoint, delete all but the newest; True if any was deleted."""
         deleted = False
         found = list_checkpoints(self.run_dir)
         for number, path in found[:-1]:
@@ -268,14 +268,14 @@ class CheckpointManager:
         return deleted
 
     def _delete(self, path: Path) -> None:
-        """Rename first: a folder that is half deleted must not look like a checkpoint."""
+        """Delete a checkpoint; renamed first, so that a partially deleted folder does not look like a checkpoint."""
         doomed = self.folder / f".deleting-{path.name}"
         shutil.rmtree(doomed, ignore_errors=True)
         os.replace(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
     def _clean_up(self, step: int, temporary: Path, error: BaseException | None) -> bool:
-        """Remove what was begun (on the main process); True when there is room for another try."""
+        """Remove the incomplete folder (on the main process); True if there is space for another attempt."""
         shutil.rmtree(temporary, ignore_errors=True)
         found = list_checkpoints(self.run_dir)
         if not _FULL.search(str(error)) or len(found) < 2:
@@ -283,7 +283,7 @@ class CheckpointManager:
         for number, path in found[:-1]:
             if not self._is_kept(number):
                 self._delete(path)
-        log.warning("%s; only the newest checkpoint was kept, to make room", self._explain(step, error))
+        log.warning("%s; only the newest checkpoint was kept, to free space", self._explain(step, error))
         return True
 
     def _explain(self, step: int, error: BaseException | None) -> str:
@@ -300,12 +300,12 @@ class CheckpointManager:
             self._clean_up(step, temporary, error)
 
     def _state(self) -> dict[str, Any]:
-        # The groups' settings are not stored: the recipe and the step decide them.
+        # The settings of the groups are not stored: the recipe and the step determine them.
         optimizer = get_optimizer_state_dict(self.model, self.optimizer)["state"]
         return {"model": get_model_state_dict(self.model), "optimizer": optimizer}
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
-        """Load model and optimizer in place, whatever the number of processes that saved them.
+        """Load model and optimizer in place, saved by any number of processes.
 
         Returns:
             The trainer state.
@@ -323,7 +323,7 @@ class CheckpointManager:
 
 
 def _load(state: dict[str, Any], checkpoint: Path, group: Any = None, no_dist: bool = True) -> None:
-    """Fill a state dict; an error tells a damaged checkpoint from one of another model."""
+    """Fill a state dict; errors distinguish a damaged checkpoint from one of another model."""
     try:
         dcp.load(state, storage_reader=SafeReader(checkpoint), process_group=group, no_dist=no_dist)
     except (dcp.CheckpointException, RuntimeError, KeyError, ValueError, OSError, EOFError) as error:
@@ -335,19 +335,19 @@ def _load(state: dict[str, Any], checkpoint: Path, group: Any = None, no_dist: b
                 f"a checkpoint is damaged: the tensors in {checkpoint} can't be read ({cause}). {_way_back(checkpoint)}"
             ) from error
         raise ValueError(
-            f"{checkpoint} does not fit this model or what of it trains ({cause}). Resume with the recipe that "
+            f"{checkpoint} does not fit this model or its trained parts ({cause}). Resume with the recipe that "
             "the run was started with (recipe.yaml in its folder), or start a new run from its export"
         ) from error
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> dict[str, Any]:
-    """Load a checkpoint's weights into a model in one process, without its optimizer: for export.
+    """Load a checkpoint's weights into a model in one process, without its optimizer, for export.
 
     Returns:
         The trainer state.
 
     Raises:
-        ValueError: As `CheckpointManager.load`.
+        ValueError: As in `CheckpointManager.load`.
     """
     state = {"model": get_model_state_dict(model)}
     _load(state, checkpoint)

@@ -1,4 +1,4 @@
-"""What a checkpoint's folder holds: reading its `.metadata` without running code, and telling a damaged one."""
+"""Files of a checkpoint: reading `.metadata` without running code, and detecting damage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 TRAINER_FILE = "trainer.json"
 _DCP = "torch.distributed.checkpoint"
-# What torch.distributed.checkpoint writes into `.metadata` for tensors, and nothing else.
+# The classes that torch.distributed.checkpoint writes into `.metadata` for tensors.
 _ALLOWED = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
@@ -43,7 +43,7 @@ _ALLOWED = {
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:
-            if module.startswith("pathlib"):  # of the machine that wrote it, perhaps another kind of system
+            if module.startswith("pathlib"):  # paths of the writing machine, maybe of another system
                 return PurePath
             return super().find_class(module, name)
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
@@ -52,10 +52,10 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """The `.metadata` of a checkpoint: a pickle, of which only DCP's own plain classes are accepted.
+    """Read the `.metadata` of a checkpoint: a pickle, of which only DCP's own plain classes are accepted.
 
     Raises:
-        ValueError: The file is cut off or no checkpoint's, or names code or files outside the folder.
+        ValueError: The file is truncated, not that of a checkpoint, or names code or files outside the folder.
     """
     try:
         metadata = _MetadataUnpickler(io.BytesIO((folder / ".metadata").read_bytes())).load()
@@ -68,7 +68,7 @@ def read_metadata(folder: Path) -> Metadata:
         names = {info.relative_path for info in metadata.storage_data.values()}
     except (AttributeError, TypeError):
         raise ValueError(f"{folder / '.metadata'} is not that of a checkpoint") from None
-    if others:  # DCP unpickles these
+    if others:  # DCP would unpickle these
         raise ValueError(f"{folder / '.metadata'} lists entries that are not tensors, which are not read: {others[:3]}")
     if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
         raise ValueError(f"{folder / '.metadata'} names files outside the folder: {outside[:3]}")
@@ -107,9 +107,9 @@ def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, in words; None when all are there, whole.
+    """Description of the damage of a checkpoint's files; None if all are complete.
 
-    A file is whole when it is as long as `.metadata` says; its numbers are not read.
+    A file is complete if it has the length in `.metadata`; its content is not read.
     """
     try:
         read_trainer_state(checkpoint)

@@ -1,4 +1,4 @@
-"""Recipes: the typed configuration of a run. `florence_vl.train.recipes` reads them from YAML, strictly."""
+"""Recipes: the typed configuration of a run, read from YAML by `florence_vl.train.recipes`."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ CheckpointingMode = Literal["none", "selective", "full"]
 
 @dataclass
 class ModelConfig:
-    """Which model is trained: a saved one (`path`) or a new one (`build`).
+    """The model to train: a saved one (`path`) or a new one (`build`).
 
     Attributes:
-        path: Folder or hub name of a saved Florence-VL; `mini` is the embedded one.
-        build: Parts of a new one. Exactly one of `path` and `build` must be given.
-        image_aspect_ratio: `pad` or `squash` to a square, or `native`; None leaves the processor as it is.
-        image_size: Height and width of images in pixels; None leaves the processor as it is.
-        token_budget: Tokens of an image at most, for `native`; by default what `image_size` gives.
-        positions: `absolute` or `resampled`; resampled where the size is not the one that the tower was trained at.
-        fusion: With `path`: another fusion, as `gated` for a model of `channel` fusion.
+        path: Folder or hub id of a saved Florence-VL; `mini` is the packaged one.
+        build: Parts of a new model. Exactly one of `path` and `build` must be given.
+        image_aspect_ratio: `pad` or `squash` to a square, or `native`; None keeps the processor's setting.
+        image_size: Height and width of images in pixels; None keeps the processor's setting.
+        token_budget: Maximum tokens per image, for `native`; by default the number at `image_size`.
+        positions: `absolute` or `resampled`; by default `resampled` if the size differs from the tower's trained size.
+        fusion: With `path`: another fusion, e.g. `gated` for a model with `channel` fusion.
         gate: With `fusion: gated`: its options, see `FlorenceVLConfig`.
-        views: With `path`: the views that the model gets, see `FlorenceVLConfig`.
-        attn_implementation: One attention backend, or one for each of `vision_config` and `text_config`. None takes
+        views: With `path`: the views to add to the model, see `FlorenceVLConfig`.
+        attn_implementation: One attention backend, or one for each of `vision_config` and `text_config`. None uses
             transformers' choice, and `sdpa_varlen` for the LLM's packed rows on a CPU.
-        feature_store: Folder in which the features of a frozen tower are kept between runs; None computes them at
-            every step.
+        feature_store: Folder that stores the features of a frozen tower between runs; None computes them at every
+            step.
     """
 
     __pydantic_config__ = STRICT
@@ -62,12 +62,12 @@ class SourceConfig:
     """One source of records.
 
     Attributes:
-        path: File, folder, glob or fsspec address that the reader opens. Relative paths start at the working folder.
-        reader: Name of the reader; None takes it from the file's name.
-        dataset: Name of a registered data set (its layout, filters and licence), instead of `reader`.
-        image_root: Folder or archive, or several, in which image names are found.
-        weight: How often the source is passed in an epoch, or its share of the stream (`data.weighting`).
-        name: Shown in reports; the path's stem by default.
+        path: File, folder, glob or fsspec URL for the reader. Relative paths start at the working folder.
+        reader: Name of the reader; None detects it from the path.
+        dataset: Name of a registered data set (its layout, filters and license), instead of `reader`.
+        image_root: Folder or archive, or several, with the images.
+        weight: Number of passes over the source per epoch, or its fraction of the stream (`data.weighting`).
+        name: Name in reports; the path's stem by default.
         limit: Use only the first records.
         options: Further arguments of the reader.
     """
@@ -86,7 +86,7 @@ class SourceConfig:
 
 @dataclass
 class PackingConfig:
-    """How records become rows.
+    """Layout of records in rows.
 
     Attributes:
         mode: `packed`: rows of a fixed token budget hold several samples, attention isolated between them; `padded`:
@@ -121,7 +121,7 @@ class FilterConfig:
     Attributes:
         column: The key.
         test: One of `== != <= >= in not in filled`.
-        value: What to compare with.
+        value: The value to compare with.
     """
 
     __pydantic_config__ = STRICT
@@ -133,16 +133,16 @@ class FilterConfig:
 
 @dataclass
 class StreamConfig:
-    """WebDataset shards, read in sequence through megatron-energon (extra `[stream]`).
+    """WebDataset shards, read sequentially through megatron-energon (extra `[stream]`).
 
     Attributes:
         path: Folder of shards that `florence-vl data prepare` has indexed, a `.yaml` metadataset of energon that blends
             several by weight, or a URL of either.
-        shuffle_buffer: Samples in the shuffle buffer of a worker; shards are shuffled in any case.
-        name: Shown in reports; the folder's by default.
-        caption: Key of the caption in the JSON member; None takes the text member.
-        prompts: Questions for captions; None takes the reader's.
-        strip_prefixes: Openings to cut from captions.
+        shuffle_buffer: Samples in the shuffle buffer of a worker; shards are always shuffled.
+        name: Name in reports; the folder's by default.
+        caption: Key of the caption in the JSON member; None uses the text member.
+        prompts: Questions for captions; None uses the reader's.
+        strip_prefixes: Prefixes to remove from captions.
         filters: Samples to keep.
     """
 
@@ -159,24 +159,24 @@ class StreamConfig:
 
 @dataclass
 class DataConfig:
-    """What is trained on: `sources`, whose every record has a number, or a `stream` of shards.
+    """Training data: `sources` with random access by record number, or a `stream` of shards.
 
     Attributes:
         sources: The mixture.
-        stream: Instead of `sources`. The number of processes and workers must stay the same over the run.
-        weighting: `repeats`: a source's weight is how often it is passed in an epoch; `proportions`: its share of the
-            stream whatever its size.
-        template: Chat template that labels come from; None takes the processor's own.
-        template_options: Of the template: `system`, `newline_after_image`, `double_bos`, `end`.
-        max_length: Tokens in a sample at most, image tokens included; None is without limit (padded rows only).
-        on_long: What happens to longer samples.
+        stream: Shards, instead of `sources`. The number of processes and workers must not change during the run.
+        weighting: `repeats`: a source's weight is the number of passes per epoch; `proportions`: its fraction of the
+            stream, independent of its size.
+        template: Chat template that determines the labels; None uses the processor's own.
+        template_options: Options of the template: `system`, `newline_after_image`, `double_bos`, `end`.
+        max_length: Maximum tokens per sample, including image tokens; None means no limit (padded rows only).
+        on_long: Treatment of longer samples.
         packing: See PackingConfig.
-        workers: Processes that decode and encode; 0 does it in the training process.
-        max_bad_share: The run stops when more than this share of records is bad.
+        workers: Processes that decode and encode; 0 uses the training process.
+        max_bad_share: The run stops if more than this fraction of records is bad.
         shuffle: Draw records in random order.
-        views: Name of a view -> how often it is drawn, relative to the others; which view a record gets follows from
-            the seed and its position. None takes the processor's own view.
-        feature_dropout: Probability that a feature besides the first is left out of a record's images, drawn likewise.
+        views: Name of a view -> relative frequency; the seed and a record's position determine its view. None uses the
+            processor's own view.
+        feature_dropout: Probability of dropping each feature except the first from a record's images, drawn likewise.
     """
 
     __pydantic_config__ = STRICT
@@ -202,10 +202,10 @@ class ScheduleConfig:
 
     Attributes:
         name: `cosine`, `linear`, `constant`, or `wsd` (warm-up, stable, decay).
-        warmup_steps: Steps of linear warm-up. Wins over `warmup_ratio`.
-        warmup_ratio: The same as a share of the run.
+        warmup_steps: Steps of linear warm-up. Overrides `warmup_ratio`.
+        warmup_ratio: The same as a fraction of the run.
         min_lr_ratio: Factor at the end of the run.
-        decay_ratio: Share of the run in which `wsd` decays, at its end.
+        decay_ratio: Fraction of the run in which `wsd` decays, at its end.
     """
 
     __pydantic_config__ = STRICT
@@ -219,13 +219,13 @@ class ScheduleConfig:
 
 @dataclass
 class PartConfig:
-    """How one part of the model trains.
+    """Training of one part of the model.
 
     Attributes:
         train: False freezes it: no gradient, no optimizer state, evaluation mode (no dropout, no DropPath).
-        lr: Peak learning rate; None is `optimizer.lr`.
-        weight_decay: None is `optimizer.weight_decay`.
-        schedule: None is the run's `schedule`.
+        lr: Peak learning rate; None uses `optimizer.lr`.
+        weight_decay: None uses `optimizer.weight_decay`.
+        schedule: None uses the run's `schedule`.
     """
 
     __pydantic_config__ = STRICT
@@ -243,7 +243,7 @@ class LoraConfig:
     Attributes:
         rank: Rank of the update.
         alpha: Scale; the update is multiplied by alpha / rank.
-        dropout: On the adapter's input.
+        dropout: Dropout on the adapter's input.
         target_modules: Names of linear layers in an LLM block, or "all-linear".
     """
 
@@ -257,7 +257,7 @@ class LoraConfig:
 
 @dataclass
 class LLMPartConfig(PartConfig):
-    """How the LLM trains: whole, its last layers only, or through low-rank adapters.
+    """Training of the LLM: whole, its last layers only, or through low-rank adapters.
 
     Attributes:
         last_layers: Train only this many blocks from the end, the final norm and the head.
@@ -272,7 +272,7 @@ class LLMPartConfig(PartConfig):
 
 @dataclass
 class PartsConfig:
-    """One entry for each part of the model; projector stands for fusion and projector."""
+    """One entry per part of the model; `projector` includes the fusion."""
 
     __pydantic_config__ = STRICT
 
@@ -283,15 +283,15 @@ class PartsConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW.
+    """Options of AdamW.
 
     Attributes:
-        lr: Peak learning rate of parts that name none.
-        weight_decay: Of parts that name none. Biases, norms and embeddings' positions (1-D) are never decayed.
+        lr: Peak learning rate of parts without their own.
+        weight_decay: Weight decay of parts without their own. Biases, norms and other 1-D parameters are never decayed.
         betas: Decay of the moments.
         eps: Added to the denominator.
-        max_grad_norm: The gradient is clipped to this norm, over all parts; None does not clip.
-        fused: One kernel for the whole step; None asks the device.
+        max_grad_norm: The gradient over all parts is clipped to this norm; None disables clipping.
+        fused: Use one kernel for the whole step; None depends on the device.
     """
 
     __pydantic_config__ = STRICT
@@ -306,12 +306,12 @@ class OptimizerConfig:
 
 @dataclass
 class ParallelConfig:
-    """How the run is spread over processes.
+    """Distribution of the run over processes.
 
     Attributes:
-        strategy: `none` (one process), `ddp`, `fsdp` (FSDP2 over all processes), `hsdp` (sharded inside groups of
-            `shard_size`, replicated between them). `auto` is none for one process and fsdp for several.
-        shard_size: Processes of a sharding group; None is those of one node.
+        strategy: `none` (one process), `ddp`, `fsdp` (FSDP2 over all processes), `hsdp` (sharded within groups of
+            `shard_size`, replicated across them). `auto` is `none` for one process and `fsdp` for several.
+        shard_size: Processes per sharding group; None uses those of one node.
     """
 
     __pydantic_config__ = STRICT
@@ -322,7 +322,7 @@ class ParallelConfig:
 
 @dataclass
 class ActivationCheckpointingConfig:
-    """Recomputing of activations in the backward pass, block by block: none, all, or all but matrix products."""
+    """Recomputation of activations in the backward pass, by block: none, all, or all except matrix products."""
 
     __pydantic_config__ = STRICT
 
@@ -349,14 +349,14 @@ class CompileConfig:
 
 @dataclass
 class CheckpointConfig:
-    """What is kept so that the run can go on after any end.
+    """Checkpoints for resuming the run.
 
     Attributes:
-        every_steps: Save each so many steps.
-        keep_last: Newest checkpoints kept.
-        keep_every: Checkpoints at multiples of this step are kept for good.
-        asynchronous: Write in the background while training goes on.
-        export: Write a `save_pretrained` folder when the run is done.
+        every_steps: Number of steps between checkpoints.
+        keep_last: Number of newest checkpoints to keep.
+        keep_every: Checkpoints at multiples of this step are always kept.
+        asynchronous: Write in the background while training continues.
+        export: Write a `save_pretrained` folder at the end of the run.
     """
 
     __pydantic_config__ = STRICT
@@ -370,14 +370,14 @@ class CheckpointConfig:
 
 @dataclass
 class LoggingConfig:
-    """What is reported.
+    """Reporting.
 
     Attributes:
-        every_steps: Progress lines and trackers hear of each so many steps; metrics.jsonl has every one.
-        trackers: Of tensorboard, trackio and wandb.
-        project: Name of the project at trackio and wandb.
-        progress: `rich` bar, `plain` lines, `none`; `auto` is rich on a terminal.
-        peak_tflops: Of one device at the run's precision, for MFU; None takes it from a table of known devices.
+        every_steps: Number of steps between progress lines and tracker updates; metrics.jsonl has every step.
+        trackers: Any of tensorboard, trackio and wandb.
+        project: Name of the project in trackio and wandb.
+        progress: `rich` bar, `plain` lines, `none`; `auto` is `rich` on a terminal.
+        peak_tflops: Peak of one device at the run's precision, for MFU; None uses a table of known devices.
         profile_steps: First and last step that torch.profiler records into RUN/profile.
     """
 
@@ -393,7 +393,7 @@ class LoggingConfig:
 
 @dataclass
 class GuardsConfig:
-    """What is shown so that a wrong run is seen early.
+    """Output that helps to detect a wrong run early.
 
     Attributes:
         show_sample: Print a decoded sample and its label mask before step 1.
@@ -409,14 +409,14 @@ class EvaluateConfig:
     """A small evaluation during the run: the loss on held-out records, scores on a suite, or both.
 
     Attributes:
-        every_steps: Each so many steps, and at the end.
+        every_steps: Number of steps between evaluations; the run also evaluates at the end.
         sources: Held-out records, for `eval/loss`.
-        samples: How many of them, the first ones.
-        suite: Suites or benchmarks with commas between them, as `florence-vl evaluate` takes them, for
-            `eval/<benchmark>`. The model must be whole in one process: none or ddp.
+        samples: Number of records, from the first one.
+        suite: Comma-separated suites or benchmarks, as in `florence-vl evaluate`, for `eval/<benchmark>`. The model
+            must be whole in one process: none or ddp.
         limit: Approximate number of questions per benchmark; the same ones every time.
         data: Folder with the benchmarks' files; the mini suite needs none.
-        batch_size: Questions answered at a time.
+        batch_size: Number of questions per batch.
     """
 
     __pydantic_config__ = STRICT
@@ -435,11 +435,11 @@ class WarmUpConfig:
     """Contrastive warm-up of a new projector, before the first step (`florence_vl.train.warm_up`).
 
     Attributes:
-        pairs: Images with captions of `data.sources`; their features are held in memory.
-        regions: Sources whose answers are in Florence-2's region format, `dog<loc_102><loc_31><loc_500><loc_877>`; as
-            many images again are taken of them, and each text is aligned with the tokens in its box.
-        steps: Optimizer steps.
-        batch_size: Pairs of a step, each other's negatives.
+        pairs: Number of images with captions from `data.sources`; their features are held in memory.
+        regions: Sources with answers in Florence-2's region format, `dog<loc_102><loc_31><loc_500><loc_877>`. The same
+            number of images is taken from them, and each text is aligned with the tokens in its box.
+        steps: Number of optimizer steps.
+        batch_size: Pairs per step, which are each other's negatives.
         lr: Peak learning rate of AdamW.
     """
 
@@ -454,28 +454,28 @@ class WarmUpConfig:
 
 @dataclass
 class Recipe:
-    """Everything about a run.
+    """Complete configuration of a run.
 
     Attributes:
-        name: Of the run; the recipe's path by default.
+        name: Name of the run; the recipe's path by default.
         description: One line for `florence-vl recipes list`.
-        seed: Of weights that are new, of the data's order and of dropout.
+        seed: Seed of new weights, of the data's order and of dropout.
         output: Folder of the run.
         model: See ModelConfig.
         data: See DataConfig.
-        parts: What trains and how.
+        parts: What is trained and how.
         optimizer: See OptimizerConfig.
-        schedule: Of every part that names none.
+        schedule: Schedule of every part without its own.
         steps: Optimizer steps. Exactly one of `steps` and `epochs` must be given.
         epochs: Passes over the mixture.
         max_minutes: Time budget: the schedule ends at the budget or at `steps`, whichever comes first.
-        batch_size: Rows of one optimizer step over all processes: samples when padded, packed rows when packed.
-        micro_batch_size: Rows of one forward pass of one process; what is missing to `batch_size` is accumulated.
-        precision: `fp32`; `bf16`: fp32 weights, bf16 compute, fp32 reduction; `bf16_pure`: bf16 weights too; `auto`:
-            `bf16` where a short measurement finds it faster, else `fp32`. A run that goes on keeps what it began with.
+        batch_size: Rows per optimizer step over all processes: samples if padded, packed rows if packed.
+        micro_batch_size: Rows per forward pass of one process; gradients are accumulated up to `batch_size`.
+        precision: `fp32`; `bf16`: fp32 weights, bf16 compute, fp32 reduction; `bf16_pure`: also bf16 weights; `auto`:
+            `bf16` if a short measurement finds it faster, otherwise `fp32`. A resumed run keeps its precision.
         device: `auto`, `cpu`, `cuda` or `mps`.
-        threads: CPU threads of torch; None leaves it.
-        warm_up: Place the projector among the LLM's word vectors first; only a run's first session does it.
+        threads: Number of CPU threads of torch; None keeps torch's default.
+        warm_up: Align the projector with the LLM's word embeddings first; done only in the first session of a run.
         distill: Weight of the Kullback-Leibler divergence from the model's own answers with all features at the full
             size, for `data.views` and `data.feature_dropout`.
     """
@@ -509,7 +509,7 @@ class Recipe:
     warm_up: WarmUpConfig | None = None
     distill: float = 0.0
 
-    # Texts that were written with `${NAME}`: key path -> (as written, as filled in). `load_recipe` sets it.
+    # Texts written with `${NAME}`: key path -> (as written, as filled in). Set by `load_recipe`.
     unexpanded = MappingProxyType[str, tuple[str, str]]({})
 
     def with_precision(self, precision: Precision) -> Recipe:
@@ -524,7 +524,7 @@ class Recipe:
         return Path(self.output.format(name=self.name))
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain YAML types; what was written as `${NAME}` is so again, as it may be a secret."""
+        """The recipe as plain YAML types; `${NAME}` is restored, because its value may be a secret."""
         content = plain_types(dataclasses.asdict(self))
         for path, (written, filled) in self.unexpanded.items():
             *parents, key = path.split(".")
@@ -538,10 +538,10 @@ class Recipe:
         return content
 
     def check(self) -> Recipe:
-        """Refuse what the types cannot: contradictions between values.
+        """Check for contradictions between values, which types cannot express.
 
         Raises:
-            ValueError: Naming the keys and what to do.
+            ValueError: The message names the keys and what to do.
         """
         problems = check_numbers(dataclasses.asdict(self))
         if (self.steps is None) == (self.epochs is None):
@@ -554,7 +554,7 @@ class Recipe:
                 if (value := getattr(self.warm_up, key)) == 1
             ]
             if self.data.stream is not None:
-                problems.append("`warm_up` takes its pairs from `data.sources`: a stream has none")
+                problems.append("`warm_up` needs the pairs of `data.sources`: a stream has none")
         if self.data.template_options and self.data.template is None:
             problems.append("`data.template_options` needs `data.template`")
         if self.model.path is not None and self.model.build is not None:
@@ -586,7 +586,7 @@ class Recipe:
             )
         if self.batch_size > 0 and self.micro_batch_size > 0 and self.batch_size % self.micro_batch_size:
             problems.append(
-                f"`batch_size` {self.batch_size} is no multiple of `micro_batch_size` {self.micro_batch_size}"
+                f"`batch_size` {self.batch_size} is not a multiple of `micro_batch_size` {self.micro_batch_size}"
             )
         if self.parallel.shard_size is not None and self.parallel.strategy != "hsdp":
             problems.append("`parallel.shard_size` needs `parallel.strategy: hsdp`")
@@ -595,7 +595,7 @@ class Recipe:
         return self
 
     def _check_stream(self) -> list[str]:
-        """What a stream can't go with; a setting that it would ignore is an error."""
+        """Settings that a stream does not support; a setting that would be ignored is an error."""
         data, problems = self.data, []
         if data.stream is None:
             return []
@@ -641,7 +641,7 @@ class Recipe:
 
 
 def plain_types(value: Any) -> Any:
-    """Tuples become lists, so that YAML and JSON take the value."""
+    """Convert tuples to lists, for YAML and JSON."""
     if isinstance(value, dict):
         return {key: plain_types(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Contrastive loss of images and texts that may say the same: of the projector's warm-up and of the alignment loss.
+"""Contrastive loss of images and texts with duplicates, for the projector's warm-up and the alignment loss.
 
 Shape letters: N pairs, M rows of a block, D channels.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass
 class Groups:
-    """Which pairs say the same: ids of captions and of images.
+    """Pairs with the same caption or image, as ids of captions and images.
 
     Args:
         caption_N: Equal for pairs with the same caption.
@@ -26,7 +26,7 @@ class Groups:
 
     @classmethod
     def of(cls, captions: Sequence[str], images: Sequence[bytes]) -> Groups:
-        """Number captions (case and white space ignored) and image keys."""
+        """Number captions (ignoring case and white space) and image keys."""
         plain = [" ".join(c.lower().split()) for c in captions]
         return cls(_number(plain), _number(list(images)))
 
@@ -46,10 +46,10 @@ class Groups:
         return same | (self.image_N[rows, None] == self.image_N[None])
 
     def targets(self, chunk: int = 2048) -> Tensor | None:
-        """Target matrix (N, N), sparse, rows summing to 1: the pair itself and all that say the same, evenly.
+        """Sparse target matrix (N, N) with rows that sum to 1: the pair itself and its duplicates, evenly.
 
         Returns:
-            None when no two pairs say the same: the target is the identity.
+            The matrix; None if there are no duplicates, so that the target is the identity.
         """
         count = len(self)
         if len(self.caption_N.unique()) == count and len(self.image_N.unique()) == count:
@@ -64,7 +64,7 @@ class Groups:
         return matrix.coalesce()
 
     def components(self) -> Tensor:
-        """(N,) id of the set of pairs that hang together by captions or images; splits never cut one."""
+        """(N,) id of the connected component of each pair by captions or images; splits never separate a component."""
         parent: dict[tuple[str, int], tuple[str, int]] = {}
 
         def root(node: tuple[str, int]) -> tuple[str, int]:
@@ -79,7 +79,7 @@ class Groups:
         return _number([root(caption) for caption, _ in nodes])
 
     def first(self) -> Tensor:
-        """Rows that are the first with their caption and with their image."""
+        """Rows that are the first with both their caption and their image."""
         captions: set[int] = set()
         images: set[int] = set()
         rows = []
@@ -107,7 +107,7 @@ def contrastive_loss(
 ) -> Tensor:
     """Cross-entropy of the similarity matrix of unit vectors against the identity or given targets.
 
-    Works row block by row block, so that memory is `chunk` x N.
+    Computed in blocks of rows, so that memory is `chunk` x N.
 
     Args:
         vision_ND: (N, D) unit vectors.
@@ -115,11 +115,11 @@ def contrastive_loss(
         targets_NN: (N, N) sparse targets, rows summing to 1 (`Groups.targets`); None for the identity.
         temperature: Divides the similarities.
         symmetric: Mean of both directions instead of vision to text.
-        chunk: Rows of a block.
-        backward: Add the gradient to `vision_ND.grad` right here, block by block.
+        chunk: Rows per block.
+        backward: Add the gradient to `vision_ND.grad` immediately, block by block.
 
     Returns:
-        The loss, a scalar (without a graph when `backward`).
+        The loss, a scalar (without a graph if `backward`).
     """
     total = vision_ND.new_zeros(())
     count = len(vision_ND)

@@ -1,4 +1,4 @@
-"""The recipe's data section as batches: sources -> mixture -> encode -> packing, or shards -> the same by energon."""
+"""Batches from the data section of a recipe: sources -> mixture -> encode -> packing, or shards through energon."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class LimitedReader:
-    """The first records of a reader.
+    """Restricts a reader to its first records.
 
     Args:
         reader: Any reader.
-        limit: Records to keep.
+        limit: Number of records to keep.
     """
 
     def __init__(self, reader: Any, limit: int) -> None:
@@ -40,11 +40,11 @@ class LimitedReader:
 
 
 def open_source(source: SourceConfig) -> Reader | LimitedReader:
-    """The reader of a source.
+    """Open the reader of a source.
 
     Raises:
-        FileNotFoundError: Nothing is there.
-        ValueError: Unknown reader, data set or option.
+        FileNotFoundError: The path does not exist.
+        ValueError: The reader, data set or option is unknown.
     """
     options = dict(source.options)
     if source.image_root is not None:
@@ -65,10 +65,10 @@ def open_source(source: SourceConfig) -> Reader | LimitedReader:
 def build_mixture(
     sources: Sequence[SourceConfig], config: DataConfig, seed: int, shuffle: bool | None = None
 ) -> Mixture:
-    """A mixture of the recipe's kind; `shuffle` replaces the recipe's choice.
+    """Build the recipe's mixture; `shuffle` overrides the recipe's value.
 
     Raises:
-        ValueError: No sources, or as `open_source`.
+        ValueError: There are no sources, or as in `open_source`.
     """
     if not sources:
         raise ValueError("the recipe names no data: set data.sources, or data.stream for shards")
@@ -85,7 +85,7 @@ def build_mixture(
 
 
 def require_energon() -> None:
-    """Refuse a stream where its reader isn't installed.
+    """Check that the reader of streams is installed.
 
     Raises:
         ValueError: megatron-energon is missing.
@@ -99,10 +99,10 @@ def require_energon() -> None:
 
 
 def apply_template(processor: Any, config: DataConfig) -> None:
-    """Give the processor the recipe's chat template, so that what is saved answers as it was trained.
+    """Set the recipe's chat template on the processor, so that the saved model uses the template of its training.
 
     Raises:
-        ValueError: Unknown template or option, or one that the tokenizer can't serve.
+        ValueError: The template or an option is unknown, or the tokenizer does not support the template.
     """
     if config.template is None:
         return
@@ -134,11 +134,11 @@ class TrainingData:
 
     Args:
         recipe: Its `data`, `batch_size`, `micro_batch_size` and `seed` are used.
-        processor: The model's; it gets the recipe's chat template.
+        processor: The model's processor; the recipe's chat template is set on it.
         share: How processes share the planning of rows, see `build_batches`; None plans in each.
 
     Raises:
-        ValueError: A source, the template or the sizes can't be used.
+        ValueError: A source, the template or the sizes are invalid.
     """
 
     def __init__(self, recipe: Recipe, processor: Any, share: Share | None = None) -> None:
@@ -201,13 +201,13 @@ class TrainingData:
         """The batches of one process from a step on.
 
         Args:
-            start_step: Optimizer steps done.
-            rank: This process.
+            start_step: Number of optimizer steps done.
+            rank: Rank of this process.
             size: Number of processes.
-            state: Data state of the checkpoint, of all ranks; a stream can't go on without.
+            state: Data state of the checkpoint, of all ranks; a stream cannot resume without it.
 
         Raises:
-            ValueError: The sizes do not divide, or the state is of other data or of another number of processes.
+            ValueError: The sizes do not divide, or the state belongs to other data or another number of processes.
         """
         if self.config.stream is not None:
             return self._stream(self.config.stream, start_step, rank, size, state)
@@ -232,7 +232,7 @@ class TrainingData:
 
         if start_step and state is None:
             raise ValueError(
-                f"the checkpoint of step {start_step} holds no data state, which a data.stream goes on from"
+                f"the checkpoint of step {start_step} contains no data state, which a data.stream needs to resume"
             )
         return build_stream(
             config.path,
@@ -252,5 +252,5 @@ class TrainingData:
         )
 
     def steps(self, epochs: float) -> int:
-        """Optimizer steps of so many passes over the mixture."""
+        """Number of optimizer steps in `epochs` passes over the mixture."""
         return count_steps(self.mixture, self.encoder, self.plan, epochs, self.recipe.seed)

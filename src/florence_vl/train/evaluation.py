@@ -1,6 +1,6 @@
 """Evaluation during a run: the loss on held-out records over all processes, and scores on a sample of a suite.
 
-Neither changes the run: nothing is drawn that training would draw, and modes are put back.
+Neither changes the run: no random numbers of training are drawn, and modes are restored.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class HeldOut:
     """The first records of some sources, encoded as in training.
 
     Args:
-        recipe: Its data section tells how records are encoded.
-        config: What is held out.
-        processor: The model's, with the recipe's chat template.
-        world: The processes; each takes its share.
+        recipe: Its data section determines how records are encoded.
+        config: The held-out sources.
+        processor: The model's processor, with the recipe's chat template.
+        world: The processes; each evaluates its share.
     """
 
     def __init__(self, recipe: Recipe, config: EvaluateConfig, processor: Any, world: World) -> None:
@@ -47,7 +47,7 @@ class HeldOut:
         self.native = processor.image_processor.image_aspect_ratio == "native"  # images differ in size
 
     def _batch(self, positions: range) -> dict[str, torch.Tensor]:
-        """The records of these positions that are good; when there is none, a batch that counts for nothing.
+        """The good records at these positions; if there are none, a batch with zero weight.
 
         Every process must run the same number of forward passes.
         """
@@ -64,7 +64,7 @@ class HeldOut:
 
     @torch.no_grad()
     def loss(self, module: nn.Module) -> float:
-        """Mean loss of a supervised token. The module is left in eval mode."""
+        """Mean loss per supervised token. The module is left in eval mode."""
         module.eval()
         total = min(self.config.samples, len(self.mixture))
         per_round = self.size * self.world.size
@@ -87,21 +87,21 @@ Scorer = Callable[[Any, Any], dict[str, float]]
 class SuiteReader(Protocol):
     """Reads the questions of `evaluate.suite`; `florence_vl.evaluate.sample.suite_scorer` is one.
 
-    The caller of `train` passes it in: training knows nothing of benchmarks.
+    The caller of `train` passes it in, because the training code does not depend on benchmarks.
     """
 
     def __call__(self, suite: str, limit: int, data: Path | None, batch_size: int) -> Scorer: ...
 
 
 def read_suite(recipe: Recipe, world: World, reader: SuiteReader | None) -> Scorer | None:
-    """Read the sample of `evaluate.suite`, before a model is loaded. Every process calls it.
+    """Read the sample of `evaluate.suite` before a model is loaded. Every process calls it.
 
     Returns:
-        What scores the model; on the main process alone, which asks while the others wait.
+        The function that scores the model; only on the main process, while the others wait.
 
     Raises:
-        FileNotFoundError: A benchmark's file isn't there.
-        ValueError: Unknown names, a benchmark that needs a judge, no reader, or a model that will be sharded.
+        FileNotFoundError: A benchmark's file does not exist.
+        ValueError: A name is unknown, a benchmark needs a judge, there is no reader, or the model will be sharded.
     """
     config = recipe.evaluate
     if config is None or config.suite is None:
@@ -109,14 +109,14 @@ def read_suite(recipe: Recipe, world: World, reader: SuiteReader | None) -> Scor
     suite = config.suite
     if reader is None:
         raise ValueError(
-            f"evaluate.suite is {suite!r}, but nothing was passed that scores suites: "
+            f"evaluate.suite is {suite!r}, but no function that scores suites was passed: "
             "train(..., suite_reader=florence_vl.evaluate.sample.suite_scorer), as the command line does"
         )
     strategy = resolve_strategy(recipe.parallel, world)
     if strategy not in ("none", "ddp"):
         raise ValueError(
             f"evaluate.suite generates answers, which needs the whole model in a process, and parallel.strategy is "
-            f"{strategy} here. Use parallel.strategy=ddp, or evaluate.sources (the loss on held-out records) alone and "
+            f"{strategy}. Use parallel.strategy=ddp, or only evaluate.sources (the loss on held-out records) and "
             "score exports: florence-vl export RUN, florence-vl evaluate --model RUN/model"
         )
     folder = None if config.data is None else Path(config.data).expanduser()
@@ -130,16 +130,16 @@ def read_suite(recipe: Recipe, world: World, reader: SuiteReader | None) -> Scor
 
 
 class RunEvaluation:
-    """What a recipe's `evaluate` asks for.
+    """Evaluation as specified by a recipe's `evaluate`.
 
     Args:
         recipe: The recipe; its `evaluate` is set.
-        processor: The model's, with the recipe's chat template.
+        processor: The model's processor, with the recipe's chat template.
         world: The processes.
-        suite: Of `read_suite`.
+        suite: Result of `read_suite`.
 
     Raises:
-        ValueError: There is no processor, or as the sources' readers.
+        ValueError: There is no processor, or as in the sources' readers.
     """
 
     def __init__(self, recipe: Recipe, processor: Any, world: World, suite: Scorer | None) -> None:
@@ -158,7 +158,7 @@ class RunEvaluation:
     def run(self, parallel: Parallelised) -> dict[str, float]:
         """`eval/loss`, `eval/<benchmark>` and `eval/seconds`, the same on every process. Every process calls it.
 
-        The modules' modes are left as they were.
+        The modes of the modules are restored.
         """
         began = time.monotonic()
         modes = [(module, module.training) for module in parallel.module.modules()]
@@ -173,12 +173,12 @@ class RunEvaluation:
                         scores = self.suite(parallel.model, self.processor)
                 found |= self.world.gather_objects(scores)[0]
         finally:
-            for module, training in modes:  # one by one: frozen parts stay as they were
+            for module, training in modes:  # one by one, so that frozen parts keep their mode
                 module.training = training
         return found | {"eval/seconds": time.monotonic() - began}
 
     def _as_trained(self) -> ExitStack:
-        """The run's compute type; and no compiled blocks, as generation has a shape a token."""
+        """The run's compute type, without compiled blocks, because generation has one shape per token."""
         stack = ExitStack()
         if self._recipe.precision == "bf16":
             stack.enter_context(torch.autocast(self._device_type, torch.bfloat16))
@@ -188,7 +188,7 @@ class RunEvaluation:
 
 
 def describe_scores(found: dict[str, float]) -> str:
-    """Scores as a line for people."""
+    """Scores as a line of text."""
     shown = {key.removeprefix("eval/"): value for key, value in found.items()}
     seconds = shown.pop("seconds")
     return "evaluation: " + "  ".join(f"{key} {value:.4g}" for key, value in shown.items()) + f"  ({seconds:.1f} s)"

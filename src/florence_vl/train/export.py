@@ -1,4 +1,4 @@
-"""From a training checkpoint to a folder that `from_pretrained` loads: gathered, LoRA merged, written atomically."""
+"""Export a training checkpoint to a folder that `from_pretrained` loads: gathered, with LoRA merged, atomically."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def merge_lora(state: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Fold LoRA adapters into the weights they adapt, by name: W + (alpha / r) B A.
+    """Merge LoRA adapters into the weights they adapt, by name: W + (alpha / r) B A.
 
     Args:
         state: Full state dict of a model with injected adapters.
-        model: That model; tells each adapter's scale.
+        model: The model, which determines each adapter's scale.
 
     Returns:
         The state dict of the plain model.
@@ -57,14 +57,14 @@ def merge_lora(state: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
 def export_state(
     model: FlorenceVLForConditionalGeneration, processor: Any, folder: Path, world: World, dtype: str | None = None
 ) -> Path:
-    """Write a model that is being trained, gathered from all processes. Every process calls it.
+    """Write a model during training, gathered from all processes. Every process calls it.
 
     Args:
-        model: As trained: sharded, with adapters, or plain.
-        processor: Saved beside it.
+        model: The trained model: sharded, with adapters, or plain.
+        processor: Saved in the same folder.
         folder: Replaced when the new one is complete.
         world: The processes.
-        dtype: `fp32`, `bf16`, `fp16`; None keeps what is trained.
+        dtype: `fp32`, `bf16`, `fp16`; None keeps the trained type.
 
     Returns:
         The folder.
@@ -85,16 +85,16 @@ def write_pretrained(
     overwrite: bool = True,
     in_run: bool = True,
 ) -> None:
-    """`save_pretrained` of a state dict beside its processor, complete or not at all.
+    """`save_pretrained` of a state dict and its processor, written atomically.
 
     Args:
-        model: Tells configuration and class.
-        state: Full state dict, adapters merged.
-        processor: Saved beside it, if there is one.
-        folder: Where to.
+        model: Determines configuration and class.
+        state: Full state dict with merged adapters.
+        processor: Saved in the same folder, if given.
+        folder: Destination.
         dtype: `fp32`, `bf16`, `fp16`; None keeps the state's.
-        overwrite: Replace a model that is there.
-        in_run: The folder is the run's own, so any model in it may be replaced.
+        overwrite: Replace an existing model.
+        in_run: The folder is part of the run's folder, so any model in it may be replaced.
 
     Raises:
         ValueError: The folder may not be replaced.
@@ -112,7 +112,7 @@ def write_pretrained(
         shell.generation_config = GenerationConfig.from_dict(model.generation_config.to_dict())
     shell.load_state_dict(state, assign=True, strict=False)
     shell.tie_weights()
-    # A run's own folder was named by its user; what a model of an earlier version left there may be replaced.
+    # The user named the run's folder, so a model that an earlier version left there may be replaced.
     owned = (lambda old: (old / "config.json").is_file() and not (old / MARK).exists()) if in_run else None
     with atomic_folder(folder, overwrite=overwrite, owned=owned) as partial:
         shell.save_pretrained(partial)
@@ -127,16 +127,16 @@ def export_run(
 
     Args:
         run: The run's folder, or one of its checkpoints.
-        folder: Where to; `RUN/model` by default, which is replaced.
+        folder: Destination; `RUN/model` by default, which is replaced.
         dtype: `fp32`, `bf16`, `fp16`; None keeps the checkpoint's.
-        overwrite: Replace a model that is in `folder`.
+        overwrite: Replace an existing model in `folder`.
 
     Returns:
         The folder and the checkpoint's step.
 
     Raises:
-        FileNotFoundError: No checkpoint is there.
-        ValueError: The checkpoint doesn't fit the run's model, or the dtype is unknown.
+        FileNotFoundError: There is no checkpoint.
+        ValueError: The checkpoint does not fit the run's model, or the dtype is unknown.
     """
     from florence_vl.model.configuration import FlorenceVLConfig
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
@@ -154,7 +154,7 @@ def export_run(
     run_dir = run.parent.parent if checkpoint == run else run
     described = run_dir / "model_config"
     if not (described / "config.json").is_file():
-        raise FileNotFoundError(f"{described}/config.json is missing: the run's folder is not whole")
+        raise FileNotFoundError(f"{described}/config.json is missing: the run's folder is incomplete")
     recipe = resolve_recipe(run_dir / "recipe.yaml", need_variables=False).recipe
     model = FlorenceVLForConditionalGeneration(FlorenceVLConfig.from_pretrained(described))
     apply_parts(model, recipe.parts)

@@ -1,4 +1,4 @@
-"""Tells whether the files that a run trains on are still those that it began with."""
+"""Digests of the training files, to detect changes between sessions of a run."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 
 from florence_vl.train.config import SourceConfig
 
-WHOLE = 1 << 30  # bytes; of larger files, pieces are read
+WHOLE = 1 << 30  # bytes; larger files are sampled
 _PIECES, _PIECE = 256, 1 << 16
 
 
 def fingerprint(sources: Sequence[SourceConfig]) -> dict[str, str]:
-    """A digest of each source's files, by path; pictures beside them are not read.
+    """A digest of each source's files, by path; their pictures are not read.
 
-    A file below 1 GiB is read whole; of a larger one, its size and 256 pieces over its length. Of a folder, the names
-    and sizes of its files count, and the content of the record files directly in it. Addresses that are no local
-    path are left out.
+    A file below 1 GiB is read completely; of a larger one, its size and 256 pieces spread over its length. For a
+    folder, the names and sizes of its files are included, and the content of the record files directly in it. URLs and
+    other non-local paths are skipped.
     """
     found = {}
     for source in sources:
@@ -32,10 +32,10 @@ def fingerprint(sources: Sequence[SourceConfig]) -> dict[str, str]:
 
 
 def check_fingerprint(saved: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Refuse to go on with files that were edited.
+    """Check that the training files have not changed.
 
     Raises:
-        ValueError: Names them.
+        ValueError: Files changed; the message names them.
     """
     if edited := [path for path in saved if path in now and saved[path] != now[path]]:
         raise ValueError(

@@ -1,9 +1,9 @@
-"""One process loads the weights, the others receive theirs: host memory holds one whole model, not one a process.
+"""One process loads the weights and the others receive their shards, so host memory holds only one whole model.
 
-For runs that shard. The first process loads the recipe's model; the others build the same one on torch's meta device,
-where it takes no memory. `parallelise` then goes unit by unit (a block, the head, the rest): a unit is broadcast, every
-process keeps its shard, and what is whole of it is freed. Buffers travel too, among them those that no state dict
-holds, such as rotary frequencies.
+Used for sharded runs. The first process loads the recipe's model; the others build the same one on torch's meta device,
+where it needs no memory. `parallelise` then proceeds unit by unit (a block, the head, the rest): a unit is broadcast,
+every process keeps its shard, and the whole unit is freed. Buffers are sent too, including those that are in no state
+dict, such as rotary frequencies.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def load_on_first_rank(recipe: Recipe, world: World) -> tuple[FlorenceVLForCondi
     Every process calls it. `FirstRankWeights` fills the others.
 
     Raises:
-        ValueError: As `load_model`, on every process.
-        FileNotFoundError: As `load_model`, on every process.
+        ValueError: As in `load_model`, on every process.
+        FileNotFoundError: As in `load_model`, on every process.
     """
     loaded: list[FlorenceVLForConditionalGeneration] = []
 
@@ -52,15 +52,15 @@ def load_on_first_rank(recipe: Recipe, world: World) -> tuple[FlorenceVLForCondi
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where a module keeps a tensor.
+    """Location of a tensor in a module.
 
     Attributes:
-        owner: The module's path.
-        name: Of the tensor in it.
-        kind: `parameter`, `buffer`, or `attribute`: a plain one, as some rotary embeddings have.
-        shape: Of the tensor.
-        dtype: Of the tensor.
-        tied_to: Number of the slot that holds the same tensor; its own number when there is none before it.
+        owner: Path of the module.
+        name: Name of the tensor in it.
+        kind: `parameter`, `buffer`, or `attribute`: a plain tensor attribute, as in some rotary embeddings.
+        shape: Shape of the tensor.
+        dtype: Data type of the tensor.
+        tied_to: Number of the first slot with the same tensor; its own number if there is none.
     """
 
     owner: str
@@ -76,7 +76,7 @@ class _Slot:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, str, str, Tensor]]:
-    """Owner, name, kind and tensor of all that a model holds, a tied one at each of its places."""
+    """Owner, name, kind and tensor of all tensors of a model; tied tensors appear at each of their locations."""
     for owner, module in model.named_modules():
         for kind, table in (
             ("parameter", module._parameters),
@@ -98,11 +98,12 @@ def _slots(model: nn.Module) -> list[_Slot]:
 
 
 class FirstRankWeights:
-    """Hands the first process's tensors to the others, unit by unit. Every process makes one and calls it alike.
+    """Sends the first process's tensors to the others, unit by unit. Every process creates one and calls it
+    identically.
 
     Args:
-        model: Whole on the first process; the same one without weights on the others. What is frozen, the adapters and
-            the dtype are decided already.
+        model: Complete on the first process; the same model without weights on the others. Frozen parts, adapters and
+            dtype must be set already.
         world: The processes.
 
     Raises:
@@ -115,12 +116,12 @@ class FirstRankWeights:
         self._received: set[int] = set()
         if not world.is_main:
             self._compare()
-            for slot in self.slots:  # ties, before anyone asks whether the head is tied
+            for slot in self.slots:  # ties first, before any code checks whether the head is tied
                 if slot.kind == "parameter":
                     self._put(slot, self._get(self.slots[slot.tied_to]))
 
     def receive(self, unit: nn.Module) -> None:
-        """Fill what a unit holds and wasn't filled with an earlier one. Every process calls it, in the same order."""
+        """Fill the tensors of a unit that no earlier unit filled. Every process calls it, in the same order."""
         inside = {id(module) for module in unit.modules()}
         for slot in self.slots:
             if slot.tied_to in self._received or id(self.model.get_submodule(slot.owner)) not in inside:
@@ -160,7 +161,7 @@ class FirstRankWeights:
             setattr(module, slot.name, tensor)
 
     def _compare(self) -> None:
-        """Plain attributes that only the first process has are taken over; everything else must be on both."""
+        """Copy plain attributes that only the first process has; everything else must exist on both."""
         expected = {(s.where, s.kind): s.shape for s in self.slots}
         found = {(s.where, s.kind): s.shape for s in _slots(self.model)}
         for key in expected.keys() | found.keys():
@@ -174,5 +175,5 @@ class FirstRankWeights:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """A contiguous tensor as bytes, which every backend can send."""
+    """A contiguous tensor as bytes, which every backend supports."""
     return tensor.view(-1).view(torch.uint8)

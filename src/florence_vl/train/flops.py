@@ -1,8 +1,8 @@
 """FLOPs and saved activations of a training step, counted on a model without weights.
 
-The tower is run on the meta device and counted operation by operation, so any tower is counted exactly. The LLM is
-linear in its tokens but for attention, which grows with the sum of the samples' squared lengths: rows of packed samples
-pay for each sample's own square, never for the row's. A multiply-add is 2 FLOPs; attention is counted in full, not
+The tower is run on the meta device and counted per operation, so any tower is counted exactly. The LLM's cost is linear
+in its tokens except for attention, which grows with the sum of the samples' squared lengths: in packed rows, the square
+of each sample's length counts, not that of the row. A multiply-add is 2 FLOPs; attention is counted completely, not
 halved for causality, as usual for MFU (Chowdhery et al., PaLM, appendix B); recomputation is not counted.
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from florence_vl.model.configuration import FlorenceVLConfig
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
 
-# Peak dense bf16 TFLOP/s and memory in GiB, by the vendors' data sheets (no sparsity).
+# Peak dense bf16 TFLOP/s and memory in GiB, from the vendors' data sheets (without sparsity).
 DEVICES: dict[str, tuple[float, float]] = {
     "h100-80gb": (989.0, 79.6),
     "h100-pcie": (756.0, 79.6),
@@ -50,7 +50,7 @@ _CUDA_NAMES = (
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """Peak bf16 TFLOP/s of a device that is in the table; None for any other."""
+    """Peak bf16 TFLOP/s of a known device; None for any other."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -58,27 +58,27 @@ def peak_tflops(device: torch.device) -> float | None:
 
 
 def build_shell(config: FlorenceVLConfig) -> FlorenceVLForConditionalGeneration:
-    """The model on the meta device: all shapes, no weights."""
+    """The model on the meta device: shapes without weights."""
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
 
     with torch.device("meta"):
         model = FlorenceVLForConditionalGeneration(copy.deepcopy(config))
     tower: Any = model.model.vision_tower
     if hasattr(tower, "masks_padding"):
-        tower.masks_padding = False  # a mask's values decide about kernels; meta tensors have none
+        tower.masks_padding = False  # kernels depend on a mask's values, which meta tensors do not have
     return model
 
 
 @dataclass(frozen=True)
 class Multipliers:
-    """How often the forward pass's FLOPs are spent in a training step: 1 forward, +1 for each of two gradients.
+    """Multiples of the forward pass's FLOPs in a training step: 1 for the forward pass, +1 for each of two gradients.
 
     Attributes:
-        tower: Of the tower: 3 when it trains, 1 when frozen.
-        projector: Of fusion and projector.
-        llm: Of the LLM's linear layers: 3 trained, 2 frozen but passed by gradients, 1 otherwise.
-        attention: Of the LLM's attention, whose products have no weights: 3 when gradients pass.
-        head: Of the language modelling head.
+        tower: The tower: 3 if trained, 1 if frozen.
+        projector: Fusion and projector.
+        llm: The LLM's linear layers: 3 if trained, 2 if frozen but passed by gradients, 1 otherwise.
+        attention: The LLM's attention, whose products have no weights: 3 if gradients pass.
+        head: The language modeling head.
     """
 
     tower: float
@@ -89,7 +89,7 @@ class Multipliers:
 
     @classmethod
     def of(cls, parts: PartsConfig, num_layers: int) -> Multipliers:
-        """Of a recipe's parts; for the last n layers or LoRA the LLM's is a mean over layers."""
+        """Multipliers for a recipe's parts; for the last n layers or LoRA the LLM's is a mean over layers."""
         below = parts.tower.train or parts.projector.train
         llm: LLMPartConfig = parts.llm
         passed = 2.0 if below else 1.0
@@ -113,12 +113,12 @@ class ModelFlops:
     """FLOPs of one forward pass.
 
     Attributes:
-        tower_per_image: DaViT, its projection and the encoder with all prompts (or the backbone), one image.
-        projector_per_image: Fusion and projector, one image.
+        tower_per_image: DaViT, its projection and the encoder with all prompts (or the backbone), per image.
+        projector_per_image: Fusion and projector, per image.
         llm_per_token: Linear layers of the LLM.
-        attention_per_pair: Scores and mix of all layers for one pair of tokens of a sample.
+        attention_per_pair: Scores and weighted sums of all layers for one pair of tokens of a sample.
         head_per_token: Head at one supervised position.
-        image_tokens: Tokens of an image in the LLM.
+        image_tokens: Tokens per image in the LLM.
         num_layers: Blocks of the LLM.
     """
 
@@ -136,9 +136,9 @@ class ModelFlops:
         """FLOPs of a training step by part.
 
         Args:
-            multipliers: What trains.
+            multipliers: Multipliers of the trained parts.
             images: Number of images.
-            tokens: Tokens in the LLM, image tokens included.
+            tokens: Tokens in the LLM, including image tokens.
             pairs: Sum of the samples' squared lengths.
             supervised: Supervised tokens.
         """
@@ -152,15 +152,15 @@ class ModelFlops:
 
 
 def count_flops(config: FlorenceVLConfig, height: int, width: int) -> ModelFlops:
-    """Count a model from its config alone.
+    """Count the FLOPs of a model from its config.
 
     Args:
-        config: Of the model.
-        height: Pixels of the images.
-        width: Pixels of the images.
+        config: Config of the model.
+        height: Height of the images, px.
+        width: Width of the images, px.
 
     Raises:
-        ValueError: The tower can't take such images.
+        ValueError: The tower does not support this image size.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -191,7 +191,7 @@ def count_flops(config: FlorenceVLConfig, height: int, width: int) -> ModelFlops
 
 
 def _set_attention(model: nn.Module, name: str) -> None:
-    """Use one attention function in every part, without asking whether each supports it."""
+    """Use one attention function in every part, without checking whether each supports it."""
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "_attn_implementation_internal"):
@@ -199,7 +199,7 @@ def _set_attention(model: nn.Module, name: str) -> None:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Stands for any fused attention kernel: keeps query, key, value, output and one number a row."""
+    """Stands for any fused attention kernel: saves query, key, value, output and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -226,13 +226,13 @@ _PLANNED = "florence_vl_plan"
 
 @dataclass
 class SavedActivations:
-    """Bytes that a part's forward pass keeps for its backward pass.
+    """Bytes that a part's forward pass saves for its backward pass.
 
     Attributes:
         total: Without recomputation.
-        block_inputs: What enters the blocks: all that is kept of them under full recomputation.
-        largest_block: Of one block, which recomputation brings back for a while.
-        outside: What is kept outside the blocks in any case.
+        block_inputs: Inputs of the blocks: all that is saved of them with full recomputation.
+        largest_block: Activations of one block, which recomputation temporarily restores.
+        outside: Activations outside the blocks, which are always saved.
     """
 
     total: int = 0
@@ -241,10 +241,10 @@ class SavedActivations:
     outside: int = 0
 
     def kept(self, mode: str) -> int:
-        """Peak bytes under `none`, `full` or `selective` recomputation.
+        """Peak bytes with `none`, `full` or `selective` recomputation.
 
-        Selective keeps matrix products and drops what is cheap; it is taken as half of what blocks keep otherwise,
-        plus one block brought back.
+        Selective recomputation saves matrix products and recomputes cheap operations; it is estimated as half of the
+        blocks' activations plus one recomputed block.
         """
         if mode == "none":
             return self.total
@@ -255,7 +255,7 @@ class SavedActivations:
 
 @contextmanager
 def _watch_saved(parts_blocks: list[nn.Module], model: nn.Module, result: SavedActivations) -> Iterator[None]:
-    """Sum up what autograd saves, each storage once, weights left out, by block."""
+    """Sum up what autograd saves by block: each storage once, without weights."""
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     weights |= {b.untyped_storage()._cdata for b in model.buffers()}
     seen: dict[int, Any] = {}
@@ -264,7 +264,7 @@ def _watch_saved(parts_blocks: list[nn.Module], model: nn.Module, result: SavedA
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights and storage._cdata not in seen:
-            seen[storage._cdata] = storage  # kept alive: a freed storage's address would be used again
+            seen[storage._cdata] = storage  # kept alive, because the address of a freed storage would be reused
             size = storage.nbytes()
             result.total += size
             if inside:
@@ -292,12 +292,12 @@ def _watch_saved(parts_blocks: list[nn.Module], model: nn.Module, result: SavedA
 
 
 class ActivationMeter:
-    """Tells what tower, projector and LLM keep for the backward pass of a micro-batch, on a model without weights.
+    """Measures what tower, projector and LLM save for the backward pass of a micro-batch, on a model without weights.
 
     Args:
-        config: Of the model.
-        parts: What trains: frozen parts that no gradient passes keep nothing.
-        dtype: Of the computation.
+        config: Config of the model.
+        parts: What is trained: frozen parts without gradients save nothing.
+        dtype: Data type of the computation.
     """
 
     def __init__(self, config: FlorenceVLConfig, parts: PartsConfig, dtype: torch.dtype) -> None:
@@ -309,18 +309,18 @@ class ActivationMeter:
         self.parts, self.dtype = parts, dtype
         self.width = config.get_text_config().hidden_size
         self.model = build_shell(config)
-        apply_parts(self.model, parts)  # LoRA adapters too: each keeps its input, which its frozen base layer does not
+        apply_parts(self.model, parts)  # LoRA adapters too: each saves its input, which its frozen base layer does not
         self.model.to(dtype)
         _set_attention(self.model, _PLANNED)
 
     def measure(self, images: int, height: int, width: int, tokens: int) -> dict[str, SavedActivations]:
-        """Of one micro-batch.
+        """Measure one micro-batch.
 
         Args:
-            images: Images in it.
-            height: Their pixels.
-            width: Pixels of the images.
-            tokens: Its tokens in the LLM, all rows together.
+            images: Number of images.
+            height: Height of the images, px.
+            width: Width of the images, px.
+            tokens: Its tokens in the LLM, over all rows.
         """
         parts, base = self.parts, self.model.model
         found = {part: SavedActivations() for part in ("tower", "projector", "llm")}

@@ -1,4 +1,4 @@
-"""What happens to gradients between the backward pass and the optimizer: missing ones, norms by part, clipping."""
+"""Gradients between the backward pass and the optimizer: missing ones, norms by part, clipping."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from florence_vl.train.world import World
 
 
 def fill_missing_gradients(groups: Sequence[Group]) -> None:
-    """A parameter without a gradient (tower, in a step without images) counts as one with a zero gradient.
+    """Set missing gradients to zero (those of the tower, in a step without images).
 
-    AdamW skips parameters without gradients; with several processes they have zeros, and the number of processes must
-    not change the result.
+    AdamW skips parameters without gradients. With several processes they have zero gradients, and the number of
+    processes must not change the result.
     """
     for group in groups:
         for parameter in group.parameters.values():
@@ -24,10 +24,10 @@ def fill_missing_gradients(groups: Sequence[Group]) -> None:
 
 
 def loss_and_norms(loss_sum: Tensor, groups: Sequence[Group], world: World) -> tuple[float, dict[str, float]]:
-    """The global loss, and the gradient's norm by part; one synchronisation with the device.
+    """The global loss and the gradient norm by part, with one synchronization with the device.
 
     Args:
-        loss_sum: This process's part of the loss, a scalar on its device; the sum over all processes afterwards.
+        loss_sum: This process's part of the loss, a scalar on its device; replaced by the sum over all processes.
         groups: The parameters, with their gradients.
         world: The processes.
     """
@@ -47,12 +47,12 @@ def loss_and_norms(loss_sum: Tensor, groups: Sequence[Group], world: World) -> t
 
 
 def clip_gradients(groups: Sequence[Group], norm: float, limit: float | None) -> None:
-    """Scale all gradients so that their norm is `limit` at most; None leaves them.
+    """Scale all gradients so that their norm is at most `limit`; None disables clipping.
 
     Args:
         groups: The parameters, with their gradients.
-        norm: Of all gradients together.
-        limit: The largest norm.
+        norm: Norm of all gradients together.
+        limit: Maximum norm.
     """
     if limit is None or norm <= limit:
         return

@@ -1,4 +1,4 @@
-"""What stops a run before it does harm, or warns: non-finite numbers, odd first losses, spikes, wrong labels."""
+"""Checks that stop or warn early: non-finite numbers, unusual first losses, spikes, wrong labels."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ if TYPE_CHECKING:
 
 
 class TrainingError(RuntimeError):
-    """The run stopped itself; the message says why and where the evidence lies."""
+    """The run stopped because of a failure; the message gives the reason and where to look."""
 
 
 _LOST_PEER = re.compile(r"gloo|nccl|ProcessGroup|peer|Broken pipe|Socket", re.IGNORECASE)
 
 
 def blame(error: Exception) -> str | None:
-    """What to say of an error that another process caused; None when it is this process's own.
+    """Message for an error that another process caused; None if this process caused it.
 
-    A process whose partner is gone sees its own collective fail. Its batch has nothing to do with it.
+    If another process is lost, this process's collectives fail. Its batch is then not the cause.
     """
     text = str(error).strip().splitlines()[-1] if str(error).strip() else ""
     if not isinstance(error, torch.distributed.DistError) and not _LOST_PEER.search(text):
         return None
     return (
-        f"another process of the run failed or was lost ({text}); its own message says why. "
-        "Go on with --resume auto when the cause is removed"
+        f"another process of the run failed or was lost ({text}); its own message gives the reason. "
+        "Resume with --resume auto when the cause is removed"
     )
 
 
 def dump_batch(
     run_dir: Path, step: int, rank: int, micro_batches: list[dict[str, Any]], notes: Mapping[str, Any]
 ) -> Path | str:
-    """Write one step's batches down for a post-mortem; `torch.load(path, weights_only=True)` reads them.
+    """Save one step's batches for debugging; `torch.load(path, weights_only=True)` reads them.
 
     Returns:
-        The file, or why there is none.
+        The file, or why it could not be written.
     """
     path = run_dir / "failures" / f"step-{step}-rank-{rank}.pt"
     plain = [
@@ -65,7 +65,7 @@ def _plain(value: Any) -> Any:
 
 
 def check_finite(loss: float, grad_norm: float, grad_norms: Mapping[str, float]) -> str | None:
-    """What is not finite, in words; None when all is well."""
+    """Description of what is not finite; None if everything is."""
     found = [f"loss is {loss}"] if not math.isfinite(loss) else []
     found += [f"the gradient norm of {part} is {norm}" for part, norm in grad_norms.items() if not math.isfinite(norm)]
     if not found and not math.isfinite(grad_norm):
@@ -74,7 +74,7 @@ def check_finite(loss: float, grad_norm: float, grad_norms: Mapping[str, float])
 
 
 def describe_bad(report: DataReport) -> str:
-    """Bad records by kind and source, as a line; empty when there are none."""
+    """Bad records by kind and source, as a line; empty if there are none."""
     if not report.num_bad:
         return ""
     counted = ", ".join(f"{number} x {kind} in {source}" for (kind, source), number in report.bad.most_common(5))
@@ -83,7 +83,7 @@ def describe_bad(report: DataReport) -> str:
 
 
 def nothing_to_learn(step: int, report: DataReport | None, sources: Sequence[SourceConfig]) -> str:
-    """Why a step without supervised tokens ends the run, and where to look."""
+    """Error message for a step without supervised tokens, with advice."""
     text = f"step {step} has nothing to learn: none of its tokens is supervised"
     if report is not None and report.num_bad:
         text += f". {describe_bad(report)}. The last: {report.last_message}. All are listed in {report.path}"
@@ -94,22 +94,22 @@ def nothing_to_learn(step: int, report: DataReport | None, sources: Sequence[Sou
 
 
 def _is_much(report: DataReport, allowed: float) -> bool:
-    """Of what was drawn: `report.records` also counts the records that were only measured so far."""
+    """Whether too many drawn records are bad; `report.records` also counts records that were only measured so far."""
     return report.num_bad > allowed * (report.num_bad + report.samples)
 
 
 class BadRecordNotices:
-    """Says loudly when a run skips much of its data: first above `data.max_bad_share`, then each time it doubles.
+    """Warns if a run skips much of its data: first above `data.max_bad_share`, then each time the fraction doubles.
 
     Args:
-        allowed: Share of records that may be bad without a word.
+        allowed: Fraction of bad records without a warning.
     """
 
     def __init__(self, allowed: float) -> None:
         self.allowed, self._next = allowed, 1
 
     def update(self, report: DataReport | None) -> str | None:
-        """A warning when it is time for one."""
+        """A warning, if one is due."""
         if report is None or report.num_bad < self._next or not _is_much(report, self.allowed):
             return None
         self._next = 2 * report.num_bad
@@ -120,28 +120,28 @@ FIRST_LOSS_FACTOR = 1.2  # times log(vocabulary)
 
 
 def first_loss_warning(loss: float, vocab_size: int) -> str | None:
-    """A warning when the first loss is worse than guessing: then labels, template or weights are wrong.
+    """A warning if the first loss is worse than chance, so that labels, template or weights are wrong.
 
-    Guessing uniformly costs log(vocabulary); a pretrained LLM stays below that even on images that it can't read yet.
+    A uniform guess costs log(vocabulary); a pretrained LLM stays below that even on images that it cannot read yet.
     """
     limit = FIRST_LOSS_FACTOR * math.log(vocab_size)
     if loss <= limit:
         return None
     return (
         f"the first loss is {loss:.2f}, above {FIRST_LOSS_FACTOR:g} x log(vocabulary {vocab_size}) = {limit:.2f}: "
-        "worse than guessing. Check chat template and labels (florence-vl data inspect), and that the LLM's weights "
+        "worse than chance. Check chat template and labels (florence-vl data inspect), and that the LLM's weights "
         "were loaded"
     )
 
 
 @dataclass
 class SpikeDetector:
-    """Moving average of the gradient norm; tells when a step's norm stands out.
+    """Moving average of the gradient norm, to detect spikes.
 
     Attributes:
-        factor: A norm above this many times the average is a spike.
-        decay: Of the moving average.
-        warmup: Steps before spikes are told.
+        factor: A norm above this multiple of the average is a spike.
+        decay: Decay of the moving average.
+        warmup: Number of steps before spikes are reported.
     """
 
     factor: float = 5.0
@@ -152,7 +152,7 @@ class SpikeDetector:
     spikes: int = 0
 
     def update(self, norm: float) -> str | None:
-        """Take in a step's norm; a report when it is a spike (which then moves the average only to the limit)."""
+        """Add a step's norm; returns a report if it is a spike (which changes the average only up to the limit)."""
         mean = self.average / (1 - self.decay**self.count) if self.count else norm
         spike = self.count >= self.warmup and norm > self.factor * mean
         taken = min(norm, self.factor * mean) if self.count >= self.warmup else norm
@@ -164,21 +164,21 @@ class SpikeDetector:
         return f"gradient norm {norm:.3g} is {norm / max(mean, 1e-30):.1f} times its moving average {mean:.3g}"
 
     def state_dict(self) -> dict[str, float]:
-        """Numbers to go on with after a resume."""
+        """Numbers for resuming."""
         return {"average": self.average, "count": self.count, "spikes": self.spikes}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Take up the numbers of `state_dict`."""
+        """Restore the numbers of `state_dict`."""
         self.average, self.count, self.spikes = state["average"], int(state["count"]), int(state["spikes"])
 
 
 def describe_sample(batch: Mapping[str, Any], tokenizer: Any, image_token_id: int | None = None) -> str:
-    """The first row of a batch as text with what is supervised in [[double brackets]], image tokens counted.
+    """The first row of a batch as text, with supervised tokens in [[double brackets]] and image tokens counted.
 
     Args:
-        batch: With `input_ids` and `labels`, (B, L); packed rows show their first sample.
+        batch: `input_ids` and `labels`, (B, L); for packed rows the first sample is shown.
         tokenizer: Anything with `decode(ids)`.
-        image_token_id: Placeholder id, runs of which are shown as one.
+        image_token_id: Placeholder id; runs of it are shown as one.
     """
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
     positions = batch.get("position_ids")

@@ -1,6 +1,6 @@
-"""Shapes of the parts that the paper's runs use, so that `florence-vl plan` needs neither network nor weights.
+"""Configs of the parts in the paper's runs, so that `florence-vl plan` needs neither network nor weights.
 
-From the parts' published config.json files; a folder or a cached download of the same name wins over these.
+From the parts' published config.json files; a folder or a cached download of the same name takes precedence.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One run in a folder at a time."""
+"""A lock that allows only one run per folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from florence_vl.train.world import World
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks; there a second run is not noticed
+except ImportError:  # Windows has no such locks; there a second run is not detected
     fcntl = None  # type: ignore[assignment]
 
 LOCK_FILE = ".lock"
@@ -22,14 +22,14 @@ LOCK_FILE = ".lock"
 class RunLock:
     """Holds `RUN/.lock` while a run trains there.
 
-    The operating system keeps the lock for this process alone (a worker that outlives it does not hold it) and lets go
-    of it when the process ends, however it ends. So a lock file that is left behind locks nothing.
+    The operating system keeps the lock for this process alone (a worker that outlives it does not hold it) and releases
+    it when the process ends for any reason, so a leftover lock file locks nothing.
 
     Args:
-        run_dir: The run's folder; made when it isn't there.
+        run_dir: The run's folder; created if it does not exist.
 
     Raises:
-        ValueError: Another process trains there; it is named.
+        ValueError: Another process trains there; the message names it.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -52,26 +52,26 @@ class RunLock:
                 ) from None
             if _is_same(file, self.path):
                 self._file = file
-            else:  # its last owner removed the file between the two calls
+            else:  # the previous owner removed the file between the two calls
                 os.close(file)
         os.truncate(self._file, 0)
         os.write(self._file, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode())
 
     def release(self) -> None:
-        """Let go, and leave no trace of a run that did not begin."""
+        """Release the lock, and remove the traces of a run that did not begin."""
         if self._file is None:
             return
         self.path.unlink(missing_ok=True)
         os.close(self._file)
         self._file = None
-        with contextlib.suppress(OSError):  # the first that holds something ends it
+        with contextlib.suppress(OSError):  # stops at the first folder that is not empty
             for folder in self._made:
                 folder.rmdir()
 
 
 @contextlib.contextmanager
 def hold_folder(run_dir: Path, world: World) -> Iterator[None]:
-    """A run's folder for these processes alone. Every process enters it; the main one holds the lock.
+    """Reserve a run's folder for these processes. Every process enters it; the main one holds the lock.
 
     Raises:
         ValueError: Another run trains there.

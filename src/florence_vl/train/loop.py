@@ -1,8 +1,8 @@
 """The training loop: recipe in, run folder out; the same code for one CPU process and for sharded GPUs.
 
 The loss is the sum over supervised tokens divided by their global number, over processes and accumulation steps. All
-randomness is a function of (seed, step, rank) and the position in the data is a function of the step, so a run that was
-killed goes on from its last checkpoint with exactly the losses that it would have had.
+random numbers are functions of (seed, step, rank) and the position in the data is a function of the step, so a killed
+run resumes from its last checkpoint with exactly the same losses.
 """
 
 from __future__ import annotations
@@ -56,23 +56,23 @@ if TYPE_CHECKING:
     from florence_vl.data.report import DataReport
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
 
-# Left by a run that a signal stopped, with everything saved: a launcher that hides exit codes can look for it.
+# Written when a signal stopped the run and everything was saved, for launchers that hide exit codes.
 STOPPED_FILE = "STOPPED"
 Callback = Callable[["Trainer", dict[str, Any]], None]
 
 
 @dataclass
 class TrainResult:
-    """What a run left behind.
+    """Result of a run.
 
     Attributes:
         run_dir: Its folder.
-        steps: Optimizer steps done, over all its sessions.
-        finished: False when a signal or an error ended it before its time.
-        metrics: The last step's row.
-        exported: The `save_pretrained` folder, when one was written.
-        is_main: Whether this is the process that speaks.
-        bad_records: Records that were skipped, `source/kind` -> number.
+        steps: Optimizer steps done, over all sessions.
+        finished: False if a signal or an error ended the run early.
+        metrics: The row of the last step.
+        exported: The `save_pretrained` folder, if one was written.
+        is_main: Whether this is the main process.
+        bad_records: Skipped records, `source/kind` -> number.
     """
 
     run_dir: Path
@@ -94,25 +94,25 @@ def train(
     overrides: Sequence[str] = (),
     suite_reader: SuiteReader | None = None,
 ) -> TrainResult:
-    """Train a model as a recipe says.
+    """Train a model from a recipe.
 
     Args:
         recipe: A recipe, its path, name or content.
-        model: Use this instead of the recipe's `model`.
-        processor: Its processor; needed with `model` unless `batches` is given and nothing is exported.
-        batches: Use these instead of the recipe's `data`.
-        resume: `never` refuses a folder that holds a run; `auto` goes on from its newest checkpoint or starts one;
-            a checkpoint's path goes on from that.
+        model: Used instead of the recipe's `model`.
+        processor: Its processor; required with `model` unless `batches` is given and nothing is exported.
+        batches: Used instead of the recipe's `data`.
+        resume: `never` raises an error for a folder that contains a run; `auto` resumes from its newest checkpoint or
+            starts a run; the path of a checkpoint resumes from it.
         callbacks: Called as `callback(trainer, row)` on the main process after every step.
         overrides: `key.path=value` texts.
         suite_reader: Scores `evaluate.suite` during the run: `florence_vl.evaluate.sample.suite_scorer`.
 
     Returns:
-        Where everything lies.
+        The folder and the metrics of the run.
 
     Raises:
-        ValueError: The recipe, the data or the checkpoint can't be used.
-        TrainingError: The run stopped itself (non-finite loss or gradient, nothing to learn).
+        ValueError: The recipe, the data or the checkpoint are invalid.
+        TrainingError: The run stopped because of a failure (non-finite loss or gradient, nothing to learn).
 
     Example:
         >>> result = train("mini/pretrain", overrides=["steps=20"])  # doctest: +SKIP
@@ -137,20 +137,20 @@ def train(
 
 
 class Trainer:
-    """Repeats the optimizer step until the run is done; reports, evaluates and saves it. `train` is the usual way in.
+    """Repeats the optimizer step until the end of the run; reports, evaluates and saves. Usually created by `train`.
 
     Args:
-        run: A run that is set up.
+        run: A prepared run.
         callbacks: As in `train`.
 
     Attributes:
         recipe: The recipe.
         world: The processes.
         model: The model inside its parallel wrapper.
-        processor: Its processor, if there is one.
+        processor: Its processor, if given.
         run_dir: The run's folder.
-        state: What was done so far.
-        stop_requested: The signal that asks to leave; None while there is none.
+        state: Progress of the run.
+        stop_requested: The signal that requests a stop; None otherwise.
     """
 
     def __init__(self, run: Run, callbacks: Sequence[Callback] = ()) -> None:
@@ -171,11 +171,11 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
+        """Number of optimizer steps done."""
         return self.state.step
 
     def run(self) -> TrainResult:
-        """Train, leave a checkpoint and, at the end, an export."""
+        """Train, save a checkpoint and, at the end, export the model."""
         finished = False
         if self.world.is_main:
             (self.run_dir / STOPPED_FILE).unlink(missing_ok=True)
@@ -187,11 +187,11 @@ class Trainer:
                     self.train_step()
                 finished = self._is_done()
                 if self.stop_requested:
-                    self.reporter.message(f"{self.stop_requested}: saving step {self.step} and leaving")
+                    self.reporter.message(f"{self.stop_requested}: saving step {self.step} and stopping")
                 if self.world.decide(lambda: self.checkpoints.last_saved_step != self.step):
                     self._save(blocking=True)
             finally:
-                self.checkpoints.finish()  # what is being written is worth keeping, whatever happened
+                self.checkpoints.finish()  # a checkpoint that is being written is always completed
                 self.stream.close()
                 self.reporter.close()
         bad = self._bad_records()
@@ -206,7 +206,7 @@ class Trainer:
         return TrainResult(self.run_dir, self.step, finished, self.state.metrics, exported, self.world.is_main, bad)
 
     def train_step(self) -> None:
-        """One optimizer step. Every process calls it."""
+        """Run one optimizer step. Every process calls it."""
         began = time.perf_counter()
         self.profiler.before(self.step + 1)
         micro_batches = [next(self.stream) for _ in range(self.stream.batches_per_rank)]
@@ -233,10 +233,10 @@ class Trainer:
         self._report(row, self._evaluate())
         self._save_if_due()
 
-    # ------------------------------------------------------------------------------------------ the parts of a step
+    # ----------------------------------------------------------------------------------------------- parts of a step
 
     def _exchange(self, micro_batches: list[Batch], data_wait: float) -> tuple[StepCounts, list[TowerCalls], float]:
-        """What every process has to know of the others before a step, in one small collective.
+        """Exchange what every process needs to know before a step, in one small collective.
 
         Returns:
             The step's counts over all processes, the passes through the tower that each micro-batch makes on every
@@ -260,12 +260,12 @@ class Trainer:
         return counts, list(zip(most[::2], most[1::2], strict=True)), waits.max().item()
 
     def _data_report(self) -> DataReport | None:
-        """What this process's data skipped; None for batches that were given."""
+        """Skipped records of this process; None for batches that were passed in."""
         report = getattr(self.stream, "report", None)
         return None if report is None else report()
 
     def _bad_records(self) -> dict[str, int]:
-        """Records that the run skipped, over all processes: `source/kind` -> number."""
+        """Skipped records of the run, over all processes: `source/kind` -> number."""
         report = self._data_report()
         own = {} if report is None else {f"{source}/{kind}": n for (kind, source), n in report.bad.items()}
         total: Counter[str] = Counter()
@@ -279,14 +279,14 @@ class Trainer:
             settings["lr"] = group.lr * lr_factor(group.schedule, position, self.total_steps)
 
     def _blame(self, error: Exception, micro_batches: list[Batch]) -> str:
-        """What an error in a step says to the user; the batch is kept where it may be the cause."""
+        """The message for an error in a step; the batch is saved if it may be the cause."""
         if lost := blame(error):
             return lost
         path = dump_batch(self.run_dir, self.step + 1, self.world.rank, micro_batches, {"problem": str(error)})
         return f"{error}. The batch is in {path}"
 
     def _guard(self, loss: float, norm: float, norms: Mapping[str, float], micro_batches: list[Batch]) -> None:
-        """Stop before the update when a number is not finite; tell what is odd."""
+        """Stop before the update if a number is not finite; report anomalies."""
         if problem := check_finite(loss, norm, norms):
             notes = {"problem": problem, **norms}
             path = dump_batch(self.run_dir, self.step + 1, self.world.rank, micro_batches, notes)
@@ -308,11 +308,11 @@ class Trainer:
         return self._minutes_before + (time.monotonic() - self._began) / 60
 
     def _introduce(self) -> None:
-        """Say what trains and where, before the first step."""
+        """Print what is trained and where, before the first step."""
         lines = [
             format_table(trainable_table(self.model, self.groups)),
             f"{self.total_steps} steps, {self.world.size} process(es), {self.parallel.strategy}, "
-            f"{self.recipe.precision}, {self.stream.batches_per_rank} micro-batch(es) a step and process, "
+            f"{self.recipe.precision}, {self.stream.batches_per_rank} micro-batch(es) per step and process, "
             f"output {self.run_dir}",
         ]
         if self.step:
@@ -389,7 +389,7 @@ class Trainer:
         self.checkpoints.save(self.step, self.state.to_dict() | run, blocking)
 
     def export(self, folder: Path) -> Path:
-        """Write the model as a `save_pretrained` folder, LoRA merged. Every process calls it."""
+        """Write the model as a `save_pretrained` folder with merged LoRA. Every process calls it."""
         from florence_vl.train.export import export_state
 
         return export_state(self.model, self.processor, folder, self.world)

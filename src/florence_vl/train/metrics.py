@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl always, trackers by name, a progress bar for people, plain lines for logs."""
+"""Metrics of a run: always metrics.jsonl; optional trackers, a progress bar, and plain lines for logs."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ log = logging.getLogger("florence_vl.train")
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a step, written at once.
+    """`metrics.jsonl`: one JSON object per step, written immediately.
 
-    A disk that is full does not end a run: rows are kept and written when there is room again.
+    A full disk does not end a run: rows are kept and written when there is space again.
 
     Args:
         path: The file.
-        resume_step: Lines of later steps, written by a run that was killed after its last checkpoint, are dropped.
+        resume_step: Lines of later steps, written after the last checkpoint of a killed run, are dropped.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
@@ -59,9 +59,9 @@ class MetricsFile:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             with contextlib.suppress(OSError):
-                self._file.truncate(end)  # no half a row
+                self._file.truncate(end)  # no partial row
             if not self._failing:
-                log.error("%s can't be written (%s); the run goes on, and its rows are kept", self._path, error)
+                log.error("%s can't be written (%s); the run continues, and its rows are kept", self._path, error)
             self._failing = True
             return
         if self._failing:
@@ -74,7 +74,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file; a last line that was cut by a crash is left out."""
+    """Rows of a metrics file; a truncated last line is skipped."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -85,7 +85,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Tracker(Protocol):
-    """Where metrics go besides the file."""
+    """Destination of metrics in addition to the file."""
 
     def log(self, row: Mapping[str, float], step: int) -> None: ...
 
@@ -115,7 +115,7 @@ class TensorBoardTracker:
 
 
 class _RunTracker:
-    """wandb, and trackio which has wandb's interface."""
+    """wandb, and trackio, which has the same interface."""
 
     module = ""
 
@@ -152,7 +152,7 @@ class WandbTracker(_RunTracker):
 
 
 class FlopsMeter:
-    """Model FLOPs utilization, where the peak of the device is known.
+    """Model FLOPs utilization, if the peak of the device is known.
 
     Args:
         run: The run.
@@ -167,19 +167,19 @@ class FlopsMeter:
             self._multipliers = Multipliers.of(run.recipe.parts, self._flops.num_layers)
 
     def mfu(self, counts: StepCounts, seconds: float) -> float | None:
-        """Share of the devices' peak that the model's own arithmetic used; padding and recomputation don't count."""
+        """Fraction of the devices' peak used by the model's own arithmetic, without padding and recomputation."""
         if self._peak is None:
             return None
-        # Images of other sizes count by their area, in which all of the tower but the encoder's attention is linear.
+        # Images of other sizes count by their area, in which the whole tower except the encoder's attention is linear.
         images = counts.pixels / self._pixels
         flops = self._flops.step(self._multipliers, images, counts.tokens, counts.pairs, counts.supervised)
         return sum(flops.values()) / (seconds * self._devices * self._peak * 1e12)
 
 
 class Reporter:
-    """Metrics file, trackers and progress of the main process; on the others it is silent.
+    """Metrics file, trackers and progress of the main process; silent on the others.
 
-    Nothing here ends a run: what can't be written is logged once.
+    Nothing here ends a run: failures to write are logged once.
 
     Args:
         run: The run.
@@ -196,12 +196,12 @@ class Reporter:
         self._failed: set[int] = set()
 
     def report(self, row: Mapping[str, Any], fraction: float, extra: bool) -> None:
-        """Take a step's row.
+        """Report a step's row.
 
         Args:
             row: `step` and the step's numbers.
-            fraction: Of the run that is done, by steps or by the clock.
-            extra: The row has more than every step's numbers, so trackers get it whatever the step.
+            fraction: Fraction of the run that is done, by steps or by the clock.
+            extra: The row has additional numbers, so trackers get it at any step.
         """
         if self.metrics is None:
             return
@@ -216,18 +216,18 @@ class Reporter:
     def _try(self, tracker: Tracker, numbers: Mapping[str, float], step: int) -> None:
         try:
             tracker.log(numbers, step)
-        except Exception as error:  # a tracker's server may be gone, or its disk full
+        except Exception as error:  # a tracker's server may be unavailable, or its disk full
             if id(tracker) not in self._failed:
-                log.error("%s failed at step %d (%s); the run goes on", type(tracker).__name__, step, error)
+                log.error("%s failed at step %d (%s); the run continues", type(tracker).__name__, step, error)
             self._failed.add(id(tracker))
 
     def message(self, text: str) -> None:
-        """A line for people, from the main process."""
+        """Print a line, on the main process."""
         if self.metrics is not None:
             self.progress.message(text)
 
     def close(self) -> None:
-        """Close the files and leave the bar as it stands."""
+        """Close the files and keep the bar as it is."""
         self.progress.close()
         if self.metrics is not None:
             self.metrics.close()
@@ -237,12 +237,12 @@ class Reporter:
 
 
 class Progress:
-    """Shows a run to people: a bar with loss, speed and time left on a terminal, else a plain line now and then.
+    """Shows progress: a bar with loss, speed and remaining time on a terminal, otherwise occasional plain lines.
 
     Args:
         total_steps: Steps of the run.
         start_step: Steps done before.
-        config: `progress` and `every_steps` of it are used.
+        config: Its `progress` and `every_steps` are used.
     """
 
     def __init__(self, total_steps: int, start_step: int, config: LoggingConfig) -> None:
@@ -298,7 +298,7 @@ class Progress:
 
     def _time_left(self, fraction: float) -> str:
         now = time.monotonic()
-        if self._origin is None:  # a resumed run begins anywhere, by steps or by the clock
+        if self._origin is None:  # a resumed run starts anywhere, by steps or by the clock
             self._origin = now, fraction
         began, began_at = self._origin
         if fraction <= began_at:
@@ -308,7 +308,7 @@ class Progress:
         return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
     def message(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         if self.kind == "none":
             log.info(text)
         elif self.kind == "rich":
@@ -317,7 +317,7 @@ class Progress:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Keep the bar as it is."""
         if self._bar is not None:
             self._bar.stop()
 

@@ -1,4 +1,4 @@
-"""The recipe's model: a saved one or a new one of its parts, with the attention that its rows ask for."""
+"""The recipe's model: a saved one or a new one, with suitable attention for its rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from florence_vl.model.resolution import set_resolution
 from florence_vl.model.varlen_attention import SDPA_VARLEN
 from florence_vl.train.config import Recipe
 
-PICTURES_FOR_MEANS = 64  # a feature's mean over tokens and pictures is known well from these
+PICTURES_FOR_MEANS = 64  # sufficient for a feature's mean over tokens and pictures
 
 if TYPE_CHECKING:
     from florence_vl.data.mixture import Mixture
@@ -29,8 +29,8 @@ def load_model(recipe: Recipe) -> tuple[FlorenceVLForConditionalGeneration, Any]
     """The recipe's model and processor, fp32: loaded from `model.path`, or assembled from `model.build`.
 
     Raises:
-        ValueError: The recipe names none, or a part can't be used.
-        FileNotFoundError: The folder isn't there.
+        ValueError: The recipe names no model, or a part is invalid.
+        FileNotFoundError: The folder does not exist.
     """
     config = recipe.model
     options: dict[str, Any] = {}
@@ -54,7 +54,7 @@ def load_model(recipe: Recipe) -> tuple[FlorenceVLForConditionalGeneration, Any]
         from florence_vl.model.features import store_features
 
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError("model.feature_store is for training in one process; leave it out")
+            raise ValueError("model.feature_store is for training in one process; remove it")
         store_features(model, config.feature_store)
     return model, processor
 
@@ -62,19 +62,19 @@ def load_model(recipe: Recipe) -> tuple[FlorenceVLForConditionalGeneration, Any]
 def estimate_fill(
     model: FlorenceVLForConditionalGeneration, processor: Any, records: Mixture, device: torch.device
 ) -> int:
-    """Set what stands for features that are left out to their means over the first pictures, if it is still zero.
+    """Set the replacements of missing features to their means over the first pictures, if they are still zero.
 
     Args:
-        model: With views; the tower visits `device` meanwhile.
-        processor: The model's.
+        model: A model with views; the tower is moved to `device` temporarily.
+        processor: The model's processor.
         records: The recipe's data.
-        device: Where to compute.
+        device: Device for the computation.
 
     Returns:
-        The number of pictures; 0 where nothing was to be done.
+        The number of pictures; 0 if there was nothing to do.
 
     Raises:
-        ValueError: No record has a picture that can be read.
+        ValueError: No record has a readable picture.
     """
     fill, tower = model.model.feature_fill, model.model.vision_tower
     if fill is None or any(vector.is_meta or bool(vector.any()) for vector in fill.vectors.values()):
@@ -95,7 +95,7 @@ def estimate_fill(
 
 def _pictures(records: Mixture) -> Iterator[Any]:
     for index in range(len(records)):
-        with contextlib.suppress(OSError, ValueError):  # bad records are counted where they are trained on
+        with contextlib.suppress(OSError, ValueError):  # bad records are counted during training
             yield from map(open_image, records[index].images[:1])
 
 
@@ -138,23 +138,23 @@ def load_shell(recipe: Recipe) -> tuple[FlorenceVLForConditionalGeneration, Any]
 
 
 def check_attention(names: Iterable[str | None], device: torch.device) -> None:
-    """Refuse attention that can't train on a device.
+    """Check that an attention implementation can train on a device.
 
     Raises:
         ValueError: flex attention on a CPU, which has no backward pass there.
     """
     if "flex_attention" in names and device.type == "cpu":
         raise ValueError(
-            "model.attn_implementation flex_attention has no backward pass on a CPU. Leave the key out (packed rows "
+            "model.attn_implementation flex_attention has no backward pass on a CPU. Remove the key (packed rows "
             "then use sdpa_varlen), or name sdpa"
         )
 
 
 def choose_attention(model: FlorenceVLForConditionalGeneration, recipe: Recipe, device: torch.device) -> None:
-    """Give the LLM `sdpa_varlen` for packed rows on a CPU, unless the recipe names a backend or compiles the LLM.
+    """Use `sdpa_varlen` for the LLM's packed rows on a CPU, unless the recipe names a backend or compiles the LLM.
 
     Raises:
-        ValueError: As `check_attention`.
+        ValueError: As in `check_attention`.
     """
     text = model.config.get_text_config()
     check_attention([text._attn_implementation, model.config.vision_config._attn_implementation], device)

@@ -1,4 +1,4 @@
-"""What trains: freezing by part, last LLM layers, LoRA, and AdamW groups for tower, projector and LLM."""
+"""Trained parameters: freezing by part, last LLM layers, LoRA, and AdamW groups for tower, projector and LLM."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PARTS = ("tower", "projector", "llm")
 
 @dataclass
 class Group:
-    """A parameter group of the optimizer and what the loop needs to know about it.
+    """A parameter group of the optimizer with its settings.
 
     Attributes:
         part: `tower`, `projector` or `llm`.
@@ -38,10 +38,10 @@ class Group:
 
 
 def apply_parts(model: FlorenceVLForConditionalGeneration, parts: PartsConfig) -> None:
-    """Freeze and unfreeze the model as the recipe says, adding LoRA adapters where it asks for them.
+    """Freeze and unfreeze the model as the recipe specifies, and add its LoRA adapters.
 
     Raises:
-        ValueError: More layers than the LLM has, unknown LoRA targets, or peft is missing.
+        ValueError: There are fewer layers than requested, LoRA targets are unknown, or peft is missing.
     """
     model.set_trainable(tower=parts.tower.train, projector=parts.projector.train, llm=parts.llm.train)
     if parts.llm.last_layers is not None:
@@ -55,7 +55,7 @@ def llm_layers(model: FlorenceVLForConditionalGeneration) -> nn.ModuleList:
     """The LLM's blocks, first to last.
 
     Raises:
-        ValueError: The LLM keeps no list of blocks under `layers`.
+        ValueError: The LLM has no list of blocks named `layers`.
     """
     layers = getattr(model.model.language_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
@@ -80,10 +80,10 @@ def _train_last_layers(model: FlorenceVLForConditionalGeneration, count: int) ->
 
 
 def add_lora(model: FlorenceVLForConditionalGeneration, config: LoraConfig) -> None:
-    """Freeze the LLM and put LoRA adapters on its linear layers, in place (`peft.inject_adapter_in_model`).
+    """Freeze the LLM and add LoRA adapters to its linear layers, in place (`peft.inject_adapter_in_model`).
 
     Raises:
-        ValueError: No linear layer of that name, or peft is missing.
+        ValueError: There is no linear layer of that name, or peft is missing.
     """
     try:
         from peft import LoraConfig as PeftLoraConfig
@@ -115,10 +115,10 @@ def add_lora(model: FlorenceVLForConditionalGeneration, config: LoraConfig) -> N
 def parameter_groups(
     model: FlorenceVLForConditionalGeneration, parts: PartsConfig, optimizer: OptimizerConfig, schedule: ScheduleConfig
 ) -> list[Group]:
-    """Trainable parameters by part and by whether they are decayed (matrices) or not (biases, norms).
+    """Trainable parameters by part, with weight decay (matrices) or without (biases, norms).
 
     Raises:
-        ValueError: Nothing trains.
+        ValueError: Every parameter is frozen.
     """
     groups = []
     for part in PARTS:
@@ -153,7 +153,7 @@ def build_optimizer(groups: list[Group], config: OptimizerConfig, device: torch.
 
 
 def trainable_table(model: FlorenceVLForConditionalGeneration, groups: list[Group]) -> list[dict[str, Any]]:
-    """Rows of the table that is printed before step 1: part, parameters, trainable ones, learning rate, decay."""
+    """Rows of the table printed before step 1: part, parameters, trainable ones, learning rate, decay."""
     rows = []
     for part in PARTS:
         parameters = [p for _, p in model.part_parameters(part)]  # type: ignore[arg-type]

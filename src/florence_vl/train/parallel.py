@@ -1,7 +1,7 @@
 """One code path from one process to many: DDP, FSDP2, HSDP, activation checkpointing, compile.
 
-The model knows nothing of this; everything is applied to it from here. Order matters: activation checkpointing, then
-compile, then sharding.
+The model code does not depend on this module; everything is applied to the model here. The order is activation
+checkpointing, then compile, then sharding.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 
 IMAGE_INPUTS = ("pixel_values", "image_sizes", "question_ids", "question_mask", "feature_mask")
-"""What of a batch belongs to its images, by the model's arguments."""
+"""Image inputs of a batch, by the model's arguments."""
 
 
 def resolve_strategy(config: ParallelConfig, world: World) -> str:
-    """The strategy that `auto` stands for here.
+    """Resolve `auto` to a strategy.
 
     Raises:
-        ValueError: The strategy doesn't fit the number of processes.
+        ValueError: The strategy does not fit the number of processes.
     """
     if config.strategy == "auto":
         return "none" if world.size == 1 else "fsdp"
@@ -59,7 +59,7 @@ def replica_groups(config: ParallelConfig, world: World) -> tuple[int, int]:
     if world.size % size or size == world.size:
         raise ValueError(
             f"parallel.strategy hsdp shards inside groups of {size} and replicates between them: {world.size} "
-            "processes give no two whole groups. Set parallel.shard_size, or use fsdp"
+            "processes do not form two whole groups. Set parallel.shard_size, or use fsdp"
         )
     return world.size // size, size
 
@@ -67,18 +67,18 @@ def replica_groups(config: ParallelConfig, world: World) -> tuple[int, int]:
 class LossModule(nn.Module):
     """The model as a function from a batch to its summed, globally normalized loss: the unit that is parallelized.
 
-    With several processes each makes as many passes through the tower as the one with the most sizes of images, at
-    least one: what it lacks it makes with a dummy image, times zero. So every process takes part in every collective
-    and every trainable parameter gets a gradient. Without it a process without images hangs.
+    With several processes, each makes the same number of passes through the tower as the process with the most image
+    sizes, at least one: missing passes use a dummy image, times zero. Every process then takes part in every
+    collective, and every trainable parameter gets a gradient. Otherwise a process without images would hang.
 
     Args:
         model: The model.
         image_size: Height and width of the dummy image in pixels.
-        always_images: Run the dummy; needed with several processes only.
-        autocast: Compute type, when weights are kept in fp32 and nothing else casts them.
-        pixel_dtype: What pixels are cast to, when weights are cast and inputs are not (FSDP2).
-        distill: Weight of the divergence from the model's own answers with all features, which batches bring as a
-            second half (`florence_vl.data.layout.FULL_PREFIX`); 0 for batches without.
+        always_images: Run the dummy image; needed only with several processes.
+        autocast: Compute type, if weights are kept in fp32 and nothing else casts them.
+        pixel_dtype: Type to which pixels are cast, if weights are cast but inputs are not (FSDP2).
+        distill: Weight of the divergence from the model's own answers with all features, which are the second half of
+            batches (`florence_vl.data.layout.FULL_PREFIX`); 0 for batches without it.
     """
 
     def __init__(
@@ -99,9 +99,9 @@ class LossModule(nn.Module):
         """Loss of a batch.
 
         Args:
-            batch: Of a collator: `input_ids`, `labels`, ...; goes into the model as it is.
-            num_items: What the summed loss is divided by, a plain number.
-            calls: Passes through the tower at least, of the batch and of its second half.
+            batch: Batch of a collator: `input_ids`, `labels`, ...; passed to the model.
+            num_items: Divisor of the summed loss, a plain number.
+            calls: Minimum number of passes through the tower, of the batch and of its second half.
 
         Returns:
             Scalar.
@@ -131,15 +131,15 @@ class LossModule(nn.Module):
         return self.model.model(**inputs, use_cache=False, return_dict=True).last_hidden_state
 
     def _encode_images(self, inputs: dict[str, Any], calls: int) -> None:
-        """Put image tokens in the place of pixels, after as many passes through the tower as all processes make.
+        """Replace pixels by image tokens, with the same number of passes through the tower on all processes.
 
-        The order of forward and of backward must be the same on all processes, as each block's weights are gathered by
-        a collective when it is reached: word vectors of the questions, tower, word vectors of the text, LLM.
+        The order of forward and backward passes must be the same on all processes, because the weights of each block
+        are gathered by a collective: word embeddings of the questions, tower, word embeddings of the text, LLM.
         """
         base, device = self.model.model, inputs["input_ids"].device
         of_images = {name: inputs.pop(name) for name in IMAGE_INPUTS if name in inputs}
         width, names = base.config.text_config.hidden_size, base.config.features
-        # Vectors that stand for features must take part in every loss, where they train.
+        # Trainable replacements of features must take part in every loss.
         masks = base.feature_fill is not None
         image, made = None, 0
         if of_images:
@@ -167,7 +167,7 @@ class LossModule(nn.Module):
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
-    """Transformer blocks of a part, outermost ones: what is checkpointed, compiled and sharded as a unit.
+    """Outermost transformer blocks of a part: the units for checkpointing, compilation and sharding.
 
     These are transformers' `GradientCheckpointingLayer`s (DaViT and BART blocks, any LLM's layers, CLIP's ...).
     """
@@ -191,7 +191,7 @@ def part_blocks(model: FlorenceVLForConditionalGeneration) -> dict[str, list[nn.
     return {"tower": blocks(model.model.vision_tower), "llm": blocks(model.model.language_model)}
 
 
-# Results of these are kept by selective activation checkpointing; everything cheap is recomputed.
+# Selective activation checkpointing keeps results of these operations; cheap operations are recomputed.
 def _matrix_products() -> set[Any]:
     ops = torch.ops.aten
     names = (
@@ -214,7 +214,7 @@ def _matrix_products() -> set[Any]:
 def apply_activation_checkpointing(
     model: FlorenceVLForConditionalGeneration, config: ActivationCheckpointingConfig
 ) -> None:
-    """Recompute activations block by block in the backward pass: `full`, or `selective`: all but matrix products.
+    """Recompute activations by block in the backward pass: `full`, or `selective`: all except matrix products.
 
     Raises:
         ValueError: A part has no blocks to recompute.
@@ -247,10 +247,10 @@ def apply_activation_checkpointing(
 
 
 def apply_compile(model: FlorenceVLForConditionalGeneration, config: CompileConfig) -> None:
-    """torch.compile every block of a part in place: blocks are alike, so one compilation serves all of a kind.
+    """Apply torch.compile to every block of a part in place; blocks of the same kind share one compilation.
 
     Raises:
-        ValueError: Unknown backend.
+        ValueError: The backend is unknown.
     """
     known = torch.compiler.list_backends(exclude_tags=())
     if (config.tower or config.llm) and config.backend not in known:
@@ -266,10 +266,10 @@ class Parallelised:
     """A model ready to train.
 
     Attributes:
-        module: Call it with (batch, num_items).
+        module: Called with (batch, num_items).
         model: The model inside.
         strategy: `none`, `ddp`, `fsdp` or `hsdp`.
-        grad_scale: What the loss is multiplied by, because gradients are averaged over processes.
+        grad_scale: Factor of the loss that compensates the averaging of gradients over processes.
     """
 
     module: nn.Module
@@ -281,9 +281,9 @@ class Parallelised:
     def accumulate(self, last: bool) -> Iterator[None]:
         """Context of a forward and backward pass of one micro-batch.
 
-        DDP exchanges gradients in the step's last one. A sharded model scatters them in each, so that a process never
-        holds the whole gradient (4 bytes a parameter) between micro-batches; what is replicated between groups (hsdp)
-        is exchanged in the last one.
+        DDP exchanges gradients in the last micro-batch of the step. A sharded model reduce-scatters them in each, so
+        that a process never holds the whole gradient (4 bytes per parameter) between micro-batches; replicas across
+        groups (hsdp) are reduced in the last one.
         """
         context: AbstractContextManager[Any] = nullcontext()
         if self.strategy == "ddp" and not last:
@@ -305,21 +305,21 @@ def parallelise(
     weights_on_first: bool = False,
     distill: float = 0.0,
 ) -> Parallelised:
-    """Apply everything to a model whose parts are frozen already; its weights move to the device.
+    """Apply all of this to a model whose parts are already frozen; its weights move to the device.
 
     Args:
         model: The model.
         world: The processes.
         parallel: Strategy.
-        precision: Of weights and compute.
-        checkpointing: Activations that are recomputed.
-        compile_config: Blocks that are compiled.
+        precision: Precision of weights and computation.
+        checkpointing: Activations to recompute.
+        compile_config: Blocks to compile.
         image_size: Height and width of a dummy image in pixels.
-        weights_on_first: The model is of `load_on_first_rank`; it must be sharded.
+        weights_on_first: Whether the model is from `load_on_first_rank`; it must then be sharded.
         distill: See `LossModule`.
 
     Raises:
-        ValueError: Contradictions between strategy and processes.
+        ValueError: Strategy and processes contradict each other.
     """
     strategy = resolve_strategy(parallel, world)
     if precision == "bf16_pure":
@@ -346,7 +346,7 @@ def parallelise(
 
 
 def _cast_outputs_of_buffers(tower: nn.Module, dtype: torch.dtype) -> None:
-    """Tables that are buffers (Florence-2's temporal embedding) stay fp32 under FSDP2's policy; cast what they give."""
+    """Buffers (Florence-2's temporal embedding) stay fp32 under FSDP2's policy; cast their outputs."""
 
     def cast(_module: nn.Module, _args: Any, output: Any) -> Any:
         return output.to(dtype) if isinstance(output, Tensor) and output.is_floating_point() else output
@@ -379,7 +379,7 @@ def _shard(
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         _cast_outputs_of_buffers(model.model.vision_tower, torch.bfloat16)
     weights = FirstRankWeights(module, world) if weights_on_first else None
-    # Units move to the device one after the other as they are sharded, so the whole model never has to fit on it.
+    # Units move to the device one by one as they are sharded, so the whole model never has to fit on it.
     units = [block for found in part_blocks(model).values() for block in found]
     embeddings = model.get_input_embeddings()
     if model.lm_head.weight is not embeddings.weight:
@@ -388,6 +388,6 @@ def _shard(
         if weights is not None:
             weights.receive(unit)
         if unit is module and "mp_policy" in options:
-            # The root's inputs are a batch and a divisor: cast to bf16, 335 supervised tokens would count as 336.
+            # The root's inputs are a batch and a divisor: cast to bf16, 335 supervised tokens would become 336.
             options["mp_policy"] = replace(options["mp_policy"], cast_forward_inputs=False)
         fully_shard(unit, **options)

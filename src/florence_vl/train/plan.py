@@ -1,4 +1,4 @@
-"""What a recipe costs before it runs: parameters, FLOPs, memory by kind, micro-batch, throughput, device-hours.
+"""Estimate the cost of a recipe: parameters, FLOPs, memory by kind, micro-batch, throughput, device-hours.
 
 Everything is computed from configs on the meta device: no weights, no data, no network.
 """
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 RESERVE_GIB = 2.0  # CUDA context, NCCL buffers, allocator fragments
-USABLE = 0.95  # of what is left
+USABLE = 0.95  # fraction of the rest
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What an average sample is.
+    """An average sample.
 
     Attributes:
-        images: Images.
-        text_tokens: Tokens besides image tokens.
-        supervised: Tokens that are learned.
+        images: Number of images.
+        text_tokens: Number of tokens without image tokens.
+        supervised: Number of supervised tokens.
     """
 
     images: float = 1.0
@@ -44,28 +44,28 @@ class Workload:
 
 @dataclass
 class CostPlan:
-    """The answer of `plan_recipe`; sizes in GiB a device, FLOPs as plain numbers.
+    """Result of `plan_recipe`; sizes in GiB per device, FLOPs as plain numbers.
 
     Attributes:
-        recipe: Its name.
+        recipe: Name of the recipe.
         devices: Number of devices.
         device: Name in `DEVICES`.
         strategy: `none`, `ddp`, `fsdp`, `hsdp`.
         parameters: Part -> (all, trainable).
-        image_tokens: Tokens of an image in the LLM.
-        sample_tokens: Tokens of an average sample.
+        image_tokens: Tokens per image in the LLM.
+        sample_tokens: Tokens per average sample.
         flops_per_sample: Training step, by part.
         memory: GiB by kind at the recipe's micro-batch.
-        memory_available: GiB that may be used.
-        fits: Whether it does.
-        largest_micro_batch: Rows of the largest one that fits; 0 when none does.
-        samples: Of the whole run.
+        memory_available: Usable memory in GiB.
+        fits: Whether the micro-batch fits.
+        largest_micro_batch: Rows of the largest micro-batch that fits; 0 if none does.
+        samples: Samples of the whole run.
         flops_per_run: FLOPs of the whole run.
-        samples_per_s: Over all devices, at the stated MFU.
+        samples_per_s: Over all devices, at the given MFU.
         tokens_per_s: Likewise.
-        device_hours: Of the whole run.
+        device_hours: Device-hours of the whole run.
         hours: Wall time of the whole run.
-        assumptions: What the figures rest on.
+        assumptions: Assumptions of the estimates.
     """
 
     recipe: str
@@ -96,10 +96,10 @@ class CostPlan:
 def model_config(recipe: Recipe) -> tuple[FlorenceVLConfig, tuple[int, int]]:
     """The model's config and the pixels of its images, from the recipe alone.
 
-    A `model.path` that another recipe will write is taken from that recipe.
+    A `model.path` that is the output of another recipe is read from that recipe.
 
     Raises:
-        ValueError: A part's shapes are not known here.
+        ValueError: The shapes of a part are unknown.
         FileNotFoundError: `model.path` is neither a folder nor a recipe's output.
     """
     from florence_vl.model.configuration import FlorenceVLConfig
@@ -130,7 +130,7 @@ def recipe_that_writes(folder: str) -> Recipe:
         other = load_recipe(file)
         if other.model.build is not None and other.run_dir / "model" == Path(folder):
             return other
-    raise FileNotFoundError(f"model.path {folder!r} is no folder, and no recipe writes it")
+    raise FileNotFoundError(f"model.path {folder!r} is not a folder, and no recipe writes it")
 
 
 def _built_config(build: BuildConfig, size: int | None) -> tuple[FlorenceVLConfig, tuple[int, int]]:
@@ -149,12 +149,12 @@ def _built_config(build: BuildConfig, size: int | None) -> tuple[FlorenceVLConfi
 
 
 def _guessed_ids(text: str) -> list[int]:
-    """As many ids as the text may have: only lengths count here, and tokenizers are not read."""
+    """An estimated number of ids of a text: only lengths are needed, and tokenizers are not read."""
     return [4] * (2 + round(1.3 * len(text.split())))
 
 
 def _part_config(name: str, kind: str) -> tuple[Any, Path | None]:
-    """Config of a part: a folder's, an embedded part's, a known one's, or a cached download's."""
+    """Config of a part: of a folder, a packaged part, a known part, or a cached download."""
     from transformers import AutoConfig
 
     from florence_vl.model.packaged import resolve
@@ -170,7 +170,7 @@ def _part_config(name: str, kind: str) -> tuple[Any, Path | None]:
         return AutoConfig.from_pretrained(name, local_files_only=True), None
     except (OSError, ValueError):
         raise ValueError(
-            f"the shapes of {kind} {name!r} are not known here: it is no folder, not in the hub's cache, and not among "
+            f"the shapes of {kind} {name!r} are unknown: it is not a folder, not in the hub's cache, and not among "
             f"the known parts. {did_you_mean(name, KNOWN_PARTS)}"
         ) from None
 
@@ -183,25 +183,25 @@ def plan_recipe(
     workload: Workload | None = None,
     samples: int | None = None,
 ) -> CostPlan:
-    """Compute a recipe's costs.
+    """Estimate the cost of a recipe.
 
     Args:
         recipe: The recipe.
         devices: Number of devices.
         device: Name in `florence_vl.train.flops.DEVICES`.
-        mfu: Share of the devices' peak that is assumed to be reached.
-        workload: What an average sample is.
-        samples: Samples of the run; by default from the recipe's steps, or its registered data sets' sizes.
+        mfu: Assumed fraction of the devices' peak.
+        workload: The average sample.
+        samples: Samples of the run; by default from the recipe's steps, or the sizes of its registered data sets.
 
     Raises:
-        ValueError: Unknown device, or a part's shapes are not known here.
+        ValueError: The device or the shapes of a part are unknown.
     """
     available = usable_memory(device)
     if not 0 < mfu <= 1:
-        raise ValueError(f"mfu is a share between 0 and 1, found {mfu}")
+        raise ValueError(f"mfu is a fraction between 0 and 1, found {mfu}")
     workload = workload or Workload()
     if recipe.precision == "auto":
-        recipe = recipe.with_precision("bf16")  # what it finds on every device of the table
+        recipe = recipe.with_precision("bf16")  # the result on every device of the table
     peak = DEVICES[device][0]
     config, (height, width) = model_config(recipe)
     flops = count_flops(config, height, width)
@@ -238,7 +238,7 @@ def plan_recipe(
 
 
 def count_parameters(recipe: Recipe, config: FlorenceVLConfig) -> dict[str, tuple[int, int]]:
-    """Part -> (all parameters, trainable ones), LoRA's included."""
+    """Part -> (all parameters, trainable ones), including LoRA's."""
     from florence_vl.train.optimizer import PARTS, apply_parts
 
     shell = build_shell(config)
@@ -258,7 +258,7 @@ def _strategy(recipe: Recipe, devices: int) -> str:
 
 
 def _rows(recipe: Recipe, flops: ModelFlops, workload: Workload, micro: int) -> tuple[int, int, int]:
-    """Images, tokens and supervised tokens of a micro-batch, at their largest: every text token may be supervised."""
+    """Maximum images, tokens and supervised tokens of a micro-batch: every text token may be supervised."""
     sample = workload.images * flops.image_tokens + workload.text_tokens
     packing = recipe.data.packing
     if packing.mode == "packed":
@@ -326,7 +326,7 @@ class MemoryPlan:
 def _memory(
     plan: MemoryPlan, recipe: Recipe, flops: ModelFlops, workload: Workload, available: float
 ) -> tuple[dict[str, float], int]:
-    """GiB a device by kind at the recipe's micro-batch, and the largest micro-batch that fits."""
+    """GiB per device by kind at the recipe's micro-batch, and the largest micro-batch that fits."""
 
     def total(micro: int) -> float:
         return sum(plan.at(*_rows(recipe, flops, workload, micro)).values())
@@ -361,8 +361,8 @@ def _static_memory(recipe: Recipe, config: FlorenceVLConfig, devices: int, strat
             (sum(p.numel() for p in b.parameters()) for found in part_blocks(shell).values() for b in found),
             reverse=True,
         )
-        rest = total - sum(sizes)  # embeddings, head, projector and what stands outside blocks stay gathered
-        # two blocks gathered (one is fetched ahead), the largest unit's gradient before it is reduced in fp32
+        rest = total - sum(sizes)  # embeddings, head, projector and modules outside blocks stay gathered
+        # two gathered blocks (one is prefetched), and the largest unit's gradient before it is reduced in fp32
         ends: list[Any] = [shell.get_input_embeddings().weight, shell.lm_head.weight]
         widest = max([sizes[0], *(int(weight.numel()) for weight in ends if weight.requires_grad)])
         gathered = compute * (rest + 2 * sizes[0]) + (compute + 4) * widest
@@ -370,7 +370,7 @@ def _static_memory(recipe: Recipe, config: FlorenceVLConfig, devices: int, strat
     else:
         if recipe.precision == "bf16":
             memory["bf16 copies (autocast)"] = 2 * total / GIB
-        # a gradient before it is added to what is accumulated, and the optimizer's own temporary
+        # a gradient before it is accumulated, and the optimizer's temporary
         largest = max((p.numel() for p in parameters if p.requires_grad), default=0)
         memory["temporaries"] = 2 * master * largest / GIB
     return memory
@@ -421,7 +421,7 @@ def _assumptions(
         f"AdamW with two moments, {strategy}, {recipe.precision}; {RESERVE_GIB:g} GiB and {1 - USABLE:.0%} set aside",
     ]
     if samples is None:
-        found.append("the number of samples is not known here: give --samples")
+        found.append("the number of samples is unknown: give --samples")
     elif recipe.steps is None:
         found.append(f"{samples:,} samples: the data sets' stated sizes x epochs")
     return found

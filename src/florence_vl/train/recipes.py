@@ -1,4 +1,4 @@
-"""Reads recipes: YAML with `extends`, `key.path=value` overrides, unknown keys refused, the origin of each value."""
+"""Reads recipes: YAML with `extends`, `key.path=value` overrides, strict keys, and the origin of each value."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from florence_vl.train.config import Recipe
 
 Settings = TypeVar("Settings")
 
-# Keys of earlier versions: key -> the only value that it may still have, which changes nothing.
+# Keys of earlier versions: key -> the only allowed value, which has no effect.
 RETIRED: dict[str, Any] = {
     "parallel.reshard_after_forward": True,
     "parallel.cpu_offload": False,
@@ -34,8 +34,8 @@ RETIRED: dict[str, Any] = {
     "guards.first_loss_factor": 1.2,
     "guards.spike_factor": 5.0,
 }
-MAX_FILES = 64  # that a recipe may read through `extends`
-MAX_VALUES = 20_000  # in a recipe, its aliases counted each time
+MAX_FILES = 64  # read through `extends`
+MAX_VALUES = 20_000  # in a recipe, counting aliases each time
 OVERRIDE = "command line"
 DEFAULT = "default"
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(:-([^}]*))?\}")
@@ -57,7 +57,7 @@ class ResolvedRecipe:
 
 
 def recipe_folders() -> list[Path]:
-    """Where recipes are looked up by name: `$FLORENCE_VL_RECIPES`, `./recipes`, the library's, packages'."""
+    """Folders in which recipes are looked up by name: `$FLORENCE_VL_RECIPES`, `./recipes`, this package's, plugins'."""
     folders = []
     if explicit := os.environ.get("FLORENCE_VL_RECIPES"):
         folders.append(Path(explicit).expanduser())
@@ -73,7 +73,7 @@ def recipe_folders() -> list[Path]:
 def list_recipes() -> dict[str, Path]:
     """All recipes by name: the path below its recipe folder without the suffix, as in `paper/8b-pretrain`.
 
-    Files and folders that begin with an underscore are bases to extend, not recipes to run.
+    Files and folders whose name begins with an underscore are only to be extended.
     """
     found: dict[str, Path] = {}
     for folder in recipe_folders():
@@ -88,7 +88,7 @@ def find_recipe(name: str | Path, relative_to: Path | None = None) -> Path:
     """The file of a recipe, from its path or its name.
 
     Raises:
-        FileNotFoundError: Nothing is there; near names are listed.
+        FileNotFoundError: The recipe does not exist; similar names are suggested.
     """
     text = str(name)
     candidates = [Path(text), Path(f"{text}.yaml")]
@@ -109,8 +109,8 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
         overrides: `key.path=value` texts; values are YAML. List entries are addressed by number.
 
     Raises:
-        FileNotFoundError: No such recipe.
-        ValueError: Unknown keys (near names listed), wrong types, contradictions, or a cycle of `extends`.
+        FileNotFoundError: The recipe does not exist.
+        ValueError: Unknown keys (similar names are suggested), wrong types, contradictions, or a cycle of `extends`.
 
     Example:
         >>> load_recipe({"steps": 10}, ["optimizer.lr=1e-3"]).optimizer.lr
@@ -125,9 +125,9 @@ def resolve_recipe(
     """Like `load_recipe`, with the origin of each value.
 
     Args:
-        source: As of `load_recipe`.
-        overrides: As of `load_recipe`.
-        need_variables: False leaves a `${NAME}` that the environment does not set as it is.
+        source: As in `load_recipe`.
+        overrides: As in `load_recipe`.
+        need_variables: False keeps a `${NAME}` that the environment does not set.
     """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -152,23 +152,23 @@ def resolve_recipe(
     try:
         recipe.output.format(name=recipe.name)
     except (KeyError, IndexError, ValueError):
-        raise ValueError(f"output {recipe.output!r} may hold only the field {{name}}") from None
+        raise ValueError(f"output {recipe.output!r} may contain only the field {{name}}") from None
     for path_text in _leaves(recipe.to_dict()):
         origins.setdefault(path_text, _inherited_origin(path_text, origins))
     return ResolvedRecipe(recipe.check(), {k: origins[k] for k in _leaves(recipe.to_dict())}, files)
 
 
 def read_dataclass(cls: type[Settings], source: str | Path, overrides: Iterable[str] = ()) -> Settings:
-    """Read another dataclass than `Recipe` as recipes are read: `extends`, overrides, numbers such as `1e-5`.
+    """Read a dataclass other than `Recipe` in the same way: `extends`, overrides, numbers such as `1e-5`.
 
     Args:
-        cls: The dataclass; with `__pydantic_config__ = STRICT` unknown keys are refused.
+        cls: The dataclass; with `__pydantic_config__ = STRICT` unknown keys are errors.
         source: Path or name of a YAML file.
         overrides: `key.path=value` texts; values are YAML.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: Unknown keys (near names listed), missing keys, wrong types, or what the dataclass itself refuses.
+        FileNotFoundError: The file does not exist.
+        ValueError: Unknown keys (similar names are suggested), missing keys, wrong types, or errors of the dataclass.
     """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -190,7 +190,7 @@ def _read(path: Path, values: dict, origins: dict[str, str], files: list[Path], 
         raise ValueError(f"{path}: expected keys and values, found {type(content).__name__}")
     _extend(values, origins, files, content.pop("extends", None), path.parent, (*chain, path))
     inherited = {key: values.get(key) for key in ("name", "description")}
-    for key in inherited:  # a name belongs to one file
+    for key in inherited:  # a name belongs to only one file
         if key not in content:
             values.pop(key, None)
             origins.pop(key, None)
@@ -199,7 +199,7 @@ def _read(path: Path, values: dict, origins: dict[str, str], files: list[Path], 
 
 
 def _read_yaml(text: str, where: str) -> Any:
-    """A YAML document of bounded size: aliases of aliases make a short text expand beyond any memory.
+    """Read a YAML document of limited size: nested aliases could expand a short text beyond any memory.
 
     Raises:
         ValueError: Not YAML, or too large.
@@ -218,7 +218,7 @@ def _read_yaml(text: str, where: str) -> Any:
         if id(node) in sizes:
             known = sizes[id(node)]
             if known is None:
-                raise ValueError(f"{where}: an alias stands inside its own anchor")
+                raise ValueError(f"{where}: an alias is inside its own anchor")
             return known
         sizes[id(node)] = None
         total = 1 + sum(size(item) for item in (node.values() if isinstance(node, dict) else node))
@@ -238,7 +238,7 @@ def _extend(
         return
     for parent in [parents] if isinstance(parents, str) else parents:
         if not isinstance(parent, str):
-            raise ValueError(f"`extends` takes a recipe's path or name, or a list of them, found {parent!r}")
+            raise ValueError(f"`extends` accepts a recipe's path or name, or a list of them, found {parent!r}")
         _read(find_recipe(parent, folder), values, origins, files, chain)
 
 
@@ -281,14 +281,14 @@ def _apply_override(values: dict, origins: dict[str, str], override: str) -> Non
 
 
 def _drop_retired(values: dict, origins: dict[str, str]) -> None:
-    """Runs of earlier versions name these keys in their recipe.yaml."""
+    """Drop keys of earlier versions, which saved recipe.yaml files contain."""
     for path, old in RETIRED.items():
         section, key = path.split(".")
         node = values.get(section)
         if not isinstance(node, dict) or key not in node:
             continue
         if (found := node.pop(key)) != old:
-            raise ValueError(f"`{path}` is no longer a key, and {found!r} asks for what is no longer done: remove it")
+            raise ValueError(f"`{path}` is no longer a key, and the value {found!r} is no longer supported: remove it")
         origins.pop(path, None)
 
 
@@ -319,7 +319,7 @@ def _expand_variables(value: Any, need: bool) -> Any:
 
 
 def _unexpanded(written: Any, values: Any, path: str = "") -> dict[str, tuple[str, str]]:
-    """Texts with variables in them: key path -> (as written, as filled in)."""
+    """Texts with variables: key path -> (as written, as filled in)."""
     if isinstance(written, dict):
         pairs = [(str(key), item, values[key]) for key, item in written.items() if key in values]
     elif isinstance(written, list):
@@ -334,7 +334,7 @@ def _unexpanded(written: Any, values: Any, path: str = "") -> dict[str, tuple[st
 
 def _validate(values: dict[str, Any], cls: type[Settings]) -> Settings:
     build = values.get("model", {}).get("build") if isinstance(values.get("model"), dict) else None
-    if isinstance(build, dict):  # saved by earlier versions, null leaves the choice to build_model
+    if isinstance(build, dict):  # in files of earlier versions, null leaves the choice to build_model
         values = {**values, "model": {**values["model"], "build": {k: v for k, v in build.items() if v is not None}}}
     try:
         return TypeAdapter(cls).validate_python(_numbers(values))
@@ -343,7 +343,7 @@ def _validate(values: dict[str, Any], cls: type[Settings]) -> Settings:
 
 
 def _numbers(value: Any) -> Any:
-    """YAML 1.1 reads `1e-5` as text; make such texts numbers."""
+    """Convert texts such as `1e-5` to numbers, which YAML 1.1 reads as text."""
     if isinstance(value, dict):
         return {key: _numbers(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -374,7 +374,7 @@ def _explain(item: Any, cls: type) -> str:
 
 
 def _is_branch(piece: Any) -> bool:
-    """True for what pydantic puts into a location to tell a union's branch: a type's name, not a key."""
+    """True for location items of pydantic that name a branch of a union, not a key."""
     return isinstance(piece, str) and (
         "[" in piece or piece in {"str", "int", "float", "bool", "dict", "list"} or hasattr(config, piece)
     )
@@ -402,7 +402,7 @@ def _dataclass_in(hint: Any) -> Any:
 
 
 def _leaves(value: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted paths of all values; lists of mappings are walked by number, other lists are one value."""
+    """Dotted paths of all values; lists of mappings are indexed by number, other lists are one value."""
     found = []
     for key, item in value.items():
         path = f"{prefix}{key}"
@@ -417,7 +417,7 @@ def _leaves(value: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def _inherited_origin(path: str, origins: Mapping[str, str]) -> str:
-    """Origin of the nearest enclosing key that was given whole, as by an override with a mapping."""
+    """Origin of the nearest enclosing key that was given as a whole, as by an override with a mapping."""
     pieces = path.split(".")
     for end in range(len(pieces) - 1, 0, -1):
         if origins.get(".".join(pieces[:end])) == OVERRIDE:

@@ -1,7 +1,7 @@
-"""Trains a router by supervision: its labels are the losses of the right answer under each view.
+"""Supervised training of a router: its labels are the losses of the correct answer under each view.
 
-One pass of the tower and one of the LLM a view give the labels of a question; the router then learns how much the loss
-grows in each view against the full one, from the question and a thumbnail.
+One pass of the tower and one of the LLM per view give the labels of a question. The router then learns the increase of
+the loss in each view over the full view, from the question and a thumbnail.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class RouterData:
-    """What a router is fitted to.
+    """Training data of a router.
 
     Attributes:
         questions_BH: State of each question.
         images_BD: State of each thumbnail.
-        losses_BW: Mean loss of the right answer's tokens (nats) under each view.
-        costs: FLOPs of tower and prefill of each view, relative to the full one.
-        bad: Records that could not be used, by kind.
+        losses_BW: Mean loss of the correct answer's tokens (nats) under each view.
+        costs: FLOPs of tower and prefill of each view, relative to the full view.
+        bad: Unusable records by kind.
     """
 
     questions_BH: Tensor
@@ -48,21 +48,21 @@ def view_costs(config: FlorenceVLConfig, processor: FlorenceVLProcessor, text_to
     """FLOPs of tower, projector and prefill of each view of square images, relative to the full view.
 
     Args:
-        config: The model's, with views.
-        processor: The model's.
-        text_tokens: Tokens of the prompt beside the image's.
+        config: Config of a model with views.
+        processor: The model's processor.
+        text_tokens: Number of text tokens in the prompt.
 
     Raises:
         ValueError: The model has no views.
     """
     if not config.views:
-        raise ValueError("a router needs a model with views, and config.views is empty: give views when it is built")
+        raise ValueError("a router needs a model with views, and config.views is empty: set views when building it")
     flops = {}
     for name in (FULL_VIEW, *config.views):
         settings = processor.image_processor.view_settings(name)
         side = settings["size"] or processor.image_processor.size["height"]
         height, width = processor.image_processor.output_size(side, side, view=name)
-        # The skipped features cost nothing in the tower; the projector's input keeps its width.
+        # Skipped features cost nothing in the tower; the width of the projector's input does not change.
         fields = {**config.to_dict(), "features": settings["features"], "views": None}
         if len(settings["features"]) == 1 and config.fusion == "gated":
             fields |= {"fusion": "channel", "gate": None}
@@ -82,21 +82,21 @@ def collect(
     thumbnail: str | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> RouterData:
-    """The states and the losses under each view of records with one image and one question.
+    """States, and losses under each view, of records with one image and one question.
 
     Args:
-        model: With views, in eval mode.
-        processor: The model's.
-        records: The first user turn is the question, the first answer the right one.
-        thumbnail: The view that the router will look at; by default the cheapest.
-        progress: Called with the number of records that are done.
+        model: A model with views, in eval mode.
+        processor: The model's processor.
+        records: The first user turn is the question, the first answer the correct one.
+        thumbnail: The view for the router's input; by default the cheapest.
+        progress: Called with the number of records done.
 
     Raises:
-        ValueError: The model has no views, or no record could be used.
+        ValueError: The model has no views, or no record is usable.
     """
     costs = view_costs(model.config, processor)
     thumbnail = thumbnail or min(costs, key=costs.__getitem__)
-    processor.image_processor.view_settings(thumbnail)  # refuses an unknown name
+    processor.image_processor.view_settings(thumbnail)  # raises for an unknown name
     questions, images, losses = [], [], []
     bad: dict[str, int] = {}
     for record in records:
@@ -145,15 +145,15 @@ def _loss(model: Any, processor: Any, chat: list[dict[str, Any]], view: str) -> 
 def fit_router(
     data: RouterData, thumbnail: str, steps: int = 400, lr: float = 3e-3, hidden: int = 128, seed: int = 0
 ) -> Router:
-    """Regress the growth of the loss in each view (Huber loss, AdamW, full batch).
+    """Regress the increase of the loss in each view (Huber loss, AdamW, full batch).
 
     Args:
-        data: Of the training questions.
-        thumbnail: The view that the router looks at.
-        steps: Optimizer steps.
+        data: Training data.
+        thumbnail: The view for the router's input.
+        steps: Number of optimizer steps.
         lr: Learning rate.
         hidden: Width of the hidden layer.
-        seed: Of the initial weights.
+        seed: Seed of the initial weights.
     """
     config = RouterConfig(data.questions_BH.shape[1], data.images_BD.shape[1], data.costs, thumbnail, hidden)
     with torch.random.fork_rng(devices=[]):
@@ -174,12 +174,12 @@ def fit_router(
 
 @torch.no_grad()
 def curve(router: Router, data: RouterData, trades: Iterable[float]) -> list[dict[str, Any]]:
-    """What a router gives on held-out questions at each trade, beside its rivals at the same cost.
+    """Results of a router on held-out questions at each trade, and of baselines at the same cost.
 
     Returns:
-        A row a trade: `trade`, `cost` and `loss` of the routed views; `shuffled`, the loss when each question is routed
-        by another one's (a router that is only a reweighting loses nothing by it); `random`, the loss when the same
-        views are dealt at random; and the share of each view.
+        One row per trade: `trade`, `cost` and `loss` of the routed views; `shuffled`, the loss if each question is
+        routed by another question (equal for a router that only reweights); `random`, the loss if the same views are
+        assigned at random; and the fraction of each view.
     """
     generator = torch.Generator().manual_seed(0)
     rows = []

@@ -11,8 +11,9 @@ def lr_factor(schedule: ScheduleConfig, position: float, total_steps: int) -> fl
     """Factor on a group's peak learning rate.
 
     Args:
-        schedule: Shape of the schedule.
-        position: Optimizer steps done so far. Need not be whole: a time budget moves it by the clock.
+        schedule: The schedule.
+        position: Number of optimizer steps done; not necessarily an integer, because a time budget moves it by the
+            clock.
         total_steps: Steps of the whole run.
 
     Returns:

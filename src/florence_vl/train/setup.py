@@ -1,4 +1,4 @@
-"""What a run starts from: the recipe's model and data, parallelized, at the step of its checkpoint."""
+"""Preparation of a run: the recipe's model and data, parallelized, at the step of its checkpoint."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class BatchStream(Protocol):
-    """Endless micro-batches of one process, `batches_per_rank` to a step (`florence_vl.data.packing.build_batches`)."""
+    """Endless micro-batches of one process, `batches_per_rank` per step (`florence_vl.data.packing.build_batches`)."""
 
     batches_per_rank: int
 
@@ -52,17 +52,17 @@ BatchFactory = Callable[[int, int, int, "Mapping[str, Any] | None"], BatchStream
 
 @dataclass
 class RunState:
-    """What a run has done so far, over all its sessions and processes.
+    """Progress of a run over all its sessions and processes.
 
     Attributes:
-        step: Optimizer steps.
-        samples: Samples trained on; likewise `tokens`, `supervised_tokens` and `images`.
-        tokens: Without padding.
-        supervised_tokens: That were learned.
-        images: Images.
+        step: Number of optimizer steps.
+        samples: Number of samples trained on.
+        tokens: Number of tokens without padding.
+        supervised_tokens: Number of supervised tokens.
+        images: Number of images.
         minutes: Wall time of training.
-        metrics: The last step's row.
-        spikes: The gradient norm's moving average.
+        metrics: The row of the last step.
+        spikes: The moving average of the gradient norm.
     """
 
     step: int = 0
@@ -75,7 +75,7 @@ class RunState:
     spikes: SpikeDetector = field(default_factory=SpikeDetector)
 
     def add(self, counts: StepCounts) -> None:
-        """Count a step that is done."""
+        """Add the counts of a finished step."""
         self.step += 1
         self.samples += counts.samples
         self.tokens += counts.tokens
@@ -83,22 +83,22 @@ class RunState:
         self.images += counts.images
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types, for a checkpoint."""
+        """The state as JSON types, for a checkpoint."""
         return {**asdict(self), "spikes": self.spikes.state_dict()}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> RunState:
-        """The state that a checkpoint holds."""
+        """Restore the state from a checkpoint."""
         state = cls(**{name: saved[name] for name in asdict(cls()) if name != "spikes"})
         state.spikes.load_state_dict(saved["spikes"])
         return state
 
 
 class Notices:
-    """Prints one of the lines that it is given every few seconds.
+    """Prints at most one of its lines every few seconds.
 
     Args:
-        file: Where to.
+        file: Output stream.
         every: Seconds between lines.
     """
 
@@ -113,22 +113,22 @@ class Notices:
 
 @dataclass
 class Run:
-    """A run that is ready for its next step; `prepare_run` makes it.
+    """A run that is ready for its next step, created by `prepare_run`.
 
     Attributes:
-        recipe: What to do.
+        recipe: The recipe.
         world: The processes.
-        processor: The model's; None when batches were given without one.
+        processor: The model's processor; None if batches were given without one.
         parallel: The model, ready to train.
         groups: Trainable parameters by part.
         optimizer: AdamW over `groups`.
         checkpoints: Writes and reads the run's checkpoints.
         stream: This process's micro-batches from the next step on.
         total_steps: Steps of the whole run.
-        evaluation: What `recipe.evaluate` asks for; None when nothing.
+        evaluation: Evaluation of `recipe.evaluate`; None if not set.
         image_size: Height and width of images in pixels.
-        digests: Of the sources' files, by path.
-        state: What was done before.
+        digests: Digests of the sources' files, by path.
+        state: Progress so far.
     """
 
     recipe: Recipe
@@ -158,17 +158,17 @@ def prepare_run(
     """Set up a run. Every process calls it.
 
     Args:
-        recipe: What to do.
+        recipe: The recipe.
         world: The processes.
-        model: As in `train`, as the next two.
-        processor: The model's.
-        batches: Instead of the recipe's data.
-        checkpoint: Where the run goes on; None begins it.
-        suite: Scores `evaluate.suite`; of `read_suite`, on the main process.
+        model: As in `train`, also for the next two.
+        processor: The model's processor.
+        batches: Used instead of the recipe's data.
+        checkpoint: Checkpoint from which the run resumes; None for a new run.
+        suite: Scores `evaluate.suite`; from `read_suite`, on the main process.
 
     Raises:
-        ValueError: The recipe, the data or the checkpoint can't be used.
-        FileNotFoundError: A file that the recipe names isn't there.
+        ValueError: The recipe, the data or the checkpoint are invalid.
+        FileNotFoundError: A file of the recipe does not exist.
     """
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
@@ -188,7 +188,7 @@ def prepare_run(
         from florence_vl.train.data import TrainingData, plan_on_first
 
         if processor is None:
-            raise ValueError("pass the model's processor too: the recipe's data is encoded with it")
+            raise ValueError("also pass the model's processor: the recipe's data is encoded with it")
         data = source = TrainingData(recipe, processor, plan_on_first(world))
         batches = source.batches
         total_steps = recipe.steps or world.decide(lambda: source.steps(recipe.epochs or 1.0))
@@ -221,7 +221,7 @@ def prepare_run(
     if checkpoint is not None:
         state, data_state = _restore(recipe, checkpoints.load(checkpoint), digests)
         checkpoints.last_saved_step = state.step
-    # Only now: a resume that failed must leave the description of the run that it failed to resume.
+    # Written only now, so that a failed resume does not change the description of the run.
     world.decide(lambda: describe_run(recipe, model, processor))
     evaluation = None
     if recipe.evaluate is not None:
@@ -248,9 +248,9 @@ def settle_precision(recipe: Recipe, world: World, checkpoint: Path | None) -> R
     """The recipe with `precision: auto` replaced. Every process calls it.
 
     Args:
-        recipe: What to do.
+        recipe: The recipe.
         world: The processes; the first one measures.
-        checkpoint: Where the run goes on: it keeps the precision that it began with. None begins it.
+        checkpoint: Checkpoint from which the run resumes, with the precision of its start; None for a new run.
     """
     if recipe.precision != "auto":
         return recipe
@@ -263,10 +263,10 @@ def settle_precision(recipe: Recipe, world: World, checkpoint: Path | None) -> R
 
 
 def refuse_early(recipe: Recipe, world: World, batches: BatchFactory | None = None) -> None:
-    """Refuse what can be refused before a model is loaded.
+    """Raise errors that can be detected before a model is loaded.
 
     Raises:
-        ValueError: A strategy that doesn't fit the processes, a missing package, or attention that can't train here.
+        ValueError: The strategy does not fit the processes, a package is missing, or the attention cannot train here.
     """
     resolve_strategy(recipe.parallel, world)
     if recipe.data.stream is not None and batches is None:
@@ -283,7 +283,7 @@ def refuse_early(recipe: Recipe, world: World, batches: BatchFactory | None = No
 def _restore(
     recipe: Recipe, saved: Mapping[str, Any], digests: Mapping[str, str]
 ) -> tuple[RunState, Mapping[str, Any] | None]:
-    """The state of a checkpoint, and where its data stands."""
+    """The state of a checkpoint, and the position of its data."""
     from florence_vl.data.packing import merge_states
 
     if saved["seed"] != recipe.seed:
@@ -297,13 +297,13 @@ def _restore(
 
 
 def warm_up(recipe: Recipe, world: World, model: FlorenceVLForConditionalGeneration, processor: Any, data: Any) -> None:
-    """Place the projector before the first step; the other processes receive it with the weights.
+    """Warm up the projector before the first step; the other processes receive it with the weights.
 
     Raises:
-        ValueError: There is no data of the recipe to take pairs from.
+        ValueError: The recipe has no data for the pairs.
     """
     if data is None:
-        raise ValueError("warm_up takes its pairs from the recipe's own data; it can't see given batches")
+        raise ValueError("warm_up needs the recipe's own data; it cannot use given batches")
     if not world.is_main:
         return
     from florence_vl.train.warm_up import warm_up_for
@@ -355,7 +355,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def describe_run(recipe: Recipe, model: FlorenceVLForConditionalGeneration, processor: Any) -> None:
-    """Make a run's folder tell what it is: recipe, environment, and what an export needs besides weights."""
+    """Write the description of a run to its folder: recipe, environment, and what an export needs except weights."""
     folder = recipe.run_dir
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True))

@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and leave."""
+"""Signals that request a run to save and stop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class StopSignals:
-    """SIGTERM, SIGUSR1 (what Slurm sends before the end) and Ctrl-C ask the loop to save and leave; twice is abrupt."""
+    """SIGTERM, SIGUSR1 (sent by Slurm before the time limit) and Ctrl-C request a save and stop; a second one kills."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -19,7 +19,7 @@ class StopSignals:
             for name in self.names:
                 number = getattr(signal, name)
                 self.previous[number] = signal.signal(number, self._handle)
-        except ValueError:  # not the main thread: whoever runs us there handles signals
+        except ValueError:  # not the main thread, whose program handles signals
             self.previous.clear()
         return self
 

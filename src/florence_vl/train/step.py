@@ -1,4 +1,4 @@
-"""The parts of an optimizer step: what is counted, how it is seeded, its forward and backward passes."""
+"""Parts of an optimizer step: counts, seeds, and the forward and backward passes."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ TowerCalls = tuple[int, int]
 
 @dataclass
 class StepCounts:
-    """What a step holds: of one process, or summed over all.
+    """Counts of a step, of one process or summed over all.
 
     Attributes:
-        supervised: Positions whose next token is learned.
-        tokens: Tokens that are not padding.
+        supervised: Supervised positions.
+        tokens: Tokens without padding.
         slots: Tokens with padding.
         images: Images.
         pixels: Pixels of the images.
         samples: Samples.
-        pairs: Sum of the samples' squared lengths: what attention costs.
+        pairs: Sum of the samples' squared lengths, to which the cost of attention is proportional.
     """
 
     supervised: int
@@ -61,15 +61,15 @@ def forward_backward(
     device: torch.device,
     calls: Sequence[TowerCalls] = (),
 ) -> Tensor:
-    """Forward and backward passes of one process's micro-batches; gradients add up.
+    """Forward and backward passes of one process's micro-batches, with gradient accumulation.
 
     Args:
         parallel: The model.
-        micro_batches: Of this process, as collated.
-        num_items: Supervised tokens of the step over all processes, which the summed loss is divided by. A plain
-            number: FSDP2 casts the floating-point tensors among a module's inputs to the compute type.
-        device: Where the batches go.
-        calls: Of each micro-batch, at most of all processes; those of this process by default.
+        micro_batches: Collated micro-batches of this process.
+        num_items: Supervised tokens of the step over all processes, the divisor of the summed loss. A plain number,
+            because FSDP2 casts the floating-point tensors among a module's inputs to the compute type.
+        device: Device for the batches.
+        calls: For each micro-batch, the maximum over all processes; those of this process by default.
 
     Returns:
         This process's part of the step's loss: a float32 scalar on the device.
@@ -79,7 +79,7 @@ def forward_backward(
         with parallel.accumulate(last=index == len(micro_batches) - 1):
             own = calls[index] if calls else tower_calls(batch)
             loss = parallel.module(to_device(batch, device), num_items, own)
-            if loss.requires_grad:  # text alone reaches nothing that trains where the LLM is frozen
+            if loss.requires_grad:  # a text-only batch reaches no trained parameter if the LLM is frozen
                 (loss * parallel.grad_scale).backward()
         loss_sum += loss.detach().float()
     return loss_sum
@@ -94,12 +94,12 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def count_supervised(batch: Batch) -> int:
-    """Positions whose next token is learned."""
+    """Number of supervised positions."""
     return int((batch["labels"][:, 1:] != -100).sum())
 
 
 def count_tokens(batch: Batch) -> int:
-    """Tokens that are not padding."""
+    """Number of tokens without padding."""
     mask = batch.get("attention_mask")
     if mask is not None:
         return int(mask.sum())
@@ -111,9 +111,9 @@ def _count_slots(batch: Batch) -> int:
 
 
 def count_row_padding(batch: Batch) -> torch.Tensor:
-    """Tokens that fill up packed rows, (rows,): a run of one unsupervised token at the row's end.
+    """Tokens that fill up packed rows, (rows,): a run of one unsupervised sample at the end of the row.
 
-    The collator pads a row with a "sample" of pad tokens, so positions alone don't tell padding.
+    The collator pads a row with a "sample" of pad tokens, so positions alone do not identify padding.
     """
     ids, labels = batch["input_ids"], batch["labels"]
     same = (ids == ids[:, -1:]) & (labels == -100)
@@ -136,7 +136,7 @@ def count_pixels(batch: Batch) -> int:
 
 
 def tower_calls(batch: Mapping[str, Any]) -> TowerCalls:
-    """Passes through the tower that a batch takes, one a size of images: of the batch, and of its half `full.`."""
+    """Passes through the tower for a batch, one per image size: of the batch, and of its half `full.`."""
 
     def count(prefix: str) -> int:
         if prefix + "pixel_values" not in batch:
@@ -200,13 +200,13 @@ class StepProfiler:
         self._profiler: Any = None
 
     def before(self, step: int) -> None:
-        """Tell that a step begins."""
+        """Called when a step begins."""
         if step == self.first:
             self._profiler = torch.profiler.profile(record_shapes=True, profile_memory=True)
             self._profiler.start()
 
     def after(self, step: int) -> None:
-        """Tell that a step is done."""
+        """Called when a step is done."""
         if self._profiler is not None and step == self.last:
             self._profiler.stop()
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""Warm-up: the projector learns to put an image where its text lies among the LLM's word vectors, without the LLM.
+"""Contrastive warm-up: aligns the projected image tokens with the LLM's word embeddings of their text.
 
-A projector that starts from random numbers costs most of a short first stage. Contrastive warm-up on cached features
-takes seconds: image tokens, averaged, against the averaged input embeddings of a text. The text is the whole image's
-caption or, where regions are annotated, what lies in a box, against the tokens in that box (as RegionCLIP aligns
-regions, arXiv 2112.09106): then the LLM finds words at their places from its first step.
-Shape letters: I images, P texts (captions and regions), N tokens an image, D features, H width of the LLM.
+A randomly initialized projector costs most of a short first stage. Contrastive warm-up on cached features takes seconds
+and does not run the LLM: averaged image tokens against the averaged input embeddings of a text. The text is the whole
+image's caption or, with annotated regions, the text of a box against the tokens in that box (as RegionCLIP aligns
+regions, arXiv 2112.09106), so the LLM finds words at their locations from its first step.
+Shape letters: I images, P texts (captions and regions), N tokens of an image, D features, H width of the LLM.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from florence_vl.model.processing import FlorenceVLProcessor
     from florence_vl.train.config import Recipe
 
-TEMPERATURE = 0.07  # CLIP's initial one (arXiv 2103.00020)
+TEMPERATURE = 0.07  # CLIP's initial temperature (arXiv 2103.00020)
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 REGION = re.compile(r"([^<>]+)((?:<loc_\d+>){4,})")  # Florence-2's format: two corners, or four points
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom, as shares of the image
+Box = tuple[float, float, float, float]  # left, top, right, bottom, as fractions of the image
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Phrase:
     Attributes:
         text: The words.
         image: Number of the image.
-        box: Where; the whole image for a caption.
+        box: Location; the whole image for a caption.
     """
 
     text: str
@@ -73,15 +73,16 @@ def parse_regions(answer: str) -> list[tuple[str, Box]]:
 
 
 def tokens_in_boxes(boxes: Sequence[Box], grid: tuple[int, int], num_tokens: int) -> Tensor:
-    """Which image tokens lie in each box, (P, N) of bool: those of cells whose centre does, and the box's own centre's.
+    """Which image tokens are in each box, (P, N) bool: cells whose center is in it, and the cell of the box's own
+    center.
 
     Args:
-        boxes: In shares of the image.
+        boxes: Boxes in fractions of the image.
         grid: Rows and columns of the tower's grid.
-        num_tokens: N; several grids in a row (token fusion) are several times the same.
+        num_tokens: N; with several grids in a sequence (token fusion) the mask is repeated.
 
     Raises:
-        ValueError: The tokens are not whole grids (`mean_token: all`).
+        ValueError: The tokens do not form whole grids (`mean_token: all`).
     """
     rows, columns = grid
     if num_tokens % (rows * columns):
@@ -110,10 +111,10 @@ def caption_vectors(
 
 @torch.no_grad()
 def standardise_input(model: FlorenceVLForConditionalGeneration, features: dict[str, Tensor]) -> None:
-    """Make the projector's first layer see each fused channel with mean 0 and variance 1 over these images.
+    """Standardize the fused channels over these images in the projector's first layer.
 
-    Scale and shift are folded into its weights (data-dependent initialisation, arXiv 1511.06422), so what differs from
-    image to image is not drowned by what is the same in all.
+    Scale and shift are folded into its weights (data-dependent initialization, arXiv 1511.06422), so that differences
+    between images are not dominated by what all images have in common.
     """
     first = cast(nn.Linear, model.model.multi_modal_projector.layers[0])
     fused_INC: Tensor = model.model.fusion(features)
@@ -136,32 +137,32 @@ def warm_up(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, float]]:
-    """Train fusion and projector, the rest untouched, and leave what trains as it was.
+    """Train fusion and projector; other parts are unchanged, and trainable flags are restored.
 
-    The projector's first layer is standardised first. The loss is InfoNCE over the batch in both directions, half
-    for a picture's mean token and half for one of its tokens at random (so that each says something), plus the
-    squared distance to the target measured in the targets' own variance, plus the squared log ratio of the mean squared
-    sizes of image tokens and word vectors: an LLM that was never shown larger vectors answers them with noise.
+    The projector's first layer is standardized first. The loss is InfoNCE over the batch in both directions, half for
+    an image's mean token and half for one of its tokens at random (so that each becomes informative), plus the squared
+    distance to the target relative to the targets' variance, plus the squared log ratio of the mean squared norms of
+    image tokens and word embeddings: an LLM responds with noise to larger vectors than in its training.
 
     Args:
         model: Its fusion and projector are changed.
-        features: `tower_features`.
-        targets_PH: `caption_vectors`.
-        images_P: Number of each text's image; by default the texts are the images' captions in their order.
+        features: Result of `tower_features`.
+        targets_PH: Result of `caption_vectors`.
+        images_P: Index of each text's image; by default the texts are the images' captions in their order.
         inside_PN: `tokens_in_boxes` of each text; by default all tokens.
         seconds: Time budget; at least one step is done.
-        steps: Number of steps; of the two the one that ends first counts, and one must be given.
-        batch_size: Texts of a step, about: it takes images with all their texts, which are each other's negatives
-            unless they are the same.
+        steps: Number of steps. The warm-up ends at the first of the two limits, and one must be given.
+        batch_size: Approximate number of texts per step: images are taken with all their texts, which are each other's
+            negatives unless they are equal.
         lr: Peak learning rate of AdamW, cosine to zero over the budget.
-        seed: Of the order and of the tokens that are drawn.
-        progress: Hears where it is, after every step.
+        seed: Seed of the order and of the drawn tokens.
+        progress: Called with a progress message after every step.
 
     Returns:
-        A row a step: `step`, `loss`, `seconds`.
+        One row per step: `step`, `loss`, `seconds`.
 
     Raises:
-        ValueError: Neither `seconds` nor `steps`.
+        ValueError: Neither `seconds` nor `steps` is given.
     """
     if seconds is None and steps is None:
         raise ValueError("a warm-up needs seconds or steps")
@@ -234,22 +235,22 @@ def warm_up_for(
     device: torch.device,
     progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, float]]:
-    """The warm-up that a recipe asks for, on the first records that show one image and have a caption or regions.
+    """The recipe's warm-up, on the first records with one image and a caption or regions.
 
     Args:
         recipe: Its `warm_up`, `seed` and `data`.
-        model: Whole; tower, fusion, projector and word vectors visit `device` meanwhile.
-        processor: The model's.
+        model: The complete model; tower, fusion, projector and word embeddings are moved to `device` temporarily.
+        processor: The model's processor.
         records: The recipe's data.
-        device: Where to compute.
-        progress: Hears where it is.
+        device: Device for the computation.
+        progress: Called with progress messages.
 
     Returns:
-        A row a step, as `warm_up`.
+        One row per step, as in `warm_up`.
 
     Raises:
-        ValueError: Fewer than two records have an image and a caption, or two an image and regions, or the images'
-            tokens are no grid.
+        ValueError: Fewer than two records have an image and a caption, or an image and regions, or the images' tokens
+            do not form a grid.
     """
     from florence_vl.train.data import build_mixture
 
@@ -309,12 +310,12 @@ def warm_up_for(
 
 
 def _pairs(records: Mixture) -> Iterator[tuple[ImageSource, str]]:
-    """Image and first answer of every record that has one of each, once through."""
+    """Image and first answer of every record with both, in one pass."""
     for index in range(len(records)):
         try:
             found = caption_of(records[index])
         except BadRecord:
-            continue  # counted where it is trained on
+            continue  # counted during training
         if not isinstance(found, str):
             yield found
 
@@ -337,14 +338,14 @@ def _inside(
     height, width = images.size["height"], images.size["width"]
     grid_size = getattr(model.model.vision_tower, "grid_size", None)
     if grid_size is None:
-        raise ValueError("warm_up.regions needs the florence2 tower, which says what its grid is")
-    padded = images.image_aspect_ratio != "squash"  # the features are of padded images, see `tower_features`
+        raise ValueError("warm_up.regions needs the florence2 tower, whose grid is known")
+    padded = images.image_aspect_ratio != "squash"  # the features are from padded images, see `tower_features`
     boxes = [_on_square(phrase.box, *sizes[phrase.image]) if padded else phrase.box for phrase in phrases]
     return tokens_in_boxes(boxes, grid_size(height, width), model.num_image_tokens(height, width))
 
 
 def _on_square(box: Box, width: int, height: int) -> Box:
-    """A box of an image as one of the square that the image is centred on."""
+    """Convert a box of an image to the square on which the image is centered."""
     side = max(width, height)
     x, y = (side - width) / 2, (side - height) / 2
     left, top, right, bottom = box

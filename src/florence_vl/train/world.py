@@ -1,4 +1,4 @@
-"""The processes of a run: who speaks, what each tells the others, how they are joined."""
+"""The processes of a run and their communication."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class World:
     """The processes of a run.
 
     Attributes:
-        device: Of this process.
-        rank: Number of this process among all.
+        device: Device of this process.
+        rank: Rank of this process.
         size: Number of processes.
-        local_rank: Number of this process on its node.
-        local_size: Processes on this node.
+        local_rank: Rank of this process on its node.
+        local_size: Number of processes on this node.
     """
 
     device: torch.device
@@ -37,7 +37,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this process writes files and messages."""
         return self.rank == 0
 
     def gather(self, values: list[float]) -> Tensor:
@@ -58,10 +58,10 @@ class World:
         return items
 
     def decide(self, question: Callable[[], Any]) -> Any:
-        """The first process's answer, or its error, on every process.
+        """Run a function on the first process and return its result, or raise its error, on every process.
 
-        For what each might see differently, such as which files are there while another one is still renaming them, and
-        for what one process does for all. An error that cannot be sent is a FileNotFoundError, ValueError or
+        Used where processes may see different states, such as files while another process is still renaming them, and
+        for work that one process does for all. An error that cannot be sent becomes a FileNotFoundError, ValueError or
         RuntimeError with its message on the others.
         """
         if self.size == 1:
@@ -85,13 +85,13 @@ class World:
             dist.barrier()
 
     def close(self) -> None:
-        """Leave the process group, if this run made it."""
+        """Leave the process group, if this run created it."""
         if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
 
 
 def _sendable(error: Exception) -> Exception:
-    """The error if it survives pickling, else one of the nearest built-in kind."""
+    """The error if it can be pickled, otherwise one of the closest built-in type."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -104,7 +104,7 @@ def init_world(device: str = "auto", timeout_minutes: float = 30) -> World:
     """Join the process group that torchrun (or any launcher that sets RANK, WORLD_SIZE, ...) describes.
 
     Raises:
-        ValueError: The device isn't there, or more processes than devices on this node.
+        ValueError: The device is not available, or there are more processes than devices on this node.
     """
     kind = torch.device(choose_device(device))
     if "RANK" not in os.environ and not dist.is_initialized():
@@ -123,7 +123,7 @@ def init_world(device: str = "auto", timeout_minutes: float = 30) -> World:
         torch.cuda.set_device(kind)
         backend = "cpu:gloo,cuda:nccl"
     elif kind.type == "mps":
-        raise ValueError("several processes do not run on mps; use device=cpu")
+        raise ValueError("several processes cannot run on mps; use device=cpu")
     owns = not dist.is_initialized()
     if owns:
         dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))

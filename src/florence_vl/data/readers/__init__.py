@@ -1,6 +1,6 @@
 """Readers: data sets on disk as indexable collections of `Record`s.
 
-`open_reader(path)` chooses by the file; `READERS[name](path, ...)` by name.
+`open_reader(path)` detects the format; `READERS[name](path, ...)` selects it by name.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from florence_vl.registry import did_you_mean
 
 
 def guess_reader(path: str | Path) -> str:
-    """Name of the reader for a path, from its ending, a folder's content, or the first record's keys.
+    """Name of the reader for a path, from its ending, a folder's content, or the keys of the first record.
 
     Raises:
-        FileNotFoundError: Nothing there.
-        ValueError: No reader is known for it.
+        FileNotFoundError: The path does not exist.
+        ValueError: No known reader fits.
     """
     text = files.local(path)
     lower = text.lower()
@@ -54,10 +54,10 @@ def guess_reader(path: str | Path) -> str:
 
 
 def _img2dataset(folder: str) -> str | None:
-    """The reader of a folder that img2dataset wrote: each shard's table lies beside its tar or its folder.
+    """The reader of a folder written by img2dataset, where each shard's table is next to its tar or folder.
 
     Raises:
-        ValueError: The folder holds shards and tables that do not belong together.
+        ValueError: The folder contains shards and tables that do not belong together.
     """
     try:
         tables = {name.removesuffix(".parquet") for name in files.find_files(folder, (".parquet",))}
@@ -70,23 +70,23 @@ def _img2dataset(folder: str) -> str | None:
         return "folder" if beside else None
     if not tables <= shards:
         raise ValueError(
-            f"{folder} holds .tar shards and .parquet tables that do not belong together, such as "
+            f"{folder} contains .tar shards and .parquet tables that do not belong together, such as "
             f"{min(tables - shards)}.parquet: name the files of one kind, e.g. {folder}/*.tar"
         )
     return "webdataset"
 
 
 def open_reader(path: str | Path, reader: str | None = None, **options: Any) -> Reader:
-    """A reader for a path.
+    """Open a reader for a path.
 
     Args:
         path: File, folder, glob or fsspec URL.
-        reader: Name in `READERS`; None chooses by the path.
+        reader: Name in `READERS`; None detects it.
         options: Arguments of that reader, e.g. `image_root`.
 
     Raises:
-        FileNotFoundError: Nothing there.
-        ValueError: Unknown reader or option (near names are listed), or the file does not have the layout.
+        FileNotFoundError: The path does not exist.
+        ValueError: The reader or an option is unknown (similar names are suggested), or the file has another layout.
     """
     kind = READERS[reader or guess_reader(path)]
     known = [name for name in inspect.signature(kind).parameters if name != "path"]

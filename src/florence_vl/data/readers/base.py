@@ -1,4 +1,4 @@
-"""What all readers share: the registry, filters on columns, caption prompts."""
+"""Common parts of readers: the registry, filters on columns, caption prompts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class Reader:
         name: Name of the source in records; the path's stem by default.
 
     Attributes:
-        block: Records that are read together; a mixture shuffles blocks of this size (1: any order is as good).
+        block: Number of records that are read together; a mixture shuffles blocks of this size (1: any order is
+            efficient).
     """
 
     block: int = 1
@@ -39,7 +40,7 @@ class Reader:
         """Record number `index`.
 
         Raises:
-            BadRecord: The record cannot be read, whatever the reason.
+            BadRecord: The record cannot be read, for any reason.
             IndexError: Outside [0, len).
         """
         if not 0 <= index < len(self):
@@ -48,7 +49,7 @@ class Reader:
             return self._read(int(index)).check()
 
     def _read(self, index: int) -> Record:
-        """Record number `index`, in [0, len); `__getitem__` checks what it returns."""
+        """Record number `index`, in [0, len); `__getitem__` checks the result."""
         raise TypeError(f"{type(self).__name__} must define _read")
 
     def __repr__(self) -> str:
@@ -76,7 +77,7 @@ class Filter:
     Args:
         column: Name of the column or JSON key.
         test: One of `== != <= >= in not in filled`.
-        value: What to compare with.
+        value: The value to compare with.
     """
 
     column: str
@@ -95,19 +96,19 @@ class Filter:
         return _OPERATORS[self.test](value, self.value)
 
     def key(self) -> list[Any]:
-        """For cache keys."""
+        """Key for caches."""
         value = list(self.value) if isinstance(self.value, (tuple, set, frozenset)) else self.value
         return [self.column, self.test, value]
 
 
 @dataclass(frozen=True)
 class Caption:
-    """How a caption becomes a record: the prompt is chosen by the record's number, unwanted openings are cut.
+    """Converts captions to records: the record's number determines the prompt, and unwanted prefixes are removed.
 
     Args:
-        column: Column, JSON key or extension that holds the caption.
-        prompts: User texts; "" shows the image alone.
-        strip_prefixes: Openings to cut (case-sensitive); the rest begins with a capital.
+        column: Column, JSON key or extension of the caption.
+        prompts: User texts; "" gives the image without text.
+        strip_prefixes: Prefixes to remove (case-sensitive); the rest is then capitalized.
     """
 
     column: str
@@ -119,7 +120,7 @@ class Caption:
             raise ValueError('prompts must be a list of at least one text ("" for none)')
 
     def clean(self, text: str) -> str:
-        """The caption without surrounding space and unwanted opening."""
+        """The caption without surrounding space and unwanted prefix."""
         text = text.strip()
         for prefix in self.strip_prefixes:
             if text.startswith(prefix.strip()):
@@ -131,7 +132,7 @@ class Caption:
         """A user turn with the image and a prompt, and the caption as the answer.
 
         Raises:
-            BadRecord: kind "messages": there is no caption.
+            BadRecord: Kind "messages": there is no caption.
         """
         if not isinstance(text, str) or not text.strip():
             raise BadRecord("messages", f"{where} has no caption in {self.column!r}")

@@ -1,4 +1,4 @@
-"""Conversations as data sets write them (LLaVA, ShareGPT, chat messages, question-answer pairs) -> messages, images."""
+"""Convert conversations of data sets (LLaVA, ShareGPT, chat messages, question-answer pairs) to messages and images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LLAVA_ROLES = {
 def split_placeholders(text: str) -> list[dict[str, str]]:
     """Text with `<image>` placeholders as parts, each image at its place.
 
-    Space around a placeholder is layout that belongs to the chat template (LLaVA strips it too) and is cut.
+    Space around a placeholder is stripped (as in LLaVA), because the chat template determines it.
     """
     pieces = text.split(PLACEHOLDER)
     if len(pieces) == 1:
@@ -45,16 +45,16 @@ def split_placeholders(text: str) -> list[dict[str, str]]:
 def from_llava(conversations: Any, num_images: int, where: str) -> list[dict[str, Any]]:
     """LLaVA `conversations` as messages.
 
-    `<image>` in a human turn is an image at that place; a record with images and no placeholder shows them first;
-    leading turns of the assistant are dropped, as LLaVA does.
+    `<image>` in a human turn is the position of an image. If a record has images but no placeholder, they come first.
+    Leading turns of the assistant are dropped, as in LLaVA.
 
     Args:
         conversations: List of `{"from": "human" | "gpt" | "system", "value": text}`.
-        num_images: Images that the record names.
+        num_images: Number of images in the record.
         where: Name of the record, for messages.
 
     Raises:
-        BadRecord: kind "messages".
+        BadRecord: Kind "messages".
     """
 
     def bad(text: str) -> BadRecord:
@@ -74,17 +74,17 @@ def from_llava(conversations: Any, num_images: int, where: str) -> list[dict[str
         role = _LLAVA_ROLES[turn["from"]]
         if role == "assistant" and all(message["role"] == "system" for message in messages):
             continue
-        # only a human turn can show an image: elsewhere the word is text
+        # only a human turn can contain an image: elsewhere `<image>` is text
         content = split_placeholders(turn["value"]) if role == "user" else [text_part(turn["value"])]
         messages.append({"role": role, "content": content})
     return place_images(messages, num_images, where)
 
 
 def place_images(messages: list[dict[str, Any]], num_images: int, where: str) -> list[dict[str, Any]]:
-    """Give images that no placeholder shows their place at the start of the first user turn; check the numbers.
+    """Put images without a placeholder at the start of the first user turn, and check the numbers.
 
     Raises:
-        BadRecord: kind "messages": there is no user turn, or placeholders and images differ in number.
+        BadRecord: Kind "messages": there is no user turn, or the numbers of placeholders and images differ.
     """
     users = [message for message in messages if message["role"] == "user"]
     if not users:
@@ -106,7 +106,7 @@ def from_pairs(texts: Any, num_images: int, where: str) -> list[dict[str, Any]]:
         where: Name of the record, for messages.
 
     Raises:
-        BadRecord: kind "messages".
+        BadRecord: Kind "messages".
     """
     if not isinstance(texts, Sequence) or isinstance(texts, str) or not texts:
         raise BadRecord("messages", f"{where}: 'texts' must be a list of question-answer pairs, found {texts!r:.60}")
@@ -125,9 +125,9 @@ def from_pairs(texts: Any, num_images: int, where: str) -> list[dict[str, Any]]:
 def from_messages(
     messages: Any, images: Any, store: ImageStore, where: str
 ) -> tuple[list[dict[str, Any]], list[ImageSource]]:
-    """Chat messages in the forms that are met, as `Record` wants them.
+    """Convert chat messages in their common forms to the form of `Record`.
 
-    Content is a string (with `<image>` placeholders when the row has an `images` list) or a list of parts: text,
+    Content is a string (with `<image>` placeholders if the row has an `images` list) or a list of parts: text,
     `{"type": "image"}` with its source in `image`, `path`, `url` or in the row's list, and OpenAI's
     `{"type": "image_url", "image_url": {"url": ...}}`.
 
@@ -138,7 +138,7 @@ def from_messages(
         where: Name of the record, for messages.
 
     Raises:
-        BadRecord: kind "messages" or "image".
+        BadRecord: Kind "messages" or "image".
     """
 
     def bad(text: str) -> BadRecord:
@@ -190,17 +190,17 @@ def from_messages(
 def from_row(
     row: Mapping[str, Any], layout: str, images: Sequence[Any], store: ImageStore, where: str
 ) -> tuple[list[dict[str, Any]], list[ImageSource]]:
-    """Messages and images of a row of any layout. Keys that change the meaning are used, or the record is bad.
+    """Messages and images of a row of any layout. Keys that change the meaning are used, or make the record bad.
 
     Args:
-        row: The record as it was stored.
+        row: The stored record.
         layout: The key of its conversation: `conversations`, `messages` or `texts`.
         images: Its images, as the row names them.
         store: Resolves names.
         where: Name of the record, for messages.
 
     Raises:
-        BadRecord: kind "messages" or "image".
+        BadRecord: Kind "messages" or "image".
     """
     refuse_meaning(row, where)
     if layout == "messages":
@@ -223,24 +223,24 @@ _OTHER_MEDIA = ("video", "videos", "audio", "audios", "speech", "pdf", "point_cl
 _TOOLS = ("tools", "functions", "tool_calls", "function_call")
 _REASONING = ("reasoning", "reasoning_content", "thinking")
 _WEIGHTS = ("weight", "loss_weight", "loss", "loss_mask", "train", "training", "trainable", "learn")
-_MASKS = ("mask", "masked", "ignore", "skip")  # true: not learned
+_MASKS = ("mask", "masked", "ignore", "skip")  # true: not supervised
 MEANING_KEYS = (*SYSTEM_KEYS, *_OTHER_MEDIA, *_TOOLS)
-"""Keys of a row that change what it says; tables are read with these columns."""
-# read, or known to say nothing that training could use
+"""Keys of a row that change its meaning; tables are read with these columns."""
+# read, or known to contain nothing for training
 _KNOWN = ("id", "image", "images", "source", "url", "width", "height", "task_name", "model", "license")
 
 
 def refuse_meaning(row: Mapping[str, Any], where: str, further: Sequence[str] = (), turn: bool = False) -> None:
-    """Refuse a row or a turn with a key that changes its meaning and that this package does not use.
+    """Raise an error for a row or turn with a key that changes its meaning and that this package does not use.
 
     Args:
         row: The row or turn.
         where: Its name, for messages.
-        further: More keys that are not used at this place, e.g. a system text beside a caption.
-        turn: Whether it is a turn, which has no weight, mask or reasoning of its own.
+        further: Further unused keys, e.g. a system text in addition to a caption.
+        turn: Whether it is a turn, for which weights, masks and reasoning are not supported.
 
     Raises:
-        BadRecord: kind "messages": media other than images, tools, or the weight of a turn.
+        BadRecord: Kind "messages": media other than images, tools, or the weight of a turn.
     """
     for key in (*_OTHER_MEDIA, *_TOOLS, *further, *(_REASONING if turn else ())):
         if not _is_empty(row.get(key)):
@@ -249,17 +249,17 @@ def refuse_meaning(row: Mapping[str, Any], where: str, further: Sequence[str] = 
         for key in keys:
             if row.get(key) is not None and row[key] != plain:
                 raise BadRecord(
-                    "messages", f"{where} has {key}={row[key]!r:.60}; turns cannot be weighed one by one: leave it out"
+                    "messages", f"{where} has {key}={row[key]!r:.60}; turns cannot be weighted individually: remove it"
                 )
 
 
 def warn_unused(path: str, keys: Iterable[Any], used: Iterable[str]) -> None:
-    """Warn of the keys or columns of a file that are not read.
+    """Warn about keys or columns of a file that are not read.
 
     Args:
         path: The file, for the message.
-        keys: Those of its first record.
-        used: Those that its reader reads.
+        keys: Keys of its first record.
+        used: Keys that the reader reads.
     """
     unused = {str(key) for key in keys} - {*used, *_KNOWN, *MEANING_KEYS}
     if unused:
@@ -271,10 +271,10 @@ def _is_empty(value: Any) -> bool:
 
 
 def row_images(row: Mapping[str, Any], where: str) -> list[Any]:
-    """Images that a row names under `image` or `images`, whichever is filled.
+    """Images of a row, from `image` or `images`, whichever is filled.
 
     Raises:
-        BadRecord: kind "messages": both are, with different images.
+        BadRecord: Kind "messages": both are filled, with different images.
     """
     found = [listed for key in ("image", "images") if (listed := as_list(row.get(key)))]
     if len(found) == 2 and found[0] != found[1]:
@@ -283,7 +283,7 @@ def row_images(row: Mapping[str, Any], where: str) -> list[Any]:
 
 
 def as_list(images: Any) -> list[Any]:
-    """`image` as a list: None or "" is none, one is a list of one."""
+    """`image` as a list: None or "" gives an empty list, a single image a list of one."""
     if images is None or (isinstance(images, str) and not images):
         return []
     if isinstance(images, (list, tuple)):
@@ -292,10 +292,10 @@ def as_list(images: Any) -> list[Any]:
 
 
 def image_source(image: Any, store: ImageStore) -> ImageSource:
-    """An image as a data set stores it: a name, encoded bytes, or Hugging Face's `{"bytes": ..., "path": ...}`.
+    """An image as stored by a data set: a name, encoded bytes, or Hugging Face's `{"bytes": ..., "path": ...}`.
 
     Raises:
-        BadRecord: kind "image": neither a name nor bytes.
+        BadRecord: Kind "image": neither a name nor bytes.
     """
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path")

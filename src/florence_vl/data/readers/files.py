@@ -1,4 +1,4 @@
-"""Random access to bytes of local files and fsspec URLs, and finding the files that a pattern names."""
+"""Random access to bytes of local files and fsspec URLs, and lists of files that match a pattern."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def is_url(path: str | Path) -> bool:
 
 
 def local(path: str | Path) -> str:
-    """A local path with `~` expanded and `file://` taken off; URLs stay."""
+    """A local path with `~` expanded and without `file://`; URLs are unchanged."""
     text = str(path)
     if text.startswith("file://"):
         text = text[len("file://") :]
@@ -34,7 +34,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 def exists(path: str | Path) -> bool:
-    """Whether a file or folder is there."""
+    """Whether a file or folder exists."""
     text = local(path)
     if not is_url(text):
         return os.path.exists(text)
@@ -52,14 +52,14 @@ def is_folder(path: str | Path) -> bool:
 
 
 def identity(path: str | Path) -> tuple[str, int, str]:
-    """(absolute path or URL, size in bytes, mark of the content's version): changes when the file does.
+    """(absolute path or URL, size in bytes, version of the content); changes when the file does.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
     """
     text = local(path)
     if not is_url(text):
-        _forget(text)  # the file may have been replaced since it was last read
+        _forget(text)  # the file may have been replaced since the last read
         try:
             stat = os.stat(text)
         except FileNotFoundError:
@@ -78,7 +78,7 @@ def open_file(path: str | Path) -> IO[bytes]:
     """A seekable binary stream.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
     """
     text = local(path)
     try:
@@ -91,18 +91,18 @@ def open_file(path: str | Path) -> IO[bytes]:
 
 
 def pointer_hint(path: str | Path) -> str:
-    """What to add to an error about a file's format: whether the file is a Git LFS pointer instead of the file."""
+    """Addition to an error about a file's format if the file is a Git LFS pointer."""
     with open_file(path) as file:
         pointer = file.read(64).startswith(b"version https://git-lfs.github.com/spec/")
     return ". It is a Git LFS pointer, not the file itself: fetch the file with `git lfs pull`" if pointer else ""
 
 
 def read_range(path: str | Path, offset: int, length: int) -> bytes:
-    """`length` bytes from `offset`: one positioned read, safe in forked workers and threads.
+    """`length` bytes from `offset`, in one positioned read that is safe in forked workers and threads.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is shorter: it changed since it was indexed.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is shorter than when it was indexed.
     """
     text = local(path)
     if is_url(text):
@@ -148,14 +148,14 @@ def _forget(path: str) -> None:
 
 
 def find_files(path: str | Path, suffixes: tuple[str, ...]) -> list[str]:
-    """Files that a path, a folder, a glob or a brace-free pattern names, sorted.
+    """Sorted files for a path, a folder, or a glob without braces.
 
     Args:
         path: A file, a folder (searched recursively), or a glob; local or URL.
         suffixes: Endings to keep in a folder, in lower case.
 
     Raises:
-        FileNotFoundError: Nothing matches.
+        FileNotFoundError: No file matches.
     """
     text = local(path)
     if not is_url(text):
@@ -176,7 +176,7 @@ def find_files(path: str | Path, suffixes: tuple[str, ...]) -> list[str]:
 
 
 def join(root: str | Path | None, name: str) -> str:
-    """A name under a root; absolute names and URLs stay as they are."""
+    """A name under a root; absolute names and URLs are unchanged."""
     if root is None or is_url(name) or os.path.isabs(name):
         return name
     text = local(root)

@@ -1,4 +1,4 @@
-"""Reader of a folder of images with captions: text files beside them, or one metadata file."""
+"""Reader of a folder of images with captions, in text files of the same name or in one metadata file."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _METADATA = ("metadata.jsonl", "metadata.csv")
 
 @READERS.register("folder")
 class FolderReader(Reader):
-    """Images and their captions, for data of a size that a listing holds (up to about a million).
+    """Images and their captions, for data sets whose list fits into memory (up to about a million).
 
-    With `metadata.jsonl` or `metadata.csv` (Hugging Face's imagefolder form) every line names `file_name` and a caption
+    With `metadata.jsonl` or `metadata.csv` (Hugging Face's imagefolder format) every line has `file_name` and a caption
     in `text` or `caption` (JSON lines also `conversations` or `messages`). Otherwise every image has its caption in a
     text file of the same name.
 
@@ -31,12 +31,12 @@ class FolderReader(Reader):
         path: The folder; local or fsspec URL.
         caption: Column of captions in the metadata file.
         prompts: User texts for captions, see `Caption`.
-        strip_prefixes: Openings to cut from captions.
+        strip_prefixes: Prefixes to remove from captions.
         name: Name of the source.
-        allow_outside: Also open images outside the folder that the metadata file names.
+        allow_outside: Also open images outside the folder if the metadata file names them.
 
     Raises:
-        FileNotFoundError: No such folder, or no images in it.
+        FileNotFoundError: The folder does not exist, or contains no images.
         ValueError: The metadata file is malformed.
     """
 
@@ -60,7 +60,7 @@ class FolderReader(Reader):
             )
         self.images = ImageStore(self.root, allow_outside)
         self.metadata = next((m for m in _METADATA if files.exists(files.join(self.root, m))), None)
-        self._rows: list[Any] = []  # objects, or why a line is none
+        self._rows: list[Any] = []  # objects, or the error of a line
         self._paths: list[str] = []
         column = caption
         if self.metadata:
@@ -89,7 +89,7 @@ class FolderReader(Reader):
             reason: object = rows[0]
             if not isinstance(rows[0], BadRecord):
                 reason = f"{path}: record 1 has no 'file_name'; its columns are {', '.join(map(repr, rows[0]))}"
-            raise ValueError(f"{reason}. The first record must be readable: it tells the file's layout")
+            raise ValueError(f"{reason}. The first record must be readable: it determines the file's layout")
         return rows
 
     def __len__(self) -> int:
@@ -124,7 +124,7 @@ class FolderReader(Reader):
 
 
 def _csv_rows(path: str, data: bytes) -> list[dict[str, Any] | BadRecord]:
-    """Rows of a CSV file; a row that is wider or narrower than the header is the `BadRecord` that says so."""
+    """Rows of a CSV file; a row with a wrong number of fields is a `BadRecord`."""
     reader = csv.reader(io.StringIO(decode_text(data, path), newline=""))
     rows: list[dict[str, Any] | BadRecord] = []
     try:
@@ -137,7 +137,7 @@ def _csv_rows(path: str, data: bytes) -> list[dict[str, Any] | BadRecord]:
                     BadRecord(
                         "messages",
                         f"{path} line {reader.line_num} has {len(values)} fields, the header has {len(header)}: put "
-                        "quotes around text that holds a comma",
+                        "quotes around text that contains a comma",
                     )
                 )
     except csv.Error as error:
@@ -146,7 +146,7 @@ def _csv_rows(path: str, data: bytes) -> list[dict[str, Any] | BadRecord]:
 
 
 def _json_rows(path: str, data: bytes) -> list[dict[str, Any] | BadRecord]:
-    """Objects of a JSON lines file; a line that is none is the `BadRecord` that says so."""
+    """Objects of a JSON lines file; an invalid line is a `BadRecord`."""
     if byte_order_mark(data):
         data = decode_text(data, path).encode("utf-8", "surrogatepass")
     return [_parse_line(f"{path} line {n}", line) for n, line in enumerate(data.split(b"\n"), 1) if line.strip()]

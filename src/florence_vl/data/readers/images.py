@@ -1,4 +1,4 @@
-"""Finding a record's images: under a folder or URL, or inside tar and zip archives without unpacking them."""
+"""Find a record's images: under a folder or URL, or inside tar and zip archives without unpacking them."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class ImageStore:
     """Images by the name that records use: `store["coco/train2017/1.jpg"] -> ImageSource`.
 
     Args:
-        roots: A folder, an fsspec URL, a `.tar` or `.zip`, or several of these, searched in order. None takes names as
+        roots: A folder, an fsspec URL, a `.tar` or `.zip`, or several of these, searched in order. With None, names are
             paths. Archives are indexed once (hash of the member's name -> offset, memory-mapped).
-        allow_outside: With roots, also take absolute names, names with `..`, and URLs. Links are followed.
+        allow_outside: With roots, also allow absolute names, names with `..`, and URLs. Links are always followed.
 
     Raises:
         FileNotFoundError: A root does not exist.
@@ -68,8 +68,8 @@ class ImageStore:
         """The source of an image.
 
         Raises:
-            BadRecord: kind "image": the name leads out of the roots, or no archive among the roots holds it. A missing
-                file in a folder is found out when it is opened.
+            BadRecord: Kind "image": the name is outside the roots, or no archive among the roots contains it. A missing
+                file in a folder is detected when it is opened.
         """
         if name.startswith("data:"):
             return name
@@ -96,12 +96,12 @@ class ImageStore:
         if outside or ".." in re.split(r"[/\\]", name):
             raise BadRecord(
                 "image",
-                f"the image name {name!r:.200} leads out of {', '.join(self.roots)}: give names "
+                f"the image name {name!r:.200} is outside {', '.join(self.roots)}: give names "
                 "relative to image_root, or allow it with allow_outside=true",
             )
 
     def _hint(self, name: str) -> str:
-        """Where the first archive holds a file of that name in another folder; looked up once, for the first miss."""
+        """Path in the first archive of a file with the same name in another folder; searched once."""
         if self._near is None:
             self._near = ""
             base = name.rpartition("/")[2]
@@ -120,7 +120,7 @@ class ImageStore:
         if at == len(index) or index["hash"][at] != wanted:
             return None
         offset, size, method, crc = (int(index[at][key]) for key in ("offset", "size", "method", "crc"))
-        if method != _IN_TAR:  # a zip's local header has its own lengths of name and extra field
+        if method != _IN_TAR:  # a zip's local header has separate lengths of name and extra field
             header = files.read_range(root, offset, 30)
             name_length, extra_length = struct.unpack("<HH", header[26:30])
             offset += 30 + name_length + extra_length
@@ -136,8 +136,8 @@ def _inflate(data: bytes, name: str, crc: int) -> bytes:
     except zlib.error as error:
         raise BadRecord("image", f"{name} is damaged: {error}") from None
     if not inflater.eof:
-        size = "more than the limit" if len(content) == MAX_IMAGE_BYTES else "cut off before the end"
-        raise BadRecord("image", f"{name} is {size} ({MAX_IMAGE_BYTES} bytes are the limit)")
+        size = "larger than the limit" if len(content) == MAX_IMAGE_BYTES else "truncated"
+        raise BadRecord("image", f"{name} is {size} (the limit is {MAX_IMAGE_BYTES} bytes)")
     if zlib.crc32(content) != crc:
         raise BadRecord("image", f"{name} is damaged: its checksum differs from the archive's")
     return content
@@ -177,34 +177,34 @@ def _scan_tar(path: str) -> np.ndarray:
 
 
 def check_tar_end(file: IO[bytes], tar: tarfile.TarFile, path: str, members: int) -> None:
-    """Refuse a tar that holds more behind the member where `tarfile` stopped: it ends silently at a damaged header.
+    """Check that `tarfile` stopped at the end of a tar: it also ends silently at a damaged header.
 
     Args:
         file: The tar's stream.
         tar: The tar, read to its end.
-        path: Its name, for messages.
-        members: Files that were found.
+        path: Name of the tar, for messages.
+        members: Number of files found.
 
     Raises:
-        ValueError: It is cut off or damaged, or several archives stand one behind the other.
+        ValueError: The tar is truncated or damaged, or several archives are concatenated.
     """
     end = file.seek(0, os.SEEK_END)
     if tar.offset > end:
-        raise ValueError(f"{path} is cut off inside its last member")
+        raise ValueError(f"{path} is truncated inside its last member")
     file.seek(tar.offset)
     while block := file.read(1 << 20):
         if block.strip(b"\0"):
             raise ValueError(
-                f"{path} is damaged, or several archives in one: after {members} files comes what is no end of a tar. "
+                f"{path} is damaged, or several archives in one: the data after {members} files is not a tar's end. "
                 "Write it again as one archive"
             )
 
 
 def open_tar(file: object, path: str) -> tarfile.TarFile:
-    """An uncompressed tar for reading.
+    """Open an uncompressed tar for reading.
 
     Raises:
-        ValueError: It is not one.
+        ValueError: The file is not an uncompressed tar.
     """
     try:
         return tarfile.open(fileobj=file, mode="r:")  # type: ignore[call-overload]

@@ -1,7 +1,8 @@
-"""Offset indices: where every record of a JSON, JSON-lines or tar file begins, scanned once and memory-mapped after.
+"""Offset indices: the start of every record of a JSON, JSON-lines or tar file, scanned once and memory-mapped later.
 
-An index lies in the cache folder under the hash of the file's path, size and version. Opening it again maps 8 bytes a
-record from the page cache, which all processes share: ten million records open at once and cost no private memory.
+An index is stored in the cache folder under the hash of the file's path, size and version. Opening it again maps 8
+bytes per record from the page cache, which all processes share: ten million records open at once without private
+memory.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ _SPACE = b" \t\r\n\x0b\x0c"
 
 
 def cached_array(key: Any, kind: str, build: Callable[[], np.ndarray]) -> np.ndarray:
-    """The array of `build()`, made once and then memory-mapped from the cache folder.
+    """The array of `build()`, created once and then memory-mapped from the cache folder.
 
     Args:
-        key: JSON-serializable; names what the array was made from (identities of files, options).
+        key: JSON-serializable; identifies the sources of the array (identities of files, options).
         kind: Name of the index; part of the key and of the file name.
-        build: Makes the array.
+        build: Creates the array.
 
     Returns:
         A read-only memory map.
@@ -53,14 +54,14 @@ def scan_json_lines(path: str | Path) -> np.ndarray:
     """Start of every non-blank line, and the file's end: uint64 (records + 1,)."""
     starts: list[np.ndarray] = []
     base = 0
-    line_start = 0  # of the line that the chunk begins in
-    blank = True  # nothing but space in that line so far
+    line_start = 0  # of the line at the beginning of the chunk
+    blank = True  # only space in that line so far
     for chunk in _chunks(path):
         data = np.frombuffer(chunk, dtype=np.uint8)
         breaks = np.flatnonzero(data == 0x0A)
         begins = np.concatenate([[0], breaks + 1])
         ends = np.concatenate([breaks, [len(data)]])
-        # a line is blank when all its bytes are space: test the first byte, look closer only where it is space
+        # a line is blank if all its bytes are space: test the first byte, and the others only if it is space
         first = data[np.minimum(begins, len(data) - 1)]
         maybe = np.isin(first, np.frombuffer(_SPACE, dtype=np.uint8)) | (begins == ends)
         filled = ~maybe
@@ -81,7 +82,7 @@ def scan_json_lines(path: str | Path) -> np.ndarray:
 def scan_json_array(path: str | Path) -> np.ndarray:
     """Start of every object in a JSON list of objects, and the list's closing bracket: uint64 (records + 1,).
 
-    A streaming scan: brackets outside strings are counted chunk by chunk, nothing is parsed.
+    A streaming scan: brackets outside strings are counted per chunk, nothing is parsed.
 
     Raises:
         ValueError: The file is not a list of objects, or ends inside one.
@@ -131,10 +132,10 @@ def scan_json_array(path: str | Path) -> np.ndarray:
         raise ValueError(f"{path} is empty")
     count = sum(map(len, starts))
     if end < 0 or depth != 0 or in_string:
-        raise ValueError(f"{path} is cut off: the JSON list does not end; its last record is number {count - 1}")
+        raise ValueError(f"{path} is truncated: the JSON list does not end; its last record is number {count - 1}")
     offsets = np.concatenate([*starts, [end]])
     if count and offsets[-2] > end:
-        raise ValueError(f"{path} holds more than one JSON list: the first ends at byte {end}")
+        raise ValueError(f"{path} contains more than one JSON list: the first ends at byte {end}")
     return offsets.astype(np.uint64)
 
 
@@ -149,7 +150,7 @@ def _escaped(quotes: np.ndarray, slashes: np.ndarray) -> np.ndarray:
 
 
 def line_number(path: str | Path, offset: int) -> int:
-    """Line of a byte, from 1; reads the file up to it (for error messages)."""
+    """Line number of a byte, from 1; reads the file up to it (for error messages)."""
     line, seen = 1, 0
     for chunk in _chunks(path):
         part = chunk[: max(0, offset - seen)]

@@ -22,14 +22,14 @@ _SPACE = b" \t\r\n"
 class IndexedJson:
     """Objects of a JSON list or of JSON lines by number, without loading the file.
 
-    The first opening scans the file (about 1 GB in a few seconds) and keeps the offsets in the cache folder; later ones
-    map them. `io[i]` is one positioned read and one parse.
+    The first opening scans the file (about 1 GB in a few seconds) and stores the offsets in the cache folder; later
+    ones map them. `io[i]` is one positioned read and one parse.
 
     Args:
         path: Local path or fsspec URL.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
         ValueError: The file is empty, or not a list of objects or lines.
     """
 
@@ -60,12 +60,12 @@ class IndexedJson:
             raise ValueError(f"{self.path} holds no records")
 
     def _check_lines(self, head: bytes) -> None:
-        """Refuse one object written over several lines, such as `{"data": [...]}`."""
+        """Raise an error for one object over several lines, such as `{"data": [...]}`."""
         first = head.split(b"\n", 1)[0].rstrip(_SPACE)
         if first == b"{" or first.endswith((b"[", b"{", b",")):
             raise ValueError(
-                f"{self.path} is one JSON object over several lines, not a list of records: write the list that it "
-                "holds to a file of its own"
+                f"{self.path} is one JSON object over several lines, not a list of records: write its list "
+                "to a separate file"
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -99,13 +99,13 @@ class IndexedJson:
         """The parsed object.
 
         Raises:
-            BadRecord: kind "messages": not valid JSON, or not an object; the line is named.
+            BadRecord: Kind "messages": not valid JSON, or not an object; the message gives the line.
         """
         text = self.raw(index)
         try:
             row = json.loads(text.decode())  # json.loads would guess an encoding
             if b"\0" in text:
-                raise BadRecord("messages", f"{self.where(index)} holds NUL characters: convert the file to UTF-8")
+                raise BadRecord("messages", f"{self.where(index)} contains NUL characters: convert the file to UTF-8")
         except RecursionError:
             raise BadRecord("messages", f"{self.where(index)}: the JSON is nested too deeply") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -143,7 +143,7 @@ class _JsonReader(Reader):
         try:
             first = self.rows[0]
         except BadRecord as error:
-            raise ValueError(f"{error}. The first record must be readable: it tells the file's layout") from None
+            raise ValueError(f"{error}. The first record must be readable: it determines the file's layout") from None
         if self.required not in first:
             other = "messages" if self.required == "conversations" else "llava"
             hint = ""
@@ -178,13 +178,13 @@ class LlavaReader(_JsonReader):
 
     Args:
         path: JSON list or JSON lines; local or fsspec URL.
-        image_root: Where image names are found, see `ImageStore`; the file's folder by default.
+        image_root: Base folder of image names, see `ImageStore`; the file's folder by default.
         name: Name of the source.
         allow_outside: Also open images outside `image_root`: absolute names, `..`, URLs.
 
     Raises:
-        FileNotFoundError: No such file or image root.
-        ValueError: Not this layout.
+        FileNotFoundError: The file or image root does not exist.
+        ValueError: The file has another layout.
     """
 
     required = "conversations"
@@ -196,13 +196,13 @@ class MessagesReader(_JsonReader):
 
     Args:
         path: JSON lines or JSON list; local or fsspec URL.
-        image_root: Where image names are found, see `ImageStore`; the file's folder by default.
+        image_root: Base folder of image names, see `ImageStore`; the file's folder by default.
         name: Name of the source.
         allow_outside: Also open images outside `image_root`: absolute names, `..`, URLs.
 
     Raises:
-        FileNotFoundError: No such file or image root.
-        ValueError: Not this layout.
+        FileNotFoundError: The file or image root does not exist.
+        ValueError: The file has another layout.
     """
 
     required = "messages"

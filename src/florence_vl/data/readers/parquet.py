@@ -1,4 +1,4 @@
-"""Reader of parquet tables with images in them (Hugging Face layout) or captions about images elsewhere."""
+"""Reader of parquet tables that contain images (Hugging Face layout) or captions of images elsewhere."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _IMAGE_COLUMNS = ("images", "image", "jpg", "png")
 
 
 def require_pyarrow() -> Any:
-    """`pyarrow.parquet`.
+    """Import `pyarrow.parquet`.
 
     Raises:
-        ValueError: It is not installed.
+        ValueError: pyarrow is not installed.
     """
     try:
         import pyarrow.parquet as parquet
@@ -49,31 +49,31 @@ def require_pyarrow() -> Any:
 class ParquetReader(Reader):
     """Rows of parquet files by number, read by row group.
 
-    The layout follows from the columns: `texts` (question-answer pairs: Docmatix, the-cauldron), `conversations`
-    (LLaVA), `messages` (chat), or, when `caption` names a column, captions. Images come from the first of the columns
-    `images`, `image`, `jpg`, `png` (bytes, `{bytes, path}`, a name, or a list of these), or by name from
+    The columns determine the layout: `texts` (question-answer pairs: Docmatix, the-cauldron), `conversations`
+    (LLaVA), `messages` (chat), or, if `caption` names a column, captions. Images are in the first of the columns
+    `images`, `image`, `jpg`, `png` (bytes, `{bytes, path}`, a name, or a list of these), or found by name from
     `image_template` under `image_root`.
 
-    A row costs the reading of its row group; the last groups (512 MB) stay in memory and `block` tells a mixture to
-    shuffle group-wise.
+    Reading a row reads its row group. The last groups (512 MB) stay in memory, and `block` makes a mixture shuffle
+    group-wise.
 
     Args:
         path: File, folder or glob; local or fsspec URL.
-        image_root: Where image names are found, see `ImageStore`; the file's folder by default.
+        image_root: Base folder of image names, see `ImageStore`; the file's folder by default.
         caption: Column of captions.
         prompts: User texts for captions, see `Caption`.
-        strip_prefixes: Openings to cut from captions.
-        filters: Rows to keep; the kept numbers are found once and cached.
+        strip_prefixes: Prefixes to remove from captions.
+        filters: Rows to keep; their numbers are computed once and cached.
         image_template: Name of the image file from the row's columns, e.g. "{uid}.jpg".
         id_column: Column of record ids.
-        source_column: Column that names the collection a row comes from; it becomes part of the record's source.
-        min_ratings: For `texts` with ratings for each turn (FineVision): name of a rating (`relevance` for the column
-            `relevance_ratings`) -> least value of the turns that are kept.
+        source_column: Column with the collection of a row; it becomes part of the record's source.
+        min_ratings: For `texts` with ratings per turn (FineVision): name of a rating (`relevance` for the column
+            `relevance_ratings`) -> minimum value of the turns that are kept.
         allow_outside: Also open images outside `image_root`, see `ImageStore`.
         name: Name of the source.
 
     Raises:
-        FileNotFoundError: No such file.
+        FileNotFoundError: The file does not exist.
         ValueError: pyarrow is missing, the columns fit no layout, or a filter's column does not exist.
     """
 
@@ -252,7 +252,7 @@ class ParquetReader(Reader):
         return Record(identifier, source, messages, sources)
 
     def _rated(self, row: dict[str, Any], where: str) -> list[Any]:
-        """The question-answer pairs whose ratings are high enough; a pair without a rating is kept."""
+        """The question-answer pairs with sufficient ratings; a pair without a rating is kept."""
         turns = row[self.layout]
         for name, least in self.min_ratings.items():
             ratings = row[f"{name}_ratings"]
@@ -269,7 +269,7 @@ class ParquetReader(Reader):
 
 
 def _check_splits(paths: Sequence[str]) -> None:
-    """Refuse a folder that holds the training split beside another one.
+    """Check that a folder does not mix the training split with another one.
 
     Raises:
         ValueError: It does.

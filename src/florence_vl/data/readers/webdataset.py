@@ -1,4 +1,4 @@
-"""Reader of WebDataset tar shards by number: members are indexed once, then read where they lie."""
+"""Reader of WebDataset tar shards by number: members are indexed once, then read in place."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ _MEMBER = np.dtype([("sample", "<u4"), ("name", "<u8"), ("length", "<u2"), ("off
 class WebDatasetReader(Reader):
     """Samples of tar shards: members with the same key (the name up to the first dot) belong together.
 
-    A sample's text is its `.json` member (`conversations`, `messages`, `texts`, or a caption under the key `caption`
-    names) or its `.txt` / `.caption` member; its images are the image members in order of their names.
+    The text of a sample is its `.json` member (`conversations`, `messages`, `texts`, or a caption under the key
+    `caption`) or its `.txt` / `.caption` member; its images are the image members in order of their names.
 
     Args:
         path: A `.tar`, a folder of them, or a glob; local or fsspec URL.
-        caption: Key of the caption in the JSON member; "txt" takes the text member.
+        caption: Key of the caption in the JSON member; "txt" uses the text member.
         prompts: User texts for captions, see `Caption`.
-        strip_prefixes: Openings to cut from captions.
-        filters: Samples to keep by values of the JSON member (the member is read once for every sample).
+        strip_prefixes: Prefixes to remove from captions.
+        filters: Samples to keep by values of the JSON member (which is read once for every sample).
         name: Name of the source.
 
     Raises:
-        FileNotFoundError: No shard there.
-        ValueError: Not a tar, or no samples.
+        FileNotFoundError: There is no shard.
+        ValueError: A file is not a tar, or there are no samples.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class WebDatasetReader(Reader):
             row = self._json(shard, self._parts(shard, first, count))
             return row is not None and all(f(row) for f in self.filters)
         except Exception:
-            return True  # kept, so that it is counted as bad when it is read
+            return True  # kept, so that reading it counts it as bad
 
     def _parts(self, shard: int, first: int, count: int) -> dict[str, np.void]:
         """Members of a sample by their full names."""
@@ -136,7 +136,7 @@ class WebDatasetReader(Reader):
         """The object in a sample's JSON member; None without one.
 
         Raises:
-            BadRecord: It is malformed.
+            BadRecord: The member is malformed.
         """
         shard, _, first, count = (int(x) for x in self._samples[index])
         return self._json(shard, self._parts(shard, first, count))
@@ -153,7 +153,7 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     """The object in a JSON member.
 
     Raises:
-        BadRecord: kind "messages": it is none.
+        BadRecord: Kind "messages": the member is not an object.
     """
     try:
         row = json.loads(decode_text(data, where))
@@ -187,17 +187,17 @@ def record_from_members(
     index: int,
     where: str,
 ) -> Record:
-    """A record from the members of one WebDataset sample.
+    """Create a record from the members of one WebDataset sample.
 
     Args:
-        key: The sample's key; its id when the JSON gives none.
+        key: The sample's key; its id if the JSON has none.
         names: Names of the image members, sorted.
         images: Their sources, in the same order.
         row: The JSON member; empty without one.
         text: The text member, if any.
-        caption: How a caption becomes messages; its column "txt" takes `text`, or the JSON's `caption`.
+        caption: Converts a caption to messages; its column "txt" uses `text`, or the JSON's `caption`.
         source: Name of the data set.
-        index: Number that chooses the prompt.
+        index: Number that determines the prompt.
         where: Name of the sample, for messages.
 
     Raises:
@@ -210,9 +210,9 @@ def record_from_members(
         listed = row_images(row, where)
         chosen = [by_name.get(PurePosixPath(str(image)).name) for image in listed] if listed else list(images)
         if any(image is None for image in chosen):
-            raise BadRecord("image", f"{where}: the JSON names images {listed} that the sample does not hold")
+            raise BadRecord("image", f"{where}: the JSON names images {listed} that are not in the sample")
         images = [image for image in chosen if image is not None]
-    if layout:  # the members are the images, whatever the messages call them
+    if layout:  # the members are the images, whatever the messages name
         messages, _ = from_row(row, layout, [b"member"] * len(images), ImageStore(None), where)
     else:
         refuse_meaning(row, where, SYSTEM_KEYS)
@@ -225,24 +225,24 @@ def record_from_members(
 
 
 def _split_key(name: str) -> tuple[str, str]:
-    """(key, extension): WebDataset cuts at the first dot of the last path component."""
+    """(key, extension): WebDataset splits at the first dot of the last path component."""
     folder, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return (f"{folder}/{stem}" if folder else stem), extension
 
 
 def _scan_shard(path: str) -> np.ndarray:
-    """Members of a shard. `name` and `length` say where the name's bytes stand in the tar's headers.
+    """Members of a shard. `name` and `length` give the position of the name's bytes in the tar's headers.
 
     Raises:
-        ValueError: Not a tar, or it is cut off.
+        ValueError: The file is not a tar, or is truncated.
     """
     import tarfile
 
     rows = []
     sample, last = -1, None
     keys: set[str] = set()
-    names: dict[str, str] = {}  # of the sample: what a member is -> its name
+    names: dict[str, str] = {}  # of the sample: kind of member -> its name
     with files.open_file(path) as file, open_tar(file, path) as tar:
         try:
             for member in tar:
@@ -252,13 +252,13 @@ def _scan_shard(path: str) -> np.ndarray:
                 key, extension = _split_key(member.name)
                 base = member.name.rpartition("/")[2]
                 if not extension or base.startswith(("__", ".")) or member.name.startswith("__MACOSX/"):
-                    continue  # of WebDataset's own, or hidden files of a desktop
+                    continue  # WebDataset's own members, or hidden files of a desktop
                 if key != last:
                     if key in keys:
                         raise ValueError(
                             f"{path}: the sample {printable(key)!r} comes back with the member "
-                            f"{printable(member.name)!r} after another sample: members of one sample must stand "
-                            "together (tar --sort=name)"
+                            f"{printable(member.name)!r} after another sample: the members of a sample must be "
+                            "adjacent (tar --sort=name)"
                         )
                     keys.add(key)
                     names.clear()
@@ -268,8 +268,8 @@ def _scan_shard(path: str) -> np.ndarray:
                 if what in names:
                     raise ValueError(
                         f"{path}: the sample {printable(key)!r} has two members {printable(names[what])!r} and "
-                        f"{printable(member.name)!r}: a sample holds one text, one .json and no name twice. Its key "
-                        "is the name up to the first dot, so keys must have no dots"
+                        f"{printable(member.name)!r}: a sample has one text, one .json and no duplicate names. Its key "
+                        "is the name up to the first dot, so keys must not contain dots"
                     )
                 names[what] = member.name
                 rows.append(

@@ -1,4 +1,4 @@
-"""Scores of answers, without heavy dependencies: strict parsers and metrics by name."""
+"""Metrics and strict parsers of answers by name, without heavy dependencies."""
 
 from florence_vl.evaluate.metrics import choice, documents, judged, reasoning, short, vqa, yes_no
 from florence_vl.evaluate.metrics.base import KINDS, METRICS, Metric, Units, Verdict, score_all, stratify

@@ -1,4 +1,4 @@
-"""What a metric is: a verdict on one answer, and a score over units of questions that stand or fall together."""
+"""Base class of metrics: a verdict on one answer, and a score over units of dependent questions."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from florence_vl.statistics import Strata, Units
 
 METRICS: Registry[Metric] = Registry("metric")
 
-# Kinds of outcome, in the order in which a report lists failures.
+# Kinds of outcome, in the order in which reports list failures.
 KINDS = ("right", "partly", "wrong", "unparsed", "empty", "runaway")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one answer.
+    """Result of one answer.
 
     Attributes:
-        parsed: What was read from the raw answer; None when nothing could be read.
-        score: Between 0 (wrong) and 1 (right).
+        parsed: The parsed answer; None if it could not be parsed.
+        score: Between 0 (wrong) and 1 (correct).
         kind: One of `KINDS`.
-        details: Further scores of the same answer by name, for instance `as_authors`.
+        details: Further scores of the same answer by name, e.g. `as_authors`.
     """
 
     parsed: Any
@@ -43,7 +43,7 @@ Judged = tuple[Verdict, Reference]
 def verdict(
     answer: str, parsed: Any, score: float, finished: bool, details: Mapping[str, float] | None = None
 ) -> Verdict:
-    """A verdict with its kind: an empty answer never scores; one cut at the token limit and wrong ran away."""
+    """A verdict with its kind: an empty answer never scores; a wrong one cut at the token limit is runaway."""
     if not answer.strip():
         return Verdict(None, 0.0, "empty", details)
     if score >= 1:
@@ -60,26 +60,26 @@ def verdict(
 class Metric(ABC):
     """Scores the answers of a benchmark.
 
-    A metric sees one answer at a time (`judge`), then units: the questions that are one sample in the statistical
-    sense, for instance the two images of an MMVP pair. Every score is a function of the strata's mean unit vectors
-    (`combine`), so confidence intervals come from resampling units, whatever the benchmark.
+    A metric first judges single answers (`judge`), then units: the questions that are one sample in the statistical
+    sense, for example the two images of an MMVP pair. Every score is a function of the strata's mean unit vectors
+    (`combine`), so confidence intervals can be computed by resampling units, for any benchmark.
 
     Attributes:
         name: Name in the registry.
-        headline: The key of `combine` that stands for the benchmark in a table.
+        headline: The key of `combine` that represents the benchmark in a table.
     """
 
     name: str = ""
     headline: str = "accuracy"
 
     def judge(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
-        """Verdict on one raw answer, its reasoning blocks aside.
+        """Verdict on one raw answer, without its reasoning blocks.
 
         Args:
-            answer: The model's text as it was generated.
-            reference: What the benchmark knows about the question (`answer` or `answers`, `choices`, categories ...).
-            finished: False when generation ran into its token limit: such an answer is runaway text unless it already
-                is a complete answer of the expected form.
+            answer: The generated text.
+            reference: What is known about the question (`answer` or `answers`, `choices`, categories ...).
+            finished: False if generation reached its token limit: such an answer is runaway text unless it already is a
+                complete answer of the expected form.
         """
         found = self.read(without_reasoning(answer), reference, finished)
         if found.kind == "empty" and answer.strip():  # reasoning without an answer
@@ -88,10 +88,10 @@ class Metric(ABC):
 
     @abstractmethod
     def read(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
-        """Verdict on an answer without reasoning blocks; arguments as of `judge`."""
+        """Verdict on an answer without reasoning blocks; arguments as in `judge`."""
 
     def unit(self, reference: Reference) -> Hashable | None:
-        """Key of the unit a question belongs to; None when each question is its own."""
+        """Key of the unit of a question; None if each question is a unit."""
         return None
 
     def stratum(self, reference: Reference) -> str:
@@ -99,15 +99,15 @@ class Metric(ABC):
         return ""
 
     def complete(self, judged: Sequence[Judged]) -> bool:
-        """Whether all questions of a unit are there, as far as the benchmark's rules tell."""
+        """Whether all questions of a unit are present, as far as the benchmark's rules determine it."""
         return True
 
     def vector(self, judged: Sequence[Judged]) -> tuple[float, ...]:
-        """The numbers of one unit; by default the score of its only question."""
+        """The values of one unit; by default the score of its only question."""
         return (judged[0][0].score,)
 
     def extremes(self, judged: Sequence[Judged]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Vectors that this unit would have with every question wrong, and with every question right."""
+        """Vectors of this unit with every question wrong, and with every question correct."""
         wrong = [(Verdict(None, 0.0, "wrong", dict.fromkeys(v.details or {}, 0.0)), ref) for v, ref in judged]
         right = [
             (Verdict(ref.get("answer"), 1.0, "right", dict.fromkeys(v.details or {}, 1.0)), ref) for v, ref in judged
@@ -115,7 +115,7 @@ class Metric(ABC):
         return self.vector(wrong), self.vector(right)
 
     def combine(self, strata: Strata) -> dict[str, float]:
-        """Scores from the strata's means; by default the mean over all units as `accuracy`, in per cent."""
+        """Scores from the means of the strata; by default the mean over all units as `accuracy`, in percent."""
         return {self.headline: 100 * pooled(strata)[0]}
 
 
@@ -140,7 +140,7 @@ def score_all(chosen: Metric, judged: Sequence[Judged]) -> dict[str, float]:
     """Scores of a benchmark from all its verdicts.
 
     Raises:
-        ValueError: There is no verdict.
+        ValueError: There are no verdicts.
     """
     return chosen.combine(stratify(chosen, judged).means())
 
@@ -152,12 +152,12 @@ def stratify(
 
     Args:
         chosen: The metric.
-        judged: One verdict and reference a question.
-        ids: The questions' ids, used as keys of units that are single questions.
-        drop_incomplete: Leave out units of which a question is missing.
+        judged: One verdict and reference per question.
+        ids: Ids of the questions, used as keys of units that are single questions.
+        drop_incomplete: Drop units with a missing question.
 
     Raises:
-        ValueError: There is no verdict.
+        ValueError: There are no verdicts.
     """
     if not judged:
         raise ValueError(f"no answer to score with the metric {chosen.name!r}")

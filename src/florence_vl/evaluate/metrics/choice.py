@@ -1,4 +1,4 @@
-"""Multiple choice: strict parsing of the chosen letter, and the benchmarks that need nothing else."""
+"""Multiple choice: strict parsing of the chosen letter, and the benchmarks that use only letters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from florence_vl.evaluate.metrics.base import Judged, Metric, Reference, Strata,
 from florence_vl.evaluate.metrics.final import plain_text, unwrapped
 from florence_vl.evaluate.metrics.text import NUMBERS
 
-# A letter that stands by itself, in brackets or not; the groups are the letter in brackets, and the one without.
+# A separate letter, with or without brackets; the groups are the letter in brackets, and the one without.
 _LETTER = r"(?:[(\[]\s?([A-Za-z])\s?[)\]]|(?<![A-Za-z0-9_'])([A-Za-z])(?![A-Za-z0-9_']))"
 _NOUN = (
     r"(?:(?:final|correct|best|right|selected|most\s(?:appropriate|likely|suitable)|my)\s{1,3}){0,3}"
@@ -41,7 +41,7 @@ _JUDGED = re.compile(
     r"|(?:best\s)?(?:matches|fits|describes|represents))\b",
     re.I,
 )
-# What may follow a stated letter; without it "the answer is A dog" would name the option A.
+# What may follow a stated letter; otherwise "the answer is A dog" would name the option A.
 _AFTER = re.compile(
     r"\s*(?:$|[.,:;!?)\]\n(]|-(?!\w)|[^\x00-\x7f]|(?:because|since|as|for|due|given|which|based|from|with|by|see|in|on|that|this|"
     r"according|here|rather|not|instead|if|so|therefore|it|is|was)\b)",
@@ -73,24 +73,24 @@ _WORD = re.compile(r"\d+(?:[./:]\d+)*%?|[^\W\d_\u3040-\u9fff]+|[\u3040-\u9fff]")
 
 
 def parse_choice(answer: str, choices: Sequence[str], finished: bool = True) -> str | None:
-    """The letter that an answer chooses, or None when it chooses none or more than one.
+    """The letter that an answer chooses; None if it chooses none or more than one.
 
-    Read are, alike for every letter and after `without_reasoning`:
+    These forms are read, equally for every letter and after `without_reasoning`:
 
     - the letter alone or in answer tags, a box or JSON: "B", "(b)", "**B.**", `\\boxed{B}`, "<answer>B</answer>";
     - a letter with a delimiter and text, or before its own option: "B. a dog", "Option B: a dog", "B a dog";
     - a statement: "The answer is (B) because ...", "B is correct", "I think it's B"; of two statements the second
-      where it takes the first back ("no wait, the answer is B");
+      if it retracts the first ("no wait, the answer is B");
     - a last line that is one of these;
     - an option's own words: "a dog", "The animal is a dog, not a cat."
 
-    A guess is never made: "A church" doesn't choose A, and hedges and lists of options choose nothing. Of an answer cut
-    off at the token limit only a whole first line, or the beginning of an option after its letter, is read.
+    Nothing is guessed: "A church" does not choose A, and hedges and lists of options choose nothing. Of an answer cut
+    at the token limit, only a complete first line, or the beginning of an option after its letter, is read.
 
     Args:
         answer: Raw text.
-        choices: The options in order; empty texts where they are not known.
-        finished: False when generation ran into its token limit.
+        choices: The options in order; empty texts if they are unknown.
+        finished: False if generation reached its token limit.
     """
     reader = _Reader(choices)
     found = {reader.read(plain_text(part), finished) for part in unwrapped(answer.strip())}
@@ -141,7 +141,7 @@ class _Reader:
         return self.known(headed, upper=headed[1] is None) if headed else None
 
     def lists(self, letter: str, after: str, rest: str, finished: bool) -> bool:
-        """Whether what follows a heading names another option in the same way (in a cut answer: any option)."""
+        """Whether the text after a heading names another option in the same way (in a truncated answer: any option)."""
         if (another := _ANOTHER.match(after)) and self.known(another) not in (None, letter):
             return True
         explains = _EXPLAINS.search(rest)
@@ -152,7 +152,7 @@ class _Reader:
         return bool(named - {letter} if finished else named)
 
     def cut(self, letter: str, rest: str, text: str) -> bool:
-        """Whether an answer that was cut off had chosen before: a whole line, its option, or part of its option."""
+        """Whether a truncated answer had already chosen: a complete line, its option, or part of its option."""
         if re.match(r"\(?[A-Z][).]?\n", text):
             return True
         said, option = " ".join(_words(rest)), " ".join(self.options[self.letters.index(letter)])
@@ -160,7 +160,7 @@ class _Reader:
         return bool(said) and (option.startswith(said) or (first == option and first != said))
 
     def followed(self, text: str, finished: bool) -> str | None:
-        """A letter before its own option, or before an article where the options are not known."""
+        """A letter before its own option, or before an article if the options are unknown."""
         match = re.match(r"([A-Z])\s+(?=\S)", text)
         if not match or match[1] not in self.letters:
             return None
@@ -173,7 +173,7 @@ class _Reader:
         return match[1] if finished and said[:1] and said[0] in _ARTICLES and not any(self.options) else None
 
     def stated(self, text: str) -> str | None:
-        """The letter of the only statement, or of the last one where it takes the others back; "" for a conflict."""
+        """The letter of the only statement, or of the last one if it retracts the others; "" for a conflict."""
         found: list[tuple[int, int, str]] = []
         for pattern in (_STATED, _JUDGED):
             for match in pattern.finditer(text):
@@ -195,7 +195,7 @@ class _Reader:
         return found[-1][2] if found else None
 
     def meant(self, match: re.Match[str], text: str, letter: str) -> bool:
-        """Whether the letter of a statement is meant as one: not the article in "the answer is a cat"."""
+        """Whether the letter of a statement is a choice, not the article in "the answer is a cat"."""
         after = text[match.end() : match.end() + 200]
         if match[1]:
             return True
@@ -206,7 +206,7 @@ class _Reader:
         return bare.isupper() and bool(option) and _words(after)[: len(option)] == option
 
     def by_words(self, text: str) -> str | None:
-        """The only option whose words stand in the text, those that are denied aside; None where the text hedges."""
+        """The only option whose words are in the text, without negated ones; None if the text hedges."""
         said = _words(text)
         same = [i for i, option in enumerate(self.options) if option and option == said]
         if same:
@@ -230,7 +230,7 @@ class _Reader:
 
 
 def _words(text: str) -> list[str]:
-    """Lower-case words and numbers, number words as digits, no thousands separators; CJK characters one by one."""
+    """Lower-case words and numbers; number words as digits, without thousands separators, CJK characters separately."""
     text = re.sub(r"(?<=\d),(?=\d{3})", "", text.lower().replace("'", ""))
     return [NUMBERS.get(word, word) if word != "none" else word for word in _WORD.findall(text)]
 
@@ -242,13 +242,13 @@ def _find(words: Sequence[str], wanted: Sequence[str]) -> list[int]:
 def substring_match(answer: str, letter: str) -> bool:
     """The scoring rule of the authors' released script for MMVP and CV-Bench: equality or containment either way.
 
-    An empty answer is contained in every letter and so counts as right. Kept only to reproduce their numbers.
+    An empty answer is contained in every letter and therefore counts as correct. Only for reproducing their numbers.
     """
     return answer == letter or letter in answer or answer in letter
 
 
 class _Choice(Metric):
-    """Base of multiple-choice metrics: references carry `answer` (a letter) and `choices`."""
+    """Base of multiple-choice metrics: references contain `answer` (a letter) and `choices`."""
 
     def read(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
         found = parse_choice(answer, reference["choices"], finished)
@@ -263,7 +263,7 @@ class MultipleChoice(_Choice):
 
 @metric("choice_by_category")
 class ChoiceByCategory(_Choice):
-    """Accuracy overall and of each `category`, which is also where resampling takes place."""
+    """Accuracy overall and per `category`; resampling is within categories."""
 
     def stratum(self, reference: Reference) -> str:
         return str(reference.get("category") or "")
@@ -275,9 +275,9 @@ class ChoiceByCategory(_Choice):
 
 @metric("circular_choice")
 class CircularChoice(_Choice):
-    """MMBench: a question counts when all its copies with rotated options are answered right (Liu et al., 2023).
+    """MMBench: a question counts if all its copies with rotated options are answered correctly (Liu et al., 2023).
 
-    Copies carry the question's number plus multiples of 1,000,000. `single` is accuracy over the copies.
+    Copies have the question's number plus multiples of 1,000,000. `single` is accuracy over the copies.
     """
 
     headline = "circular"
@@ -296,7 +296,7 @@ class CircularChoice(_Choice):
 
 @metric("mmstar")
 class MMStar(_Choice):
-    """MMStar: mean over the fine categories as lmms-eval has it, over all questions, and of the six abilities."""
+    """MMStar: mean over the fine categories as in lmms-eval, over all questions, and of the six abilities."""
 
     headline = "average"
 
@@ -317,7 +317,7 @@ class MMStar(_Choice):
 
 @metric("mmvp")
 class MMVP(_Choice):
-    """MMVP: `pair` counts pairs of images with both answers right, `single` counts answers (Tong et al., 2024).
+    """MMVP: `pair` counts pairs of images with both answers correct, `single` counts answers (Tong et al., 2024).
 
     `as_authors` is accuracy with the authors' substring rule (see `substring_match`).
     """
@@ -332,7 +332,7 @@ class MMVP(_Choice):
 
     def vector(self, judged: Sequence[Judged]) -> tuple[float, ...]:
         if len(judged) != 2:
-            raise ValueError(f"MMVP has two images a pair, found {len(judged)} at index {judged[0][1]['unit']}")
+            raise ValueError(f"MMVP has two images per pair, found {len(judged)} at index {judged[0][1]['unit']}")
         scores = [found.score for found, _ in judged]
         lenient = sum((found.details or {})["as_authors"] for found, _ in judged) / 2
         return (float(sum(scores) == 2), sum(scores) / 2, lenient)
@@ -375,7 +375,7 @@ class CVBench(_Choice):
 
 @metric("choice_or_text")
 class ChoiceOrText(_Choice):
-    """A letter where the answer is one of the options' letters, else the exact text (RealWorldQA)."""
+    """A letter if the answer is one of the options' letters, otherwise the exact text (RealWorldQA)."""
 
     def read(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
         if reference["answer"].strip().upper() in ascii_uppercase[: max(4, len(reference.get("choices") or ()))]:

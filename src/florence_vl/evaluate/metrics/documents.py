@@ -12,7 +12,7 @@ from florence_vl.evaluate.metrics.text import edit_distance
 def anls(answer: str, answers: Sequence[str], threshold: float = 0.5) -> float:
     """Average normalized Levenshtein similarity of one question (Biten et al., 2019).
 
-    The best 1 - distance / longer length over the accepted answers, lower-cased with single spaces; 0 below the
+    The maximum of 1 - distance / longer length over the accepted answers, lower-cased with single spaces; 0 below the
     threshold.
     """
     given = " ".join(answer.lower().split())
@@ -28,7 +28,7 @@ def anls(answer: str, answers: Sequence[str], threshold: float = 0.5) -> float:
 
 
 def relaxed_match(answer: str, wanted: str, tolerance: float = 0.05) -> bool:
-    """ChartQA's relaxed accuracy: numbers within 5 %, else equality whatever the case (Masry et al., 2022)."""
+    """ChartQA's relaxed accuracy: numbers within 5 %, otherwise equality ignoring case (Masry et al., 2022)."""
     answer, wanted = answer.strip(), wanted.strip()
     if not answer:
         return False
@@ -60,7 +60,7 @@ class ANLS(Metric):
 
 @metric("relaxed_accuracy")
 class RelaxedAccuracy(Metric):
-    """Relaxed accuracy, over all questions and of each question type (ChartQA)."""
+    """Relaxed accuracy, over all questions and per question type (ChartQA)."""
 
     headline = "relaxed_overall"
 
@@ -77,9 +77,9 @@ class RelaxedAccuracy(Metric):
 
 @metric("ocrbench")
 class OCRBench(Metric):
-    """OCRBench: an accepted answer stands in the model's text (Liu et al., 2023); spaces don't count in formulas.
+    """OCRBench: the answer contains an accepted answer (Liu et al., 2023); spaces are ignored in formulas.
 
-    Containment rewards text that never ends, so an answer that ran into the token limit is wrong here.
+    Containment rewards endless text, so an answer that reached the token limit is wrong here.
     """
 
     def read(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:

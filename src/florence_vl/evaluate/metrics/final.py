@@ -1,6 +1,6 @@
-"""The part of a generated text that is its answer: without reasoning, out of its wrappings, without emphasis.
+"""Extract the final answer from a generated text: without reasoning, wrappers and emphasis.
 
-Every function takes time linear in the text's length.
+All functions take time linear in the length of the text.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _HTML = re.compile(r"</?(?:b|i|u|p|em|strong|span|div|br)\s?/?>", re.IGNORECASE)
 _SYMBOLS = re.compile("[\u2190-\u21ff\u2600-\u27bf\ufe0f\U0001f300-\U0001faff]")  # arrows, check marks, emoji
 _QUOTED = re.compile(r"'([^']*)'[.!]?")
 _FENCE = re.compile(r"```[a-z]{0,10}", re.IGNORECASE)
-# Full-width ASCII, the ideographic space and comma and full stop, dashes, curly quotes.
+# Full-width ASCII, the ideographic space, comma and full stop, dashes, curly quotes.
 _PLAIN = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
     0x3000: " ", 0x3001: ",", 0x3002: ".", 0xFF61: ".", 0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"',
     0x300C: '"', 0x300D: '"', 0x2010: "-", 0x2011: "-",
@@ -39,7 +39,7 @@ _EMPHASIS = str.maketrans("", "", '*`"#$')
 
 
 def without_reasoning(text: str) -> str:
-    """The text after its last reasoning block; an unclosed block and all text after it are not an answer."""
+    """The text after its last reasoning block; an unclosed block and all text after it are not part of the answer."""
     start, opened = 0, None
     for tag in _REASONING.finditer(text):
         closes = "/" in tag.groups() or tag[4] == "end_of"
@@ -51,7 +51,7 @@ def without_reasoning(text: str) -> str:
 
 
 def unwrapped(text: str) -> list[str]:
-    """What stands in answer tags, boxes or the field `answer` of JSON, in order; else the text itself."""
+    """The content of answer tags, boxes or the field `answer` of JSON, in order; otherwise the text itself."""
     found = _tagged(text) or _boxed(text)
     if found:
         return [_boxed(part)[-1] if _boxed(part) else part for part in found]
@@ -100,7 +100,7 @@ def _boxed(text: str) -> list[str]:
 
 
 def plain_tex(text: str) -> str:
-    """TeX as plain text, as far as short answers need it: fractions with a slash, no font commands, no braces."""
+    """TeX as plain text, as far as short answers need it: fractions with a slash, without font commands and braces."""
     if "\\" not in text and "{" not in text:
         return text
     return _TEX.sub(" ", _FRACTION.sub(r"\1/\2", text)).replace("{", "").replace("}", "")

@@ -1,4 +1,4 @@
-"""Answers inside longer text, read without a judge: MMMU and MathVista."""
+"""Answers inside longer text, parsed without a judge: MMMU and MathVista."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def mmmu_normalize(text: str) -> list[str | float]:
 
 
 def mmmu_open_candidates(answer: str) -> list[str | float]:
-    """What an open MMMU answer may mean: the tails of its concluding sentences and the numbers in them.
+    """Candidates of an open MMMU answer: the ends of its concluding sentences and the numbers in them.
 
     Follows the official `parse_open_response` (Yue et al., 2024), in a fixed order.
     """
@@ -52,7 +52,7 @@ def mmmu_open_candidates(answer: str) -> list[str | float]:
         for tail in (part.split(sign)[-1].strip() for sign in signs if sign in part):
             if not shortest or len(tail) < len(
                 shortest
-            ):  # as the official code: an empty tail undoes what came before it
+            ):  # as in the official code: an empty end discards what came before it
                 shortest = tail
         if shortest and shortest not in {":", ",", ".", "!", "?", ";", "'"}:
             tails.append(shortest)
@@ -62,7 +62,7 @@ def mmmu_open_candidates(answer: str) -> list[str | float]:
 
 
 def mmmu_open_match(candidates: Sequence[str | float], answers: Sequence[str]) -> bool:
-    """Whether a candidate number equals an accepted one, or an accepted text stands in a candidate text."""
+    """Whether a candidate number equals an accepted one, or a candidate text contains an accepted text."""
     wanted = [value for answer in answers for value in mmmu_normalize(answer)]
     texts = [value for value in wanted if isinstance(value, str) and value.strip()]
     return any(
@@ -73,7 +73,7 @@ def mmmu_open_match(candidates: Sequence[str | float], answers: Sequence[str]) -
 
 @metric("mmmu")
 class MMMU(Metric):
-    """MMMU: letters of multiple-choice questions, official matching of open ones; the unreadable is wrong."""
+    """MMMU: letters of multiple-choice questions, official matching of open ones; unreadable answers are wrong."""
 
     def read(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
         if reference["question_type"] == "multiple-choice":
@@ -102,9 +102,10 @@ def _as_list(answer: str) -> list[str]:
 
 
 def read_number(answer: str) -> float | None:
-    """The number in an answer: alone, boxed, stated ("the answer is 14"), or the last sentence's only one.
+    """The number in an answer: alone, boxed, stated ("the answer is 14"), or the only one in the last sentence.
 
-    Of a last sentence with several numbers, the only one after its conclusion counts ("5 + 9 = 14", "so there are 14").
+    If the last sentence has several numbers, the only one after its conclusion counts ("5 + 9 = 14", "so there are
+    14").
     """
     text = plain_text(unwrapped(answer)[-1])
     bare = text.rstrip(".").lstrip("$€£ ").rstrip("% ").replace(",", "")
@@ -134,8 +135,8 @@ def _float(text: str) -> float:
 class MathVista(Metric):
     """MathVista without an extraction model: options, numbers at the asked precision, lists.
 
-    Where the official code lets an LLM extract the answer, or takes the option nearest in spelling, an answer that
-    can't be read is wrong.
+    Where the official code lets an LLM extract the answer, or uses the option closest in spelling, an unreadable answer
+    is wrong here.
     """
 
     def read(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:

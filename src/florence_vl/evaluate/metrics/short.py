@@ -1,4 +1,4 @@
-"""Short answers of any form: a letter where there are options, yes or no, a number, or a few words (mini suite)."""
+"""Short answers of any form: a letter if there are options, yes or no, a number, or a few words (mini suite)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from florence_vl.evaluate.metrics.yes_no import parse_yes_no
 
 
 def short_normalize(text: str) -> str:
-    """Lower case, single spaces, no article in front, no marks around, no currency signs; number words as digits."""
+    """Lower case, single spaces, no leading article, punctuation or currency signs; number words as digits."""
     text = re.sub(r"[$€£]\s*", "", " ".join(text.lower().split())).strip(" .,;:!?\"'`*()")
     text = re.sub(r"^(?:a|an|the)\s+", "", text)
     return " ".join(NUMBERS.get(word, word) for word in text.split())
@@ -19,7 +19,7 @@ def short_normalize(text: str) -> str:
 
 @metric("short_answer")
 class ShortAnswer(Metric):
-    """Accuracy where the form of the right answer decides how an answer is read; also of each `skill`."""
+    """Accuracy, where the form of the correct answer determines how an answer is parsed; also per `skill`."""
 
     def read(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
         wanted = reference["answer"]

@@ -1,4 +1,4 @@
-"""Normalization of short answers as the VQA, EvalAI and DocVQA evaluation servers do it, and edit distance."""
+"""Normalization of short answers as in the VQA, EvalAI and DocVQA evaluation servers, and edit distance."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def strip_punctuation(text: str) -> str:
-    """Punctuation as the VQA script treats it: dropped beside a space or in numbers with commas, else made a space."""
+    """Punctuation as in the VQA script: removed next to a space or in numbers with commas, otherwise made a space."""
     in_number = _COMMA_IN_NUMBER.search(text) is not None
     out = text
     for mark in _PUNCTUATION:
@@ -87,7 +87,7 @@ def evalai_normalize(text: str) -> str:
 
 
 def plain_normalize(text: str) -> str:
-    """Lower case, no ASCII punctuation, single spaces: exact match as lmms-eval has it with both `ignore_` flags."""
+    """Lower case, no ASCII punctuation, single spaces: exact match as in lmms-eval with both `ignore_` flags."""
     return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
 
 

@@ -12,7 +12,7 @@ from florence_vl.evaluate.metrics.text import evalai_normalize, plain_normalize,
 def vqa_accuracy(answer: str, answers: Sequence[str], normalize: Callable[[str], str] = vqa_normalize) -> float:
     """Accuracy against annotators: the mean, over each annotator left out, of min(1, agreeing others / 3).
 
-    An answer of which normalization leaves nothing scores 0, also when an annotator's answer vanishes too.
+    An answer that is empty after normalization scores 0, even if an annotator's answer is empty too.
     """
     given = normalize(answer)
     if not given or not answers:
@@ -43,7 +43,7 @@ class EvalAIAccuracy(VQAAccuracy):
 
 @metric("exact_match")
 class ExactMatch(Metric):
-    """Equality with the answer without regard to case, punctuation and spacing (GQA)."""
+    """Equality with the answer, ignoring case, punctuation and spacing (GQA)."""
 
     def read(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
         given = plain_normalize(answer)

@@ -20,7 +20,7 @@ _WORDS = {
     "no": "no nope nah negative 否 不 不是 没有 不对",
 }
 _MEANING = {word: meaning for meaning, words in _WORDS.items() for word in words.split()}
-# Read only where they are the whole answer.
+# Read only if they are the whole answer.
 _ALONE = _MEANING | dict.fromkeys(("y", "true", "correct", "right"), "yes")
 _ALONE |= dict.fromkeys(("n", "false", "incorrect", "wrong", "none"), "no")
 _SAYS = "|".join(sorted(_MEANING, key=len, reverse=True))
@@ -39,7 +39,7 @@ _EXISTS = re.compile(
 
 
 def parse_yes_no(answer: str, finished: bool = True) -> str | None:
-    """`yes` or `no` when the answer begins with it, states it or ends with it, and doesn't take it back, else None.
+    """`yes` or `no` if the answer begins with it, states it or ends with it, and does not retract it; otherwise None.
 
     "Yes.", "No, there is none", "The answer is no.", "I see a dog, so yes" and "There is no dog in the image." are
     read, in answer tags and boxes too; "Yes or no", "Yes. No.", "Maybe yes", an empty answer and one cut off at the
@@ -90,7 +90,7 @@ class YesNo(_YesNo):
 
 @metric("pope")
 class POPE(_YesNo):
-    """Object hallucination: accuracy, precision, recall, F1 and share of "yes" (Li et al., 2023).
+    """Object hallucination: accuracy, precision, recall, F1 and fraction of "yes" (Li et al., 2023).
 
     An answer that is neither is wrong, and counts as "not yes" in recall.
     """
@@ -115,7 +115,7 @@ class POPE(_YesNo):
 
 @metric("mme")
 class MME(_YesNo):
-    """MME: an image's two questions give accuracy and accuracy+ (both right), added up (Fu et al., 2023).
+    """MME: an image's two questions give accuracy and accuracy+ (both correct), summed (Fu et al., 2023).
 
     `perception` has at most 2000 points in ten categories, `cognition` at most 800 in four. A category without
     questions adds nothing.
@@ -155,9 +155,9 @@ class MME(_YesNo):
 
 @metric("hallusion_bench")
 class HallusionBench(_YesNo):
-    """HallusionBench: questions (aAcc), question pairs (qAcc), figures (fAcc) answered right throughout.
+    """HallusionBench: questions (aAcc), question pairs (qAcc) and figures (fAcc) with all answers correct.
 
-    The official code leaves figure 0 of visual-supplement questions (no figure shown) out of fAcc (Guan et al., 2024).
+    The official code excludes figure 0 of visual-supplement questions (no figure shown) from fAcc (Guan et al., 2024).
     """
 
     headline = "aAcc"

@@ -1,4 +1,4 @@
-"""Benchmarks and suites by name, from the YAML files beside this one and those of installed packages."""
+"""Benchmarks and suites by name, from the YAML files in this folder and those of installed packages."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _FOLDER = Path(str(files(__package__)))
 
 @dataclass(frozen=True)
 class PackagedSuite:
-    """A suite that a package brings, data included; the value of an entry point of the group `florence_vl.suites`.
+    """A suite in a package, with its data; the value of an entry point of the group `florence_vl.suites`.
 
     Attributes:
-        folder: Its YAML files: one a benchmark, and `suites.yaml`.
+        folder: Its YAML files: one per benchmark, and `suites.yaml`.
         dataset: `source.dataset` of its benchmarks.
-        make: Returns the folder with their parquet files, made at the first call.
+        make: Returns the folder with their parquet files, created at the first call.
     """
 
     folder: Path
@@ -52,10 +52,10 @@ def _load() -> dict[str, list[str]]:
 
 
 def data_folder(benchmark: Benchmark, data: Path | None) -> Path:
-    """Where a benchmark's parquet files lie: with the package that brings them, else in `data`.
+    """Folder of a benchmark's parquet files: in the package that provides them, otherwise `data`.
 
     Raises:
-        ValueError: No package brings them and `data` is None; the message names the command that downloads them.
+        ValueError: No package provides them and `data` is None; the message gives the download command.
     """
     packaged = packaged_suites().get(benchmark.source.dataset)
     if packaged is not None:
@@ -73,7 +73,7 @@ def benchmark_pictures(data: Path) -> Iterator[tuple[str, bytes]]:
     """Pictures of all benchmarks whose files are in a data folder, each once: a name and the encoded bytes.
 
     Raises:
-        FileNotFoundError: No benchmark's files are there.
+        FileNotFoundError: There are no files of any benchmark.
         ValueError: A file has another schema.
     """
     _load()
@@ -100,8 +100,8 @@ def add_benchmark(path: Path) -> Benchmark:
     """Register the benchmark of a YAML file.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file doesn't describe a benchmark, or its name is taken by another one.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file does not describe a benchmark, or its name is used by another one.
     """
     found = read_benchmark(path)
     if found.name in BENCHMARKS and BENCHMARKS[found.name] != found:
@@ -123,15 +123,15 @@ def benchmark_names() -> list[str]:
 
 
 def choose(names: str | Sequence[str], protocol: str = "current") -> list[Benchmark]:
-    """Benchmarks by name, by suite, or from YAML files of one's own; each once, in the order given.
+    """Benchmarks by name, by suite, or from YAML files; each once, in the given order.
 
     Args:
-        names: Names, or one text with commas between them.
+        names: Names, or one comma-separated text.
         protocol: `current` or `authors` (see `Benchmark.with_protocol`).
 
     Raises:
-        FileNotFoundError: A YAML file isn't there.
-        ValueError: Neither a suite nor a benchmark; near names are listed.
+        FileNotFoundError: A YAML file does not exist.
+        ValueError: A name is neither a suite nor a benchmark; similar names are suggested.
     """
     known = suites()
     chosen: dict[str, Benchmark] = {}
