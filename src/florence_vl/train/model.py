@@ -37,10 +37,7 @@ def load_model(recipe: Recipe) -> tuple[FlorenceVLForConditionalGeneration, Any]
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     if config.path is not None:
-        options |= {k: v for k in ("fusion", "gate", "views") if (v := getattr(config, k)) is not None}
-        model, processor = loading.load_model(config.path, "cpu", "float32", **options)
-        processor.question_context = model.model.fusion.uses_context
-        processor.image_processor.views, processor.image_processor.features = model.config.views, model.config.features
+        model, processor = loading.load_model(config.path, "cpu", "float32", **options, **config.changes)
     elif config.build is not None:
         from florence_vl.model.assemble import build_model
 
@@ -101,6 +98,8 @@ def _pictures(records: Mixture) -> Iterator[Any]:
 
 def _set_images(recipe: Recipe, model: FlorenceVLForConditionalGeneration, processor: Any) -> None:
     config = recipe.model
+    processor.question_context = model.model.fusion.uses_context
+    processor.image_processor.views, processor.image_processor.features = model.config.views, model.config.features
     settings: dict[str, Any] = {"aspect": config.image_aspect_ratio, "image_size": config.image_size}
     settings |= {"token_budget": config.token_budget, "positions": config.positions}
     if any(value is not None for value in settings.values()):
@@ -128,11 +127,16 @@ def load_shell(recipe: Recipe) -> tuple[FlorenceVLForConditionalGeneration, Any]
         folder = loading.check_folder(path)
         model = build_shell(FlorenceVLConfig.from_pretrained(folder))
         processor = FlorenceVLProcessor.from_pretrained(folder)
+    elif path is not None:
+        model, processor = load_shell(recipe_that_writes(path))
     else:
-        build = recipe_that_writes(path).model.build if path is not None else build
         if build is None:
             raise ValueError("the recipe names no model: set model.path (a saved one) or model.build (its parts)")
         model, processor = build_model(build, weights=False)
+    if recipe.model.changes:
+        model.config.update(recipe.model.changes)
+        model.config.check()
+        model = build_shell(model.config)
     _set_images(recipe, model, processor)
     return model, processor
 

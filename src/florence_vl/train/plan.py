@@ -5,13 +5,16 @@ Everything is computed from configs on the meta device: no weights, no data, no 
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from florence_vl.model.geometry import native_size
 from florence_vl.model.head import chunk_rows
+from florence_vl.model.views import FULL_VIEW, check_views
 from florence_vl.registry import did_you_mean
 from florence_vl.train.config import BuildConfig, Recipe
 from florence_vl.train.flops import DEVICES, ActivationMeter, ModelFlops, Multipliers, build_shell, count_flops
@@ -94,14 +97,30 @@ class CostPlan:
 
 
 def model_config(recipe: Recipe) -> tuple[FlorenceVLConfig, tuple[int, int]]:
-    """The model's config and the pixels of its images, from the recipe alone.
+    """The model's config and the pixels of its images, from the recipe alone, as `load_model` sets them.
 
-    A `model.path` that is the output of another recipe is read from that recipe.
+    Images of their own aspect ratio are counted as squares that use the whole token budget. A `model.path` that another
+    recipe will write is taken from that recipe.
 
     Raises:
         ValueError: The shapes of a part are unknown.
         FileNotFoundError: `model.path` is neither a folder nor a recipe's output.
     """
+    config, size = _saved_or_built_config(recipe)
+    model = recipe.model
+    for key in ("positions", "fusion", "gate", "views"):
+        if (value := getattr(model, key)) is not None:
+            setattr(config, key, value)
+    if model.token_budget is not None:
+        stride = config.merge * _stride(config)
+        size = native_size(*size, stride, model.token_budget, max_upscale=math.inf)
+    if model.positions is None and config.tower == "florence2" and (model.token_budget or model.image_size):
+        config.positions = "resampled"
+    config.check()
+    return config, size
+
+
+def _saved_or_built_config(recipe: Recipe) -> tuple[FlorenceVLConfig, tuple[int, int]]:
     from florence_vl.model.configuration import FlorenceVLConfig
     from florence_vl.model.packaged import resolve
     from florence_vl.model.parts import image_size
@@ -113,8 +132,8 @@ def model_config(recipe: Recipe) -> tuple[FlorenceVLConfig, tuple[int, int]]:
             config = FlorenceVLConfig.from_pretrained(folder)
             side = size or image_size(folder, config.vision_config)
             return config, (side, side)
-        writer = recipe_that_writes(recipe.model.path)
-        build, size = writer.model.build, size or writer.model.image_size
+        config, written = model_config(recipe_that_writes(recipe.model.path))
+        return config, (size, size) if size else written
     if build is None:
         raise ValueError("the recipe names no model: set model.path or model.build")
     return _built_config(build, size)
@@ -128,9 +147,30 @@ def recipe_that_writes(folder: str) -> Recipe:
     """
     for file in list_recipes().values():
         other = load_recipe(file)
-        if other.model.build is not None and other.run_dir / "model" == Path(folder):
+        if other.run_dir / "model" == Path(folder):
             return other
     raise FileNotFoundError(f"model.path {folder!r} is not a folder, and no recipe writes it")
+
+
+def _stride(config: FlorenceVLConfig) -> int:
+    """Pixels a side of one position of the tower."""
+    if config.tower == "florence2":
+        return math.prod(config.vision_config.vision_config.patch_stride)
+    return int(config.vision_config.patch_size)
+
+
+def _looks(recipe: Recipe, config: FlorenceVLConfig, size: tuple[int, int]) -> list[tuple[float, ModelFlops]]:
+    """How often each view of `data.views` is drawn, as a share, and what it costs; the full one alone without."""
+    full = count_flops(config, *size)
+    weights = recipe.data.views or {FULL_VIEW: 1.0}
+    table = check_views(config.views or {}, config.features)
+    looks = []
+    for name, weight in weights.items():
+        if name != FULL_VIEW and name not in table:
+            raise ValueError(f"data.views: unknown view {name!r}. {did_you_mean(name, [FULL_VIEW, *table])}")
+        side = None if name == FULL_VIEW else table[name]["size"]
+        looks.append((weight / sum(weights.values()), full if side is None else count_flops(config, side, side)))
+    return looks
 
 
 def _built_config(build: BuildConfig, size: int | None) -> tuple[FlorenceVLConfig, tuple[int, int]]:
@@ -207,7 +247,13 @@ def plan_recipe(
     flops = count_flops(config, height, width)
     multipliers = Multipliers.of(recipe.parts, flops.num_layers)
     sample_tokens = workload.images * flops.image_tokens + workload.text_tokens
-    per_sample = flops.step(multipliers, workload.images, sample_tokens, sample_tokens**2, workload.supervised)
+    per_sample: dict[str, float] = {}
+    forward = Multipliers(1.0, 1.0, 1.0, 1.0, 1.0)  # of the model that is distilled, with all features
+    passes = [(share, look, multipliers) for share, look in _looks(recipe, config, (height, width))]
+    for share, look, times in [*passes, *([(1.0, flops, forward)] if recipe.distill else [])]:
+        tokens = workload.images * look.image_tokens + workload.text_tokens
+        for part, count in look.step(times, workload.images, tokens, tokens**2, workload.supervised).items():
+            per_sample[part] = per_sample.get(part, 0.0) + share * count
     strategy = _strategy(recipe, devices)
     plan = MemoryPlan(recipe, config, (height, width), devices, strategy)
     memory, largest = _memory(plan, recipe, flops, workload, available)
@@ -420,6 +466,8 @@ def _assumptions(
         "attention keeps no score matrix (flash or memory-efficient kernels) in BART and the LLM",
         f"AdamW with two moments, {strategy}, {recipe.precision}; {RESERVE_GIB:g} GiB and {1 - USABLE:.0%} set aside",
     ]
+    if recipe.data.views is not None or recipe.model.image_aspect_ratio == "native":
+        found.append("memory is for the full view and for images that use the whole token budget")
     if samples is None:
         found.append("the number of samples is unknown: give --samples")
     elif recipe.steps is None:
