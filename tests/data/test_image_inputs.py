@@ -212,6 +212,16 @@ def test_rows_with_drawn_views_are_functions_of_the_step(parts, mode):
     assert any("feature_mask" in batch for batch in whole)
 
 
+def test_the_processors_own_view_counts_where_none_is_drawn():
+    model, processor = tiny_model(views=VIEWS)
+    processor.image_processor.view = "glance"
+    sample = RecordEncoder(processor)(record(0, (64, 64)))
+    assert sample.image_tokens == (1,)
+    assert sample.pixel_values.shape[-2:] == (32, 32)
+    assert sample.image_inputs["feature_mask"].tolist() == [[1, 0, 0, 0]]
+    assert model.num_image_tokens(32, 32) == 1
+
+
 def test_views_are_drawn_by_seed_and_position(parts):
     _, processor = parts
     encoder = RecordEncoder(processor, views=DRAWS)

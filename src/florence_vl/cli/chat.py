@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Optional
 
 import typer
 
-from florence_vl.cli.resolution import ASPECT, IMAGE_SIZE, POSITIONS, TOKEN_BUDGET, VIEW, given
+from florence_vl.cli.resolution import ASPECT, IMAGE_SIZE, POSITIONS, TOKEN_BUDGET, TRADE, VIEW, given
 from florence_vl.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def command(
     token_budget: Optional[int] = TOKEN_BUDGET,  # noqa: UP045
     positions: Optional[str] = POSITIONS,  # noqa: UP045
     view: Optional[str] = VIEW,  # noqa: UP045
+    trade: Optional[float] = TRADE,  # noqa: UP045
 ) -> None:
     """Ask a model about an image, once or in a conversation."""
     from florence_vl.model.loading import check_folder, load_model
@@ -73,14 +74,15 @@ def command(
     from florence_vl.model.pictures import open_image
 
     pictures = [open_image(path) for path in image]
-    check_folder(model)
+    folder = check_folder(model)
     loaded, processor = load_model(model, device, dtype)
-    resolution = given(image_size, aspect, token_budget, positions, view)
+    resolution = given(image_size, aspect, token_budget, positions, view, trade)
+    routing = None
     if resolution:
-        from florence_vl.model.resolution import set_resolution
+        from florence_vl.model.router import set_view
 
-        set_resolution(loaded, processor, **resolution)
-    session = ChatSession(loaded, processor, options=options, system=system)
+        routing = set_view(loaded, processor, folder, **resolution)
+    session = ChatSession(loaded, processor, options=options, system=system, routing=routing)
     for picture in pictures:
         session.show(picture)
     if question is not None:

@@ -12,18 +12,35 @@ TOKEN_BUDGET = typer.Option(None, "--token-budget", min=1, help="With --aspect n
 POSITIONS = typer.Option(
     None, "--positions", help="absolute, or resampled (the default if the size or the aspect changes)."
 )
-VIEW = typer.Option(None, "--view", help="View of all images, for a model with views; full: no view.")
+VIEW = typer.Option(
+    None, "--view", help="View of all images, for a model with views; full: no view; auto: the router's choice."
+)
+TRADE = typer.Option(
+    None, "--trade", min=0, help="With --view auto: what the cost of one full view is worth in loss (nats)."
+)
 
 
 def given(
-    image_size: int | None, aspect: str | None, token_budget: int | None, positions: str | None, view: str | None
+    image_size: int | None = None,
+    aspect: str | None = None,
+    token_budget: int | None = None,
+    positions: str | None = None,
+    view: str | None = None,
+    trade: float | None = None,
 ) -> dict[str, Any]:
-    """The flags that were set, as keyword arguments of `florence_vl.model.resolution.set_resolution`."""
+    """The flags that were set, as keyword arguments of `florence_vl.model.router.set_view`.
+
+    Raises:
+        ValueError: `--trade` without `--view auto`.
+    """
+    if trade is not None and view != "auto":
+        raise ValueError("--trade is for --view auto; leave it out, or add that")
     settings = {
         "image_size": image_size,
         "aspect": aspect,
         "token_budget": token_budget,
         "positions": positions,
         "view": view,
+        "trade": trade,
     }
     return {name: value for name, value in settings.items() if value is not None}

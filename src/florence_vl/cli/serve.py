@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import typer
 
+from florence_vl.cli.resolution import TRADE, VIEW, given
 from florence_vl.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ def command(
         1024, "--max-new-tokens", min=1, help="Longest answer if the request sets none."
     ),
     grace: int = typer.Option(30, "--grace", min=0, help="Seconds for running answers after SIGTERM."),
+    view: Optional[str] = VIEW,  # noqa: UP045
+    trade: Optional[float] = TRADE,  # noqa: UP045
     engine: str = typer.Option("transformers", "--engine", help="transformers, or vllm: run vLLM's own server."),
 ) -> None:
     """Serve a model over HTTP with an OpenAI-compatible API."""
@@ -70,9 +73,10 @@ def command(
         own = {"--adapter": adapter, "--int8": int8, "--compile": compile_, "--device": device != "auto"}
         own |= {"--max-queue": max_queue != 64, "--cache-gib": cache_gib != 1.0, "--max-body-mib": max_body_mib != 32}
         own |= {"--max-new-tokens": max_new_tokens != 1024, "--grace": grace != 30}
-        given = [flag for flag, value in own.items() if value]
-        if given:
-            raise ValueError(f"{', '.join(given)}: not supported with --engine vllm; run vLLM directly for these")
+        own |= {"--view": view is not None, "--trade": trade is not None}
+        set_ = [flag for flag, value in own.items() if value]
+        if set_:
+            raise ValueError(f"{', '.join(set_)}: not supported with --engine vllm; run vLLM directly for these")
         words = vllm_command(model, host, port, name, dtype, max_batch, allowed_media_domain, allowed_media_path)
         environment = {**os.environ, **({"VLLM_API_KEY": key} if key else {}), "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0"}
         os.execve(words[0], words, environment)
@@ -88,7 +92,14 @@ def command(
         if not folder.is_dir():
             raise NotADirectoryError(f"--allowed-media-path {folder} is not a folder")
     limits = EngineConfig(max_batch=max_batch, max_queue=max_queue, prefix_bytes=int(cache_gib * (1 << 30)))
+    looks = given(view=view, trade=trade)
     loaded, processor = load(model, adapters, device, dtype, int8, compile_)
+    routing = None
+    if looks:
+        from florence_vl.model.loading import check_folder
+        from florence_vl.model.router import set_view
+
+        routing = set_view(loaded, processor, check_folder(model), **looks)
     config = ServerConfig(
         name or Path(model).resolve().name,
         api_key=key,
@@ -101,7 +112,9 @@ def command(
     )
     if config.name in adapters:
         raise ValueError(f"--adapter {config.name} has the same name as the model; choose another, or give --name")
-    app = build_app(Server(Engine(loaded, processor, limits, tuple(adapters)), config, tools(loaded, processor)))
+    app = build_app(
+        Server(Engine(loaded, processor, limits, tuple(adapters), routing), config, tools(loaded, processor))
+    )
     typer.echo(f"{config.name} on http://{host}:{port}/v1 ({loaded.device}, {loaded.dtype})")
     # uvicorn raises SIGTERM again after its graceful shutdown; ignoring it lets the process exit with 0.
     signal.signal(signal.SIGTERM, lambda *_: None)

@@ -25,7 +25,8 @@ from florence_vl.evaluate.question import Question
 from florence_vl.files import cache_dir, sha256, write_text
 from florence_vl.model.features import encode_images, state_hash
 from florence_vl.model.pictures import open_image
-from florence_vl.model.resolution import resolution_settings, set_resolution
+from florence_vl.model.resolution import resolution_settings
+from florence_vl.model.router import Routing, set_view
 
 
 class LocalAnswerer(Answerer):
@@ -42,6 +43,7 @@ class LocalAnswerer(Answerer):
         share_prefix: Whether prompts about the same image share the computation of their prefix.
         cached_images: Number of encoded images that are cached for later batches.
         seed: Seed for sampling, for benchmarks with a temperature.
+        routing: Chooses the view of each image by the question.
 
     Raises:
         ValueError: The processor has no chat template.
@@ -56,6 +58,7 @@ class LocalAnswerer(Answerer):
         share_prefix: bool = True,
         cached_images: int = 64,
         seed: int = 0,
+        routing: Routing | None = None,
     ) -> None:
         template = getattr(processor, "chat_template", None)
         if not (template or getattr(getattr(processor, "tokenizer", None), "chat_template", None)):
@@ -73,7 +76,10 @@ class LocalAnswerer(Answerer):
         self._own = hasattr(processor, "tokenize") and hasattr(model, "num_image_tokens")
         if self._own:
             self.identity = {**self.identity, **resolution_settings(model, processor)}
-        self._by_question = self._own and model.model.fusion.uses_context
+        self.routing = routing
+        if routing is not None:
+            self.identity |= routing.identity
+        self._by_question = self._own and (model.model.fusion.uses_context or routing is not None)
         self._stop = _stop_ids(model, processor)
         self._context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
@@ -166,7 +172,7 @@ class LocalAnswerer(Answerer):
     # ---------------------------------------------------------------- Florence-VL
 
     def _key(self, question: Question, position: int) -> str:
-        """Key of an image's tokens: the image, and with a gated fusion also the question."""
+        """Key of an image's tokens: the image, and with a gated fusion or a router also the question."""
         picture = question.images[position].key
         return f"{picture}\0{question.text}" if self._by_question else picture
 
@@ -184,8 +190,8 @@ class LocalAnswerer(Answerer):
         missing = [key for key in wanted if key not in self._cache]
         if missing:
             places = [wanted[key] for key in missing]
-            context: dict[str, Tensor] = {}
-            if self._by_question:  # one image per chat, so that each has the whole question
+            context: dict[str, Any] = {}
+            if self.model.model.fusion.uses_context:  # one image per chat, so that each has the whole question
                 chats = [
                     [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q.text}]}]
                     for q, _ in places
@@ -193,6 +199,9 @@ class LocalAnswerer(Answerer):
                 rows = self.processor.question_inputs(chats)
                 context = {name: torch.tensor(value, device=self.model.device) for name, value in rows.items()}
             images = [opened[question.images[position].key] for question, position in places]
+            if self.routing is not None:
+                texts = [question.text for question, _ in places]
+                context["views"] = self.routing.views(self.model, self.processor, images, texts)
             encoded = encode_images(self.model, self.processor, images, **context)
             self._cache |= dict(zip(missing, encoded, strict=True))
             self.encoded_images += len(missing)
@@ -417,7 +426,7 @@ def load_answerer(
         batch_size: Questions per batch.
         share_prefix: See `LocalAnswerer`.
         seed: Seed for sampling.
-        resolution: Keyword arguments of `florence_vl.model.resolution.set_resolution`, for a Florence-VL.
+        resolution: Keyword arguments of `florence_vl.model.router.set_view`, for a Florence-VL.
 
     Raises:
         FileNotFoundError: The model does not exist.
@@ -425,7 +434,7 @@ def load_answerer(
     """
     from florence_vl.model.loading import check_folder, choose_device, load_model
 
-    folder = Path(model).expanduser()
+    folder, routing = Path(model).expanduser(), None
     config = folder / "config.json"
     kind = json.loads(config.read_text()).get("model_type") if config.is_file() else None
     if kind in (None, "florence_vl"):
@@ -433,7 +442,7 @@ def load_answerer(
         loaded, processor = load_model(model, device, dtype)
         folder = Path(where)
         if resolution:
-            set_resolution(loaded, processor, **resolution)
+            routing = set_view(loaded, processor, folder, **resolution)
     else:
         if resolution:
             raise ValueError(
@@ -458,4 +467,4 @@ def load_answerer(
     else:
         fingerprint = str(getattr(loaded.config, "_commit_hash", None) or state_hash(loaded))
     identity = {"model": str(model), "fingerprint": fingerprint, "dtype": str(loaded.dtype).removeprefix("torch.")}
-    return LocalAnswerer(loaded, processor, batch_size, identity, share_prefix, seed=seed)
+    return LocalAnswerer(loaded, processor, batch_size, identity, share_prefix, seed=seed, routing=routing)

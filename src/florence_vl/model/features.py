@@ -353,6 +353,7 @@ def encode_images(
     images: Sequence[Image.Image],
     question_ids: Tensor | None = None,
     question_mask: Tensor | None = None,
+    views: list[str] | None = None,
 ) -> list[Tensor]:
     """Projected tokens of each image, (N, H), for `mm_encoder_outputs`, which avoids running the tower again.
 
@@ -362,8 +363,9 @@ def encode_images(
         images: The images.
         question_ids: (I, Q) question of each image, for a fusion with `uses_context`.
         question_mask: (I, Q), 1 for valid positions of `question_ids`.
+        views: Name of each image's view; the processor's own by default.
     """
-    inputs = processor.image_processor(list(images), return_tensors="pt")
+    inputs = processor.image_processor(list(images), view=views, return_tensors="pt")
     pixels = inputs.pop("pixel_values").to(model.device, model.dtype)
     return list(
         model.get_image_features(pixels, question_ids=question_ids, question_mask=question_mask, **inputs).pooler_output

@@ -176,6 +176,7 @@ class FlorenceVLImageProcessor(PilBackend):
         **kwargs: Any,
     ) -> BatchFeature:
         self._check(image_aspect_ratio, size)
+        view = self.view if view is None else view
         mean = tuple(np.broadcast_to(image_mean, 3).tolist())
         std = tuple(np.broadcast_to(image_std, 3).tolist())
         red, green, blue = (int(channel * 255) for channel in mean)

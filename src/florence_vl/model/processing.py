@@ -284,10 +284,21 @@ class FlorenceVLProcessor(ProcessorMixin):
             result.append({**message, "content": parts})
         return result
 
+    @staticmethod
+    def question_texts(conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
+        """The question that belongs to each image: the text of the message that holds it, and nothing else."""
+        texts: list[str] = []
+        for message in (message for conversation in conversations for message in conversation):
+            parts = message.get("content")
+            parts = parts if isinstance(parts, (list, tuple)) else []
+            images = sum(part.get("type") in ("image", "image_url") for part in parts)
+            texts += ["\n".join(part["text"] for part in parts if part.get("type") == "text")] * images
+        return texts
+
     def question_inputs(
         self, conversations: Sequence[Sequence[Mapping[str, Any]]], chat_template: str | None = None
     ) -> dict[str, list[list[int]]]:
-        """The question of each image: the text of the message that contains it.
+        """The question of each image as token ids; see `question_texts`.
 
         Args:
             conversations: Chats of messages, whose images are in reading order.
@@ -298,14 +309,8 @@ class FlorenceVLProcessor(ProcessorMixin):
             mask is all zero if a message has no text.
         """
         pattern = self.control_pattern(self.template_text(chat_template))
-        rows: list[list[int]] = []
-        for message in (message for conversation in conversations for message in conversation):
-            parts = message.get("content")
-            parts = parts if isinstance(parts, (list, tuple)) else []
-            images = sum(part.get("type") in ("image", "image_url") for part in parts)
-            if images:
-                text = "\n".join(part["text"] for part in parts if part.get("type") == "text")
-                rows += [self.tokenize(_break_tokens(text, pattern))[0] if text else []] * images
+        texts = self.question_texts(conversations)
+        rows = [self.tokenize(_break_tokens(text, pattern))[0] if text else [] for text in texts]
         length = max(map(len, rows), default=0) or 1
         return {
             "question_ids": [ids + [0] * (length - len(ids)) for ids in rows],

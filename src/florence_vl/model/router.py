@@ -17,11 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from florence_vl.files import write_text
+from florence_vl.model.resolution import set_resolution
 from florence_vl.model.views import FULL_VIEW, feature_mask
 
 if TYPE_CHECKING:
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
     from florence_vl.model.processing import FlorenceVLProcessor
+
+AUTO_VIEW = "auto"
+TRADE = 0.1  # nats; a full view costs one
 
 ROUTER_FILE = "router.safetensors"
 ROUTER_CONFIG = "router.json"
@@ -156,7 +160,10 @@ def router_states(
     device = model.device
     ids, mask = (torch.tensor(inputs[name], device=device) for name in ("question_ids", "question_mask"))
     question_BH = model.model.mean_embedding(ids, mask)
-    pixels = processor.image_processor(list(images), view=thumbnail, return_tensors="pt")["pixel_values"]
+    # Thumbnails are squares, whatever the images' own aspect ratio.
+    native = processor.image_processor.image_aspect_ratio == "native"
+    square: dict[str, Any] = {"image_aspect_ratio": "pad"} if native else {}
+    pixels = processor.image_processor(list(images), view=thumbnail, return_tensors="pt", **square)["pixel_values"]
     first = model.config.features[0]
     only = torch.tensor([feature_mask(model.config.features, [first])] * len(images), device=device)
     features = model.model.vision_tower(pixels.to(device, model.dtype), only)
@@ -176,6 +183,16 @@ def route(
     Raises:
         ValueError: The views of the router and the model differ.
     """
+    check_views_of(router, model)
+    return router.choose(*router_states(model, processor, images, questions, router.config.thumbnail), trade)
+
+
+def check_views_of(router: Router, model: FlorenceVLForConditionalGeneration) -> None:
+    """Refuse a router that was trained with another model.
+
+    Raises:
+        ValueError: The router's views are not the model's.
+    """
     known: Mapping[str, Any] = model.config.views or {}
     unknown = [name for name in router.views if name != FULL_VIEW and name not in known]
     if unknown:
@@ -183,4 +200,70 @@ def route(
             f"the router chooses among {', '.join(router.views)}, but this model's views are "
             f"{', '.join([FULL_VIEW, *known])}: use the router that was trained with this model"
         )
-    return router.choose(*router_states(model, processor, images, questions, router.config.thumbnail), trade)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What chooses the view of each image while a model answers: the view `auto`.
+
+    Attributes:
+        router: Of the model.
+        trade: See `Router.choose`.
+    """
+
+    router: Router
+    trade: float = TRADE
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells its choices from those of another one, as JSON values."""
+        from florence_vl.model.features import state_hash
+
+        return {"view": AUTO_VIEW, "trade": self.trade, "router": state_hash(self.router)}
+
+    def views(
+        self,
+        model: FlorenceVLForConditionalGeneration,
+        processor: FlorenceVLProcessor,
+        images: Sequence[Any],
+        questions: Sequence[str],
+    ) -> list[str]:
+        """The view of each picture for its question; see `route`."""
+        return route(model, processor, self.router, images, questions, self.trade)
+
+
+def set_view(
+    model: FlorenceVLForConditionalGeneration,
+    processor: FlorenceVLProcessor,
+    folder: Path | str,
+    view: str | None = None,
+    trade: float | None = None,
+    **resolution: Any,
+) -> Routing | None:
+    """`set_resolution`, where the view may also be `auto`: the router beside the model then chooses it for each image.
+
+    Args:
+        model: See `set_resolution`.
+        processor: See `set_resolution`.
+        folder: Of the model.
+        view: A view's name, or `auto`.
+        trade: For `auto`, see `Router.choose`.
+        **resolution: Other keywords of `set_resolution`.
+
+    Returns:
+        What chooses the views with `auto`, else None.
+
+    Raises:
+        FileNotFoundError: There is no router.
+        ValueError: The router is of another model, or `trade` without `auto`; or as `set_resolution`.
+    """
+    if view != AUTO_VIEW and trade is not None:
+        raise ValueError(f"a trade is for the view {AUTO_VIEW!r}, found the view {view!r}")
+    if view == AUTO_VIEW:
+        router = Router.load(Path(folder)).to(model.device)
+        check_views_of(router, model)
+        if resolution:
+            set_resolution(model, processor, **resolution)
+        return Routing(router, TRADE if trade is None else trade)
+    set_resolution(model, processor, view=view, **resolution)
+    return None

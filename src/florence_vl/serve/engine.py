@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
     from florence_vl.model.processing import FlorenceVLProcessor
+    from florence_vl.model.router import Routing
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ class Engine:
         processor: The model's.
         config: Limits.
         adapters: Names of LoRA adapters that `model.load_adapter` loaded.
+        routing: Chooses the view of each image by the question beside it, with the base model's weights.
 
     Raises:
         ValueError: The LLM is not made of attention layers only, or has no end token.
@@ -113,8 +115,9 @@ class Engine:
         processor: FlorenceVLProcessor,
         config: EngineConfig | None = None,
         adapters: Sequence[str] = (),
+        routing: Routing | None = None,
     ) -> None:
-        self.model, self.processor = model, processor
+        self.model, self.processor, self.routing = model, processor, routing
         self.config = config or EngineConfig()
         self.adapters = tuple(adapters)
         text: Any = model.config.get_text_config()
@@ -130,7 +133,9 @@ class Engine:
         self._suppressed = [*(model.generation_config.suppress_tokens or [])]
         self._grammars = Grammars(processor.tokenizer, text.vocab_size)
         question = model.model.fusion.uses_context
-        self._prompts = PromptBuilder(processor, self.context, question, self.adapters, self.features.__contains__)
+        kept = self.features.__contains__
+        route = None if routing is None else self._route
+        self._prompts = PromptBuilder(processor, self.context, question, self.adapters, kept, route)
         self._wake = threading.Condition()
         self._waiting: deque[Answer] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
@@ -140,6 +145,11 @@ class Engine:
         self._thread: threading.Thread | None = None
 
     # ------------------------------------------------------------ callers' threads
+
+    def _route(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
+        routing = self.routing
+        assert routing is not None
+        return self.call(lambda: routing.views(self.model, self.processor, images, questions)).result()
 
     def prepare(
         self,

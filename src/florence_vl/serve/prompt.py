@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from florence_vl.model.processing import FlorenceVLProcessor
 
 
+_MAX_VIEWS = 4096  # choices of the router that are kept
+
+
 class ContextTooLong(ValueError):
     """Prompt, or prompt and longest answer, exceed the LLM's context."""
 
@@ -25,8 +29,9 @@ class PreparedImage:
     """A picture of a prompt: its key, where its tokens stand, and what the tower needs when its features are not kept.
 
     Attributes:
-        key: Hash of the decoded pixels, the processor's settings, the adapter, and the question where the fusion uses
-            it: equal keys have equal features.
+        key: Hash of the decoded pixels, the processor's settings, the adapter, the view, and the question where the
+            fusion uses it: equal keys have equal features.
+        view: Chosen by the router; None is the processor's own.
         start: First position in the prompt.
         end: One past the last.
     """
@@ -36,6 +41,7 @@ class PreparedImage:
     question: list[int] | None
     start: int = 0
     end: int = 0
+    view: str | None = None
     inputs: Mapping[str, Tensor] | None = None
 
 
@@ -69,6 +75,7 @@ class PromptBuilder:
         uses_question: Whether the model's fusion depends on the question.
         adapters: Names of the LoRA adapters.
         is_kept: Whether the features of an image's key are kept, so that the image need not be processed.
+        route: The view of each image for the question beside it; None takes the processor's own.
     """
 
     def __init__(
@@ -78,9 +85,11 @@ class PromptBuilder:
         uses_question: bool,
         adapters: Sequence[str],
         is_kept: Callable[[bytes], bool],
+        route: Callable[[Sequence[Image.Image], Sequence[str]], Sequence[str]] | None = None,
     ) -> None:
         self.processor, self.context, self.uses_question = processor, context, uses_question
-        self.adapters, self.is_kept = adapters, is_kept
+        self.adapters, self.is_kept, self.route = adapters, is_kept, route
+        self._views: OrderedDict[bytes, str] = OrderedDict()
         self._settings = hashlib.sha256(
             json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str).encode()
         ).digest()
@@ -104,9 +113,10 @@ class PromptBuilder:
             questions = [
                 ids[: sum(mask)] for ids, mask in zip(inputs["question_ids"], inputs["question_mask"], strict=True)
             ]
+        views = self._choose_views(images, processor.question_texts([messages]))
         prepared = [
-            PreparedImage(self._key(image, question, adapter), image, question)
-            for image, question in zip(images, questions, strict=True)
+            PreparedImage(self._key(image, question, adapter, view), image, question, view=view)
+            for image, question, view in zip(images, questions, views, strict=True)
         ]
         prompt = Prompt([], [], prepared, adapter)
         following = iter(prepared)
@@ -116,7 +126,7 @@ class PromptBuilder:
                 prompt.tokens.append(token)
                 continue
             image = next(following)
-            count = processor.image_tokens(image.picture.height, image.picture.width)
+            count = processor.image_tokens(image.picture.height, image.picture.width, view=image.view)
             image.start, image.end = len(prompt.ids), len(prompt.ids) + count
             prompt.ids += [token] * count
             prompt.tokens += [image.key] * count
@@ -130,10 +140,24 @@ class PromptBuilder:
                 image.inputs = self.process(image)
         return prompt
 
-    def _key(self, image: Image.Image, question: list[int] | None, adapter: str | None) -> bytes:
-        head = f"{image.mode} {image.width}x{image.height} {adapter} {question} "
+    def _choose_views(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[str | None]:
+        if self.route is None:
+            return [None] * len(images)
+        keys = [self._key(image, question, None) for image, question in zip(images, questions, strict=True)]
+        known = dict(self._views)
+        missing = {key: i for i, key in enumerate(keys) if key not in known}
+        if missing:
+            found = self.route([images[i] for i in missing.values()], [questions[i] for i in missing.values()])
+            known |= dict(zip(missing, found, strict=True))
+            self._views = OrderedDict(list(known.items())[-_MAX_VIEWS:])
+        return [known[key] for key in keys]
+
+    def _key(
+        self, image: Image.Image, question: list[int] | str | None, adapter: str | None, view: str | None = None
+    ) -> bytes:
+        head = f"{image.mode} {image.width}x{image.height} {adapter} {question!r} {view} "
         return hashlib.sha256(self._settings + head.encode() + image.tobytes()).digest()
 
     def process(self, image: PreparedImage) -> Mapping[str, Tensor]:
         """What the tower takes for a picture."""
-        return self.processor.image_processor([image.picture], return_tensors="pt")
+        return self.processor.image_processor([image.picture], view=image.view, return_tensors="pt")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
     from florence_vl.model.processing import FlorenceVLProcessor
+    from florence_vl.model.router import Routing
 
 __all__ = ["ChatSession", "GenerationOptions"]
 
@@ -43,6 +44,7 @@ class ChatSession:
         messages: The turns so far.
         images: The images of these turns, in order.
         cached_tokens: Tokens of the last prompt that were not computed again.
+        routing: Chooses the view of each image by the question beside it.
     """
 
     model: FlorenceVLForConditionalGeneration
@@ -52,6 +54,7 @@ class ChatSession:
     messages: list[dict[str, Any]] = field(default_factory=list)
     images: list[Image.Image] = field(default_factory=list)
     cached_tokens: int = 0
+    routing: Routing | None = None
     _pending: list[Image.Image] = field(default_factory=list, repr=False)
     _engine: Engine | None = field(default=None, repr=False)
 
@@ -119,6 +122,6 @@ class ChatSession:
 
     def _open(self) -> Engine:
         if self._engine is None:
-            self._engine = Engine(self.model, self.processor, EngineConfig(max_batch=1))
+            self._engine = Engine(self.model, self.processor, EngineConfig(max_batch=1), routing=self.routing)
             weakref.finalize(self, self._engine.close)
         return self._engine

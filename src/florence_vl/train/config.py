@@ -56,6 +56,12 @@ class ModelConfig:
     attn_implementation: str | dict[str, str] | None = None
     feature_store: str | None = None
 
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Fields of a saved model's config that get another value."""
+        values = {key: getattr(self, key) for key in ("fusion", "gate", "views")}
+        return {key: value for key, value in values.items() if value is not None}
+
 
 @dataclass
 class SourceConfig:
@@ -622,11 +628,9 @@ class Recipe:
             problems.append("`model.token_budget` needs `model.image_aspect_ratio: native`")
         if model.gate is not None and model.fusion != "gated":
             problems.append("`model.gate` needs `model.fusion: gated`")
-        changes = [key for key in ("fusion", "gate", "views") if getattr(model, key) is not None]
-        if changes and model.path is None:
-            problems.append(
-                f"`model.{changes[0]}` changes a saved model; for a new one give `model.build.{changes[0]}`"
-            )
+        if model.changes and model.path is None:
+            key = next(iter(model.changes))
+            problems.append(f"`model.{key}` changes a saved model; for a new one give `model.build.{key}`")
         return problems
 
     def _check_evaluate(self) -> list[str]:

@@ -108,14 +108,12 @@ def model_config(recipe: Recipe) -> tuple[FlorenceVLConfig, tuple[int, int]]:
     """
     config, size = _saved_or_built_config(recipe)
     model = recipe.model
-    for key in ("positions", "fusion", "gate", "views"):
-        if (value := getattr(model, key)) is not None:
-            setattr(config, key, value)
+    config.update(model.changes)
     if model.token_budget is not None:
         stride = config.merge * _stride(config)
         size = native_size(*size, stride, model.token_budget, max_upscale=math.inf)
-    if model.positions is None and config.tower == "florence2" and (model.token_budget or model.image_size):
-        config.positions = "resampled"
+    resampled = config.tower == "florence2" and bool(model.token_budget or model.image_size)
+    config.positions = model.positions or ("resampled" if resampled else config.positions)
     config.check()
     return config, size
 
