@@ -113,7 +113,7 @@ def test_commands(folder, prompts, tmp_path, capsys):
 
 def test_a_router_of_another_model_is_refused_at_once(folder):
     model, processor = tiny_model(views={"look": {"size": 32}}, positions="resampled", position_grid=(2, 2))
-    with pytest.raises(ValueError, match="use the router that was trained with it"):
+    with pytest.raises(ValueError, match="use the router that was trained with this model"):
         set_view(model, processor, folder, view="auto")
     with pytest.raises(ValueError, match="a trade is for the view 'auto'"):
         set_view(model, processor, folder, view="look", trade=1.0)
