@@ -79,7 +79,7 @@ def test_the_table_has_the_papers_columns_and_averages(good_run: Path) -> None:
 
 
 def test_reports_are_written_with_pictures_of_failures(good_run: Path, made: EvaluationPlan, tmp_path: Path) -> None:
-    said = {"pope": "perhaps <script>alert(1)</script>", "mmvp": "", "ai2d": "A"}
+    said = {"pope": "perhaps <script>alert(1)</script>", "mmvp": "", "ai2d": "A", "gqa": "half \ud83d [/red]"}
     folder = fake_run(tmp_path / "bad", made, lambda q: said.get(q.benchmark, "?"))
     scores = score_folder(folder, draws=10)
     assert list(failures(scores, "mmvp")) == ["empty"]
@@ -91,6 +91,7 @@ def test_reports_are_written_with_pictures_of_failures(good_run: Path, made: Eva
     assert "<script>" not in page
     assert "perhaps &lt;script&gt;" in page
     assert "(empty)" in page
+    assert "half \\ud83d [/red]" in page
     markdown = (folder / "report.md").read_text()
     assert "paper, Florence-VL 8B" in markdown
     assert "89.9" in markdown

@@ -259,7 +259,7 @@ def write_reports(
         "report.html": as_html(scores, row, questions),
     }
     for name, text in texts.items():
-        write_text(scores.folder / name, text)
+        write_text(scores.folder / name, text, errors="backslashreplace")  # answers may hold halves of characters
     return [scores.folder / name for name in texts]
 
 
