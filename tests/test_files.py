@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from florence_vl import files
-from florence_vl.files import MARK, atomic_file, atomic_folder, check_destination, locate, sha256, write_text
+from florence_vl.files import (
+    MARK,
+    atomic_file,
+    atomic_folder,
+    check_destination,
+    locate,
+    parse_yaml,
+    sha256,
+    write_text,
+)
 
 
 def _write(folder: Path, name: str = "a.txt", text: str = "a", **options: object) -> None:
@@ -177,3 +186,12 @@ def test_a_file_is_written_through_links_and_never_over_devices(tmp_path):
             write_text(tmp_path / name, "new")
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link.txt", "pipe"]
+
+
+def test_yaml_is_bounded_with_its_aliases():
+    assert parse_yaml("a: [1, {b: 2}]", "x.yaml") == {"a": [1, {"b": 2}]}
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
+    for text, message in (("\n".join(lines), "more than 20000"), ("a: [", "not valid YAML"), ("&a [*a]", "own anchor")):
+        with pytest.raises(ValueError, match=rf"x\.yaml: .*{message}"):
+            parse_yaml(text, "x.yaml")

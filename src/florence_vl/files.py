@@ -12,11 +12,15 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from florence_vl.registry import did_you_mean
 
 MARK = ".florence-vl.json"
 """File with the names of the files that `atomic_folder` wrote. Only folders that contain it may be replaced."""
+
+MAX_YAML_VALUES = 20_000
+"""Values in a YAML document, its aliases counted each time."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -107,6 +111,41 @@ def write_text(path: str | os.PathLike[str], text: str, errors: str = "strict") 
     """
     with atomic_file(path) as temporary:
         temporary.write_bytes(text.encode("utf-8", errors))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Read a YAML document of limited size: nested aliases could expand a short text beyond any memory.
+
+    Raises:
+        ValueError: Not YAML, or too large.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"{where}: the YAML is nested too deeply") from None
+    sizes: dict[int, int | None] = {}
+
+    def size(node: Any) -> int:
+        if not isinstance(node, (dict, list)):
+            return 1
+        if id(node) in sizes:
+            known = sizes[id(node)]
+            if known is None:
+                raise ValueError(f"{where}: an alias is inside its own anchor")
+            return known
+        sizes[id(node)] = None
+        total = 1 + sum(size(item) for item in (node.values() if isinstance(node, dict) else node))
+        if total > MAX_YAML_VALUES:
+            raise ValueError(f"{where}: more than {MAX_YAML_VALUES} values, aliases counted each time")
+        sizes[id(node)] = total
+        return total
+
+    size(content)
+    return content
 
 
 @contextmanager

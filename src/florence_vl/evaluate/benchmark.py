@@ -13,11 +13,10 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-import yaml
-
 from florence_vl.evaluate.metrics import METRICS, Metric
 from florence_vl.evaluate.question import IMAGE, Picture, Question
 from florence_vl.evaluate.tables import Table, find_files
+from florence_vl.files import parse_yaml
 from florence_vl.registry import did_you_mean
 
 GROUPS = ("General", "OCR & Chart", "Knowledge", "Vision-centric")
@@ -386,8 +385,4 @@ def read_benchmark(path: Path) -> Benchmark:
         FileNotFoundError: The file does not exist.
         ValueError: The file is not YAML or does not describe a benchmark.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
-    return Benchmark.from_mapping(values, str(path))
+    return Benchmark.from_mapping(parse_yaml(path.read_text(encoding="utf-8"), str(path)), str(path))

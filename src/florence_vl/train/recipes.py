@@ -16,9 +16,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from florence_vl.files import parse_yaml
 from florence_vl.registry import did_you_mean, plugins
 from florence_vl.train import config
 from florence_vl.train.config import Recipe
@@ -35,7 +35,6 @@ RETIRED: dict[str, Any] = {
     "guards.spike_factor": 5.0,
 }
 MAX_FILES = 64  # read through `extends`
-MAX_VALUES = 20_000  # in a recipe, counting aliases each time
 OVERRIDE = "command line"
 DEFAULT = "default"
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(:-([^}]*))?\}")
@@ -183,7 +182,7 @@ def _read(path: Path, values: dict, origins: dict[str, str], files: list[Path], 
         raise ValueError("recipes extend each other in a circle: " + " -> ".join(p.name for p in (*chain, path)))
     if len(files) >= MAX_FILES:
         raise ValueError(f"{path}: `extends` reads more than {MAX_FILES} files; extend each base once")
-    content = _read_yaml(path.read_text(encoding="utf-8"), str(path))
+    content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     if content is None:
         content = {}
     if not isinstance(content, dict):
@@ -196,39 +195,6 @@ def _read(path: Path, values: dict, origins: dict[str, str], files: list[Path], 
             origins.pop(key, None)
     _merge(values, content, origins, _display(path))
     files.append(path)
-
-
-def _read_yaml(text: str, where: str) -> Any:
-    """Read a YAML document of limited size: nested aliases could expand a short text beyond any memory.
-
-    Raises:
-        ValueError: Not YAML, or too large.
-    """
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise ValueError(f"{where}: the YAML is nested too deeply") from None
-    sizes: dict[int, int | None] = {}
-
-    def size(node: Any) -> int:
-        if not isinstance(node, (dict, list)):
-            return 1
-        if id(node) in sizes:
-            known = sizes[id(node)]
-            if known is None:
-                raise ValueError(f"{where}: an alias is inside its own anchor")
-            return known
-        sizes[id(node)] = None
-        total = 1 + sum(size(item) for item in (node.values() if isinstance(node, dict) else node))
-        if total > MAX_VALUES:
-            raise ValueError(f"{where}: more than {MAX_VALUES} values, aliases counted each time")
-        sizes[id(node)] = total
-        return total
-
-    size(content)
-    return content
 
 
 def _extend(
@@ -259,7 +225,7 @@ def _apply_override(values: dict, origins: dict[str, str], override: str) -> Non
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise ValueError(f"override {override!r} is not of the form key.path=value")
-    value = _read_yaml(text, f"override {override!r}") if text else None
+    value = parse_yaml(text, f"override {override!r}") if text else None
     pieces = key.strip().split(".")
     node: Any = values
     for depth, piece in enumerate(pieces[:-1]):
