@@ -36,27 +36,26 @@ def florence2_config(size: str = "base") -> Florence2Config:
 
 
 def side_by_side(alternatives: Mapping[str, Callable[[], Any]], rounds: int = 5) -> dict[str, float]:
-    """Median seconds of each alternative; rounds interleave them, so that load on the machine hits all alike."""
+    """Median seconds of each alternative; rounds interleave them, so that load on the machine hits all alike.
+
+    With one thread they are CPU seconds of this process.
+    """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     for run in alternatives.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in alternatives}
     for _ in range(rounds):
         for name, run in alternatives.items():
-            start = time.perf_counter()
+            start = clock()
             run()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def matmul_rate(size: int = 2048, repeats: int = 5) -> float:
-    """This machine's float32 matrix-product rate in FLOP/s: best of `repeats`."""
+def matmul(size: int = 2048) -> tuple[Callable[[], Any], int]:
+    """A float32 matrix product as an alternative of `side_by_side`, and its FLOPs."""
     a, b = torch.randn(size, size), torch.randn(size, size)
-    best = float("inf")
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    return lambda: torch.mm(a, b), 2 * size**3
 
 
 def _measure(connection: Any, prepare: Callable[..., Callable[[], Any]], args: tuple[Any, ...]) -> None:

@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import torch
-from common import peak_memory, return_freed_memory
+from common import peak_memory, return_freed_memory, side_by_side
 
 from data import llava_665k_lengths
 from florence_vl.data.collate import PackedCollator, PaddedCollator
@@ -181,18 +180,6 @@ def trainer_epoch(samples: list[Sample], batch: int, full_logits: bool) -> Calla
     return run
 
 
-def cpu_side_by_side(alternatives: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of each alternative on one thread, interleaved: other load on the machine does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in alternatives}
-    for number in range(rounds + 1):
-        for name, run in alternatives.items():
-            began = time.process_time()
-            run()
-            if number:  # the first round warms up
-                seconds[name].append(time.process_time() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
 def bench_packing(count: int, batch: int, rounds: int, scale: Scale) -> None:
     """Print supervised tokens/s of every layout and its ratio to the plain Trainer."""
     samples = make_samples(count, scale)
@@ -205,7 +192,7 @@ def bench_packing(count: int, batch: int, rounds: int, scale: Scale) -> None:
         share[name] = tokens / sum(b["input_ids"].numel() for b in batches)
     runs["HF Trainer, padded, random"] = trainer_epoch(samples, batch, full_logits=False)
     runs["HF Trainer, padded, full logits"] = trainer_epoch(samples, batch, full_logits=True)
-    seconds = cpu_side_by_side(runs, rounds)
+    seconds = side_by_side(runs, rounds)
     base = seconds["HF Trainer, padded, full logits"]
     print(f"{count} samples, {tokens / count:.0f} tokens each, {supervised} supervised; batches of {batch}")
     print(f"{'layout':34}{'useful slots':>13}{'CPU s':>9}{'supervised/s':>14}{'of HF Trainer':>15}")
@@ -227,7 +214,7 @@ def bench_frozen(tokens: int, rounds: int, overrides: list[str]) -> None:
     """Print what a step of mini/pretrain costs with less and less to train: CPU seconds, and memory that it adds."""
     overrides = ["precision=fp32", *overrides]
     runs = {name: mini_step(tokens, 4, [*overrides, *settings]) for name, settings in FROZEN.items()}
-    seconds = cpu_side_by_side(runs, rounds)
+    seconds = side_by_side(runs, rounds)
     memory = {
         name: peak_memory(mini_step_in_little_memory, tokens, 4, [*overrides, *settings])
         for name, settings in FROZEN.items()

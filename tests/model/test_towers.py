@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModel, Florence2Config, Florence2ForConditionalGeneration
 
 from florence_vl.model.tiny import TINY_BACKBONES, TINY_PROMPT_IDS, tiny_config, tiny_florence2, tiny_model
-from florence_vl.model.towers import TOWERS, Florence2Tower
+from florence_vl.model.towers import TOWERS, Florence2Tower, florence2
 
 PROMPTS = ("caption", "ocr", "grounding")
 
@@ -275,3 +275,37 @@ def test_a_tower_says_its_dtype_and_device():
     tower = model.to(torch.bfloat16).model.vision_tower
     assert (tower.dtype, tower.device.type) == (torch.bfloat16, "cpu")
     assert tower.grid_size(64, 96) == (2, 3)
+
+
+@pytest.mark.parametrize("size", [(224, 96), (96, 160), (70, 45)])
+def test_features_computed_in_parts_equal_stock_florence2(stock, size, monkeypatch):
+    tower, pixels = tower_like(stock, mean_token="all"), torch.randn(2, 3, *size)
+    lengths = []
+    real = florence2._in_parts
+
+    def count(module, forward, hidden_states, length):
+        lengths.append((type(module).__name__, hidden_states.shape[1] > length))
+        return real(module, forward, hidden_states, length)
+
+    monkeypatch.setattr(florence2, "_in_parts", count)
+    monkeypatch.setattr(florence2, "CACHED", 1)
+    with torch.no_grad():
+        features = tower(pixels)
+    assert {name for name, several in lengths if several} == {"DaViTWindowAttention", "DaViTMLP"}
+    for name in PROMPTS:
+        image, prompted = stock_features(stock, pixels, name)
+        torch.testing.assert_close(features["davit"], image, atol=1e-5, rtol=0)
+        torch.testing.assert_close(features[name], prompted, atol=1e-5, rtol=0)
+    tower(pixels)["davit"].sum().backward()  # with gradients nothing is cut
+    assert all(p.grad is not None for p in tower.davit.parameters())
+
+
+def test_davit_keeps_channels_last_on_a_cpu(stock):
+    layouts = []
+    tower = tower_like(stock)
+    for module in tower.davit.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.groups > 1:
+            module.register_forward_hook(lambda _module, inputs, output: layouts.append((inputs[0], output)))
+    tower(torch.randn(2, 3, 96, 96))
+    assert len(layouts) == 4 * sum(tower.config.vision_config.vision_config.depths)
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for pair in layouts for t in pair)

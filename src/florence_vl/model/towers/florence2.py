@@ -7,6 +7,7 @@ channels, G channel groups.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from transformers.models.florence2.modeling_florence2 import (
     Florence2VisionBackbone,
     Florence2VisionBlock,
     Florence2VisionChannelAttention,
+    Florence2VisionMLP,
+    Florence2VisionWindowAttention,
 )
 from transformers.utils import logging
 
@@ -28,6 +31,9 @@ from florence_vl.model.towers import TOWERS, VisionTower, check_pixels
 from florence_vl.model.towers.positions import EncoderPositions, Grid2D
 
 logger = logging.get_logger(__name__)
+
+CACHED = 1 << 20
+"""Elements of an intermediate tensor that a CPU core's caches hold."""
 
 
 class DaViTBlock(GradientCheckpointingLayer, Florence2VisionBlock):
@@ -52,6 +58,48 @@ class DaViTChannelAttention(Florence2VisionChannelAttention):
         weights_BGCC = scores_BGCC.softmax(dim=-1)
         out_BGNC = value_BGNC @ weights_BGCC.transpose(-1, -2)
         return self.proj(out_BGNC.transpose(1, 2).reshape(batch, tokens, channels))
+
+
+class DaViTWindowAttention(Florence2VisionWindowAttention):
+    """transformers' window attention; on a CPU a few rows of windows at a time, see `_in_parts`."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        batch, _, width, channels = hidden_states.shape
+        rows = max(1, CACHED // (batch * self.window_size * width * 3 * channels)) * self.window_size
+        return _in_parts(self, super().forward, hidden_states, rows)
+
+
+class DaViTMLP(Florence2VisionMLP):
+    """transformers' MLP; on a CPU a few positions at a time, see `_in_parts`."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        positions = max(1, CACHED // (hidden_states.shape[0] * self.fc1.out_features))
+        return _in_parts(self, super().forward, hidden_states, positions)
+
+
+def _in_parts(module: nn.Module, forward: Callable[[Tensor], Tensor], hidden_states: Tensor, length: int) -> Tensor:
+    """`forward` over parts of `length` along dimension 1, where no gradient is needed on a CPU.
+
+    The wide tensors inside (75 MiB at stage 1 for 768 px) then stay in the caches instead of being allocated anew.
+    """
+    whole = hidden_states.device.type != "cpu" or hidden_states.shape[1] <= length or torch.compiler.is_compiling()
+    if whole or (torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, *module.parameters()))):
+        return forward(hidden_states)
+    return torch.cat([forward(part) for part in hidden_states.split(length, dim=1)], dim=1)
+
+
+class DepthwiseConv(nn.Conv2d):
+    """Depthwise convolution that keeps its input's memory layout, channels last, on a CPU.
+
+    With weights in the default layout oneDNN returns channels first. The convolution then takes 10 to 20 times as long,
+    and the sums and norms after it read memory with large strides.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight
+        if input.device.type == "cpu":
+            weight = weight.squeeze(1).unsqueeze(-1).permute(0, 3, 1, 2)  # a view with the strides of channels last
+        return self._conv_forward(input, weight, self.bias)
 
 
 class DropPath(nn.Dropout):
@@ -129,6 +177,12 @@ class Florence2Tower(VisionTower):
                 module.__class__ = DaViTBlock
             elif type(module) is Florence2VisionChannelAttention:
                 module.__class__ = DaViTChannelAttention
+            elif type(module) is Florence2VisionWindowAttention:
+                module.__class__ = DaViTWindowAttention
+            elif type(module) is Florence2VisionMLP:
+                module.__class__ = DaViTMLP
+            elif type(module) is nn.Conv2d and module.groups > 1:
+                module.__class__ = DepthwiseConv
             for name, child in list(module.named_children()):
                 if isinstance(child, Florence2DropPath):
                     setattr(module, name, DropPath(child.drop_prob))
