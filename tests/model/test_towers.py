@@ -180,7 +180,7 @@ def test_backbone_features_are_its_hidden_states(kind):
 def test_backbone_refusals():
     with pytest.raises(ValueError, match="has 2 layers"):
         TOWERS["backbone"](tiny_config(tower="dinov2", feature_layers={"last": 7}))
-    with pytest.raises(ValueError, match="takes 64x64 only"):
+    with pytest.raises(ValueError, match="accepts only 64x64"):
         TOWERS["backbone"](tiny_config(tower="backbone")).num_tokens(96, 96)
     assert TOWERS["backbone"](tiny_config(tower="dinov2")).num_tokens(96, 128) == 12
 
