@@ -56,11 +56,17 @@ def command(
 ) -> None:
     """Ask a model about an image, once or in a conversation."""
     from florence_vl.model.loading import check_folder, load_model
-    from florence_vl.serve.session import ChatSession, GenerationOptions
+    from florence_vl.model.pictures import open_image
 
     for name, value in (("--top-p", top_p), ("--top-k", top_k), ("--seed", seed)):
         if temperature == 0 and value is not None:
             raise ValueError(f"{name} applies to sampling only: add a --temperature above 0, for example 0.7")
+    if question is not None and not question.strip():
+        raise ValueError("the question is empty: give one, or omit it to start a conversation")
+    pictures = [open_image(path) for path in image]
+    folder = check_folder(model)
+    from florence_vl.serve.session import ChatSession, GenerationOptions  # takes seconds: torch and transformers
+
     options = GenerationOptions(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -69,12 +75,6 @@ def command(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    if question is not None and not question.strip():
-        raise ValueError("the question is empty: give one, or omit it to start a conversation")
-    from florence_vl.model.pictures import open_image
-
-    pictures = [open_image(path) for path in image]
-    folder = check_folder(model)
     loaded, processor = load_model(model, device, dtype)
     resolution = given(image_size, aspect, token_budget, positions, view, trade)
     routing = None
