@@ -155,7 +155,7 @@ def test_bad_features_are_refused():
         train_alignment(unit(39, D), text)
     broken = unit(40, D)
     broken[3, 0] = math.nan
-    with pytest.raises(ValueError, match="1 vision features hold NaN"):
+    with pytest.raises(ValueError, match="1 vision features contain NaN"):
         train_alignment(broken, text)
     with pytest.raises(ValueError, match="too few"):
         train_alignment(unit(4, D), unit(4, D))

@@ -133,7 +133,7 @@ def test_wrong_usage_is_one_line(arguments, message, capsys, tmp_path, monkeypat
 
 def test_an_empty_folder_has_no_report(tmp_path, capsys):
     assert main(["analyze", "report", str(tmp_path)]) == 2
-    assert "holds no result" in capsys.readouterr().err
+    assert "contains no result" in capsys.readouterr().err
 
 
 def test_encoders_are_listed(capsys):

@@ -139,7 +139,7 @@ def test_a_separate_tower_folder(released, tmp_path):
     state, theirs = upstream.make_released(tmp_path / "src", "llama", with_tower=False)
     upstream.make_microsoft(tmp_path / "tower", copies=2)
     (tmp_path / "tower" / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 64, "width": 64}}))
-    assert_refused(tmp_path / "src", tmp_path / "dst", ValueError, "no vision tower inside.*--tower")
+    assert_refused(tmp_path / "src", tmp_path / "dst", ValueError, "contains no vision tower.*--tower")
     convert(tmp_path / "src", tmp_path / "dst", tower=tmp_path / "tower")
     model = florence_vl.FlorenceVLForConditionalGeneration.from_pretrained(tmp_path / "dst").eval()
     images = torch.randn(1, 3, 64, 64)
@@ -284,7 +284,7 @@ def test_another_architecture(copy, tmp_path):
     assert_refused(tmp_path / "llm", tmp_path / "dst", ValueError, "none of the known layouts.*bare language model")
     (tmp_path / "llava").mkdir()
     save_file({"model.mm_projector.0.weight": torch.zeros(2, 2)}, tmp_path / "llava" / "model.safetensors")
-    assert_refused(tmp_path / "llava", tmp_path / "dst", ValueError, "LLaVA whose tower isn't Florence-2")
+    assert_refused(tmp_path / "llava", tmp_path / "dst", ValueError, "LLaVA whose tower is not Florence-2")
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "model_type": "llava_phi"}))
     assert_refused(copy, tmp_path / "dst", ValueError, "says 'llava_phi', but the LLM's tensors are those of llama")
@@ -304,7 +304,7 @@ def test_unknown_missing_and_misshapen_tensors(copy, tmp_path):
     good = tmp_path / "good"
     shutil.copytree(copy, good)
     rewrite(copy, lambda state: state.update({"model.surprise.weight": torch.zeros(3)}))
-    assert_refused(copy, tmp_path / "dst", ValueError, "1 tensors have no place .* model.surprise.weight")
+    assert_refused(copy, tmp_path / "dst", ValueError, "1 tensors are unknown .* model.surprise.weight")
     name = upstream.TOWER + "language_model.model.encoder.layers.1.fc1.weight"
     rewrite(copy, lambda state: [state.pop("model.surprise.weight"), state.pop(name)])
     assert_refused(copy, tmp_path / "dst", ValueError, "1 missing: model.vision_tower.encoder.layers.1.fc1.weight")
@@ -321,7 +321,7 @@ def test_no_tokenizer(copy, tmp_path):
 def test_too_little_disk(released, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: usage._replace(free=10 * 1024**2))
-    assert_refused(released[0], tmp_path / "dst", ValueError, "too little disk: .* GiB are needed, 0.01 GiB are free")
+    assert_refused(released[0], tmp_path / "dst", ValueError, "too little disk space: .* GiB needed, 0.01 GiB free")
 
 
 def test_destination_is_written_whole_or_not_at_all(released, tmp_path, monkeypatch):
@@ -369,7 +369,7 @@ def test_options_without_meaning_are_errors(released, tmp_path):
         released[0], tmp_path / "dst", ValueError, "unknown target 'orignal'. Did you mean 'original'", to="orignal"
     )
     assert_refused(released[0], tmp_path / "dst", ValueError, "already; nothing to convert", to="original")
-    assert_refused(released[0], tmp_path / "dst", ValueError, "--decoder has no meaning", decoder=released[0])
+    assert_refused(released[0], tmp_path / "dst", ValueError, "--decoder does not apply", decoder=released[0])
     assert_refused(tmp_path / "nowhere", tmp_path / "dst", FileNotFoundError, "no such file or folder")
 
 
@@ -378,7 +378,7 @@ def test_a_config_of_wrong_types(copy, tmp_path):
     (copy / "config.json").write_text(json.dumps({**config, "num_hidden_layers": "two"}))
     assert_refused(copy, tmp_path / "dst", ValueError, "num_hidden_layers")
     rewrite(copy, lambda state: state.pop("model.embed_tokens.weight"))
-    assert_refused(copy, tmp_path / "dst", ValueError, "no LLM inside")
+    assert_refused(copy, tmp_path / "dst", ValueError, "contains no LLM")
 
 
 # ------------------------------------------------------------ the real sizes

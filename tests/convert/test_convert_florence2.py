@@ -111,7 +111,7 @@ def test_released_sizes_are_read_from_shapes(size, expected):
     )
     assert (text["decoder_layers"], text["max_position_embeddings"], text["vocab_size"]) == (layers, 1024, 51289)
     infos["vision_tower.convs.0.proj.weight"] = TensorInfo((100, 3, 7, 7), torch.float16, "x")
-    with pytest.raises(ValueError, match=r"widths \[100\] are no released Florence-2's.*--tower"):
+    with pytest.raises(ValueError, match=r"widths \[100\] are not those of a released Florence-2's.*--tower"):
         florence2.config_from_shapes(infos)
 
 
@@ -229,7 +229,7 @@ def test_tower_out_of_a_florence_vl(released, tmp_path, source):
     """A plain Florence-2 with the checkpoint's own decoder; the tower computes the same."""
     folder, state, theirs = released
     report = convert(folder / source, tmp_path / "tower", to="vision-tower")
-    assert not any("decoder is left out" in note for note in report["notes"])
+    assert not any("decoder is omitted" in note for note in report["notes"])
     model = Florence2ForConditionalGeneration.from_pretrained(tmp_path / "tower").eval()
     images = torch.randn(1, 3, 64, 64)
     found = model.model.get_image_features(images).pooler_output
@@ -243,7 +243,7 @@ def test_tower_with_a_given_decoder_or_none(released, tmp_path):
     folder, _, _ = released
     convert(folder / "src", tmp_path / "ours", keep_decoder=False)
     report = convert(tmp_path / "ours", tmp_path / "bare", to="vision-tower")
-    assert any("decoder is left out" in note for note in report["notes"])
+    assert any("decoder is omitted" in note for note in report["notes"])
     assert not any(".decoder." in name for name in tensors(tmp_path / "bare"))
     other = upstream.make_microsoft(tmp_path / "other", seed=9)
     for layout in ("other", "native"):
@@ -285,7 +285,7 @@ def test_gguf_errors_before_writing(tmp_path):
     with pytest.raises(ValueError, match="only be converted to 'native'"):
         convert(path, tmp_path / "dst", to="original")
     path.write_bytes(b"no gguf at all")
-    with pytest.raises(ValueError, match="is a file that is no gguf"):
+    with pytest.raises(ValueError, match="is a file that is not a gguf"):
         convert(path, tmp_path / "dst")
     assert not (tmp_path / "dst").exists()
 

@@ -1,1 +1,1 @@
-"""Analysis of vision encoders: alignment loss, PCA pictures, attribution, ablations."""
+"""Analysis of vision encoders: alignment loss, PCA visualizations, attribution, ablations."""

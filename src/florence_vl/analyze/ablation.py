@@ -1,7 +1,7 @@
-"""The paper's ablation tables 1, 4, 5 and 6: which rows they have, and which commands train and score them.
+"""The paper's ablation tables 1, 4, 5 and 6: their rows, and the commands that train and score them.
 
-Every step is a `florence-vl` command of its own (`train`, `evaluate`), so a table can be stopped at any time and goes
-on where it was. A variant that stands in several tables is trained once a seed.
+Every step is a separate `florence-vl` command (`train`, `evaluate`), so an interrupted table can be resumed. A variant
+that is part of several tables is trained once per seed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STAGES = ("pretrain", "finetune")
 
 @dataclass(frozen=True)
 class TableRow:
-    """A row of a table: its label, the variant that is trained, and the paper's label where it reports one."""
+    """A row of a table: its label, the trained variant, and the paper's label if the paper reports it."""
 
     name: str
     variant: str
@@ -33,7 +33,7 @@ class TableRow:
 
 @dataclass(frozen=True)
 class TablePart:
-    """A block of columns: the paper's table, and the mini suite's columns that stand for it."""
+    """A block of columns: the paper's table, and the corresponding columns of the mini suite."""
 
     paper: str
     mini: tuple[str, ...]
@@ -46,9 +46,9 @@ class AblationTable:
 
     Attributes:
         number: Its number in the paper.
-        title: What it varies.
-        text: What a reader must know.
-        reference: The row that differences are taken to: the full model.
+        title: The varied component.
+        text: Notes for the reader.
+        reference: The reference row of differences: the full model.
         rows: Its rows, in order.
         parts: Its blocks of columns.
     """
@@ -61,10 +61,10 @@ class AblationTable:
     parts: tuple[TablePart, ...]
 
     def choose(self, names: Sequence[str] | None) -> list[TableRow]:
-        """Rows by name; all when None.
+        """Rows by name; all if None.
 
         Raises:
-            ValueError: No such row; near names are listed.
+            ValueError: A row does not exist; similar names are suggested.
         """
         known = {row.name: row for row in self.rows}
         for name in names or ():
@@ -107,25 +107,25 @@ def table_of(number: int) -> AblationTable:
 
 @dataclass(frozen=True)
 class AblationConfig:
-    """How a table is made.
+    """Settings of a table's runs.
 
     Attributes:
         scale: `mini` (two CPU cores, the mini suite) or `llava15` (the paper's setting: LLaVA-1.5 data, Vicuna-7B).
-        out: Folder of all runs; tables that share it share their variants.
-        start: The LLM that every row starts from, of those that the scale offers; the scale's first when None.
+        out: Folder of all runs; tables in the same folder share their variants.
+        start: Initial LLM of every row, from those of the scale; the scale's first if None.
         seeds: Number of seeds.
-        share_pretraining: All seeds finetune from seed 0's first stage. Saves time, and the interval is then of the
-            second stage alone.
+        share_pretraining: All seeds finetune from seed 0's first stage. This saves time, but the interval then covers
+            the second stage only.
         overrides: `key.path=value` for both stages' recipes, `pretrain:key.path=value` for one.
         data: Folder with the benchmarks' files, for `llava15`.
-        suite: Benchmarks; the scale's own when None.
-        limit: About that many questions of each benchmark.
-        launcher: Words before the sub-command of training, e.g. `torchrun --nproc-per-node 8 -m florence_vl`.
-        jobs: Commands that run at a time; at mini scale each gets its share of the cores.
+        suite: Benchmarks; the scale's own if None.
+        limit: Approximate number of questions per benchmark.
+        launcher: Command before the sub-command of training, e.g. `torchrun --nproc-per-node 8 -m florence_vl`.
+        jobs: Number of parallel commands; at mini scale each gets its share of the cores.
         dtype: Data type of training and evaluation at mini scale: `float32` or `bfloat16`.
 
     Raises:
-        ValueError: Unknown scale or start, no seed, no job, or `llava15` without its benchmark files.
+        ValueError: The scale or start is unknown, there are no seeds or jobs, or `llava15` has no benchmark files.
     """
 
     scale: str
@@ -155,22 +155,22 @@ class AblationConfig:
 
     @property
     def about(self) -> Mapping[str, Any]:
-        """What the table file says about the scale."""
+        """Entry of the scale in the table file."""
         return _file()["scales"][self.scale]
 
     @property
     def chosen_start(self) -> str | None:
-        """The start, the scale's first when none was named; None where the scale offers none."""
+        """The start; the scale's first if none was named, and None if the scale has none."""
         return self.start or next(iter(self.about.get("starts", {})), None)
 
     @property
     def root(self) -> Path:
-        """Folder of this scale's runs from this start."""
+        """Folder of this scale's runs with this start."""
         return self.out / self.scale / (self.chosen_start or "")
 
     @property
     def benchmarks(self) -> str:
-        """The suite, or benchmarks with commas between them."""
+        """The suite, or comma-separated benchmarks."""
         return self.suite or self.about.get("suite") or _columns_of_the_tables()
 
 
@@ -180,12 +180,12 @@ class Step:
 
     Attributes:
         kind: `data`, `pretrain`, `finetune` or `evaluate`.
-        variant: Which variant, or which data set.
-        seed: Which seed.
-        folder: What it writes.
-        command: Its arguments, without the launcher.
-        identity: Hash of what decides its result; a finished step with another hash is refused.
-        needs: Folders of the steps that must be done before.
+        variant: Name of the variant or data set.
+        seed: The seed.
+        folder: Output folder.
+        command: Arguments of the command, without the launcher.
+        identity: Hash of everything that determines its result; a finished step with another hash is an error.
+        needs: Folders of the steps that must be finished before.
     """
 
     kind: str
@@ -198,7 +198,7 @@ class Step:
 
     @property
     def title(self) -> str:
-        """The step in a few words."""
+        """A short description of the step."""
         return f"{self.kind}: {self.variant}" + (f", seed {self.seed}" if self.kind != "data" else "")
 
     @property
@@ -208,7 +208,7 @@ class Step:
 
     @property
     def done(self) -> bool:
-        """Whether it is done already.
+        """Whether the step is done.
 
         Raises:
             ValueError: It was done with other settings.
@@ -218,13 +218,13 @@ class Step:
         found = read_marker(self.folder)
         if found is not None and found["identity"] != self.identity:
             raise ValueError(
-                f"{self.folder} holds the result of other settings ({found['command']}); delete it or change --out"
+                f"{self.folder} contains the result of other settings ({found['command']}); delete it or change --out"
             )
         return found is not None
 
 
 def read_marker(folder: Path) -> dict[str, Any] | None:
-    """What a finished step left in its folder; None where it is not finished."""
+    """The record of a finished step in its folder; None if it is not finished."""
     try:
         return json.loads((folder / "done.json").read_text())
     except (FileNotFoundError, ValueError):
@@ -232,11 +232,11 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
 
 
 def plan(rows: Sequence[TableRow], config: AblationConfig) -> list[Step]:
-    """The commands that make rows, in order; each variant and seed once.
+    """The commands for the rows, in order; each variant and seed once.
 
     Raises:
         FileNotFoundError: A recipe is missing.
-        ValueError: A recipe and the overrides do not fit.
+        ValueError: A recipe and the overrides contradict each other.
     """
     from florence_vl.evaluate.suites import choose
 
@@ -272,7 +272,7 @@ def _store(config: AblationConfig) -> Path:
 
 
 def _data(config: AblationConfig) -> Iterator[Step]:
-    """What writes the recipes' data where it is absent and an installed package makes it."""
+    """Steps that create the recipes' data if it is missing and an installed package provides it."""
     from florence_vl.registry import plugins
     from florence_vl.train.recipes import load_recipe
 
@@ -292,7 +292,7 @@ def _data(config: AblationConfig) -> Iterator[Step]:
 
 
 def _columns_of_the_tables() -> str:
-    """The benchmarks whose columns the four tables have."""
+    """The benchmarks with the columns of the four tables."""
     from florence_vl.evaluate.scoring import reported_results
     from florence_vl.evaluate.suites import choose
 
@@ -307,7 +307,7 @@ def _columns_of_the_tables() -> str:
 
 
 def stage_of(override: str) -> str | None:
-    """The stage that an override is for; None for both.
+    """The stage of an override; None for both.
 
     Raises:
         ValueError: It is not of the form `[pretrain:|finetune:]key.path=value`.
@@ -320,7 +320,7 @@ def stage_of(override: str) -> str | None:
 
 
 def row_settings(stage: str, variant: str, config: AblationConfig) -> list[str]:
-    """What turns the scale's recipe into a variant's, as `key.path=value` texts: scale, start, variant, user."""
+    """Changes from the scale's recipe to a variant's, as `key.path=value` texts: scale, start, variant, user."""
     about, own = config.about, _file()["variants"][variant]
     settings = dict(about.get("set", {}).get(stage, {}))
     if stage == "pretrain":

@@ -1,4 +1,4 @@
-"""Scores of ablation rows as a table: differences to the full model paired by question and seed, and what they show."""
+"""Scores of ablation rows as a table, with differences to the full model paired by question and seed, and verdicts."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class RowScores:
     Attributes:
         row: The row.
         seeds: Seed -> column -> score.
-        questions: Seed -> column -> question -> score of the answer, in per cent.
-        made_by: Seed -> what each step's marker says of commit, machine and time.
+        questions: Seed -> column -> question -> score of the answer, in percent.
+        made_by: Seed -> commit, machine and time of each step, from its record.
     """
 
     row: TableRow
@@ -38,7 +38,7 @@ class RowScores:
 
 
 def paper_scores(part: TablePart, row: TableRow) -> dict[str, float]:
-    """What the paper reports for a row, without its average; empty where it reports nothing."""
+    """The paper's scores for a row, without its average; empty if it reports none."""
     from florence_vl.evaluate.scoring import reported_results
 
     for reported in reported_results()[part.paper]["rows"]:
@@ -48,7 +48,7 @@ def paper_scores(part: TablePart, row: TableRow) -> dict[str, float]:
 
 
 def read_scores(table: AblationTable, config: AblationConfig) -> list[RowScores]:
-    """Scores of every row of a table that has been evaluated, from the folders."""
+    """Scores of every evaluated row of a table, from the folders."""
     from florence_vl.evaluate.scoring import score_folder
 
     found = []
@@ -73,10 +73,10 @@ def read_scores(table: AblationTable, config: AblationConfig) -> list[RowScores]
 
 
 def difference(row: RowScores, reference: RowScores, columns: Sequence[str]) -> Difference | None:
-    """Difference of a row's average to the reference's, over seeds and questions that both have.
+    """Difference of the averages of a row and the reference, over the seeds and questions of both.
 
     Returns:
-        None where they share fewer than two seeds.
+        The difference; None if they share fewer than two seeds.
     """
     seeds = [seed for seed in row.questions if seed in reference.questions]
     sides = [scores.questions[seed] for scores in (row, reference) for seed in seeds]
@@ -103,18 +103,18 @@ def verdict(found: Difference | None, paper: float | None = None) -> str:
 
 
 def build_table(table: AblationTable, scores: Sequence[RowScores], config: AblationConfig) -> dict[str, Any]:
-    """The table as titles, headers and cells, with the paper's rows beside.
+    """The table as titles, headers and cells, with the paper's rows.
 
     Args:
-        table: Which table.
+        table: The table.
         scores: From `read_scores`.
-        config: How it was made.
+        config: Settings of the runs.
 
     Returns:
-        What `florence_vl.analyze.report.ablation_section` shows.
+        Input of `florence_vl.analyze.report.ablation_section`.
 
     Raises:
-        ValueError: There is no score.
+        ValueError: There are no scores.
     """
     if not scores:
         raise ValueError(f"no row of table {table.number} has been evaluated yet")
@@ -167,19 +167,19 @@ def _notes(table: AblationTable, scores: Sequence[RowScores], config: AblationCo
     asked = {sum(map(len, by_column.values())) for row in scores for by_column in row.questions.values()}
     questions = f", {' to '.join(map(str, sorted(asked)))} questions" if asked else ""
     yield (
-        f"{words} a row{questions}. Scores: mean and 95 % interval over seeds. Differences: paired by question and "
-        "seed, both taken as drawn at random."
+        f"{words} per row{questions}. Scores: mean and 95 % interval over seeds. Differences: paired by question and "
+        "seed, which are both treated as random samples."
     )
     absent = [row.name for row in table.rows if row.name not in {s.row.name for s in scores}]
     if absent:
         yield f"Not evaluated yet: {', '.join(absent)}."
     if config.scale == "mini":
         yield (
-            "Mini scale: other data, other LLM, other benchmarks. The paper's figures beside it are one run each, "
-            "without intervals; only directions can be compared."
+            "Mini scale: other data, other LLM, other benchmarks. The paper's numbers are from one run each, without "
+            "intervals; only directions can be compared."
         )
     else:
         yield (
-            "Differences are of the mean score of answers; columns that the paper computes otherwise (MME's sums, "
-            "POPE's F1) stand in the table as the paper computes them."
+            "Differences are of the mean score of answers; the table shows columns that the paper computes differently "
+            "(MME's sums, POPE's F1) as in the paper."
         )

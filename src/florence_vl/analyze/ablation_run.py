@@ -1,4 +1,4 @@
-"""Runs the commands of an ablation table, several at a time, and says how long it takes and what is left."""
+"""Runs the commands of an ablation table in parallel, with progress and remaining time."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ POLL_SECONDS = 0.2
 
 
 class Stopped(Exception):
-    """A training command was stopped by a signal; the same command goes on later."""
+    """A training command was stopped by a signal; the same command resumes later."""
 
 
 def machine_class() -> str:
-    """The kind of machine, without its name: GPU, or processor and cores."""
+    """The type of machine, without its name: GPU, or processor and cores."""
     import torch
 
     if torch.cuda.is_available():
@@ -43,7 +43,7 @@ def machine_class() -> str:
 
 
 def remaining(steps: Sequence[Step], jobs: int) -> tuple[list[Step], float | None]:
-    """The steps that are left, and about how many seconds they take; None until a step of each kind was timed."""
+    """The remaining steps and their approximate time in seconds; None until a step of each kind was timed."""
     times: dict[str, list[float]] = defaultdict(list)
     todo = []
     for step in steps:
@@ -58,7 +58,7 @@ def remaining(steps: Sequence[Step], jobs: int) -> tuple[list[Step], float | Non
 
 
 def describe_remaining(steps: Sequence[Step], jobs: int) -> str:
-    """One line: what is done, what is left, and for how long."""
+    """One line: finished steps, remaining steps and time."""
     todo, seconds = remaining(steps, jobs)
     left = "time unknown until the first row is done" if seconds is None else f"about {_duration(seconds)}"
     return f"{len(steps) - len(todo)} of {len(steps)} steps done" + (f", {left} left" if todo else "")
@@ -70,7 +70,7 @@ def _duration(seconds: float) -> str:
 
 
 class _Running:
-    """One command that runs, with its log."""
+    """A running command with its log."""
 
     def __init__(self, step: Step, config: AblationConfig) -> None:
         self.step, self.began = step, time.monotonic()
@@ -85,7 +85,7 @@ class _Running:
             self.process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
     def ended(self) -> bool:
-        """Whether it has ended; then its processor time is known too."""
+        """Whether it has ended; its processor time is then known."""
         before = _children_seconds()
         if self.process.poll() is None:
             return False
@@ -93,11 +93,11 @@ class _Running:
         return True
 
     def finish(self, about: dict[str, Any]) -> None:
-        """Check how it ended and mark it done.
+        """Check its exit code and mark it done.
 
         Raises:
             Stopped: It was stopped by a signal.
-            RuntimeError: It failed; its log is named.
+            RuntimeError: It failed; the message names its log.
         """
         step, code = self.step, self.process.returncode
         if code in (STOPPED, -signal.SIGTERM, -signal.SIGINT):
@@ -109,7 +109,7 @@ class _Running:
             )
         if step.kind == "data":
             return
-        if step.kind in STAGES:  # its model is written: of a table's many runs the checkpoints would fill the disk
+        if step.kind in STAGES:  # the model is written, and checkpoints of many runs would fill the disk
             shutil.rmtree(step.folder / "checkpoints", ignore_errors=True)
         command = shlex.join(["florence-vl", *step.command])
         times = {"seconds": round(time.monotonic() - self.began, 1), "cpu_seconds": round(self.cpu_seconds, 1)}
@@ -124,13 +124,13 @@ def _children_seconds() -> float:
 
 
 def execute(steps: Sequence[Step], config: AblationConfig, log: Callable[[str], None]) -> None:
-    """Run what is not done yet, `config.jobs` commands at a time.
+    """Run unfinished steps, `config.jobs` commands in parallel.
 
-    When one fails or is stopped no further one starts, and those that run are stopped too; they go on later.
+    If one fails or is stopped, no further one starts and the running ones are stopped; they resume later.
 
     Raises:
         Stopped: A command was stopped by a signal.
-        RuntimeError: A command failed; its log is named.
+        RuntimeError: A command failed; the message names its log.
     """
     from florence_vl.train.setup import describe_environment
 
@@ -146,7 +146,7 @@ def execute(steps: Sequence[Step], config: AblationConfig, log: Callable[[str], 
         raise Stopped("stopped by a signal; start the same command again")
 
     previous = None
-    with contextlib.suppress(ValueError):  # not the main thread: whoever runs us there handles signals
+    with contextlib.suppress(ValueError):  # not the main thread, whose program handles signals
         previous = signal.signal(signal.SIGTERM, stop)
     try:
         while waiting or running:

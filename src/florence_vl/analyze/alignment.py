@@ -1,13 +1,13 @@
-"""The alignment loss: how well a trained projection alone brings an encoder's features to an LLM's (paper section 4).
+"""Alignment loss: how well a trained projection aligns an encoder's features with an LLM's (paper section 4).
 
-Stated by the paper and done here: features mean-pooled over tokens, L2-normalized over channels; only the projection
-trains; cross-entropy of the vision-text similarity matrix with the identity as target, vision to text.
-Left open by it, with the default here: projection (linear), temperature (1, as none is mentioned), batch (all pairs up
-to 20,000), optimizer (Adam, 3e-3, 300 steps, cosine to 0), held-out pairs (the paper shows training loss only).
+From the paper: features are mean-pooled over tokens and L2-normalized over channels; only the projection is trained,
+with cross-entropy of the vision-text similarity matrix and the identity as target, in the vision-to-text direction.
+Not given in the paper, with the default here: projection (linear), temperature (1), batch (all pairs up to 20,000),
+optimizer (Adam, 3e-3, 300 steps, cosine to 0), held-out pairs (the paper shows only the training loss).
 
-Two facts for reading the figures. With unit vectors and temperature 1 the loss of N pairs can't fall below
-log(1 + (N - 1) e^-2), and text features of an LLM lie close together, which leaves less: `best_loss` is what no vision
-features can beat on given texts. And more channels overfit: compare held-out losses at equal width.
+Interpretation: with unit vectors and temperature 1 the loss of N pairs cannot fall below log(1 + (N - 1) e^-2). Text
+features of an LLM point in similar directions, which raises this bound: `best_loss` computes the bound for given texts.
+More channels overfit: compare held-out losses at equal width.
 Shape letters: N pairs, V vision channels, T text channels.
 """
 
@@ -25,7 +25,7 @@ from florence_vl.registry import did_you_mean
 from florence_vl.train.contrastive import Groups, contrastive_loss
 
 FULL_BATCH_LIMIT = 20_000
-CHUNK = 65_536  # rows of a table that are worked on at once
+CHUNK = 65_536  # rows of a table that are processed at a time
 PROJECTIONS = ("linear", "mlp")
 DUPLICATES = ("share", "first")
 WIDTH_CONTROLS = ("pca", "random")
@@ -39,16 +39,16 @@ class AlignmentConfig:
         projection: `linear`, or `mlp` (linear, GELU, linear; hidden width T). Features are pooled before the
             projection: for `linear` that equals projecting every token and pooling after; for `mlp` it does not.
         steps: Optimizer steps.
-        batch_size: Pairs in a batch; None takes all training pairs up to 20,000 and 8,192 beyond.
-        learning_rate: Of Adam, at the start of a cosine decay to 0.
-        weight_decay: Decoupled.
+        batch_size: Pairs per batch; None uses all training pairs up to 20,000 and 8,192 beyond.
+        learning_rate: Adam's learning rate at the start of a cosine decay to 0.
+        weight_decay: Decoupled weight decay.
         temperature: Divides the similarities.
         symmetric: Add the text-to-vision direction (mean of both), as CLIP does.
         standardize: Shift and scale each vision channel by the training pairs' mean and standard deviation. A linear
-            projection can express the same, so this only conditions the optimisation.
-        center: Subtract the training pairs' mean text feature before normalizing. Off, as the paper has no such step.
-        heldout: Share of pairs that is never trained on; half of it chooses the step, the other half is reported.
-        max_heldout: At most that many pairs in each half.
+            projection can express the same, so this only conditions the optimization.
+        center: Subtract the training pairs' mean text feature before normalizing. Off by default, as in the paper.
+        heldout: Fraction of held-out pairs; half of them selects the step, the other half is reported.
+        max_heldout: Maximum number of pairs in each half.
         duplicates: Pairs with the same caption or the same image break identity targets. `share` spreads the target
             over all of them; `first` keeps one pair of each caption and of each image.
         evaluations: Number of points of the curve.
@@ -82,7 +82,7 @@ class AlignmentConfig:
         if self.batch_size is not None and self.batch_size < 2:
             raise ValueError(f"batch_size is {self.batch_size}; a contrastive batch needs at least 2 pairs")
         if not 0 < self.heldout < 1:
-            raise ValueError(f"heldout is {self.heldout}; it must be a share between 0 and 1")
+            raise ValueError(f"heldout is {self.heldout}; it must be a fraction between 0 and 1")
 
 
 @dataclass
@@ -90,21 +90,21 @@ class AlignmentRun:
     """One projection trained with one seed.
 
     Args:
-        seed: Of the split, the initialization and the batches.
+        seed: Seed of the split, the initialization and the batches.
         steps: Step of each point of the curves.
-        train_loss: Loss on as many training pairs as there are held-out pairs (so that both have the same log N).
-        heldout_loss: Loss on the held-out pairs that are reported.
-        validation_loss: Loss on the held-out pairs that choose the step.
+        train_loss: Loss on the same number of training pairs as held-out pairs (so that both have the same log N).
+        heldout_loss: Loss on the reported held-out pairs.
+        validation_loss: Loss on the held-out pairs that select the step.
         best_step: Step with the lowest validation loss.
         loss: Held-out loss at that step.
         last_loss: Held-out loss at the last step.
         floor: Lowest loss that any vision features can reach on the held-out texts (`best_loss`).
-        heldout_pairs: Number of held-out pairs N; guessing has loss log N.
+        heldout_pairs: Number of held-out pairs N; chance level is log N.
         train_pairs: Number of training pairs.
-        recall: R@K from vision to text at that step, by K. An image whose caption others share may hit any of them.
+        recall: R@K from vision to text at that step, by K. Any image with the same caption is correct.
         recall_text: R@K from text to vision.
-        parameters: Trained parameters.
-        width: Channels V that the projection reads.
+        parameters: Number of trained parameters.
+        width: Input channels V of the projection.
     """
 
     seed: int
@@ -125,18 +125,18 @@ class AlignmentRun:
 
     @property
     def chance(self) -> float:
-        """Loss of guessing: log N."""
+        """Chance level of the loss: log N."""
         return math.log(self.heldout_pairs)
 
     @property
     def aligned(self) -> float:
-        """How far the loss went from guessing (0) to the lowest that any vision features can reach (1)."""
+        """Position of the loss between chance (0) and the lowest value for any vision features (1)."""
         return (self.chance - self.loss) / (self.chance - self.floor)
 
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of the pairs: training, choosing the step, reporting."""
+    """Rows of the pairs for training, selecting the step, and reporting."""
 
     train: Tensor
     validation: Tensor
@@ -144,10 +144,10 @@ class Split:
 
 
 def split_pairs(groups: Groups, config: AlignmentConfig, seed: int) -> Split:
-    """Split so that no caption and no image is on two sides; both held-out halves have the same size for every seed.
+    """Split pairs so that splits share no caption and no image; both held-out halves have the same size for every seed.
 
     Raises:
-        ValueError: Too few pairs for two held-out halves of at least 2 and as many to train on.
+        ValueError: There are too few pairs for two held-out halves of at least 2, and the same number for training.
     """
     rows = groups.first() if config.duplicates == "first" else torch.arange(len(groups))
     components = groups.components()[rows]
@@ -155,14 +155,14 @@ def split_pairs(groups: Groups, config: AlignmentConfig, seed: int) -> Split:
     order = torch.randperm(int(components.max()) + 1 if len(rows) else 0, generator=generator)
     half = min(config.max_heldout, round(len(rows) * config.heldout / 2))
     position = order.argsort()[components] if len(rows) else components
-    if len(rows):  # a component that would fill a held-out half by itself stays in training
+    if len(rows):  # a component that would fill a held-out half alone stays in training
         sizes = components.bincount(minlength=len(order))
         position = position + len(order) * (sizes[components] > max(1, half // 4))
     rows = rows[position.argsort(stable=True)]
     position = position.sort(stable=True).values
 
     def after(row: int) -> int:
-        """The first row of the next component: what is left of a cut component is used by neither side."""
+        """First row of the next component; the rest of a divided component is not used by either side."""
         while 0 < row < len(rows) and position[row] == position[row - 1]:
             row += 1
         return row
@@ -179,7 +179,7 @@ def split_pairs(groups: Groups, config: AlignmentConfig, seed: int) -> Split:
 
 
 def build_projection(kind: str, in_dim: int, out_dim: int, seed: int) -> nn.Module:
-    """The trained projection, initialized from `seed` alone."""
+    """The trained projection, initialized from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if kind == "linear":
@@ -198,16 +198,16 @@ def best_loss(
 ) -> float:
     """The lowest image-to-text loss that unit vision vectors can have on given texts.
 
-    Every vector's loss is its own problem on the sphere: it moves towards its text and away from the texts that it
-    takes for likely, by steps that are halved where they do not help.
+    The loss of each vector is a separate problem on the sphere: it moves towards its text and away from other likely
+    texts, with steps that are halved if they do not reduce the loss.
 
     Args:
         text_ND: (N, D) unit vectors.
         targets_NN: As in `contrastive_loss`.
         temperature: Divides the similarities.
         symmetric: The loss is the mean of both directions, for the vectors that are best for the first.
-        iterations: Steps.
-        chunk: Rows of a block.
+        iterations: Number of steps.
+        chunk: Rows per block.
     """
     aims_ND = text_ND if targets_NN is None else torch.sparse.mm(targets_NN, text_ND)
     vision_ND = torch.empty_like(text_ND)
@@ -239,14 +239,14 @@ def best_loss(
 def recall_at(
     queries_ND: Tensor, targets_ND: Tensor, groups: Groups | None, ks: Sequence[int] = (1, 5, 10), chunk: int = 2048
 ) -> dict[int, float]:
-    """Share of queries with a right target among the K nearest. Ties count against the query.
+    """Fraction of queries with a correct target among the K nearest. Ties count against the query.
 
     Args:
         queries_ND: (N, D) unit vectors.
         targets_ND: (N, D) unit vectors.
-        groups: Which pairs say the same: any of them is right; None for the pair itself only.
-        ks: The K.
-        chunk: Rows of a block.
+        groups: Duplicates, each of which is correct; None for the pair itself only.
+        ks: The values of K.
+        chunk: Rows per block.
     """
     hits = dict.fromkeys(ks, 0)
     count = len(queries_ND)
@@ -266,20 +266,20 @@ def recall_at(
 
 
 def reduce_width(vision_NV: Tensor, train: Tensor, width: int, control: str, seed: int) -> Tensor:
-    """Bring features to an equal width by a fixed map, before the trained projection.
+    """Reduce features to an equal width by a fixed map, before the trained projection.
 
     Args:
         vision_NV: (N, V) pooled features.
-        train: Rows that the map may be fitted on.
-        width: Channels out.
+        train: Rows on which the map may be fitted.
+        width: Number of output channels.
         control: `pca` (principal components of the training pairs) or `random` (orthonormal directions).
-        seed: Of the random directions.
+        seed: Seed of the random directions.
 
     Returns:
         (N, width).
 
     Raises:
-        ValueError: Unknown control, or more channels out than the features or the training pairs have.
+        ValueError: The control is unknown, or the features or the training pairs have fewer channels.
     """
     if control not in WIDTH_CONTROLS:
         raise ValueError(f"unknown width control {control!r}. {did_you_mean(control, WIDTH_CONTROLS)}")
@@ -326,23 +326,23 @@ def train_alignment(
     width_control: str = "pca",
     device: str | torch.device = "cpu",
 ) -> AlignmentRun:
-    """Train one projection and measure it on pairs that it never saw.
+    """Train one projection and evaluate it on held-out pairs.
 
     Args:
         vision_NV: (N, V) pooled vision features.
         text_NT: (N, T) pooled text features of the same pairs.
-        config: Settings; the defaults of `AlignmentConfig` when None.
-        groups: Which pairs say the same; None when all captions and images differ.
-        seed: Of split, initialization and batches. Two encoders with the same seed see the same split.
-        width: Channels after `reduce_width`; None leaves the features as they are.
-        width_control: How, see `reduce_width`.
-        device: Where to compute.
+        config: Settings; the defaults of `AlignmentConfig` if None.
+        groups: Duplicates; None if all captions and images differ.
+        seed: Seed of split, initialization and batches. Encoders with the same seed have the same split.
+        width: Channels after `reduce_width`; None keeps the features.
+        width_control: See `reduce_width`.
+        device: Device for the computation.
 
     Returns:
         Curves and held-out results.
 
     Raises:
-        ValueError: Different numbers of pairs, values that are not finite, or too few pairs.
+        ValueError: The numbers of pairs differ, values are not finite, or there are too few pairs.
     """
     config = config or AlignmentConfig()
     if len(vision_NV) != len(text_NT):
@@ -350,7 +350,7 @@ def train_alignment(
     for kind, table in (("vision", vision_NV), ("text", text_NT)):
         bad = sum(int((~torch.isfinite(part)).any(1).sum()) for part in table.split(CHUNK))
         if bad:
-            raise ValueError(f"{bad} {kind} features hold NaN or infinity")
+            raise ValueError(f"{bad} {kind} features contain NaN or infinity")
     ids = groups or Groups(torch.arange(len(vision_NV)), torch.arange(len(vision_NV)))
     share = groups is not None and config.duplicates == "share"
     split = split_pairs(ids, config, seed)
@@ -428,7 +428,7 @@ def train_alignment(
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step reads: (N, V), (N, T) unit vectors, and the targets where they are not the identity."""
+    """Inputs of one step: (N, V), (N, T) unit vectors, and the targets if they are not the identity."""
 
     vision: Tensor
     text: Tensor

@@ -1,8 +1,8 @@
-"""How much each named feature contributes to what a Florence-VL sees and says.
+"""Contribution of each named feature to the image tokens and answers of a Florence-VL.
 
-Two measures for one image and question. *Norm*: the size of a feature's part in the projector's first layer, token by
-token; for channel fusion that is the feature's block of columns times the feature. *Leave-one-out*: how much less
-likely the answer becomes when a feature is replaced. Shape letters: N image tokens, D channels, H LLM width.
+Two measures for one image and question. *Norm*: the norm of a feature's part in the projector's first layer per token;
+for channel fusion this is the feature's block of columns times the feature. *Leave-one-out*: the decrease of the
+answer's likelihood when a feature is replaced. Shape letters: N image tokens, D channels, H LLM width.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ REPLACEMENTS = ("zero", "mean")
 
 @dataclass
 class FeatureShare:
-    """One feature's part.
+    """Contribution of one feature.
 
     Args:
         name: Its name.
         norm: Mean over image tokens of the norm of its part in the projector's first layer.
         share: That norm divided by the sum over features, in [0, 1].
-        map_HW: (rows, columns) share of this feature at each place.
+        map_HW: (rows, columns) share of this feature at each position.
         drop: Log-likelihood of the answer with all features minus without this one, nats; positive: it helped.
-        drop_alone: Log-likelihood with all features minus with this one alone.
+        drop_alone: Log-likelihood with all features minus with only this one.
     """
 
     name: str
@@ -53,13 +53,13 @@ class Attribution:
     """Contributions for one image and question.
 
     Args:
-        question: What was asked.
-        answer: What was scored.
-        generated: Whether the model itself gave the answer (greedily).
-        log_likelihood: Of the answer with all features, nats, summed over its tokens.
-        tokens: Number of those tokens, the end of turn included.
-        replacement: What stood in for a feature that was left out.
-        features: One entry a feature.
+        question: The question.
+        answer: The scored answer.
+        generated: Whether the model generated the answer (greedily).
+        log_likelihood: Log-likelihood of the answer with all features, nats, summed over its tokens.
+        tokens: Number of those tokens, including the end of turn.
+        replacement: Replacement of a removed feature.
+        features: One entry per feature.
         without_image: Log-likelihood with all features minus with none.
     """
 
@@ -83,18 +83,18 @@ class Attribution:
 
 @torch.inference_mode()
 def first_layer_norms(model: FlorenceVLForConditionalGeneration, features: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Norm of each feature's part in the projector's first layer at every place: name -> (N,).
+    """Norm of each feature's part in the projector's first layer at every position: name -> (N,).
 
-    The paper's fusions and the layer are linear, so the layer's output is its bias plus one part a feature: what the
-    layer makes of the fusion with all other features at zero. For token fusion a place's part is that of the feature's
-    own token.
+    The paper's fusions and the layer are linear, so the layer's output is its bias plus one part per feature: the
+    output for the fusion with all other features set to zero. For token fusion, the part at a position is that of the
+    feature's own token.
 
     Args:
         model: The model.
         features: Name -> (1, N, D), from the tower.
 
     Raises:
-        ValueError: The fusion is not linear, so that there are no such parts.
+        ValueError: The fusion is not linear, so there are no such parts.
     """
     inner = model.model
     layer: Any = inner.multi_modal_projector.layers[0]
@@ -136,16 +136,16 @@ def attribute(
         processor: Its processor.
         image: The image.
         question: The user's text.
-        answer: The answer to score; the model's own greedy answer when None.
-        replacement: What stands in for a feature that is left out: `mean`, its mean over the image's tokens (keeps the
-            size that the projector is used to), or `zero`.
-        max_new_tokens: Of the model's own answer.
+        answer: The answer to score; the model's own greedy answer if None.
+        replacement: Replacement of a removed feature: `mean`, its mean over the image's tokens (keeps the norm that the
+            projector was trained with), or `zero`.
+        max_new_tokens: Maximum tokens of the model's own answer.
 
     Returns:
         The contributions.
 
     Raises:
-        ValueError: One feature only, an unknown replacement, or an empty answer.
+        ValueError: The model has one feature only, the replacement is unknown, or the answer is empty.
     """
     from florence_vl.data.encode import RecordEncoder
     from florence_vl.data.records import Record, image_part, text_part
@@ -164,7 +164,7 @@ def attribute(
     if answer is None:
         answer = _generate(model, processor, picture, question, max_new_tokens)
     if not answer.strip():
-        raise ValueError("the answer is empty" + (": the model said nothing; give --answer" if generated else ""))
+        raise ValueError("the answer is empty" + (": the model generated no text; give --answer" if generated else ""))
     messages = [
         {"role": "user", "content": [image_part(), text_part(question)]},
         {"role": "assistant", "content": [text_part(answer)]},

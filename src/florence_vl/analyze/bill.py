@@ -21,13 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BillRow:
-    """What an option costs and gives.
+    """Cost and accuracy of an option.
 
     Attributes:
         choice: Its scores and FLOPs.
-        latency: Median seconds of tower, fusion, projector and prefill for one question, this option and the others
-            taken in turn.
-        on_front: Whether no other option has as good an accuracy for fewer FLOPs.
+        latency: Median seconds of tower, fusion, projector and prefill for one question; options are measured in turn.
+        on_front: Whether no other option has at least the same accuracy with fewer FLOPs.
     """
 
     choice: Choice
@@ -50,15 +49,15 @@ def time_options(
 ) -> list[float]:
     """Median seconds from pixels to the first token's logits, for each option.
 
-    Features that an option leaves out are not computed.
+    Features outside an option are not computed.
 
     Args:
-        model: In eval mode; its resolution changes in place.
+        model: A model in eval mode; its resolution is changed in place.
         processor: Its processor; likewise.
         options: The options.
-        tokens_O: Tokens of a prompt of each option, image tokens included.
-        rounds: Times that each option is measured, in turn with the others, after one that is not counted.
-        progress: Called with the number of rounds done, and of all.
+        tokens_O: Prompt tokens of each option, including image tokens.
+        rounds: Number of measurements per option, in turn with the others, after an uncounted one.
+        progress: Called with the number of finished rounds and the total.
     """
     from florence_vl.model.modeling import FlorenceVLImageFeatures
     from florence_vl.model.resolution import set_resolution
@@ -106,11 +105,11 @@ def _synchronize(model: FlorenceVLForConditionalGeneration) -> None:
 
 
 def bill(measured: Measurement, latencies: Sequence[float]) -> list[BillRow]:
-    """The bill of a measurement, cheapest first.
+    """Cost and accuracy of all options, cheapest first.
 
     Args:
         measured: The measurement.
-        latencies: Of each option, from `time_options`.
+        latencies: Latency of each option, from `time_options`.
     """
     choices = headroom(measured).options
     rows = []

@@ -1,4 +1,4 @@
-"""Compares encoders, or subsets of one encoder's features, by the alignment loss: paper Figures 4 and 5 as data.
+"""Compare encoders, or subsets of one encoder's features, by the alignment loss (paper Figures 4 and 5).
 
 Each encoder runs over the images once; every subset, seed and width is then trained from the cached pooled features.
 """
@@ -36,14 +36,14 @@ class Features:
 
     Args:
         dims: Label of an encoder -> feature name -> channels D.
-        table: Of (label, feature names): (N, sum of D), read from the cache when asked.
+        table: (label, feature names) -> (N, sum of D), read lazily from the cache.
         text: (N, T).
-        groups: Which pairs say the same.
+        groups: Duplicate captions and images.
         pairs: Number of pairs N.
-        skipped: Pairs left out, counted by reason.
-        duplicates: Pairs that share caption or image, counted.
-        identities: What decided each encoder's and the LLM's features.
-        speed: Encoder -> images computed and images per second; absent where all came from the cache.
+        skipped: Number of skipped pairs by reason.
+        duplicates: Number of pairs that share a caption or an image.
+        identities: Values that determine each encoder's and the LLM's features.
+        speed: Encoder -> number of computed images and images per second; missing if all were cached.
     """
 
     dims: dict[str, dict[str, int]]
@@ -67,19 +67,19 @@ def collect(
     device: str = "cpu",
     log: Log = lambda _: None,
 ) -> Features:
-    """Pool all features, computing only what the cache does not hold; one encoder is in memory at a time.
+    """Pool all features, computing only those missing in the cache; one encoder is in memory at a time.
 
     Args:
         encoders: Label and loader of each encoder.
-        llm: The text side.
-        pairs: The pairs; those with unreadable images are left out for every encoder, and counted.
+        llm: The LLM's text encoder.
+        pairs: The pairs; those with unreadable images are skipped for every encoder, and counted.
         root: Folder of the cache; `cache_dir()/features` by default.
-        batch_size: Images in one forward.
-        device: Where the encoders run.
-        log: Told what happens.
+        batch_size: Images per forward pass.
+        device: Device of the encoders.
+        log: Called with progress messages.
 
     Raises:
-        ValueError: No image can be read.
+        ValueError: No image is readable.
     """
     problems: Counter[str] = Counter()
     keys = image_keys(pairs.images, problems)
@@ -142,8 +142,8 @@ class Row:
 
     Args:
         name: Label.
-        runs: One run a seed.
-        features: Names of the features, joined along channels.
+        runs: One run per seed.
+        features: Names of the features, concatenated along channels.
         width_control: `none`, `pca` or `random`.
     """
 
@@ -154,7 +154,7 @@ class Row:
 
     @property
     def loss(self) -> Interval:
-        """Held-out loss at the step that the other held-out half chose."""
+        """Held-out loss at the step selected by the other held-out half."""
         return interval([run.loss for run in self.runs])
 
     @property
@@ -164,7 +164,7 @@ class Row:
 
     @property
     def aligned(self) -> Interval:
-        """How far the loss went from guessing (0) to the lowest that any vision features can reach (1)."""
+        """Position of the loss between chance (0) and the lowest value for any vision features (1)."""
         return interval([run.aligned for run in self.runs])
 
     def recall(self, k: int, text_to_vision: bool = False) -> Interval:
@@ -172,20 +172,20 @@ class Row:
         return interval([(run.recall_text if text_to_vision else run.recall)[k] for run in self.runs])
 
     def difference(self, reference: Row) -> Interval:
-        """Held-out loss minus the reference's, seed by seed."""
+        """Held-out loss minus the reference's, paired by seed."""
         return paired([run.loss for run in self.runs], [run.loss for run in reference.runs])
 
 
 @dataclass
 class AlignmentComparison:
-    """All lines, with what they were made from.
+    """All rows of a comparison, with their settings.
 
     Args:
         kind: `encoders` (Figure 4) or `features` (Figure 5).
-        rows: Lines with each encoder's own width.
-        equal_width: Lines after `reduce_width` to one width.
-        reference: Name of the row that differences are taken to.
-        settings: Of the alignment.
+        rows: Rows with each encoder's own width.
+        equal_width: Rows after `reduce_width` to one width.
+        reference: Name of the reference row of differences.
+        settings: Settings of the alignment.
         about: Pairs, skipped records, duplicates, identities, speeds.
     """
 
@@ -198,7 +198,7 @@ class AlignmentComparison:
 
     @property
     def chance(self) -> float:
-        """Loss of guessing: log of the number of held-out pairs, mean over seeds."""
+        """Chance level of the loss: log of the number of held-out pairs, mean over seeds."""
         return math.fsum(run.chance for run in self.rows[0].runs) / len(self.rows[0].runs)
 
     @property
@@ -255,7 +255,7 @@ def feature_subsets(names: Sequence[str], kind: str = "leave-one-out") -> dict[s
         Label -> features.
 
     Raises:
-        ValueError: Fewer than two features, or an unknown kind.
+        ValueError: There are fewer than two features, or the kind is unknown.
     """
     names = list(names)
     if len(names) < 2:
@@ -284,20 +284,20 @@ def compare(
     device: str = "cpu",
     log: Log = lambda _: None,
 ) -> AlignmentComparison:
-    """Train a projection for every encoder, or every subset of the one encoder's features, and every seed.
+    """Train a projection for every encoder, or every subset of one encoder's features, and every seed.
 
     Args:
         features: From `collect`.
         config: Settings of the alignment.
         subsets: Label -> features of the one encoder; None compares encoders with all their features.
         seeds: Seeds of split, initialization and batches, the same for every row.
-        width: Channels of the equal-width control; `default_width` when None.
-        width_control: `pca`, `random`, or `none` to leave the control out.
-        device: Where to compute.
-        log: Told what happens.
+        width: Channels of the equal-width control; `default_width` if None.
+        width_control: `pca`, `random`, or `none` to omit the control.
+        device: Device for the computation.
+        log: Called with progress messages.
 
     Raises:
-        ValueError: No seed, too few pairs, an impossible width, or subsets of more than one encoder.
+        ValueError: There are no seeds, too few pairs, an impossible width, or subsets of more than one encoder.
     """
     config = config or AlignmentConfig()
     if not seeds:

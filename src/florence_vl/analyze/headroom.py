@@ -1,9 +1,9 @@
-"""How much a choice of size and features could win if it listened to the question, before anything is trained for it.
+"""Potential gain of choosing size and features per question, estimated before anything is trained for it.
 
 The best fixed option and an oracle are both chosen on one half of the pictures and scored on the other, so that neither
-profits from noise: the oracle takes the best option of each group of questions (its skill). What it wins is what a
-router that knows the kind of question can win; the best option of each single question is an upper bound that no router
-reaches, as it is chosen by the answer itself.
+profits from noise. The oracle chooses the best option for each group of questions (skill). Its gain is that of a router
+that knows the type of question. The best option of each single question is an upper bound that no router reaches,
+because it uses the answer.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from florence_vl.statistics import Interval
 
 @dataclass(frozen=True)
 class Choice:
-    """What a way of choosing options scores on questions that it was not chosen by.
+    """Scores of a method for choosing options, on questions that were not used for the choice.
 
     Attributes:
-        name: The way.
-        nll: Negative log-likelihood of the right answer, nats a question.
-        accuracy: Share of right greedy answers.
+        name: Name of the method.
+        nll: Negative log-likelihood of the correct answer, nats per question.
+        accuracy: Fraction of correct greedy answers.
         flops: Mean FLOPs of tower, projector and prefill.
         gain_nll: NLL of the full model minus its own, paired by question: positive is better.
         gain_accuracy: Its accuracy minus the full model's, paired by question.
@@ -44,12 +44,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Headroom:
-    """The report.
+    """Results of the analysis.
 
     Attributes:
         options: Every option as a fixed choice; the first is the full model.
         choices: The best fixed option and the oracles.
-        by_group: Group -> (number of questions, option that the oracle takes most often, its gain in NLL there).
+        by_group: Group -> (number of questions, most frequent option of the oracle, its gain in NLL there).
         questions: Number of questions.
         pictures: Number of pictures.
     """
@@ -84,14 +84,14 @@ class Headroom:
 def choose_by_halves(
     measured: Measurement, keys: list[str] | None, splits: int = 20, seed: int = 0, criterion: str = "nll"
 ) -> np.ndarray:
-    """How often each option is chosen for each question by data that does not hold its picture, (Q, O), rows sum to 1.
+    """How often each option is chosen for each question by data without its picture, (Q, O); rows sum to 1.
 
     Args:
         measured: The measurement.
-        keys: Group of each question: an option is chosen for each; None chooses one for all.
-        splits: Random splits of the pictures in two halves, each half choosing for the other.
-        seed: Of the splits.
-        criterion: `nll`, or `accuracy`, where NLL breaks ties.
+        keys: Group of each question: an option is chosen per group; None chooses one for all.
+        splits: Number of random splits of the pictures into halves, each of which chooses for the other.
+        seed: Seed of the splits.
+        criterion: `nll`, or `accuracy` with ties broken by NLL.
     """
     pictures = sorted(set(measured.pictures))
     index = np.array([pictures.index(picture) for picture in measured.pictures])
@@ -105,22 +105,22 @@ def choose_by_halves(
             everywhere = cost_QO[side].mean(0)
             for group in np.unique(groups):
                 here = side & (groups == group)
-                # a group that this half does not hold is chosen for as the average question
+                # a group that is not in this half gets the choice for the average question
                 best = int(np.argmin(cost_QO[here].mean(0) if here.any() else everywhere))
                 share_QO[~side & (groups == group), best] += 1 / splits
     return share_QO
 
 
 def headroom(measured: Measurement, splits: int = 20, seed: int = 0) -> Headroom:
-    """The report of a measurement.
+    """Compute the headroom of a measurement.
 
     Args:
         measured: The measurement; its first option is the full model.
-        splits: Random splits of the pictures.
-        seed: Of the splits.
+        splits: Number of random splits of the pictures.
+        seed: Seed of the splits.
 
     Raises:
-        ValueError: Fewer than four pictures, so that halves say nothing.
+        ValueError: There are fewer than four pictures, too few for halves.
     """
     pictures = len(set(measured.pictures))
     if pictures < 4:

@@ -1,8 +1,8 @@
-"""What a model makes of each question when it sees the picture in other ways: fewer features, other sizes.
+"""Likelihoods and answers of a model with fewer features or other image sizes.
 
-An option is a size and a set of features. Features that it leaves out are replaced by their mean, as the model's views
-do, so nothing is trained. For every question and option one forward pass over the right answer gives its negative
-log-likelihood, and whether the model's greedy answer is that very text.
+An option is a size and a set of features. Features outside the set are replaced by their mean, as in the model's views,
+so nothing is trained. For every question and option one forward pass over the correct answer gives its negative
+log-likelihood, and whether the model's greedy answer equals it.
 
 Shape letters: Q questions, O options, N image tokens, H width of the LLM, K tokens of the answer, F features.
 """
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
     from florence_vl.model.processing import FlorenceVLProcessor
 
-PICTURES_FOR_MEANS = 64  # a feature's mean over tokens and pictures is known well from these
+PICTURES_FOR_MEANS = 64  # sufficient for a feature's mean over tokens and pictures
 
 
 @dataclass(frozen=True)
 class Option:
-    """A way to look at a picture.
+    """A size and a set of features.
 
     Attributes:
-        size: Pixels a side.
-        features: Names of the features that are computed.
-        all_features: Whether these are all that the model has.
+        size: Pixels per side.
+        features: Names of the computed features.
+        all_features: Whether these are all features of the model.
     """
 
     size: int
@@ -47,7 +47,7 @@ class Option:
 
     @property
     def name(self) -> str:
-        """Size and features in a few words."""
+        """A short name with size and features."""
         return f"{self.size} px, {'all' if self.all_features else ' + '.join(self.features)}"
 
 
@@ -56,11 +56,11 @@ def make_options(features: Sequence[str], sizes: Sequence[int], subsets: str = "
 
     Args:
         features: The model's features, in order.
-        sizes: Pixels a side.
+        sizes: Pixels per side.
         subsets: `all` non-empty subsets, `leave-one-out` (all, without each, each alone), or `none` (all features).
 
     Raises:
-        ValueError: No size, a size twice, or an unknown kind of subsets.
+        ValueError: There is no size, a duplicate size, or an unknown kind of subsets.
     """
     if not sizes or len(set(sizes)) != len(sizes):
         raise ValueError(f"give sizes in pixels, each once; found {list(sizes)}")
@@ -80,17 +80,17 @@ def make_options(features: Sequence[str], sizes: Sequence[int], subsets: str = "
 
 @dataclass
 class Measurement:
-    """What was measured.
+    """Results of `measure`.
 
     Attributes:
         options: The options.
-        nll_QO: Negative log-likelihood of the right answer, nats, summed over its tokens.
-        right_QO: Whether the greedy answer is the right one, token for token.
-        groups: Group of each question: its skill where the benchmark names one, else the benchmark.
-        pictures: Picture of each question: questions about one picture are not independent.
-        flops_O: Of tower, projector and prefill of the LLM for one question.
-        tokens_O: Mean number of tokens of a prompt.
-        skipped: Questions left out, counted by reason.
+        nll_QO: Negative log-likelihood of the correct answer, nats, summed over its tokens.
+        right_QO: Whether the greedy answer equals the correct one token for token.
+        groups: Group of each question: its skill if the benchmark has skills, otherwise the benchmark.
+        pictures: Picture of each question, because questions about the same picture are not independent.
+        flops_O: FLOPs of tower, projector and prefill of the LLM per question.
+        tokens_O: Mean number of prompt tokens.
+        skipped: Number of skipped questions by reason.
     """
 
     options: list[Option]
@@ -103,12 +103,12 @@ class Measurement:
     skipped: Counter[str] = field(default_factory=Counter)
 
     def by_picture(self, values_Q: np.ndarray) -> Interval:
-        """Mean of one value a question, with its 95 % interval over pictures."""
+        """Mean of one value per question, with its 95 % interval over pictures."""
         return cluster_mean(values_Q, self.pictures)
 
 
 def cluster_mean(values_Q: np.ndarray, clusters: Sequence[str]) -> Interval:
-    """Mean over questions with a 95 % interval (Student's t) over clusters of questions that belong together."""
+    """Mean over questions with a 95 % interval (Student's t) over clusters of dependent questions."""
     _, inverse_Q = np.unique(np.array(clusters), return_inverse=True)
     mean = float(values_Q.mean())
     sums = np.bincount(inverse_Q, weights=values_Q - mean)
@@ -117,7 +117,7 @@ def cluster_mean(values_Q: np.ndarray, clusters: Sequence[str]) -> Interval:
 
 
 def answer_of(question: Question) -> str | None:
-    """The right answer as text: the reference's `answer`, or the commonest of its `answers`."""
+    """The correct answer as text: the reference's `answer`, or the most common of its `answers`."""
     reference = question.reference
     if isinstance(reference.get("answer"), str):
         return reference["answer"]
@@ -133,17 +133,17 @@ def measure(
     options: Sequence[Option],
     progress: Callable[[int, int], None] | None = None,
 ) -> Measurement:
-    """Look at every question's picture in every way.
+    """Measure every question under every option.
 
     Args:
-        model: In eval mode; its resolution changes in place.
+        model: A model in eval mode; its resolution is changed in place.
         processor: Its processor; likewise.
-        questions: Those without exactly one picture or without a right answer in text are counted and left out.
+        questions: Questions without exactly one picture or without a text answer are skipped and counted.
         options: From `make_options`.
-        progress: Called with the number of (question, size) pairs done, and of all.
+        progress: Called with the number of finished (question, size) pairs and the total.
 
     Raises:
-        ValueError: No question can be used, or the model can't take a size.
+        ValueError: No question is usable, or the model does not support a size.
     """
     from florence_vl.model.resolution import set_resolution
 
@@ -194,7 +194,7 @@ def measure(
 def feature_means(
     model: FlorenceVLForConditionalGeneration, processor: FlorenceVLProcessor, questions: Sequence[Question]
 ) -> dict[str, Tensor]:
-    """What stands in for a feature that is left out, (D,): the model's own where it has views, else the mean here."""
+    """Replacement of a missing feature, (D,): the model's own if it has views, or the mean over these pictures."""
     from florence_vl.model.features import tower_features
     from florence_vl.model.pictures import open_image
 
@@ -215,7 +215,7 @@ def _score(
     columns: Sequence[int],
     fill: Mapping[str, Tensor],
 ) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Of each question and option of one size: NLL and rightness, (O,), and the number of tokens of its prompt."""
+    """NLL and correctness of each question and option of one size, (O,), and the number of its prompt tokens."""
     from florence_vl.data.encode import RecordEncoder
     from florence_vl.data.records import Record, text_part
     from florence_vl.model.modeling import FlorenceVLImageFeatures
@@ -270,10 +270,10 @@ def prefill_flops(
     """FLOPs of tower, fusion, projector and the LLM's prefill for one question about one picture.
 
     Args:
-        model: The model; features that are left out cost nothing, but DaViT is what every prompt reads.
-        processor: Its processor, at the size that is asked about.
-        features: Features that are computed.
-        tokens: Tokens of the prompt, image tokens included.
+        model: The model. Features that are not computed cost nothing, but every prompt needs DaViT.
+        processor: Its processor, at the size in question.
+        features: Computed features.
+        tokens: Prompt tokens, including image tokens.
     """
     from florence_vl.train.flops import count_flops
 

@@ -1,4 +1,4 @@
-"""Image-caption pairs for the alignment loss, from any data set that the readers know."""
+"""Image-caption pairs for the alignment loss, from any supported data set."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Pairs:
 
     Args:
         images: Image sources.
-        captions: One caption each.
-        ids: The records' ids.
-        skipped: Records left out, counted by reason.
+        captions: One caption per image.
+        ids: Ids of the records.
+        skipped: Number of skipped records by reason.
     """
 
     images: list[ImageSource] = field(default_factory=list)
@@ -41,7 +41,7 @@ class Pairs:
         )
 
     def duplicates(self, keys: Sequence[bytes]) -> dict[str, int]:
-        """How many pairs share their caption, or their image, with another pair."""
+        """Number of pairs that share their caption, or their image, with another pair."""
         groups = Groups.of(self.captions, keys)
         return {
             "pairs with a caption that others have": _shared(groups.caption_N.tolist()),
@@ -55,16 +55,16 @@ def _shared(ids: list[int]) -> int:
 
 
 def read_pairs(path: str | Path, count: int | None = None, seed: int = 0, **options: Any) -> Pairs:
-    """Pairs of a data set in an order that depends on the seed only.
+    """Read the pairs of a data set in an order that depends only on the seed.
 
     Args:
         path: Anything that `florence_vl.data.readers.open_reader` reads.
-        count: How many pairs; None takes all.
-        seed: Which ones, where there are more.
-        options: Of the reader, e.g. `image_root`.
+        count: Number of pairs; None means all.
+        seed: Seed of the selection.
+        options: Options of the reader, e.g. `image_root`.
 
     Raises:
-        FileNotFoundError: Nothing there.
+        FileNotFoundError: The path does not exist.
         ValueError: No record has one image and a caption; the message counts the reasons.
     """
     import torch
@@ -92,7 +92,7 @@ def read_pairs(path: str | Path, count: int | None = None, seed: int = 0, **opti
         pairs.ids.append(record.id)
     if not len(pairs):
         raise ValueError(
-            f"{path} holds no pair of one image and a caption: of {len(reader)} records, "
+            f"{path} contains no pair of one image and a caption: of {len(reader)} records, "
             + ", ".join(f"{n} have {reason}" for reason, n in pairs.skipped.most_common())
         )
     return pairs

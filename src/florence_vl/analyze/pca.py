@@ -1,7 +1,7 @@
-"""PCA pictures: the first three principal components of an encoder's token features as colors (paper Figure 3).
+"""PCA visualization: the first three principal components of an encoder's token features as colors (paper Figure 3).
 
-The background is cut by a threshold on the first component, as in DINOv2 (arXiv 2304.07193): the components that become
-colors are then fitted on the foreground alone. Shape letters: M images, N = rows x columns tokens, D channels.
+The background is removed by a threshold on the first component, as in DINOv2 (arXiv 2304.07193): the color components
+are then fitted on the foreground only. Shape letters: M images, N = rows x columns tokens, D channels.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ BACKGROUND = (255, 255, 255)
 
 @dataclass(frozen=True)
 class PCAConfig:
-    """Settings of the pictures.
+    """Settings of the visualization.
 
     Args:
-        joint: One fit for all pictures, so that colors mean the same in each; otherwise a fit for each picture.
-        background: Cut the background by the first component. Off: all tokens are colored.
+        joint: One fit for all images, so that colors are comparable; otherwise one fit per image.
+        background: Remove the background by the first component. If False, all tokens are colored.
         threshold: Value of the first component, scaled to [0, 1] over the fit, above which a token is foreground; None
-            takes Otsu's.
-        flip: Take the other side of the first component as foreground. A principal component has no sign of its own; by
-            default the background is the side that most of the pictures' corners have.
-        refit: Fit the three color components on the foreground alone (DINOv2). Otherwise they are the first three of
-            the first fit.
+            uses Otsu's threshold.
+        flip: Use the other side of the first component as the foreground. The sign of a principal component is
+            arbitrary; by default the background is the side with most of the images' corners.
+        refit: Fit the three color components on the foreground only (DINOv2). Otherwise they are the first three of the
+            first fit.
         standardize: Divide each channel by its standard deviation before the fit.
     """
 
@@ -50,14 +50,14 @@ class PCAConfig:
 
 @dataclass
 class PCAMap:
-    """The picture of one feature of one image.
+    """The map of one feature of one image.
 
     Args:
         rgb: (rows, columns, 3) colors in [0, 1].
-        foreground: (rows, columns) which tokens are foreground.
+        foreground: (rows, columns) whether a token is foreground.
         first: (rows, columns) first component of the first fit, scaled to [0, 1], foreground high.
-        threshold: Value of `first` that was the border.
-        explained: Share of variance of the three components that became colors.
+        threshold: The threshold on `first`.
+        explained: Fraction of variance of the three color components.
     """
 
     rgb: np.ndarray
@@ -68,7 +68,7 @@ class PCAMap:
 
 
 def otsu(values: Tensor, bins: int = 256) -> float:
-    """Otsu's threshold of values in [0, 1]: the cut with the largest variance between both sides."""
+    """Otsu's threshold of values in [0, 1]: the cut with the maximum variance between both sides."""
     counts = torch.histc(values.double().cpu(), bins=bins, min=0, max=1)
     centers = (torch.arange(bins, dtype=torch.float64) + 0.5) / bins
     below = counts.cumsum(0)
@@ -77,17 +77,17 @@ def otsu(values: Tensor, bins: int = 256) -> float:
     mean_below = sums / below.clamp_min(1)
     mean_above = (sums[-1] - sums) / above.clamp_min(1)
     between = below * above * (mean_below - mean_above) ** 2
-    best = (between >= between.max() * (1 - 1e-12)).nonzero().flatten()  # a gap is a plateau: take its middle
+    best = (between >= between.max() * (1 - 1e-12)).nonzero().flatten()  # a gap is a plateau: use its middle
     return float((best.double().mean() + 1) / bins)
 
 
 def principal_components(tokens_ND: Tensor, count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (D,), directions (D, count) and their shares of variance (count,), by the covariance's eigenvectors.
+    """Mean (D,), directions (D, count) and their fractions of variance (count,), by the covariance's eigenvectors.
 
-    Signs are fixed: the largest entry of each direction is positive, so that the same tokens give the same picture.
+    Signs are fixed: the largest entry of each direction is positive, so that the same tokens give the same map.
 
     Raises:
-        ValueError: Fewer tokens or channels than components.
+        ValueError: There are fewer tokens or channels than components.
     """
     if min(tokens_ND.shape) < count:
         raise ValueError(f"{count} components need as many tokens and channels, got {tuple(tokens_ND.shape)}")
@@ -103,7 +103,7 @@ def principal_components(tokens_ND: Tensor, count: int = 3) -> tuple[Tensor, Ten
 def pca_maps(
     features_MND: Sequence[Tensor], grids: Sequence[tuple[int, int]], config: PCAConfig | None = None
 ) -> list[PCAMap]:
-    """PCA pictures of one feature of several images.
+    """Maps of one feature of several images.
 
     Args:
         features_MND: (N, D) tokens of each image.
@@ -111,10 +111,10 @@ def pca_maps(
         config: Settings.
 
     Returns:
-        One map an image.
+        One map per image.
 
     Raises:
-        ValueError: No image, or tokens that don't fill their grid.
+        ValueError: There are no images, or tokens do not fill their grid.
     """
     config = config or PCAConfig()
     if not features_MND:
@@ -168,7 +168,7 @@ def _unit(values: Tensor, within: Tensor | None = None) -> Tensor:
 
 
 def _is_background(side: Tensor, grids: Sequence[tuple[int, int]]) -> bool:
-    """Whether a side of the first component is the background: most corners are, or most of the border."""
+    """Whether a side of the first component is the background: it has most corners, or most of the border."""
     corners = torch.cat([_frame(r, c, max(1, min(r, c) // 8), corners=True) for r, c in grids])
     share = float(side[corners].double().mean())
     if share != 0.5:
@@ -178,7 +178,7 @@ def _is_background(side: Tensor, grids: Sequence[tuple[int, int]]) -> bool:
 
 
 def _frame(rows: int, columns: int, width: int, corners: bool = False) -> Tensor:
-    """(rows * columns,) whether a position lies within `width` of an edge, or of two edges that meet."""
+    """(rows * columns,) whether a position is within `width` of an edge, or of two adjacent edges."""
     row = torch.ones(rows, 1, dtype=torch.bool)
     row[width : rows - width] = False
     column = torch.ones(1, columns, dtype=torch.bool)
@@ -187,12 +187,12 @@ def _frame(rows: int, columns: int, width: int, corners: bool = False) -> Tensor
 
 
 def map_image(pca: PCAMap, size: tuple[int, int], preprocess: Preprocess, smooth: bool = False) -> Image.Image:
-    """The map as an RGB picture over the whole image, its padding cut away, background white.
+    """The map as an RGB image over the whole image, without padding, with a white background.
 
     Args:
         pca: The map.
         size: (width, height) of the image.
-        preprocess: How the image was brought to the encoder's input.
+        preprocess: Preprocessing of the image for the encoder.
         smooth: Interpolate between tokens instead of showing them as squares.
     """
     colors = pca.rgb * 255
@@ -201,14 +201,14 @@ def map_image(pca: PCAMap, size: tuple[int, int], preprocess: Preprocess, smooth
 
 
 def to_image_frame(picture: Image.Image, size: tuple[int, int], preprocess: Preprocess, smooth: bool) -> Image.Image:
-    """Bring a picture over the encoder's input back to the image's own frame and size."""
+    """Map an image in the encoder's input frame back to the original image's frame and size."""
     left, top, right, bottom = preprocess.placed(*size)
     resample = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
     scale_x, scale_y = picture.width / preprocess.width, picture.height / preprocess.height
     box = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
     if box[0] >= 0 and box[1] >= 0 and box[2] <= picture.width and box[3] <= picture.height:
         return picture.resize(size, resample, box=box)
-    result = Image.new("RGB", size, BACKGROUND)  # cropped: the part that the encoder never saw stays white
+    result = Image.new("RGB", size, BACKGROUND)  # after cropping, the part outside the encoder's input stays white
     shown_x = (max(0, -left) * size[0] / (right - left), max(0, -top) * size[1] / (bottom - top))
     shown = (
         round(preprocess.width * size[0] / (right - left)) if left < 0 else size[0],
@@ -219,7 +219,7 @@ def to_image_frame(picture: Image.Image, size: tuple[int, int], preprocess: Prep
 
 
 def overlay(image: Image.Image, pca: PCAMap, preprocess: Preprocess, strength: float = 0.6) -> Image.Image:
-    """The map laid over its image; the background shows the image in gray."""
+    """The map over its image; the background shows the image in gray."""
     colors = map_image(pca, image.size, preprocess, smooth=True)
     mask = Image.fromarray((pca.foreground * np.uint8(255)).astype(np.uint8)).convert("RGB")
     mask = to_image_frame(mask, image.size, preprocess, smooth=False).convert("L")
@@ -230,7 +230,7 @@ def overlay(image: Image.Image, pca: PCAMap, preprocess: Preprocess, strength: f
 def encoder_maps(
     encoder: VisionEncoder, images: Sequence[Image.Image], config: PCAConfig | None = None, batch_size: int = 8
 ) -> dict[str, list[PCAMap]]:
-    """PCA pictures of every feature of an encoder, one list entry an image."""
+    """Maps of every feature of an encoder, one list entry per image."""
     tokens: dict[str, list[Tensor]] = {name: [] for name in encoder.feature_dims}
     for start in range(0, len(images), batch_size):
         for name, x_BND in encoder(images[start : start + batch_size]).items():
@@ -242,11 +242,11 @@ def encoder_maps(
 def sheet(
     image: Image.Image, columns: Mapping[str, tuple[PCAMap, Preprocess]], title: str = "", height: float = 2.4
 ) -> Any:
-    """One figure for one image: the picture, then each feature's map with the overlay under it.
+    """One figure per image: the image, then each feature's map with the overlay below it.
 
     Args:
-        image: The picture.
-        columns: Title of a column -> its map and how its encoder saw the picture.
+        image: The image.
+        columns: Title of a column -> its map and the preprocessing of its encoder.
         title: Title of the sheet.
         height: Height of a row in inches.
 

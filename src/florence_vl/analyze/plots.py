@@ -21,7 +21,7 @@ STYLES = ("-", "--", "-.", ":")
 
 
 def save_figure(figure: Any, path: Path, formats: Sequence[str] = ("png", "svg"), dpi: int = 150) -> list[Path]:
-    """Save a matplotlib figure under `path` with each ending; the same data give the same bytes."""
+    """Save a matplotlib figure under `path` in each format; the same data give the same bytes."""
     import matplotlib
 
     written = []
@@ -68,7 +68,7 @@ def curves(rows: Sequence[Row], chance: float, title: str = "") -> Any:
 
 
 def curves_csv(rows: Sequence[Row]) -> str:
-    """All curves as CSV: one line a row, width control, seed and step."""
+    """All curves as CSV: one line per row, width control, seed and step."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["name", "width_control", "width", "seed", "step", "train_loss", "validation_loss", "heldout_loss"])
@@ -80,7 +80,7 @@ def curves_csv(rows: Sequence[Row]) -> str:
 
 
 def table_rows(rows: Sequence[Row], reference: str) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the table that is printed and reported."""
+    """Header and cells of the printed and reported table."""
     names = ("name", "channels", "held-out loss", "difference to the first", "aligned %", "training loss")
     header = [*names, "R@1 %", "R@5 %", "R@10 %"]
     base = next(row for row in rows if row.name == reference)
@@ -107,9 +107,9 @@ def write_comparison(comparison: AlignmentComparison, folder: Path, command: str
     """Write `NAME.json`, `NAME.csv`, `NAME.png`, `NAME.svg` and the same figure at equal width.
 
     Args:
-        comparison: What was measured.
-        folder: Where to.
-        command: The command that makes it again, kept in the JSON.
+        comparison: The comparison.
+        folder: Destination.
+        command: The command that reproduces it, stored in the JSON.
 
     Returns:
         The files.
@@ -153,7 +153,7 @@ def headroom_figure(found: Headroom) -> Any:
 
 
 def bill_figure(rows: Sequence[BillRow]) -> Any:
-    """Accuracy against FLOPs and latency, the front drawn through; a matplotlib `Figure`."""
+    """Accuracy against FLOPs and latency, with the Pareto front; a matplotlib `Figure`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.2), layout="constrained")

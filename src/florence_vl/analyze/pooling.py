@@ -1,4 +1,4 @@
-"""Mean-pooled features of images, computed once and kept in a `FeatureStore`."""
+"""Mean-pooled features of images, computed once and stored in a `FeatureStore`."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def image_key(source: ImageSource) -> bytes:
 
 @dataclass
 class PoolingReport:
-    """What happened while features were pooled.
+    """Report of pooling.
 
     Args:
-        keys: Key of each input; None where the image can't be read.
-        problems: First line of the error of each unreadable image, counted.
-        computed: Inputs that went through the encoder.
-        seconds: Wall time of those.
+        keys: Key of each input; None if the image is unreadable.
+        problems: First lines of the errors of unreadable images, with counts.
+        computed: Number of inputs that went through the encoder.
+        seconds: Wall time for these.
     """
 
     keys: list[bytes | None]
@@ -67,21 +67,21 @@ def pool_images(
     progress: Callable[[int, int], None] | None = None,
     keys: Sequence[bytes | None] | None = None,
 ) -> tuple[FeatureStore, PoolingReport]:
-    """Mean-pool every feature of every image over its tokens, computing only what the cache does not hold.
+    """Mean-pool every feature of every image over its tokens, computing only those missing in the store.
 
-    Decoding and preprocessing run in threads beside the encoder.
+    Decoding and preprocessing run in threads in parallel with the encoder.
 
     Args:
         encoder: The encoder.
         images: Image sources; unreadable ones are counted, not raised.
-        store: Where to keep the result; the encoder's own store by default.
-        batch_size: Images in one forward.
-        workers: Decoding threads.
+        store: Store of the result; the encoder's own store by default.
+        batch_size: Images per forward pass.
+        workers: Number of decoding threads.
         progress: Called with (done, total) after each batch.
-        keys: `image_key` of each image, where they are known already.
+        keys: `image_key` of each image, if already known.
 
     Returns:
-        The store and what happened; `report.keys` are the rows to ask the store for.
+        The store and the report; `report.keys` are the keys of its rows.
     """
     from florence_vl.model.pictures import open_image
 
@@ -136,7 +136,7 @@ def pool_images(
 
 
 def image_keys(images: Sequence[ImageSource], problems: Counter[str]) -> list[bytes | None]:
-    """`image_key` of every image; None, and counted in `problems`, where a file can't be read."""
+    """`image_key` of every image; None, and counted in `problems`, if a file is unreadable."""
     keys: list[bytes | None] = []
     for source in images:
         try:
@@ -150,7 +150,7 @@ def image_keys(images: Sequence[ImageSource], problems: Counter[str]) -> list[by
 def ahead(
     pool: ThreadPoolExecutor, work: Callable[[int], Tensor], items: Any, window: int
 ) -> Iterator[tuple[bytes, Future[Tensor]]]:
-    """Submit at most `window` items before their results are taken, in order: memory is bounded for any number."""
+    """Submit at most `window` items before their results are consumed, in order, so that memory is limited."""
     waiting: list[tuple[bytes, Future[Tensor]]] = []
     for key, index in items:
         waiting.append((key, pool.submit(work, index)))

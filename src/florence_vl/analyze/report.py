@@ -1,4 +1,4 @@
-"""One HTML page, complete in itself, with every result that a folder holds."""
+"""One self-contained HTML page with every result in a folder."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ class Section:
 
 
 def picture(path: Path, alt: str) -> Figure:
-    """A PNG or SVG as a data address.
+    """A PNG or SVG as a `data:` URL.
 
     Raises:
-        FileNotFoundError: The result names a figure that is not there.
+        FileNotFoundError: The result names a missing figure.
     """
     kind = {"png": "image/png", "svg": "image/svg+xml"}[path.suffix[1:]]
     return Figure(alt, f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}")
@@ -74,8 +74,8 @@ def alignment_section(record: dict[str, Any], folder: Path) -> Section:
         title="Alignment loss by encoder" if encoders else "Alignment loss by features",
         text=(
             "Held-out cross-entropy after training only a projection from pooled vision to pooled text features "
-            "(paper section 4, Figure " + ("4" if encoders else "5") + "). Lower is better; guessing has loss "
-            f"{record['chance']:.3f} (aligned: 0 %), no features can have less than {record['floor']:.3f} "
+            "(paper section 4, Figure " + ("4" if encoders else "5") + "). Lower is better; chance level is "
+            f"{record['chance']:.3f} (aligned: 0 %), the lower bound for any features {record['floor']:.3f} "
             f"(100 %). Intervals are 95 % over {len(about['seeds'])} seeds."
         ),
         command=record.get("command", ""),
@@ -118,8 +118,8 @@ def pca_section(record: dict[str, Any], folder: Path) -> Section:
     return Section(
         title="PCA of the features",
         text=(
-            f"First three principal components as colors, fitted on {fit}; the background is cut by a threshold on "
-            "the first component (paper Figure 3). Below each map it lies over the image."
+            f"First three principal components as colors, fitted on {fit}; the background is removed by a threshold on "
+            "the first component (paper Figure 3). Below each map is its overlay on the image."
         ),
         command=record.get("command", ""),
         figures=[picture(folder / sheet["file"], sheet["image"]) for sheet in record["sheets"]],
@@ -131,8 +131,8 @@ def attribution_section(record: dict[str, Any], folder: Path) -> Section:
     section = Section(
         title="Attribution to features",
         text=(
-            "Share: norm of the feature's part in the projector's first layer. Lost without it: how much "
-            "log-likelihood (nats) the answer loses when the feature is replaced."
+            "Share: norm of the feature's part in the projector's first layer. Lost without it: decrease of the "
+            "answer's log-likelihood (nats) when the feature is replaced."
         ),
         command=record.get("command", ""),
     )
@@ -264,11 +264,11 @@ def write_report(folder: Path, out: Path, title: str) -> tuple[Path, dict[str, i
         title: Its heading.
 
     Returns:
-        The file, and how many results of each kind it shows.
+        The file, and the number of results of each kind.
 
     Raises:
-        FileNotFoundError: No such folder.
-        ValueError: It holds no result.
+        FileNotFoundError: The folder does not exist.
+        ValueError: The folder contains no results.
     """
     from jinja2 import Environment
 
@@ -285,7 +285,7 @@ def write_report(folder: Path, out: Path, title: str) -> tuple[Path, dict[str, i
             found.append((kind, SECTIONS[kind](record, path.parent)))
     if not found:
         raise ValueError(
-            f"{folder} holds no result of `florence-vl analyze` or `florence-vl ablate` "
+            f"{folder} contains no result of `florence-vl analyze` or `florence-vl ablate` "
             "(alignment.json, pca.json, attribution.json, ...)"
         )
     order = list(SECTIONS)

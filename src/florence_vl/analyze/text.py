@@ -1,7 +1,7 @@
 """Text features: the last hidden layer of a decoder LLM, mean-pooled over a caption's tokens (paper section 4).
 
-The LLM reads the caption as its tokenizer writes it (with its begin token where it has one); special tokens are not
-pooled, as the paper averages "the text representations". Shape letters: B texts, L tokens, D hidden width.
+The LLM reads the caption with its tokenizer's special tokens (such as a begin token), but these are not pooled, as the
+paper averages "the text representations". Shape letters: B texts, L tokens, D hidden width.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class TextEncoder:
     Args:
         model: A headless decoder (`AutoModel`); put in eval mode and frozen.
         tokenizer: Its tokenizer.
-        max_length: Longest caption in tokens; longer ones are cut.
+        max_length: Maximum length of a caption in tokens; longer ones are truncated.
     """
 
     def __init__(self, model: Any, tokenizer: Any, max_length: int = 256) -> None:
@@ -39,8 +39,8 @@ class TextEncoder:
         """Load an LLM from a folder or from the hub's local cache.
 
         Raises:
-            MissingWeights: It is not on this machine.
-            ValueError: Its tokenizer is not there.
+            MissingWeights: The LLM is not on this machine.
+            ValueError: Its tokenizer is missing.
         """
         from transformers import AutoModel, AutoTokenizer
 
@@ -51,7 +51,7 @@ class TextEncoder:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the vectors: weights, tokenizer, pooling."""
+        """Values that determine the vectors: weights, tokenizer, pooling."""
         if self._weights is None:
             self._weights = state_hash(self.model)
         vocabulary = "\n".join(f"{t}\t{i}" for t, i in sorted(self.tokenizer.get_vocab().items()))
@@ -69,7 +69,7 @@ class TextEncoder:
         """(B, D) pooled states, fp32.
 
         Raises:
-            ValueError: A text has no token.
+            ValueError: A text has no tokens.
         """
         encoded = self.tokenizer(
             list(texts), truncation=True, max_length=self.max_length, return_special_tokens_mask=True, padding=False
@@ -99,7 +99,7 @@ def pool_texts(
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Pooled states of all texts, (n, D), computing only what the cache does not hold. Sorted by length for speed."""
+    """Pooled states of all texts, (n, D), computing only those missing in the cache. Sorted by length for speed."""
     store = store or FeatureStore(encoder.identity)
     keys = [content_key(text.encode()) for text in texts]
     todo = {key: text for key, text in zip(keys, texts, strict=True) if not store.has(key, [FEATURE])}

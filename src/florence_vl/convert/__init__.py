@@ -1,4 +1,4 @@
-"""Weights of others: released Florence-VL checkpoints, every Florence-2, gguf LLMs; to this package and back."""
+"""Conversion of released Florence-VL checkpoints, any Florence-2, and gguf LLMs to this package and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README.md of a converted folder: where it comes from, under which terms, which switches are set."""
+"""The README.md of a converted folder: source, license terms, and switches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FLORENCE_VL = """
 # Florence-VL, converted
 
 Converted by florence-vl {version} from `{source}`, {title}.
-Values are bit for bit those of the source; only names, one transposed matrix and left-out tensors differ.
+Values equal the source bit for bit; only names, one transposed matrix and omitted tensors differ.
 
 ```python
 import florence_vl
@@ -56,8 +56,8 @@ model = Florence2ForConditionalGeneration.from_pretrained("THIS FOLDER", dtype="
 _LLM = """
 # Language model, converted
 
-Converted by florence-vl {version} from `{source}` (gguf, de-quantised to
-float32): the values are those that the quantised weights stand for.
+Converted by florence-vl {version} from `{source}` (gguf, dequantized to
+float32): the values are those of the quantized weights.
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -74,7 +74,7 @@ def write_llm_card(source: str, license: str | None) -> str:
 
     Args:
         source: File name.
-        license: What the gguf says, if anything.
+        license: License in the gguf, if any.
     """
     from florence_vl import __version__
 
@@ -83,8 +83,8 @@ def write_llm_card(source: str, license: str | None) -> str:
 
 
 def license_of(template: str) -> tuple[str, str]:
-    """Licence tag and sentence of the LLM that a chat template is for; the authors' own cards state none."""
-    return LLM_LICENSES.get(template, ("other", "the LLM's licence isn't known here; see its source"))
+    """License tag and sentence for the LLM of a chat template; the authors' own cards state none."""
+    return LLM_LICENSES.get(template, ("other", "the LLM's license is unknown; see its source"))
 
 
 def write_card(report: Mapping[str, Any], title: str, license: str, terms: list[str], florence_vl: bool) -> str:
@@ -92,10 +92,10 @@ def write_card(report: Mapping[str, Any], title: str, license: str, terms: list[
 
     Args:
         report: `Plan.report()`.
-        title: The source's layout, in words.
+        title: Description of the source's layout.
         license: Tag for the hub's front matter.
-        terms: Sentences on the terms of the parts.
-        florence_vl: Whether it is a Florence-VL (else a Florence-2).
+        terms: Sentences on the license terms of the parts.
+        florence_vl: Whether it is a Florence-VL (otherwise a Florence-2).
     """
     from florence_vl import __version__
 
@@ -108,10 +108,10 @@ def write_card(report: Mapping[str, Any], title: str, license: str, terms: list[
         text += "".join(f"| `{name}` | `{value}` |\n" for name, value in values.items())
         if florence_vl:
             text += (
-                "\nThey follow what is known of the released code; `florence-vl convert THIS_FOLDER --probe "
+                "\nThey follow the released code as far as it is known; `florence-vl convert THIS_FOLDER --probe "
                 "REFERENCES.jsonl` measures the alternatives.\n"
             )
-    text += f"\n## Tensors\n\n{report['tensors']} converted, {len(report['dropped'])} left out:\n\n"
+    text += f"\n## Tensors\n\n{report['tensors']} converted, {len(report['dropped'])} omitted:\n\n"
     reasons: dict[str, list[str]] = {}
     for name, reason in report["dropped"].items():
         reasons.setdefault(reason, []).append(name)

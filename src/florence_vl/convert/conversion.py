@@ -1,4 +1,4 @@
-"""`convert`: find out what a source is, plan, check, and write the destination in one step."""
+"""`convert`: detect the source's layout, plan, check, and write the destination atomically."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ _HUB_SKIP = ["checkpoint-*", "global_step*", "optimizer*", "scheduler*", "rng_st
 
 
 def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """A local path as it is; a hub id ("owner/name") downloaded (no code is fetched).
+    """A local path unchanged; a hub id ("owner/name") downloaded (without code).
 
     Raises:
-        FileNotFoundError: Neither a path nor a repository that can be reached.
+        FileNotFoundError: Neither a path nor a reachable repository.
     """
     path = Path(source).expanduser()
     if path.exists():
         return path
     if not _HUB_ID.fullmatch(str(source)):
-        raise FileNotFoundError(f"{source}: no such file or folder, and no hub id (owner/name)")
+        raise FileNotFoundError(f"{source}: neither an existing file or folder nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(
             snapshot_download(str(source), revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SKIP)
         )
-    except Exception as error:  # the hub's client raises a dozen kinds, all meaning "not reached"
+    except Exception as error:  # the hub's client raises a dozen types, all meaning "not reachable"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(
             f"{source}: no such folder, and the hub didn't give it ({reason}). Download it and name the folder"
@@ -49,15 +49,15 @@ def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Path
 
 
 def open_source(source: str | os.PathLike[str], revision: str | None = None) -> Source:
-    """Open a checkpoint folder and tell its layout.
+    """Open a checkpoint folder and detect its layout.
 
     Raises:
-        FileNotFoundError: It, or a part of it, isn't there.
-        ValueError: Damaged, unsafe or of unknown layout.
+        FileNotFoundError: The folder or a part of it does not exist.
+        ValueError: The checkpoint is damaged, unsafe or of an unknown layout.
     """
     folder = resolve(source, revision)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is a file that is no gguf; name the checkpoint's folder")
+        raise ValueError(f"{folder} is a file that is not a gguf; name the checkpoint's folder")
     config = read_config(folder)
     checkpoint = Checkpoint(folder)
     return Source(folder, checkpoint, config, detect(checkpoint, config))
@@ -79,7 +79,7 @@ def convert(
     revision: str | None = None,
     on_start: Callable[[int], Progress] | None = None,
 ) -> dict[str, Any]:
-    """Convert a checkpoint, shard by shard; the destination is there whole or not at all.
+    """Convert a checkpoint, shard by shard; the destination is written atomically.
 
     | source | `native` | `original` | `vision-tower` |
     |---|---|---|---|
@@ -93,25 +93,26 @@ def convert(
         source: Folder, gguf file or hub id.
         destination: Folder to write.
         to: `native`, `original` or `vision-tower`.
-        tower: Separate tower folder of a released Florence-VL; `vision_tower/` inside the source is found by itself.
+        tower: Separate tower folder of a released Florence-VL; `vision_tower/` inside the source is found
+            automatically.
         decoder: A Florence-2 (or a converted Florence-VL) whose decoder is used by `original` and `vision-tower`.
-        tokenizer: Folder of the LLM's tokenizer when the source has none.
-        template: Chat template by name, when the tokenizer's control tokens should not decide.
-        keep_decoder: Keep the tensors that Florence-VL never runs in `original/`, so that `to="original"` restores the
-            source bit by bit (0.4 GB for the released models).
+        tokenizer: Folder of the LLM's tokenizer if the source has none.
+        template: Chat template by name, if it should not be chosen by the tokenizer's control tokens.
+        keep_decoder: Keep the tensors that Florence-VL does not use in `original/`, so that `to="original"` restores
+            the source bit for bit (0.4 GB for the released models).
         max_shard_size: Largest file, e.g. "5GB".
-        license: Tag for the card's front matter.
-        overwrite: Replace a folder that is there.
-        revision: Of a hub id.
-        on_start: Called with the bytes that will be written, once all checks have passed; what it returns is called
+        license: License tag for the card's front matter.
+        overwrite: Replace an existing folder.
+        revision: Revision of a hub id.
+        on_start: Called with the number of bytes to write, when all checks have passed; its result is called
             with the bytes of each tensor.
 
     Returns:
-        The report: what was read and written, settings, left-out tensors with reasons, notes.
+        The report: source and destination, settings, omitted tensors with reasons, notes.
 
     Raises:
         FileNotFoundError: A source or a shard is missing.
-        ValueError: Anything else wrong with source or destination; nothing was written.
+        ValueError: Source or destination are invalid; nothing was written.
     """
     if to not in TARGETS:
         raise ValueError(f"unknown target {to!r}. {did_you_mean(to, TARGETS)}")
@@ -154,10 +155,10 @@ def make_plan(
     tokenizer: str | os.PathLike[str] | None = None,
     template: str | None = None,
 ) -> Plan:
-    """The checked plan of a conversion; writes nothing. Arguments as for `convert`.
+    """The checked plan of a conversion; writes nothing. Arguments as in `convert`.
 
     Raises:
-        ValueError: The source can't become the target, or an option doesn't apply to this source.
+        ValueError: The source cannot be converted to the target, or an option does not apply to this source.
     """
     name = opened.layout.name
     folder, checkpoint, config = opened.folder, opened.checkpoint, opened.config
@@ -196,21 +197,21 @@ def make_plan(
         return florence2_plans.plan_microsoft(checkpoint, config)
     already = {"florence-vl": "native", "florence-vl-original": "original", "florence2-microsoft": "original"}
     if already.get(name) == to:
-        raise ValueError(f"{folder} is {LAYOUTS[name].title} already; nothing to convert")
+        raise ValueError(f"{folder} is already {LAYOUTS[name].title}; nothing to convert")
     raise ValueError(f"{folder} is {LAYOUTS[name].title}: {to!r} is for a Florence-VL")
 
 
 def _plan_tower(opened: Source, fields: dict[str, Any], decoder: str | os.PathLike[str] | None) -> Plan:
     other = open_source(decoder) if decoder is not None else None
     if other is not None and other.layout.name not in ("florence2", "florence2-microsoft"):
-        raise ValueError(f"--decoder takes a Florence-2; {other.folder} is {other.layout.title}")
+        raise ValueError(f"--decoder needs a Florence-2; {other.folder} is {other.layout.title}")
     return florence2_plans.plan_vision_tower(opened, fields, other)
 
 
 def _refuse(what: str, **options: Any) -> None:
     given = [f"--{name}" for name, value in options.items() if value is not None]
     if given:
-        raise ValueError(f"{', '.join(given)} has no meaning for {what}")
+        raise ValueError(f"{', '.join(given)} does not apply to {what}")
 
 
 def _terms(template: str, florence_vl_model: bool) -> tuple[list[str], str]:
@@ -218,7 +219,7 @@ def _terms(template: str, florence_vl_model: bool) -> tuple[list[str], str]:
         return ["Florence-2: MIT (Microsoft)"], "mit"
     tag, sentence = license_of(template)
     return [
-        "the authors' repositories of weights state no licence of their own; their code is Apache-2.0",
+        "the authors' repositories of weights state no license; their code is Apache-2.0",
         sentence,
         "the vision tower is Florence-2: MIT (Microsoft)",
         "training data include ShareGPT4V and other sets for non-commercial use (CC BY-NC 4.0)",

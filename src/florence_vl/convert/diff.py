@@ -1,4 +1,4 @@
-"""Compare two checkpoints part by part, streaming: did stage 1 move the tower?"""
+"""Compare two checkpoints by part, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ PARTS = (  # first match wins
     ("head", "lm_head."),
     ("florence-2 decoder", "florence2."),
 )
-CHUNK = 1 << 24  # elements compared at once
+CHUNK = 1 << 24  # elements compared at a time
 
 
 @dataclass
 class PartDifference:
-    """How one part of two checkpoints compares.
+    """Comparison of one part of two checkpoints.
 
     Attributes:
-        part: Its name.
-        tensors: Tensors that both have.
-        equal: Those equal bit by bit.
+        part: Name of the part.
+        tensors: Number of tensors in both.
+        equal: Number of tensors that are equal bit for bit.
         largest: Largest absolute difference.
-        relative: Norm of the difference by norm of A, over the part's differing and equal tensors of the same shape.
+        relative: Norm of the difference divided by the norm of A, over the part's tensors of the same shape.
         differing: Names (this package's) and largest absolute difference, largest first.
         reshaped: Names whose shapes differ.
-        only_a: Names that only A has.
-        only_b: Names that only B has.
-        retyped: Tensors stored in different dtypes, compared by value.
-        cut: Rows of the prompt embedding that only one of two layouts has (for its placeholder); not compared.
+        only_a: Names only in A.
+        only_b: Names only in B.
+        retyped: Number of tensors stored in different data types, compared by value.
+        cut: Rows of the prompt embedding in only one of the layouts (for its placeholder); not compared.
     """
 
     part: str
@@ -65,12 +65,12 @@ class PartDifference:
 
 @dataclass
 class Comparison:
-    """Two checkpoints compared.
+    """Comparison of two checkpoints.
 
     Attributes:
-        parts: In the order of the model.
+        parts: Parts in the order of the model.
         layouts: Names of the two layouts.
-        shared_only: True when the layouts differ, so that only parts that both have were compared.
+        shared_only: Whether the layouts differ, so that only parts in both were compared.
     """
 
     parts: list[PartDifference]
@@ -83,21 +83,21 @@ class Comparison:
         return all(part.same for part in self.parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The comparison as JSON types."""
         parts = [{**vars(part), "same": part.same} for part in self.parts]
         return {"same": self.same, "layouts": self.layouts, "shared_parts_only": self.shared_only, "parts": parts}
 
 
 def part_of(name: str) -> str:
-    """The part that a tensor (this package's name) belongs to."""
+    """The part of a tensor (this package's name)."""
     return next((part for part, prefix in PARTS if name.startswith(prefix)), "other")
 
 
 def diff(a: Source, b: Source, part: str | None = None) -> Comparison:
     """Compare two checkpoints, one pair of tensors in memory at a time.
 
-    The layouts may differ (a converted or released Florence-VL and a Florence-2, say): names are translated, and then
-    only the parts that both have are compared.
+    The layouts may differ (for example a converted or released Florence-VL and a Florence-2): names are translated, and
+    only the parts in both are compared.
 
     Args:
         a: First checkpoint.
@@ -105,7 +105,7 @@ def diff(a: Source, b: Source, part: str | None = None) -> Comparison:
         part: Compare only this part.
 
     Raises:
-        ValueError: No such part, or nothing in common.
+        ValueError: The part is unknown, or the checkpoints have no tensors in common.
     """
     from florence_vl.registry import did_you_mean
 

@@ -1,6 +1,6 @@
-"""Florence-2 under its three namings: Microsoft's remote code, transformers' own classes, and this model's tower.
+"""The three naming schemes of Florence-2: Microsoft's remote code, transformers' classes, and this package's tower.
 
-Microsoft's is written `microsoft`, transformers' `native`. Sources: the released `modeling_florence2.py` (MIT) as
+Microsoft's scheme is called `microsoft`, transformers' `native`. Sources: the released `modeling_florence2.py` (MIT) as
 described in its public copies, and `transformers.models.florence2`.
 """
 
@@ -55,19 +55,19 @@ _TOWER_PREFIXES: list[tuple[str, str]] = [
 
 TRANSPOSED = "image_projection"  # Microsoft multiplies by it (in, out); a Linear stores (out, in)
 SHARED = "model.language_model.shared.weight"
-EMBEDDING_COPIES = (  # of one table, native names, in the order of trust
+EMBEDDING_COPIES = (  # of one table, native names, in order of preference
     SHARED,
     "model.language_model.encoder.embed_tokens.weight",
     "model.language_model.decoder.embed_tokens.weight",
     "lm_head.weight",
 )
-# Microsoft tensors that have no place in transformers' classes.
+# Microsoft tensors without a counterpart in transformers' classes.
 MICROSOFT_ONLY: dict[str, str] = {
-    "language_model.final_logits_bias": "a buffer of the decoder's logits that transformers' Florence-2 doesn't have",
-    "vision_tower.norms.weight": "DaViT's classification norm, never run",
-    "vision_tower.norms.bias": "DaViT's classification norm, never run",
-    "vision_tower.head.weight": "DaViT's classification head, never run",
-    "vision_tower.head.bias": "DaViT's classification head, never run",
+    "language_model.final_logits_bias": "a buffer of the decoder's logits that transformers' Florence-2 does not have",
+    "vision_tower.norms.weight": "DaViT's classification norm, not used",
+    "vision_tower.norms.bias": "DaViT's classification norm, not used",
+    "vision_tower.head.weight": "DaViT's classification head, not used",
+    "vision_tower.head.bias": "DaViT's classification head, not used",
 }
 
 
@@ -103,12 +103,12 @@ def _swap_prefix(name: str, pairs: Iterable[tuple[str, str]]) -> str | None:
 
 
 def microsoft_to_native(name: str) -> str | None:
-    """transformers' name of one of Microsoft's tensors; None when it isn't one (or has no place there)."""
+    """transformers' name of one of Microsoft's tensors; None if there is none."""
     return _rename(name, _TO_NATIVE) or _swap_prefix(name, _PREFIXES)
 
 
 def native_to_microsoft(name: str) -> str | None:
-    """Microsoft's name of one of transformers' Florence-2 tensors; None when it isn't one."""
+    """Microsoft's name of one of transformers' Florence-2 tensors; None if there is none."""
     return _rename(name, _TO_MICROSOFT) or _swap_prefix(name, [(new, old) for old, new in _PREFIXES])
 
 
@@ -123,7 +123,7 @@ def tower_to_native(name: str) -> str | None:
 
 
 def microsoft_prefix(names: Iterable[str]) -> str | None:
-    """What stands before Microsoft's names in a larger checkpoint ("" for a bare Florence-2), None if there is none."""
+    """Prefix of Microsoft's names in a larger checkpoint ("" for a bare Florence-2), or None."""
     for name in names:
         if name == TRANSPOSED or name.endswith("." + TRANSPOSED):
             return name[: -len(TRANSPOSED)]
@@ -134,11 +134,11 @@ def native_config(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) 
     """`Florence2Config` fields from Microsoft's config.json; checked against the tensors' shapes.
 
     Args:
-        config: Microsoft's config.json (`vision_config` with `dim_embed`); transformers' own is returned as it is.
+        config: Microsoft's config.json (`vision_config` with `dim_embed`); transformers' own is returned unchanged.
         tensors: Microsoft's names (no prefix) -> info.
 
     Raises:
-        ValueError: The config asks for something that transformers' Florence-2 can't do.
+        ValueError: The config has a setting that transformers' Florence-2 does not support.
     """
     vision = dict(config.get("vision_config") or {})
     if "embed_dim" in vision:  # transformers' own
@@ -147,7 +147,7 @@ def native_config(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) 
     if source != ["spatial_avg_pool", "temporal_avg_pool"]:
         raise ValueError(
             f"image_feature_source is {source}; transformers' Florence-2 has only ['spatial_avg_pool', "
-            "'temporal_avg_pool'], so this tower can't be converted"
+            "'temporal_avg_pool'], so this tower cannot be converted"
         )
     temporal = vision.get("visual_temporal_embedding") or {}
     position = vision.get("image_pos_embed") or {}
@@ -202,20 +202,20 @@ _NOT_BART = (
 def config_from_shapes(tensors: Mapping[str, TensorInfo], heads_known: bool = False) -> dict[str, Any]:
     """`Florence2Config` fields read from the shapes of Microsoft's tensors (names without prefix).
 
-    Shapes don't show the number of heads: it is width / 32 in every DaViT and width / 64 in every BART that was
-    released as Florence-2 (base and large). Strides, paddings and the window (12) are those of both, too.
+    Shapes do not determine the number of heads: it is width / 32 in every DaViT and width / 64 in every BART that was
+    released as Florence-2 (base and large). Strides, paddings and the window (12) are also those of both.
 
     Args:
         tensors: Microsoft's name -> info.
-        heads_known: Heads and window come from a config afterwards, so odd widths are no error here.
+        heads_known: Whether heads and window come from a config, so that other widths are allowed here.
 
     Raises:
-        ValueError: A tensor that shows a size is missing, or a width has no whole number of heads.
+        ValueError: A tensor that determines a size is missing, or a width is not a multiple of the head size.
     """
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in tensors:
-            raise ValueError(f"no Florence-2: {name!r} is missing from its weights")
+            raise ValueError(f"not a Florence-2: {name!r} is missing from its weights")
         return tensors[name].shape
 
     def count(pattern: str) -> int:
@@ -231,8 +231,8 @@ def config_from_shapes(tensors: Mapping[str, TensorInfo], heads_known: bool = Fa
         odd = [w for w in widths if w % 32] + ([width] if width % 64 else [])
         if odd:
             raise ValueError(
-                f"the tower's widths {odd} are no released Florence-2's, so the number of heads can't be told from the "
-                "weights; pass --tower FOLDER with its config.json"
+                f"the tower's widths {odd} are not those of a released Florence-2, so the number of heads is unknown; "
+                "pass --tower FOLDER with its config.json"
             )
     fc1 = "vision_tower.blocks.0.0.spatial_block.ffn.fn.net.fc1.weight"
     vision_config = {
@@ -265,7 +265,7 @@ def config_from_shapes(tensors: Mapping[str, TensorInfo], heads_known: bool = Fa
     if text_config["decoder_layers"]:
         text_config["decoder_ffn_dim"] = shape("language_model.model.decoder.layers.0.fc1.weight")[0]
         text_config["decoder_attention_heads"] = text_config["encoder_attention_heads"]
-    else:  # a tower without its decoder; BART's config still wants the fields
+    else:  # a tower without its decoder; BART's config still needs the fields
         text_config["decoder_layers"] = text_config["encoder_layers"]
         text_config["decoder_ffn_dim"] = text_config["encoder_ffn_dim"]
         text_config["decoder_attention_heads"] = text_config["encoder_attention_heads"]
@@ -273,10 +273,10 @@ def config_from_shapes(tensors: Mapping[str, TensorInfo], heads_known: bool = Fa
 
 
 def embedding_name(tensors: Mapping[str, TensorInfo]) -> str:
-    """Microsoft's name of the most trusted copy of the word embedding among these.
+    """Microsoft's name of the preferred copy of the word embedding among these.
 
     Raises:
-        ValueError: There is no copy at all.
+        ValueError: There is no copy.
     """
     names = [native_to_microsoft(name) or name for name in EMBEDDING_COPIES]
     for name in names:
@@ -286,7 +286,7 @@ def embedding_name(tensors: Mapping[str, TensorInfo]) -> str:
 
 
 def microsoft_config(config: Mapping[str, Any], vocab_size: int, dtype: str) -> dict[str, Any]:
-    """Microsoft's config.json for a tower that never had one: the inverse of `native_config`."""
+    """Microsoft's config.json for a tower without one: the inverse of `native_config`."""
     vision = dict(config["vision_config"])
     text = {k: v for k, v in dict(config["text_config"]).items() if k not in _NOT_BART}
     keep = "drop_path_rate patch_size patch_stride patch_padding patch_prenorm num_heads num_groups depths window_size"
@@ -326,10 +326,10 @@ def padded_vocab_size(vocab_size: int) -> int:
 def embedding_report(
     checkpoint: Checkpoint, names: Iterable[str], kept: str
 ) -> tuple[dict[str, str], list[str], list[str]]:
-    """Compare the copies of an embedding with the one that is kept.
+    """Compare the copies of an embedding with the kept one.
 
     Returns:
-        Reasons by dropped name; names of exact copies; notes about those that differ.
+        Reasons by dropped name; names of exact copies; notes about copies that differ.
     """
     reasons: dict[str, str] = {}
     exact: list[str] = []

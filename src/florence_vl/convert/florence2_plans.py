@@ -15,8 +15,8 @@ from florence_vl.convert.shards import Checkpoint, read_json, write_json
 
 DECODER = ("model.language_model.decoder.",)
 NO_DECODER_NOTE = (
-    "the decoder is left out: the tower is whole, but transformers fills the decoder with random values when "
-    "Florence2ForConditionalGeneration loads the folder. Pass --decoder FLORENCE2 to bring one"
+    "the decoder is omitted: the tower is complete, but transformers initializes the decoder randomly when "
+    "Florence2ForConditionalGeneration loads the folder. Pass --decoder FLORENCE2 to add one"
 )
 GENERATION_FIELDS = (
     "num_beams",
@@ -29,7 +29,7 @@ SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md")
 
 
 def expected_shapes(model_class: Any, config: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that `model_class.from_pretrained` wants, tied copies left out. Builds no storage."""
+    """Names and shapes that `model_class.from_pretrained` expects, without tied copies. Allocates no storage."""
     import torch
 
     with torch.device("meta"):
@@ -42,18 +42,18 @@ def build_config(config_class: Any, **fields: Any) -> Any:
     """A config of transformers.
 
     Raises:
-        ValueError: Its own checks refuse a field; says which.
+        ValueError: The config class rejects a field; the message names it.
     """
     from huggingface_hub.errors import StrictDataclassError
 
     try:
         return config_class(**fields)
     except (StrictDataclassError, TypeError, KeyError) as error:
-        raise ValueError(f"config.json doesn't make a {config_class.__name__}: {error}") from error
+        raise ValueError(f"config.json is not a valid {config_class.__name__}: {error}") from error
 
 
 def keep_small_files(source: Path, skip: tuple[str, ...] = ()) -> Any:
-    """A writer that copies the source's configs and tokenizer, byte by byte."""
+    """A function that copies the source's configs and tokenizer byte by byte."""
 
     def write(folder: Path) -> None:
         for pattern in SMALL_FILES:
@@ -65,13 +65,13 @@ def keep_small_files(source: Path, skip: tuple[str, ...] = ()) -> Any:
 
 
 def plan_native(checkpoint: Checkpoint, config: Mapping[str, Any], layout: str) -> Plan:
-    """Microsoft's or transformers' own Florence-2 to a folder that `Florence2ForConditionalGeneration` loads.
+    """Convert Microsoft's or transformers' Florence-2 to a folder for `Florence2ForConditionalGeneration`.
 
-    transformers' class needs an embedding row for its image placeholder, which Microsoft's doesn't have: the embedding
-    grows to the next multiple of 64, with mean rows, as in the published native weights.
+    transformers' class needs an embedding row for its image placeholder, which Microsoft's does not have: the embedding
+    is padded to the next multiple of 64 with mean rows, as in the published native weights.
 
     Raises:
-        ValueError: Tensors without a place, or shapes that contradict config.json.
+        ValueError: Tensors are unknown, or shapes contradict config.json.
     """
     from transformers import Florence2Config, Florence2ForConditionalGeneration
 
@@ -107,7 +107,7 @@ def plan_native(checkpoint: Checkpoint, config: Mapping[str, Any], layout: str) 
 
 
 def _add_florence2(plan: Plan, checkpoint: Checkpoint, prefix: str, rows: int) -> None:
-    """Plan Microsoft's tensors (behind `prefix`) under transformers' names."""
+    """Plan Microsoft's tensors (with `prefix`) under transformers' names."""
     infos = florence_vl.tower_infos(checkpoint, prefix)
     kept = florence2.embedding_name(infos)
     names = [florence2.native_to_microsoft(n) or n for n in florence2.EMBEDDING_COPIES]
@@ -130,7 +130,7 @@ def _add_florence2(plan: Plan, checkpoint: Checkpoint, prefix: str, rows: int) -
 
 
 def _florence2_files(folder: Path, config: Mapping[str, Any], native: Any) -> Any:
-    """A writer of generation settings, tokenizer and processor for transformers' Florence-2."""
+    """A function that writes generation settings, tokenizer and processor for transformers' Florence-2."""
 
     def write(target: Path) -> None:
         from transformers import GenerationConfig
@@ -149,10 +149,10 @@ def _florence2_files(folder: Path, config: Mapping[str, Any], native: Any) -> An
 
 
 def write_florence2_processor(folder: Path, target: Path, image_token_id: int) -> bool:
-    """Write transformers' `Florence2Processor` from a folder's BART tokenizer; False when it has none.
+    """Write transformers' `Florence2Processor` from a folder's BART tokenizer; False if it has none.
 
     Raises:
-        ValueError: `<image>` wouldn't get the id that the embedding has for it.
+        ValueError: The id of `<image>` would differ from its row in the embedding.
     """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         return False
@@ -165,7 +165,7 @@ def write_florence2_processor(folder: Path, target: Path, image_token_id: int) -
     if found != image_token_id:
         raise ValueError(
             f"{folder}: its tokenizer has {len(tokenizer)} tokens, so <image> would be id {found}, but the "
-            f"embedding has {image_token_id} rows; tokenizer and weights aren't of the same Florence-2"
+            f"embedding has {image_token_id} rows; tokenizer and weights are not from the same Florence-2"
         )
     tokenizer.image_token = "<image>"
     tokenizer.image_token_id = found
@@ -194,10 +194,11 @@ def write_florence2_processor(folder: Path, target: Path, image_token_id: int) -
 def plan_microsoft(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Plan:
     """transformers' Florence-2 to Microsoft's layout.
 
-    A folder that was converted here gets its own config and tokenizer back; its tensors return bit by bit.
+    A folder converted by this package gets its original config and tokenizer back; its tensors are restored bit for
+    bit.
 
     Raises:
-        ValueError: Tensors without a name there.
+        ValueError: Tensors have no name in that layout.
     """
     plan = Plan("Microsoft Florence-2", str(checkpoint.folder), "florence2")
     original = checkpoint.folder / ORIGINAL_FOLDER
@@ -231,7 +232,7 @@ def plan_microsoft(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Plan:
 
 
 def restore(plan: Plan, original: Path, facts: Mapping[str, Any], by_target: Mapping[str, Move]) -> None:
-    """Add the side file's tensors and the exact copies that a conversion had left out."""
+    """Add the side file's tensors and the exact copies that a conversion omitted."""
     if (original / DROPPED_FILE).is_file():
         side = Checkpoint(original, DROPPED_FILE)
         plan.moves += [Move(name, name, side) for name in side.tensors if name not in by_target]
@@ -246,10 +247,10 @@ def plan_vision_tower(source: Source, tower_fields: Mapping[str, Any], decoder: 
     Args:
         source: A Florence-VL in this package's or the authors' layout.
         tower_fields: `Florence2Config` fields of its tower.
-        decoder: A Florence-2 whose decoder is taken; None takes the one that came with the checkpoint, if it has one.
+        decoder: A Florence-2 whose decoder is used; None uses the checkpoint's own, if it has one.
 
     Raises:
-        ValueError: The decoder's width isn't the tower's.
+        ValueError: The widths of decoder and tower differ.
     """
     from transformers import Florence2Config, Florence2ForConditionalGeneration
 
@@ -299,7 +300,7 @@ def plan_vision_tower(source: Source, tower_fields: Mapping[str, Any], decoder: 
 
     def write_processor(folder: Path) -> None:
         if not write_florence2_processor(with_tokenizer, folder, vocab_size):
-            plan.notes.append("no Florence-2 tokenizer was at hand, so no processor was written")
+            plan.notes.append("no Florence-2 tokenizer was available, so no processor was written")
 
     plan.files.append(write_processor)
     return plan
@@ -319,7 +320,7 @@ def _add_decoder(plan: Plan, decoder: Checkpoint, layout: str, text: dict[str, A
             plan.moves.append(Move(native, name, decoder))
             found += 1
     if not found:
-        raise ValueError(f"{decoder.folder} holds no decoder of a Florence-2")
+        raise ValueError(f"{decoder.folder} contains no decoder of a Florence-2")
     theirs = dict(config.get("text_config") or {})
     width = theirs.get("d_model", text["d_model"])
     if width != text["d_model"]:

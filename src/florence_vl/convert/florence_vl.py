@@ -1,7 +1,7 @@
 """The authors' layout of Florence-VL (`llava_llama`, `llava_phi`) and this package's: names, configs, both ways.
 
 Source: the module tree and config.json of the released checkpoints (github.com/JiuhaiChen/Florence-VL and the
-`jiuhai/florence-vl-*` repositories); a Florence-2 under Microsoft's names is inside.
+`jiuhai/florence-vl-*` repositories), which contain a Florence-2 under Microsoft's names.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ARCHITECTURES = {"llama": ("llava_llama", "LlavaLlamaForCausalLM"), "phi3": ("ll
 TOWER_REPOSITORIES = {"llama": "jiuhai/florence-llama-vision-tower", "phi3": "jiuhai/florence-phi-vision-tower"}
 FEATURES = ("davit", "caption", "ocr", "grounding")
 
-# What the released weights are believed to have seen. `convert --probe` measures the alternatives.
+# Probable settings of the released weights. `convert --probe` measures the alternatives.
 PARITY_SETTINGS: dict[str, Any] = {"prompt_padding": "attended", "prompt_length": 14, "mean_token": "grid"}
 
 _LLM_PREFIXES = [
@@ -42,7 +42,7 @@ _ROTARY = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 def original_to_ours(name: str) -> tuple[str, Op] | None:
     """This package's name of one of the authors' tensors; the decoder's are `florence2.` + transformers' name.
 
-    None for tensors without such a name (buffers that no model reads).
+    None for tensors without such a name (unused buffers).
     """
     if name.startswith(ORIGINAL_TOWER):
         microsoft = name[len(ORIGINAL_TOWER) :]
@@ -65,7 +65,7 @@ def original_to_ours(name: str) -> tuple[str, Op] | None:
 
 
 def ours_to_original(name: str) -> tuple[str, Op] | None:
-    """The authors' name of one of this package's tensors, None when their layout has no place for it."""
+    """The authors' name of one of this package's tensors; None if their layout has none."""
     if name == EMBEDDING:
         return ORIGINAL_TOWER + "language_model.model.shared.weight", Copy()
     if name.startswith(TOWER):
@@ -101,7 +101,7 @@ def text_model_type(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
 
 
 def text_config(config: Mapping[str, Any], model_type: str, dtype: str) -> tuple[dict[str, Any], list[str]]:
-    """The LLM's part of the authors' config.json, and the fields that aren't the LLM's."""
+    """The LLM's part of the authors' config.json, and the fields that are not the LLM's."""
     from transformers import CONFIG_MAPPING
 
     known = {f.name for f in dataclasses.fields(CONFIG_MAPPING[model_type])}
@@ -116,12 +116,12 @@ def projector_depth(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
     """Number of linear layers, from the tensors, checked against `mm_projector_type`.
 
     Raises:
-        ValueError: They disagree, or layers are missing between.
+        ValueError: They differ, or a layer is missing.
     """
     found = sorted({int(m[1] or 0) for m in map(_PROJECTOR.fullmatch, tensors) if m})
     depth = len(found)
     if found != list(range(depth)):
-        raise ValueError(f"the projector has the layers {found}: some are missing between")
+        raise ValueError(f"the projector has the layers {found}: some in between are missing")
     said = config.get("mm_projector_type")
     match = _PROJECTOR_TYPE.fullmatch(str(said))
     if said is not None and (match is None or int(match[1]) != depth):
@@ -130,18 +130,18 @@ def projector_depth(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
 
 
 def tower_infos(checkpoint: Checkpoint, prefix: str) -> dict[str, TensorInfo]:
-    """The Florence-2 inside a checkpoint under Microsoft's names, without what stands before them."""
+    """The Florence-2 inside a checkpoint under Microsoft's names, without the prefix."""
     return {name[len(prefix) :]: info for name, info in checkpoint.tensors.items() if name.startswith(prefix)}
 
 
 def add_tower(plan: Plan, checkpoint: Checkpoint, prefix: str, full_prefix: str = ORIGINAL_TOWER) -> None:
-    """Plan the tower: DaViT, projection, encoder and the trusted copy of the embedding; the rest is dropped.
+    """Plan the tower: DaViT, projection, encoder and the preferred copy of the embedding; the rest is dropped.
 
     Args:
-        plan: Gets the moves, the dropped tensors and notes about copies that differ.
-        checkpoint: Holds the Florence-2.
-        prefix: What stands before Microsoft's names in it.
-        full_prefix: What stood before them in the authors' main checkpoint; names of side tensors begin with it.
+        plan: Receives the moves, the dropped tensors and notes about copies that differ.
+        checkpoint: A checkpoint with the Florence-2.
+        prefix: Prefix of Microsoft's names in it.
+        full_prefix: Prefix in the authors' main checkpoint, for the names of side tensors.
     """
     infos = tower_infos(checkpoint, prefix)
     kept = florence2.embedding_name(infos)
@@ -160,7 +160,7 @@ def add_tower(plan: Plan, checkpoint: Checkpoint, prefix: str, full_prefix: str 
         else:
             found = original_to_ours(ORIGINAL_TOWER + name)
             if found is not None and found[0].startswith("florence2."):
-                _drop(plan, checkpoint, source, full_prefix + name, "Florence-2's decoder, never run in Florence-VL")
+                _drop(plan, checkpoint, source, full_prefix + name, "Florence-2's decoder, not used in Florence-VL")
             elif found is not None:
                 plan.moves.append(Move(found[0], source, checkpoint, found[1]))
 
@@ -181,10 +181,10 @@ def add_llm_and_projector(plan: Plan, checkpoint: Checkpoint, config: Mapping[st
     """Plan the LLM and the projector of the authors' checkpoint.
 
     Args:
-        plan: Gets the moves and dropped tensors.
+        plan: Receives the moves and dropped tensors.
         checkpoint: The authors' main checkpoint.
         config: Its config.json.
-        vocab_size: Rows that the LLM's embedding gets (more than it has when `<image>` needed a new id).
+        vocab_size: Number of rows of the LLM's new embedding (more than before if `<image>` needed a new id).
     """
     tied = bool(config.get("tie_word_embeddings", False))
     for name, info in checkpoint.tensors.items():
@@ -209,7 +209,7 @@ def _drop_tied_head(plan: Plan, checkpoint: Checkpoint) -> None:
     reasons, exact, notes = florence2.embedding_report(checkpoint, ["lm_head.weight"], "model.embed_tokens.weight")
     if not exact:
         raise ValueError(
-            f"config.json ties lm_head to the embedding, but in the weights they differ: {few(notes)}. "
+            f"config.json ties lm_head to the embedding, but they differ in the weights: {few(notes)}. "
             "Set tie_word_embeddings to false in config.json"
         )
     plan.drop("lm_head.weight", reasons["lm_head.weight"], copy_of="model.embed_tokens.weight")
@@ -218,14 +218,14 @@ def _drop_tied_head(plan: Plan, checkpoint: Checkpoint) -> None:
 def original_config(
     config: Any, decoder_vocab_size: int, dtype: str, tokenizer_max_length: int, padding: str
 ) -> dict[str, Any]:
-    """config.json in the authors' layout for a model that was trained here.
+    """config.json in the authors' layout for a model trained with this package.
 
     Args:
         config: A `FlorenceVLConfig`.
-        decoder_vocab_size: Rows of the LLM's embedding that are written.
-        dtype: Of the weights, e.g. "bfloat16".
+        decoder_vocab_size: Rows of the LLM's embedding.
+        dtype: Data type of the weights, e.g. "bfloat16".
         tokenizer_max_length: `tokenizer_model_max_length`.
-        padding: Image fitting of the processor: `pad` or `square`.
+        padding: Aspect-ratio setting of the processor: `pad` or `square`.
     """
     text = config.text_config.to_dict()
     rope = dict(text.pop("rope_parameters", None) or {})
@@ -265,10 +265,10 @@ def original_config(
 
 
 def check_expressible(config: Any) -> None:
-    """Raise when the authors' layout can't hold a model.
+    """Check that the authors' layout can represent a model.
 
     Raises:
-        ValueError: Another tower, fusion, feature list, prompts or LLM than theirs; all are named.
+        ValueError: Tower, fusion, features, prompts or LLM differ from theirs; the message names all differences.
     """
     wrong = []
     if config.tower != "florence2":
@@ -282,4 +282,4 @@ def check_expressible(config: Any) -> None:
     if config.projector_hidden_act != "gelu":
         wrong.append(f"projector activation {config.projector_hidden_act!r} (theirs: 'gelu')")
     if wrong:
-        raise ValueError(f"the authors' layout can't hold this model: {'; '.join(wrong)}")
+        raise ValueError(f"the authors' layout cannot represent this model: {'; '.join(wrong)}")

@@ -17,7 +17,7 @@ from florence_vl.convert.shards import Checkpoint, few, read_json, write_json
 
 @dataclass(frozen=True)
 class TowerSource:
-    """A Florence-2 folder beside a Florence-VL: its config, and weights if it has them."""
+    """A separate Florence-2 folder of a Florence-VL: its config, and its weights if it has them."""
 
     folder: Path
     config: dict[str, Any]
@@ -29,8 +29,8 @@ def open_tower(folder: Path) -> TowerSource:
     """Read a separate tower folder (the authors' `vision_tower/` or tower repositories, Microsoft's names).
 
     Raises:
-        FileNotFoundError: No such folder, or neither config.json nor weights in it.
-        ValueError: Its weights aren't a Florence-2 under Microsoft's names.
+        FileNotFoundError: The folder does not exist, or contains neither config.json nor weights.
+        ValueError: Its weights are not a Florence-2 under Microsoft's names.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such tower folder")
@@ -44,8 +44,8 @@ def open_tower(folder: Path) -> TowerSource:
     prefix = florence2.microsoft_prefix(checkpoint.tensors)
     if prefix is None:
         raise ValueError(
-            f"{folder}: no Florence-2 in Microsoft's layout (tensors {few(list(checkpoint.tensors), 3)}); "
-            "--tower takes the authors' vision tower folder"
+            f"{folder}: not a Florence-2 in Microsoft's layout (tensors {few(list(checkpoint.tensors), 3)}); "
+            "--tower needs the authors' vision tower folder"
         )
     return TowerSource(folder, config, checkpoint, prefix)
 
@@ -53,17 +53,17 @@ def open_tower(folder: Path) -> TowerSource:
 def plan_from_original(
     checkpoint: Checkpoint, config: Mapping[str, Any], tower: TowerSource | None, processor: ReleasedProcessor
 ) -> Plan:
-    """A released Florence-VL to this package's layout.
+    """Convert a released Florence-VL to this package's layout.
 
     Args:
         checkpoint: The authors' main checkpoint.
         config: Its config.json.
-        tower: A separate tower folder: its config gives the tower's sizes; its weights are used only when the main
+        tower: A separate tower folder: its config determines the tower's sizes; its weights are used only if the main
             checkpoint has no tower.
         processor: Tokenizer, image settings and template.
 
     Raises:
-        ValueError: A tensor without a place, a wrong shape, no tower anywhere, or contradicting configs.
+        ValueError: A tensor is unknown or has a wrong shape, there is no tower, or configs contradict each other.
     """
     from florence_vl.model.configuration import FlorenceVLConfig
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
@@ -87,7 +87,7 @@ def plan_from_original(
     dtype = str(checkpoint.main_dtype).removeprefix("torch.")
     text, rest = florence_vl.text_config(config, text_type, dtype)
     if "model.embed_tokens.weight" not in checkpoint:
-        raise ValueError(f"{checkpoint.folder}: no LLM inside (model.embed_tokens.weight is missing)")
+        raise ValueError(f"{checkpoint.folder}: it contains no LLM (model.embed_tokens.weight is missing)")
     rows = checkpoint.tensors["model.embed_tokens.weight"].shape[0]
     if rows != text.get("vocab_size", rows):
         raise ValueError(f"config.json says vocab_size {text['vocab_size']}, but the embedding has {rows} rows")
@@ -95,8 +95,8 @@ def plan_from_original(
     plan.notes += processor.notes
     if choice.rows != rows:
         plan.notes.append(
-            f"the vocabulary has no free token for images: {choice.token!r} was added and the embedding and head grew "
-            f"from {rows} to {choice.rows} mean rows (a mean row never has the largest logit)"
+            f"the vocabulary has no unused token for images: {choice.token!r} was added; embedding and head were "
+            f"padded from {rows} to {choice.rows} rows with mean rows (which never have the largest logit)"
         )
     text["vocab_size"] = choice.rows
     florence_vl.add_llm_and_projector(plan, checkpoint, config, choice.rows)
@@ -127,25 +127,25 @@ def plan_from_original(
 def _outside(checkpoint: Checkpoint, tower: TowerSource | None) -> tuple[Checkpoint, str]:
     if tower is None or tower.checkpoint is None:
         raise ValueError(
-            f"{checkpoint.folder} has no vision tower inside ({florence_vl.ORIGINAL_TOWER}*) and no vision_tower/ "
+            f"{checkpoint.folder} contains no vision tower ({florence_vl.ORIGINAL_TOWER}*) and no vision_tower/ "
             "folder with weights; pass --tower FOLDER (the authors' vision tower)"
         )
     return tower.checkpoint, tower.prefix
 
 
 def plan_to_original(source: Source, decoder: Source | None, tokenizer_folder: Path | None = None) -> Plan:
-    """This package's Florence-VL to the authors' layout.
+    """Convert this package's Florence-VL to the authors' layout.
 
-    What their layout holds beside our tensors (the decoder, copies of the embedding, config.json and tokenizer) comes
-    from the `original/` folder that the conversion left in the source, else from `decoder`.
+    Further contents of their layout (the decoder, copies of the embedding, config.json and tokenizer) come from the
+    `original/` folder of the source's conversion, otherwise from `decoder`.
 
     Args:
         source: A Florence-VL of this package.
-        decoder: A Florence-2, or a converted Florence-VL with `original/`, to take the decoder from.
-        tokenizer_folder: Where the tokenizer is, if not in the source.
+        decoder: A Florence-2, or a converted Florence-VL with `original/`, that provides the decoder.
+        tokenizer_folder: Folder of the tokenizer, if not in the source.
 
     Raises:
-        ValueError: The model isn't one that their layout can hold, or there is no decoder.
+        ValueError: Their layout cannot represent the model, or there is no decoder.
     """
     from florence_vl.model.configuration import FlorenceVLConfig
 
@@ -174,17 +174,17 @@ def plan_to_original(source: Source, decoder: Source | None, tokenizer_folder: P
     else:
         layers = ours.vision_config.text_config.decoder_layers
         raise ValueError(
-            f"the authors' layout holds Florence-2's whole decoder ({layers} layers, its embeddings and head), which "
-            f"{checkpoint.folder} doesn't have: it was trained here, or converted with --drop-decoder. Pass --decoder "
+            f"the authors' layout contains Florence-2's whole decoder ({layers} layers, embeddings and head), which "
+            f"{checkpoint.folder} does not have: it was trained here, or converted with --drop-decoder. Pass --decoder "
             "with a Florence-2 of the same size, or with the folder that florence-vl convert wrote"
         )
     if original is not None:
         plan.files.append(keep_small_files(original, skip=("layout.json",)))
         if original.parent != checkpoint.folder:
-            plan.notes.append(f"config.json and tokenizer are those of {original}")
+            plan.notes.append(f"config.json and tokenizer are from {original}")
     else:
         plan.files.append(_synthesised_files(checkpoint, ours, rows, tokenizer_folder or checkpoint.folder))
-        plan.notes.append("config.json was written from this model's, as no original one was kept")
+        plan.notes.append("config.json was derived from this model's config, as no original one was kept")
     return plan
 
 
@@ -214,7 +214,7 @@ def _add_foreign_decoder(plan: Plan, decoder: Checkpoint, layout: str, by_target
         plan.moves.append(Move(florence_vl.ORIGINAL_TOWER + microsoft, name, decoder))
         found += 1
     if not found:
-        raise ValueError(f"{decoder.folder} holds no decoder of a Florence-2")
+        raise ValueError(f"{decoder.folder} contains no decoder of a Florence-2")
     shared = by_target[florence_vl.ORIGINAL_TOWER + "language_model.model.shared.weight"]
     vocab_size, width = shared.checkpoint.tensors[shared.source].shape
     for move in plan.moves:

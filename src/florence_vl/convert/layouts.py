@@ -1,4 +1,4 @@
-"""Which layout a checkpoint folder has, told from its tensors and config, never from its name."""
+"""Detects the layout of a checkpoint folder from its tensors and config, never from its name."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from florence_vl.registry import Registry
 
 @dataclass(frozen=True)
 class Layout:
-    """A naming of tensors.
+    """A naming scheme of tensors.
 
     Attributes:
         name: Registered name.
-        title: For people.
-        matches: (config.json, tensor names) -> whether a checkpoint has it.
-        canonical: Tensor name -> (name in this model's layout, operation), None for tensors that have no such name.
+        title: Description for messages.
+        matches: (config.json, tensor names) -> whether a checkpoint has this layout.
+        canonical: Tensor name -> (name in this package's layout, operation); None if there is none.
     """
 
     name: str
@@ -106,16 +106,16 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
     """The layout of a checkpoint.
 
     Raises:
-        ValueError: None of the known ones; says what the folder seems to hold.
+        ValueError: The layout is unknown; the message describes the content of the folder.
     """
     for name in LAYOUTS:
         if LAYOUTS[name].matches(config, checkpoint.tensors):
             return LAYOUTS[name]
     hint = ""
     if any(n.startswith("model.mm_projector.") for n in checkpoint.tensors):
-        hint = " It looks like a LLaVA whose tower isn't Florence-2."
+        hint = " It looks like a LLaVA whose tower is not Florence-2."
     elif any(n.startswith("model.layers.") for n in checkpoint.tensors):
-        hint = " It looks like a bare language model: florence_vl.build_model takes that as `llm`, unconverted."
+        hint = " It looks like a bare language model: florence_vl.build_model accepts it as `llm` without conversion."
     known = "; ".join(f"{LAYOUTS[n].title}" for n in LAYOUTS)
     raise ValueError(
         f"{checkpoint.folder}: model_type {config.get('model_type')!r} with tensors {few(list(checkpoint.tensors), 3)} "
@@ -124,6 +124,6 @@ def detect(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Layout:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder; empty when there is none."""
+    """config.json of a folder; empty if it does not exist."""
     path = folder / "config.json"
     return read_json(path) if path.is_file() else {}

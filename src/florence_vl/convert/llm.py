@@ -1,4 +1,4 @@
-"""A gguf language model to safetensors, through transformers' own gguf reader."""
+"""Convert a gguf language model to safetensors with transformers' gguf reader."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ MAGIC = b"GGUF"
 
 
 def find_gguf(path: Path) -> Path | None:
-    """The gguf file that `path` is or, as a folder without other weights, holds; None when there is none.
+    """The gguf file: `path` itself, or the one in a folder without other weights; otherwise None.
 
     Raises:
-        ValueError: The folder holds several.
+        ValueError: The folder contains several.
     """
     if path.is_file():
         with path.open("rb") as file:
@@ -24,23 +24,23 @@ def find_gguf(path: Path) -> Path | None:
     if not found or any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin")):
         return None
     if len(found) > 1:
-        raise ValueError(f"{path} holds {len(found)} gguf files: {', '.join(f.name for f in found)}; name one of them")
+        raise ValueError(f"{path} has {len(found)} gguf files: {', '.join(f.name for f in found)}; name one of them")
     return found[0]
 
 
 def convert_gguf(source: Path, destination: Path, overwrite: bool = False, license: str | None = None) -> None:
     """Write a gguf LLM as fp32 safetensors with its tokenizer and chat template.
 
-    transformers de-quantises the whole model in memory: 4 bytes a parameter.
+    transformers dequantizes the whole model in memory: 4 bytes per parameter.
 
     Args:
         source: The gguf file.
         destination: Folder to write.
-        overwrite: Replace a folder that is there.
-        license: Tag for the card; by default what the gguf says.
+        overwrite: Replace an existing folder.
+        license: License tag for the card; by default the one in the gguf.
 
     Raises:
-        ValueError: The file is truncated, of an architecture that transformers can't read, or the disk too small.
+        ValueError: The file is truncated, transformers does not support its architecture, or the disk is too small.
     """
     import gguf
 
@@ -52,9 +52,9 @@ def convert_gguf(source: Path, destination: Path, overwrite: bool = False, licen
         parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
         stated = reader.get_field("general.license")
         stated_license = license or (str(stated.contents()) if stated is not None else None)
-    except Exception as error:  # the reader raises whatever its numpy views raise
+    except Exception as error:  # the reader raises many types
         raise ValueError(
-            f"{source}: truncated or damaged gguf ({error}); it has {source.stat().st_size} bytes, fetch it again"
+            f"{source}: truncated or damaged gguf ({error}); it has {source.stat().st_size} bytes, download it again"
         ) from error
     check_disk_space(destination, 4 * parameters)
     with atomic_folder(destination, overwrite=overwrite, sources=[source]) as folder:
@@ -65,4 +65,4 @@ def convert_gguf(source: Path, destination: Path, overwrite: bool = False, licen
         card = write_llm_card(source.name, stated_license)
         (folder / "README.md").write_text(card, encoding="utf-8")
         for path in folder.iterdir():
-            path.chmod(0o644)  # transformers' writer leaves weights unreadable for others
+            path.chmod(0o644)  # transformers' writer makes weights unreadable for other users

@@ -1,6 +1,6 @@
-"""A conversion as data: which tensor goes where, by which operation, and what is left out and why.
+"""A conversion as data: the target and operation of each tensor, and which tensors are omitted and why.
 
-A plan is checked whole (every source tensor accounted for, every target name and shape right) before a byte is written.
+A plan is checked completely (every source tensor used, every target name and shape correct) before anything is written.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from florence_vl.convert.shards import (
 )
 from florence_vl.files import atomic_folder
 
-ORIGINAL_FOLDER = "original"  # inside a converted folder: what only the source's own layout has a place for
+ORIGINAL_FOLDER = "original"  # inside a converted folder: what only the source's layout contains
 DROPPED_FILE = "dropped_tensors.safetensors"
 LAYOUT_FILE = "layout.json"
 REPORT_FILE = "conversion.json"
@@ -34,7 +34,7 @@ OTHER_FILES_BYTES = 64 * 1024**2  # tokenizer, configs, card
 
 @dataclass(frozen=True)
 class Copy:
-    """The tensor as it is."""
+    """The unchanged tensor."""
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return shape
@@ -45,7 +45,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Transpose:
-    """A matrix that the two layouts store the other way round."""
+    """A matrix that the layouts store transposed."""
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return shape[::-1]
@@ -56,7 +56,7 @@ class Transpose:
 
 @dataclass(frozen=True)
 class Rows:
-    """The first `count` rows; rows beyond the last one are the mean row (of tokens that were never trained)."""
+    """The first `count` rows; additional rows are the mean row (for tokens that were never trained)."""
 
     count: int
 
@@ -73,7 +73,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Zeros:
-    """Zeros of this shape; the source only lends its dtype."""
+    """Zeros of this shape, with the source's dtype."""
 
     size: tuple[int, ...]
 
@@ -89,7 +89,7 @@ Op = Copy | Transpose | Rows | Zeros
 
 @dataclass(frozen=True)
 class Move:
-    """One tensor of the target and where it comes from."""
+    """A tensor of the target and its source."""
 
     target: str
     source: str
@@ -108,19 +108,19 @@ class Move:
 
 @dataclass
 class Plan:
-    """What a conversion will do.
+    """A conversion plan.
 
     Attributes:
-        kind: What is written, for the report ("Florence-VL", "transformers Florence-2" ...).
-        source: What is read, in words.
+        kind: Kind of the target, for the report ("Florence-VL", "transformers Florence-2" ...).
+        source: Description of the source.
         layout: Name of the source's layout.
-        moves: Tensors that are written.
+        moves: Tensors to write.
         dropped: Source tensor -> reason.
-        copies: Dropped tensor -> the kept one it equals bit by bit; it needs no room to be restored.
-        side: Dropped tensors that are kept beside the model so that `--to original` can restore them.
-        settings: The parity switches that were set, for the report and the card.
-        notes: What the user should read.
-        files: Write the target's other files into a folder.
+        copies: Dropped tensor -> the kept tensor that it equals bit for bit, from which it can be restored.
+        side: Dropped tensors that are stored with the model so that `--to original` can restore them.
+        settings: The parity switches, for the report and the card.
+        notes: Notes for the user.
+        files: Functions that write the target's other files into a folder.
     """
 
     kind: str
@@ -137,7 +137,7 @@ class Plan:
     keep_folder: Callable[[Path], None] | None = None
 
     def drop(self, name: str, reason: str, checkpoint: Checkpoint | None = None, copy_of: str | None = None) -> None:
-        """Leave a tensor out; with `checkpoint` it goes to the side file."""
+        """Omit a tensor; with `checkpoint` it is stored in the side file."""
         self.dropped[name] = reason
         if copy_of is not None:
             self.copies[name] = copy_of
@@ -148,18 +148,18 @@ class Plan:
         """Check that every tensor of the source is moved or dropped.
 
         Raises:
-            ValueError: Some are neither; they are named.
+            ValueError: Some tensors are neither; the message names them.
         """
         used = {move.source for move in self.moves if move.checkpoint is checkpoint} | set(self.dropped)
         unknown = [name for name in checkpoint.tensors if name not in used]
         if unknown:
             raise ValueError(
-                f"{checkpoint.folder}: {len(unknown)} tensors have no place in {self.kind}: {few(unknown)}. "
-                "Nothing was written; this is another architecture or version than the one known here"
+                f"{checkpoint.folder}: {len(unknown)} tensors are unknown in {self.kind}: {few(unknown)}. "
+                "Nothing was written; this is another architecture or version than the supported one"
             )
 
     def check(self, expected: Mapping[str, tuple[int, ...]], optional: tuple[str, ...] = ()) -> None:
-        """Check names and shapes against those of the model that will load the result.
+        """Check names and shapes against those of the model for the result.
 
         Args:
             expected: Target name -> shape.
@@ -183,16 +183,16 @@ class Plan:
         ]
         if problems:
             raise ValueError(
-                f"{self.source} doesn't make a {self.kind}; tensors {'; '.join(problems)}. Nothing was written"
+                f"{self.source} is not a valid {self.kind}; tensors {'; '.join(problems)}. Nothing was written"
             )
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the tensors take when written."""
+        """Size of the written tensors in bytes."""
         return sum(move.output().nbytes for move in [*self.moves, *self.side])
 
     def report(self) -> dict[str, Any]:
-        """What was done, for `conversion.json`."""
+        """Description of the conversion, for `conversion.json`."""
         return {
             "source": self.source,
             "source_layout": self.layout,
@@ -211,17 +211,17 @@ class Plan:
         overwrite: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        """Write the folder in one step: it is there whole or not at all.
+        """Write the folder atomically.
 
         Args:
-            destination: Folder.
-            max_shard_bytes: Largest file.
-            keep_dropped: Write the dropped tensors into the side file, too.
-            overwrite: Replace a folder that is there.
-            progress: Called with the bytes of each tensor when it is written.
+            destination: The folder.
+            max_shard_bytes: Maximum file size.
+            keep_dropped: Also write the dropped tensors into the side file.
+            overwrite: Replace an existing folder.
+            progress: Called with the bytes of each written tensor.
 
         Raises:
-            ValueError: The destination is taken or the disk too small.
+            ValueError: The destination exists or the disk is too small.
         """
         self = copy.copy(self)
         if not keep_dropped:

@@ -1,7 +1,7 @@
-"""`convert --probe`: which reading of the released code do the real weights fit best?
+"""`convert --probe`: find the variant of the released code that fits the real weights best.
 
-Each reading sets the switches that no tensor's shape can settle (mean token, prompt padding, order of the prompts,
-newline and begin tokens of the template); reference answers are scored under each by teacher forcing.
+Each variant ("reading") sets the switches that tensor shapes do not determine (mean token, prompt padding, order of the
+prompts, newline and begin tokens of the template); reference answers are scored under each by teacher forcing.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ FIELDS = ("image", "question", "answer", "ended")
 
 @dataclass(frozen=True)
 class Reference:
-    """An answer that the released model gave, or a caption that it should find likely.
+    """An answer of the released model, or a caption to which it should assign a high likelihood.
 
     Attributes:
-        image: File.
-        answer: Text.
-        question: What was asked; "" for a caption under the `plain` template.
-        ended: Whether the end token belongs to the answer; False when it was cut at a length.
+        image: Image file.
+        answer: Text of the answer.
+        question: The question; "" for a caption with the `plain` template.
+        ended: Whether the end token is part of the answer; False if it was truncated.
     """
 
     image: Path
@@ -55,19 +55,19 @@ class Reading:
     features: tuple[str, ...]
 
     def settings(self) -> dict[str, Any]:
-        """As `conversion.json` has them."""
+        """The settings as in `conversion.json`."""
         switches = {"mean_token": self.mean_token, "prompt_padding": self.prompt_padding}
         return {**switches, "template": self.template, **dict(self.options), "features": list(self.features)}
 
 
 @dataclass
 class Score:
-    """How well a reading fits.
+    """Score of a variant.
 
     Attributes:
         reading: The switches.
-        nll: Mean negative log-likelihood of an answer token, nats.
-        agreement: Share of answer tokens that are the most likely one: 1 for answers that greedy decoding gave.
+        nll: Mean negative log-likelihood per answer token, nats.
+        agreement: Fraction of answer tokens that are the most likely ones: 1 for greedy answers of this variant.
         by_reference: `nll` of each reference.
     """
 
@@ -84,12 +84,12 @@ class Score:
 
 @dataclass
 class Probe:
-    """Scores of all readings, best first, and how sure the choice is.
+    """Scores of all variants, best first, and the certainty of the choice.
 
     Attributes:
-        scores: Readings that reproduce all answers greedily first (the strongest evidence), then by `nll`.
-        ties: Other readings that do as well as the best: they reproduce all answers too, or, when the best doesn't,
-            their mean difference from it is within two standard errors over the references.
+        scores: Variants that reproduce all answers greedily first (the strongest evidence), then by `nll`.
+        ties: Other variants as good as the best: they also reproduce all answers, or, if the best does not, their mean
+            difference from it is within two standard errors over the references.
     """
 
     scores: list[Score]
@@ -97,11 +97,11 @@ class Probe:
 
     @property
     def best(self) -> Score:
-        """The reading that fits best."""
+        """The best variant."""
         return self.scores[0]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The result as JSON types."""
         rows = [
             {**s.reading.settings(), "nll": s.nll, "perplexity": s.perplexity, "agreement": s.agreement}
             for s in self.scores
@@ -113,11 +113,11 @@ def read_references(path: Path) -> list[Reference]:
     """References from JSON lines of `{"image", "question", "answer", "ended"}`; image files relative to `path`.
 
     Raises:
-        FileNotFoundError: The file or an image isn't there.
-        ValueError: A line isn't such an object; its number is named.
+        FileNotFoundError: The file or an image does not exist.
+        ValueError: A line has another form; the message gives its number.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file of references")
+        raise FileNotFoundError(f"{path}: the file of references does not exist")
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
@@ -129,11 +129,11 @@ def read_references(path: Path) -> list[Reference]:
         if not isinstance(row, dict) or not {"image", "answer"} <= set(row) <= set(FIELDS):
             keys = sorted(row) if isinstance(row, dict) else type(row).__name__
             raise ValueError(
-                f"{path}:{number}: expected the fields image, answer and perhaps question and ended; found {keys}"
+                f"{path}:{number}: expected the fields image, answer and optionally question and ended; found {keys}"
             )
         image = path.parent / str(row["image"])
         if not image.is_file():
-            raise FileNotFoundError(f"{path}:{number}: no such image {image}")
+            raise FileNotFoundError(f"{path}:{number}: image {image} does not exist")
         if not str(row["answer"]).strip():
             raise ValueError(f"{path}:{number}: the answer is empty")
         if not isinstance(row.get("ended", True), bool):
@@ -145,7 +145,7 @@ def read_references(path: Path) -> list[Reference]:
 
 
 def readings(template: str, features: Sequence[str]) -> Iterator[Reading]:
-    """All readings for a chat template and features, whose prompted ones come in every order."""
+    """All variants for a chat template and features, with every order of the prompted features."""
     from florence_vl.model.chat_template import CHAT_TEMPLATES
 
     allowed = CHAT_TEMPLATES[template].allows
@@ -157,14 +157,14 @@ def readings(template: str, features: Sequence[str]) -> Iterator[Reading]:
 
 
 def orders(features: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """Every order of the prompted features, DaViT's staying where it is; the given order first."""
+    """Every order of the prompted features with DaViT's at its position; the given order first."""
     for order in itertools.permutations(name for name in features if name != DAVIT):
         names = iter(order)
         yield tuple(name if name == DAVIT else next(names) for name in features)
 
 
 def set_reading(model: Any, processor: Any, reading: Reading) -> Any:
-    """Set a model's switches in place; returns a processor that fits them."""
+    """Set a model's switches in place; returns a processor for them."""
     from florence_vl.model.chat_template import CHAT_TEMPLATES
     from florence_vl.model.fusion import build_fusion
     from florence_vl.model.processing import FlorenceVLProcessor, ImageTokenRule
@@ -192,7 +192,7 @@ def set_reading(model: Any, processor: Any, reading: Reading) -> Any:
 
 
 def template_of(folder: Path, processor: Any) -> str:
-    """Name of the chat template that a folder was converted with."""
+    """Name of the chat template in a folder's conversion."""
     from florence_vl.model.chat_template import choose_template
 
     path = folder / REPORT_FILE
@@ -202,9 +202,9 @@ def template_of(folder: Path, processor: Any) -> str:
 
 @torch.inference_mode()
 def probe(model: Any, processor: Any, references: Sequence[Reference], template: str) -> Probe:
-    """Score every reading. DaViT and encoder run once for each mean token and padding; the LLM for each reading.
+    """Score every variant. DaViT and encoder run once per mean token and padding; the LLM once per variant.
 
-    The model's switches are left at the best reading.
+    The model's switches are then those of the best variant.
 
     Args:
         model: A converted Florence-VL, in eval mode.
@@ -213,14 +213,14 @@ def probe(model: Any, processor: Any, references: Sequence[Reference], template:
         template: Name of the chat template.
 
     Raises:
-        ValueError: The tower isn't Florence-2, the fusion has weights, or an image can't be read.
+        ValueError: The tower is not Florence-2, the fusion has weights, or an image is unreadable.
     """
     if model.config.tower != "florence2":
         raise ValueError(f"the switches are those of a Florence-2 tower; this model's is {model.config.tower!r}")
     if any(True for _ in model.model.fusion.parameters()):
         raise ValueError(f"the released models fuse without weights; this model's fusion is {model.config.fusion!r}")
-    encoded: dict[Any, list[dict[str, torch.Tensor]]] = {}  # by template options and tokens an image
-    features: tuple[Any, list[dict[str, torch.Tensor]]] = (None, [])  # before fusion, of the last tower setting
+    encoded: dict[Any, list[dict[str, torch.Tensor]]] = {}  # by template options and tokens per image
+    features: tuple[Any, list[dict[str, torch.Tensor]]] = (None, [])  # before fusion, for the last tower setting
     scores = []
     for reading in readings(template, model.config.features):
         if dict(reading.options).get("double_bos") and processor.tokenizer.bos_token is None:
@@ -293,7 +293,7 @@ def _tied(best: Score, other: Score) -> bool:
 
 
 def apply_reading(folder: Path, model: Any, processor: Any, reading: Reading) -> None:
-    """Write a reading's switches into a converted folder: config, processor, chat template and report."""
+    """Write a variant's switches into a converted folder: config, processor, chat template and report."""
     fitted = set_reading(model, processor, reading)
     model.config.save_pretrained(folder)
     fitted.save_pretrained(folder)

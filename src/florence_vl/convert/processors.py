@@ -1,4 +1,4 @@
-"""Tokenizer, images, chat template and stop tokens of a released Florence-VL, read from its own folder."""
+"""Tokenizer, images, chat template and stop tokens of a released Florence-VL, read from its folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from florence_vl.convert.shards import read_json
 
-_BOS = re.compile(r'(\{%- set bos = "[^"\n]*)(" -%\})')  # lines that `ChatTemplate.build` writes
+_BOS = re.compile(r'(\{%- set bos = "[^"\n]*)(" -%\})')  # lines written by `ChatTemplate.build`
 _IMAGE = re.compile(r'\{%- set image_token = "([^"\n]*)" -%\}')
 
 
@@ -21,7 +21,7 @@ class ImageToken:
     Attributes:
         token: Its text.
         id: Its id.
-        rows: Rows that the LLM's embedding needs.
+        rows: Number of rows that the LLM's embedding needs.
     """
 
     token: str
@@ -31,19 +31,19 @@ class ImageToken:
 
 @dataclass
 class ReleasedProcessor:
-    """What a released checkpoint's folder says about text and images.
+    """Text and image settings of a released checkpoint's folder.
 
     Args:
-        tokenizer: The checkpoint's own.
+        tokenizer: The checkpoint's tokenizer.
         config: Its config.json.
-        template: Chat template by name; by default the one whose control tokens the tokenizer has.
+        template: Chat template by name; by default the one whose control tokens are in the vocabulary.
         image_size: Height and width in pixels.
-        template_options: Options of the template; by default those that the released code's tokenization implies.
+        template_options: Options of the template; by default those that match the released code's tokenization.
         generation: Its generation_config.json.
-        piece_prefix: Whether the released code's slow tokenizer put a space in front of each text that it got.
+        piece_prefix: Whether the released code's slow tokenizer put a space before each text piece.
 
     Attributes:
-        notes: What the user should know about the tokens.
+        notes: Notes on the tokens for the user.
     """
 
     tokenizer: Any
@@ -70,7 +70,7 @@ class ReleasedProcessor:
         """Read the tokenizer and settings of a folder.
 
         Raises:
-            ValueError: No tokenizer there, or one that can't be read.
+            ValueError: There is no tokenizer, or it is unreadable.
         """
         tokenizer = load_tokenizer(tokenizer_folder or folder, config.get("model_type", ""))
         size = 768
@@ -92,13 +92,13 @@ class ReleasedProcessor:
 
     @property
     def aspect_ratio(self) -> str:
-        """`pad` when config.json says so; without `image_aspect_ratio` the released code squashes."""
+        """`pad` if config.json specifies it; without `image_aspect_ratio` the released code squashes."""
         return "pad" if self.config.get("image_aspect_ratio") == "pad" else "squash"
 
     def choose_image_token(self, rows: int) -> ImageToken:
-        """Settle the placeholder of images, the first token that the vocabulary keeps free, else a new `<image>`.
+        """Choose the image placeholder: the first unused token of the vocabulary, otherwise a new `<image>`.
 
-        The tokenizer gets it as a token that leaves the white space around it alone, and the chat template is built.
+        It is added to the tokenizer as a token that keeps the white space around it, and the chat template is built.
 
         Args:
             rows: Rows of the LLM's embedding.
@@ -123,9 +123,9 @@ class ReleasedProcessor:
         return ImageToken("<image>", index, rows if index < rows else -(-(index + 1) // multiple) * multiple)
 
     def released_ids(self, question: str) -> list[int]:
-        """Ids of one question about one image as the released code makes them; the image is one placeholder.
+        """Ids of one question about one image in the released code; the image is one placeholder.
 
-        The text before and after the image is tokenized apart; after a leading begin token the first token of the
+        The text before and after the image is tokenized separately; after a leading begin token the first token of the
         second piece is dropped.
         """
         assert self._chosen is not None
@@ -137,14 +137,14 @@ class ReleasedProcessor:
         return [*first, self._chosen.id, *second]
 
     def our_ids(self, question: str) -> list[int]:
-        """Ids of the same conversation under the chat template that is written."""
+        """Ids of the same conversation with the converted chat template."""
         return self.tokenizer(self._render(self._chat_template, question), add_special_tokens=False)["input_ids"]
 
     def _piece(self, text: str) -> list[int]:
         if not self.piece_prefix:
             return self.tokenizer(text)["input_ids"]
-        # SentencePiece's slow tokenizer (`legacy: false`): a space before the text, none after control tokens. Behind
-        # another control token a fast tokenizer adds none either, so a literal space says the same.
+        # SentencePiece's slow tokenizer (`legacy: false`): a space before the text, none after control tokens. After
+        # another control token a fast tokenizer adds none either, so a literal space is equivalent.
         assert self._chosen is not None
         ids = self.tokenizer(f"{self._chosen.token} {text}", add_special_tokens=False)["input_ids"][1:]
         bos = [self.tokenizer.bos_token_id] if adds_bos(self.tokenizer) else []
@@ -165,19 +165,19 @@ class ReleasedProcessor:
         if newline is not None and template.newline_after_image:  # the released string itself
             options |= {"newline_after_image": newline, "double_bos": False}
         built = template.build(self.tokenizer, image_token=self._chosen.token + after_image, **options)
-        if newline is not None and template.bos is None:  # its tokenizer writes the begin token, if anything does
+        if newline is not None and template.bos is None:  # the tokenizer writes the begin token, if any
             built = _BOS.sub('{%- set bos = "" -%}', built, count=1)
         return built
 
     def _build_template(self) -> str:
-        """The template with the released code's tokens: spaces stand at the seams where a slow tokenizer had them."""
+        """The template with the released code's tokens, with spaces at the seams where a slow tokenizer had them."""
         question = "What is in the image?"
         for lead, after_image in itertools.product(("", " "), ("", " ")):
             self._chat_template = with_lead(self._build(after_image=after_image), lead)
             if self.our_ids(question) == self.released_ids(question):
                 return self._chat_template
         self.notes.append(
-            "the chat template doesn't give the released code's tokens exactly (near the image or at the start): "
+            "the chat template does not reproduce the released code's tokens exactly (near the image or at the start): "
             "compare ReleasedProcessor.released_ids and our_ids"
         )
         return self._build()
@@ -196,7 +196,7 @@ class ReleasedProcessor:
         return {"template": self.template, **(self.template_options or {}), "image_aspect_ratio": self.aspect_ratio}
 
     def stop_ids(self) -> list[int]:
-        """Ids that end an answer: the template's end token and the checkpoint's own end tokens."""
+        """Ids that end an answer: the template's end token and the checkpoint's end tokens."""
         from florence_vl.model.chat_template import CHAT_TEMPLATES
 
         end = CHAT_TEMPLATES[str(self.template)].end_text(self.tokenizer)
@@ -231,7 +231,7 @@ class ReleasedProcessor:
         )
         if processor.image_token_id != config.image_token_id:
             raise ValueError(
-                f"the tokenizer gives {token!r} the id {processor.image_token_id}, planned was {config.image_token_id}"
+                f"the tokenizer gives {token!r} the id {processor.image_token_id}, expected {config.image_token_id}"
             )
         processor.save_pretrained(folder)
         known = ("temperature", "top_p", "top_k", "do_sample", "repetition_penalty", "max_new_tokens")
@@ -246,25 +246,26 @@ class ReleasedProcessor:
 
 
 def with_lead(chat_template: str, lead: str) -> str:
-    """A built chat template that writes `lead` behind its begin token."""
+    """A built chat template that writes `lead` after its begin token."""
     return _BOS.sub(rf"\g<1>{lead}\g<2>", chat_template, count=1)
 
 
 def seams(chat_template: str) -> tuple[str, str]:
-    """Spaces that a converted folder's chat template writes behind its begin token and behind each image."""
+    """Spaces that a converted folder's chat template writes after its begin token and after each image."""
     bos, image = _BOS.search(chat_template), _IMAGE.search(chat_template)
     return (" " if bos and bos[1].endswith(" ") else ""), (" " if image and image[1].endswith(" ") else "")
 
 
 def load_tokenizer(folder: Path, model_type: str = "") -> Any:
-    """A fast tokenizer from a folder, whatever model type its config.json names.
+    """Load a fast tokenizer from a folder, whatever model type its config.json names.
 
     Args:
-        folder: Holds tokenizer.json, or SentencePiece's tokenizer.model.
-        model_type: The authors' (`llava_phi` ...): transformers reads the same files differently for different LLMs.
+        folder: Contains tokenizer.json, or SentencePiece's tokenizer.model.
+        model_type: The authors' model type (`llava_phi` ...): transformers reads the files differently for different
+            LLMs.
 
     Raises:
-        ValueError: There is none, or it can't be read.
+        ValueError: There is none, or it is unreadable.
     """
     from transformers import AutoTokenizer, LlamaConfig, Phi3Config
 
@@ -273,9 +274,9 @@ def load_tokenizer(folder: Path, model_type: str = "") -> Any:
     try:
         llm = Phi3Config() if model_type == "llava_phi" else LlamaConfig()
         tokenizer = AutoTokenizer.from_pretrained(folder, config=llm, trust_remote_code=False)
-    except Exception as error:  # readers of four formats raise what they raise
+    except Exception as error:  # readers of four formats raise many types
         raise ValueError(
-            f"{folder}: its tokenizer can't be read ({type(error).__name__}: {error}). A tokenizer.model "
+            f"{folder}: its tokenizer is unreadable ({type(error).__name__}: {error}). A tokenizer.model "
             "needs: pip install 'florence-vl[convert]'"
         ) from error
     if not tokenizer.is_fast:
@@ -286,8 +287,8 @@ def load_tokenizer(folder: Path, model_type: str = "") -> Any:
 def has_piece_prefix(folder: Path) -> bool:
     """Whether a folder's tokenizer is SentencePiece's slow one that puts a space before each text (`legacy: false`).
 
-    The released code loads slow tokenizers. Those with `legacy: true` put it behind control tokens as well, which the
-    fast version does, too.
+    The released code loads slow tokenizers. Those with `legacy: true` also put it after control tokens, as the fast
+    version does.
     """
     path = folder / "tokenizer_config.json"
     config = read_json(path) if path.is_file() else {}
@@ -296,17 +297,17 @@ def has_piece_prefix(folder: Path) -> bool:
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts its begin token in front of every text by itself."""
+    """Whether the tokenizer adds its begin token to every text."""
     ids = tokenizer("a")["input_ids"]
     return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
 
 
 def parity_options(template: str, tokenizer: Any) -> dict[str, Any]:
-    """Template options that repeat the released code's token sequence.
+    """Template options that reproduce the released code's token sequence.
 
-    It tokenizes the text before and after each image apart and, when the first piece begins with the begin token, drops
-    the first token of every later piece, taking it for one more begin token. With a tokenizer that adds none, that
-    token is the newline after the image; with one that does, the llama3 template (which writes its own) gives two.
+    It tokenizes the text before and after each image separately. If the first piece begins with the begin token, it
+    drops the first token of every later piece, as if it were another begin token. With a tokenizer that adds none, that
+    token is the newline after the image; with one that does, the llama3 template (which also writes one) gives two.
     """
     if template == "llama3":
         own = adds_bos(tokenizer)

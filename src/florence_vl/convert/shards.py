@@ -1,7 +1,7 @@
 """Read checkpoints tensor by tensor and write safetensors shards as a stream, so memory holds one tensor at a time.
 
-`safetensors.torch.save_file` needs every tensor of a file in memory at once; the writer here knows all shapes
-beforehand, writes the header first and each tensor at its offset, so a 9 B model converts on a laptop.
+`safetensors.torch.save_file` needs every tensor of a file in memory at once. The writer here knows all shapes
+beforehand: it writes the header first and each tensor at its offset, so a 9 B model converts on a laptop.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ GIB = 1024**3
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a checkpoint's header tells about one tensor."""
+    """Header information of a tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -68,16 +68,16 @@ def num_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; a key that stands twice is an error.
+    """Read a JSON object; duplicate keys are an error.
 
     Raises:
-        ValueError: The file isn't JSON, isn't an object, or names a key twice.
+        ValueError: The file is not JSON, not an object, or has a duplicate key.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
         if twice:
-            raise ValueError(f"{path}: {few(twice)} named twice; the file is ambiguous, fetch it again")
+            raise ValueError(f"{path}: {few(twice)} named twice; the file is ambiguous, download it again")
         return dict(pairs)
 
     try:
@@ -92,21 +92,21 @@ def read_json(path: Path) -> dict[str, Any]:
 class Checkpoint:
     """The tensors of a folder (safetensors or pickled, one file or sharded), read one at a time.
 
-    All headers are read and checked when it opens; values only in `read`. One shard is open at a time.
+    All headers are read and checked when it is opened; values only in `read`. One shard is open at a time.
 
     Args:
-        folder: Holds `model.safetensors`, `pytorch_model.bin`, or one of their indices.
+        folder: Contains `model.safetensors`, `pytorch_model.bin`, or one of their indices.
         file: Read this one file of the folder instead.
 
     Attributes:
         tensors: Name -> `TensorInfo`, in the order of the files.
         metadata: `__metadata__` of the files, merged.
-        notes: Oddities that are no error.
+        notes: Irregularities that are not errors.
 
     Raises:
-        FileNotFoundError: The folder, its weights or a shard that the index names is missing.
-        ValueError: A file is truncated or damaged, holds code, a tensor stands in two shards, or the index and the
-            shards disagree.
+        FileNotFoundError: The folder, its weights or a shard in the index is missing.
+        ValueError: A file is truncated or damaged, contains code, a tensor is in two shards, or the index and the
+            shards differ.
     """
 
     def __init__(self, folder: str | os.PathLike[str], file: str | None = None) -> None:
@@ -132,7 +132,7 @@ class Checkpoint:
     def _add_index(self, index_name: str) -> None:
         weight_map = read_json(self.folder / index_name).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{self.folder / index_name}: no `weight_map`; fetch the file again")
+            raise ValueError(f"{self.folder / index_name}: no `weight_map`; download the file again")
         files = list(dict.fromkeys(weight_map.values()))
         outside = [name for name in files if Path(name).name != name]
         if outside:
@@ -140,7 +140,7 @@ class Checkpoint:
         missing = [name for name in files if not (self.folder / name).is_file()]
         if missing:
             raise FileNotFoundError(
-                f"{self.folder}: {len(missing)} of {len(files)} shards missing: {few(missing)}; fetch them"
+                f"{self.folder}: {len(missing)} of {len(files)} shards missing: {few(missing)}; download them"
             )
         for name in files:
             self._add_file(name)
@@ -186,7 +186,7 @@ class Checkpoint:
                 self._open_file = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise ValueError(
-                    f"{path}: truncated or damaged ({error}); it has {path.stat().st_size} bytes, fetch it again"
+                    f"{path}: truncated or damaged ({error}); it has {path.stat().st_size} bytes, download it again"
                 ) from error
         else:
             self._open_file = _load_pickled(path)
@@ -194,7 +194,7 @@ class Checkpoint:
         return self._open_file
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor's values, on the CPU, in the stored dtype."""
+        """Values of a tensor, on the CPU, in the stored dtype."""
         info = self.tensors[name]
         handle = self._open(info.file)
         if info.file.endswith(".safetensors"):
@@ -202,7 +202,7 @@ class Checkpoint:
         return handle[name]
 
     def close(self) -> None:
-        """Let go of the open shard."""
+        """Close the open shard."""
         self._open_name = self._open_file = None
 
     def __contains__(self, name: object) -> bool:
@@ -215,7 +215,7 @@ class Checkpoint:
 
     @property
     def main_dtype(self) -> torch.dtype:
-        """The floating dtype that most bytes have (float32 when there is none)."""
+        """The floating-point dtype of most bytes (float32 if there is none)."""
         sizes: Counter[torch.dtype] = Counter()
         for info in self.tensors.values():
             if info.dtype.is_floating_point:
@@ -224,24 +224,24 @@ class Checkpoint:
 
 
 def _load_pickled(path: Path) -> dict[str, torch.Tensor]:
-    """Load a pickled state dict, tensors only, mapped from disk where the file's format allows it."""
+    """Load a pickled state dict with only tensors, memory-mapped if the file's format allows it."""
     try:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:  # torch < 1.6 wrote a format that can't be mapped
+        except RuntimeError as error:  # torch < 1.6 wrote a format that cannot be mapped
             if "mmap can only be used with files saved with" not in str(error):
                 raise
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0]
         raise ValueError(
-            f"{path}: refused, the pickle holds more than tensors (code could run): {reason}. "
+            f"{path}: refused, the pickle contains more than tensors (code could run): {reason}. "
             "Ask its owner for safetensors"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise ValueError(
             f"{path}: truncated or damaged ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
-            f"it has {path.stat().st_size} bytes, fetch it again"
+            f"it has {path.stat().st_size} bytes, download it again"
         ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
@@ -252,7 +252,7 @@ def _load_pickled(path: Path) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor that will be written: what the header says and how to get the values."""
+    """A tensor to write: its header and a function that returns its values."""
 
     name: str
     shape: tuple[int, ...]
@@ -265,7 +265,7 @@ class Output:
 
 
 def bits_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors of one shape and dtype hold the same bits (so 0.0 differs from -0.0, NaN equals itself)."""
+    """Whether two tensors of the same shape and dtype have the same bits (0.0 differs from -0.0, NaN equals itself)."""
     flat_a, flat_b = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
     return torch.equal(flat_a, flat_b)
 
@@ -274,12 +274,12 @@ def parse_size(text: str | int) -> int:
     """Bytes from "5GB", "512MB", "2GiB" or a number.
 
     Raises:
-        ValueError: Not such a size, or not above zero.
+        ValueError: The text is not a size, or not above zero.
     """
     if isinstance(text, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
         if match is None:
-            raise ValueError(f"{text!r} is no size; write for example 5GB, 512MB or 2GiB")
+            raise ValueError(f"{text!r} is not a size; write for example 5GB, 512MB or 2GiB")
         base = 1024 if match[3] else 1000
         text = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
     if text <= 0:
@@ -288,7 +288,7 @@ def parse_size(text: str | int) -> int:
 
 
 def split_shards(outputs: Sequence[Output], max_bytes: int) -> list[list[Output]]:
-    """Cut the outputs, in order, into shards of at most `max_bytes` (a larger tensor stands alone)."""
+    """Divide the outputs, in order, into shards of at most `max_bytes` (a larger tensor gets its own)."""
     shards: list[list[Output]] = [[]]
     size = 0
     for output in outputs:
@@ -300,7 +300,7 @@ def split_shards(outputs: Sequence[Output], max_bytes: int) -> list[list[Output]
     return shards
 
 
-Progress = Callable[[int], None]  # called with the bytes that were written since the last call
+Progress = Callable[[int], None]  # called with the number of bytes written since the last call
 
 
 def write_safetensors(
@@ -311,11 +311,11 @@ def write_safetensors(
 ) -> None:
     """Write one safetensors file, one tensor in memory at a time.
 
-    Larger elements get the lower offsets, so each tensor is aligned to its element size as the format asks; values
-    are written in the order given, each at its offset.
+    Larger elements get the lower offsets, so each tensor is aligned to its element size as the format requires; values
+    are written in the given order, each at its offset.
 
     Raises:
-        ValueError: A loaded tensor isn't what its `Output` said.
+        ValueError: A loaded tensor differs from its `Output`.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offsets: dict[str, int] = {}
@@ -376,10 +376,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def check_disk_space(folder: Path, needed: int) -> None:
-    """Raise when the disk under `folder` (or its nearest existing parent) has too little room.
+    """Check the free space of the disk under `folder` (or its nearest existing parent).
 
     Raises:
-        ValueError: Fewer than `needed` bytes and 1 % are free.
+        ValueError: Less than `needed` bytes plus 1 % are free.
     """
     place = folder.resolve()
     while not place.exists():
@@ -387,11 +387,11 @@ def check_disk_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed * 1.01:
         raise ValueError(
-            f"{folder}: too little disk: {needed / GIB:.2f} GiB are needed, {free / GIB:.2f} GiB are free under {place}"
+            f"{folder}: too little disk space: {needed / GIB:.2f} GiB needed, {free / GIB:.2f} GiB free under {place}"
         )
 
 
 def few(names: Sequence[str], limit: int = 5) -> str:
-    """The first names of a list, and how many more there are."""
+    """The first names of a list, and the number of others."""
     shown = ", ".join(str(name) for name in names[:limit])
     return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,4 +1,4 @@
-"""A request on its way through the engine, and the pieces of its answer."""
+"""A request in the engine, and the pieces of its answer."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Event:
 
     Attributes:
         text: New text.
-        logprobs: Of the tokens since the last event, when asked for.
+        logprobs: Log-probabilities of the tokens since the last event, if requested.
         finish: On the last event `stop` or `length`, `cancelled`, or `error`.
-        error: What went wrong.
+        error: The error.
     """
 
     text: str = ""
@@ -28,13 +28,13 @@ class Event:
 
 
 class Answer:
-    """A request on its way. Iterate over the pieces of text, or wait for `result()`.
+    """A request in the engine. Iterate over the pieces of text, or wait for `result()`.
 
     Attributes:
-        prompt: The request's.
-        options: The request's.
-        ids: Tokens chosen so far.
-        cached_tokens: Tokens of the prompt that were not computed again.
+        prompt: Prompt of the request.
+        options: Options of the request.
+        ids: Tokens generated so far.
+        cached_tokens: Number of cached prompt tokens.
         finish: Why it ended; None while it runs.
     """
 
@@ -53,15 +53,15 @@ class Answer:
         self._sampler: Sampler | None = None
 
     def cancel(self) -> None:
-        """Give up: the engine frees the row before its next step."""
+        """Cancel the request; the engine frees the row before its next step."""
         self._cancelled = True
 
     def __iter__(self) -> Iterator[str]:
-        """Pieces of text as they come.
+        """Pieces of text as they are generated.
 
         Raises:
-            OutOfMemory: The device has no memory for it.
-            RuntimeError: Computing the answer failed, or the engine was closed.
+            OutOfMemory: The device has too little memory for the request.
+            RuntimeError: Generation failed, or the engine was closed.
         """
         while True:
             event = self._events.get()

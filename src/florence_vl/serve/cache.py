@@ -1,4 +1,4 @@
-"""What the engine keeps between steps and requests: keys and values of running rows, of prefixes, and image features.
+"""The engine's caches: keys and values of running rows and of prefixes, and image features.
 
 Shape letters: B rows, A attention heads of keys and values, L columns, D width of a head.
 """
@@ -15,14 +15,14 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 Segment = list[tuple[Tensor, Tensor]]  # keys and values of every layer, each (A, L, D)
-CHUNK = 64  # columns by which a batch grows
+CHUNK = 64  # number of columns by which a batch grows
 
 
 class RowLayer(DynamicLayer):
     """Keys and values of one layer, (B, A, capacity, D), written in place instead of concatenated at each step.
 
-    All columns are kept, also in layers with a sliding window: the mask narrows what they see, and any beginning of a
-    row can be used again.
+    All columns are kept, even in layers with a sliding window: the mask limits what they attend to, and any prefix of a
+    row can be reused.
     """
 
     def __init__(self) -> None:
@@ -37,12 +37,12 @@ class RowLayer(DynamicLayer):
         return self.length
 
     def reserve(self, rows: int, columns: int, like: tuple[Tensor, Tensor]) -> None:
-        """Room for `columns`, with zeros in it: what the mask hides must still be finite.
+        """Allocate `columns`, initialized to zero, because even masked values must be finite.
 
         Args:
-            rows: Of the batch.
-            columns: At least.
-            like: Keys and values (..., A, any, D) that tell widths, dtype and device.
+            rows: Rows of the batch.
+            columns: Minimum number of columns.
+            like: Keys and values (..., A, any, D) with the widths, dtype and device.
         """
         if self.is_initialized and columns <= self.keys.shape[-2]:
             return
@@ -57,7 +57,7 @@ class RowLayer(DynamicLayer):
         self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write (B, A, new, D) behind the last column; returns all columns."""
+        """Write (B, A, new, D) after the last column; returns all columns."""
         end = self.length + key_states.shape[-2]
         self.reserve(key_states.shape[0], end, (key_states, value_states))
         self.keys[: self.rows, :, self.length : end] = key_states
@@ -68,10 +68,10 @@ class RowLayer(DynamicLayer):
 
 @dataclass
 class RowBatch:
-    """Rows that go through the LLM together; row i owns the columns `spans[i]` of every layer.
+    """Rows that pass through the LLM together; row i owns the columns `spans[i]` of every layer.
 
     Attributes:
-        layers: One for each layer of the LLM.
+        layers: One per layer of the LLM.
         spans: First and one past the last column of each row.
     """
 
@@ -80,7 +80,7 @@ class RowBatch:
 
     @classmethod
     def of_prefixes(cls, prefixes: Sequence[Sequence[Segment]], num_layers: int) -> RowBatch:
-        """Rows that begin with known keys and values, aligned on the right."""
+        """Rows that begin with cached keys and values, aligned on the right."""
         lengths = [sum(segment[0][0].shape[-2] for segment in parts) for parts in prefixes]
         longest = max(lengths)
         batch = cls([RowLayer() for _ in range(num_layers)], [(longest - n, longest) for n in lengths])
@@ -100,7 +100,7 @@ class RowBatch:
 
     @classmethod
     def gather(cls, sources: Sequence[tuple[RowBatch, int]]) -> RowBatch:
-        """One batch of rows of others, aligned on the right."""
+        """One batch of rows from other batches, aligned on the right."""
         spans = [batch.spans[row] for batch, row in sources]
         longest = max(end - start for start, end in spans)
         new = cls(
@@ -118,20 +118,20 @@ class RowBatch:
 
     @property
     def length(self) -> int:
-        """Columns in use."""
+        """Number of used columns."""
         return self.layers[0].length
 
     def cache(self) -> Cache:
-        """The layers as transformers takes them."""
+        """The layers as a transformers cache."""
         return Cache(layers=list(self.layers))
 
     def rewind(self, length: int) -> None:
-        """Forget the columns from `length` on, after a step that failed half way."""
+        """Drop the columns from `length` on, after a failed step."""
         for layer in self.layers:
             layer.length = length
 
     def remove(self, row: int) -> None:
-        """Take a row out; the last one moves to its place."""
+        """Remove a row; the last one moves to its position."""
         last = len(self.spans) - 1
         for layer in self.layers:
             if row != last:
@@ -149,10 +149,10 @@ class RowBatch:
 
 
 class ByteLRU:
-    """Tensors by key, the least recently used dropped when they exceed a number of bytes.
+    """Tensors by key, with a limit in bytes and eviction of the least recently used.
 
     Args:
-        limit: Bytes; 0 keeps nothing.
+        limit: Bytes; 0 disables the cache.
     """
 
     def __init__(self, limit: int) -> None:
@@ -199,7 +199,7 @@ class _Node:
 
 
 def common_length(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
-    """Length of the longest common beginning."""
+    """Length of the longest common prefix."""
     for index, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return index
@@ -207,12 +207,12 @@ def common_length(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
 
 
 class PrefixCache:
-    """Keys and values of prefixes in a radix tree: beginnings that requests share are stored once.
+    """Keys and values of prefixes in a radix tree: shared prefixes are stored once.
 
-    A token is an id, or, at an image's placeholders, the image's key: two images never share what stands behind them.
+    A token is an id or, at an image's placeholders, the image's key, so different images never share what follows them.
 
     Args:
-        limit: Bytes; the least recently used leaves go first. 0 keeps nothing.
+        limit: Bytes; the least recently used leaves are evicted first. 0 disables the cache.
     """
 
     def __init__(self, limit: int) -> None:
@@ -222,14 +222,14 @@ class PrefixCache:
         self._clock = itertools.count(1)
 
     def match(self, tokens: Sequence[Hashable], root: Hashable = None) -> tuple[int, list[Segment]]:
-        """Find the longest known beginning.
+        """Find the longest cached prefix.
 
         Args:
-            tokens: A row's.
-            root: Name of the weights, such as an adapter's: what one computed is never given to another.
+            tokens: Tokens of a row.
+            root: Name of the weights, e.g. of an adapter; prefixes of different weights are never shared.
 
         Returns:
-            Its length, and its keys and values piece by piece (views, to be copied).
+            Its length, and its keys and values in pieces (views, which must be copied).
         """
         node, done = self._root(root), 0
         parts: list[Segment] = []
@@ -246,11 +246,11 @@ class PrefixCache:
         return done, parts
 
     def insert(self, tokens: Sequence[Hashable], fetch: Callable[[int, int], Segment], root: Hashable = None) -> None:
-        """Store a row's beginning.
+        """Store the prefix of a row.
 
         Args:
             tokens: Its tokens.
-            fetch: Copies keys and values of tokens [start, end); called for what is new only.
+            fetch: Copies keys and values of tokens [start, end); called only for new ones.
             root: As in `match`.
         """
         if not self.limit:
@@ -275,7 +275,7 @@ class PrefixCache:
         self._evict()
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all entries."""
         self._roots.clear()
         self.bytes = 0
 

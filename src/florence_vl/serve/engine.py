@@ -1,8 +1,8 @@
-"""One engine thread answers all requests: batching at every step, image features and prefixes kept between requests.
+"""The engine: one thread answers all requests, with continuous batching and cached image features and prefixes.
 
-The way of a request: `prepare` (caller's thread: tokens, hashes of pictures, their pixels) -> queue -> prefill of what
-no earlier request computed -> one token a step beside the other rows -> events to the caller. In float32 an answer is
-the one that transformers' `generate` gives, whatever runs beside it and whatever was kept.
+A request passes through `prepare` (caller's thread: tokens, hashes of images, their pixels), the queue, the prefill of
+tokens that are not cached, and one decoding step per token together with the other rows; events go to the caller. In
+float32 the answer equals that of transformers' `generate`, for any concurrent requests and cache state.
 Shape letters: B rows, S new tokens of a prefill, L columns, H width of the LLM, X vocabulary.
 """
 
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _REPETITION = RepetitionStop()
-SHARED_TOKENS = 16  # a request waits a round when it shares this many tokens with one whose prefill goes first
+SHARED_TOKENS = 16  # a request waits for another one's prefill if it shares this number of tokens with it
 
 
 class QueueFull(RuntimeError):
-    """No place for another request."""
+    """The queue is full."""
 
 
 class OutOfMemory(RuntimeError):
-    """The device has no memory for this request; the engine lives on."""
+    """The device has too little memory for this request; the engine continues."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class EngineConfig:
     """Limits of an engine.
 
     Attributes:
-        max_batch: Rows that are answered at the same time.
-        max_queue: Requests that wait besides.
-        feature_bytes: Of image features that are kept.
-        prefix_bytes: Of keys and values of prefixes that are kept.
-        max_prefill: New tokens that go through the LLM in one prefill, at most (a longer prompt goes alone).
+        max_batch: Maximum number of rows that are answered at the same time.
+        max_queue: Maximum number of waiting requests.
+        feature_bytes: Limit of the cache of image features.
+        prefix_bytes: Limit of the cache of prefixes' keys and values.
+        max_prefill: Maximum number of new tokens in one prefill (a longer prompt is processed alone).
     """
 
     max_batch: int = 16
@@ -96,17 +96,18 @@ class _Running:
 
 
 class Engine:
-    """Answers conversations about images, many at a time, on one thread of its own.
+    """Answers conversations about images, many at a time, in its own thread.
 
     Args:
-        model: In eval mode, on its device. Nothing else may run it meanwhile; `call` lends it out between steps.
-        processor: The model's.
+        model: A model in eval mode, on its device. Nothing else may run it meanwhile, except functions passed to
+            `call`.
+        processor: The model's processor.
         config: Limits.
         adapters: Names of LoRA adapters that `model.load_adapter` loaded.
         routing: Chooses the view of each image by the question beside it, with the base model's weights.
 
     Raises:
-        ValueError: The LLM is not made of attention layers only, or has no end token.
+        ValueError: The LLM has other layers than attention layers, or no end token.
     """
 
     def __init__(
@@ -157,16 +158,16 @@ class Engine:
         images: Sequence[Image.Image] = (),
         adapter: str | None = None,
     ) -> Prompt:
-        """Render and tokenize a conversation, hash its pictures and process those whose features are not kept.
+        """Render and tokenize a conversation, hash its images and process those without cached features.
 
         Args:
-            messages: With `content` as text, or as a list of text and image parts.
-            images: Decoded RGB pictures, one for each image part in reading order.
-            adapter: Name of a LoRA adapter; None for the base.
+            messages: Messages whose `content` is text, or a list of text and image parts.
+            images: Decoded RGB images, one per image part in reading order.
+            adapter: Name of a LoRA adapter; None for the base model.
 
         Raises:
             ContextTooLong: The prompt leaves no room for an answer.
-            ValueError: Malformed messages, as many image parts as don't fit the pictures, or an unknown adapter.
+            ValueError: Messages are malformed, the numbers of image parts and images differ, or the adapter is unknown.
         """
         return self._prompts(messages, images, adapter)
 
@@ -175,13 +176,13 @@ class Engine:
 
         Args:
             prompt: From `prepare`.
-            options: How the answer is chosen.
+            options: Generation options.
             sink: Called on the engine's thread with each event, instead of the answer's own queue; must not block.
 
         Raises:
-            QueueFull: `max_queue` requests wait already.
-            ContextTooLong: The longest answer does not fit behind the prompt.
-            ValueError: The JSON schema is unusable.
+            QueueFull: `max_queue` requests are already waiting.
+            ContextTooLong: The prompt and the longest answer exceed the context.
+            ValueError: The JSON schema is invalid.
             RuntimeError: The engine is closed.
         """
         room = self.context - len(prompt.ids)
@@ -198,14 +199,14 @@ class Engine:
             if self._closing:
                 raise RuntimeError("the engine is closed")
             if self.load >= self.capacity:
-                raise QueueFull(f"{self.load} requests run or wait; the limit is {self.capacity}")
+                raise QueueFull(f"{self.load} requests are running or waiting; the limit is {self.capacity}")
             self._waiting.append(answer)
             self.stats.requests += 1
             self._start()
         return answer
 
     def call(self, function: Callable[[], Any]) -> Future[Any]:
-        """Run a function on the engine's thread between two steps, with the base model's weights in place."""
+        """Run a function on the engine's thread between two steps, with the base model's weights."""
         future: Future[Any] = Future()
         with self._wake:
             if self._closing:
@@ -216,21 +217,21 @@ class Engine:
 
     @property
     def capacity(self) -> int:
-        """Requests that may run and wait together."""
+        """Maximum number of running and waiting requests."""
         return self.config.max_batch + self.config.max_queue
 
     @property
     def load(self) -> int:
-        """Requests that run or wait."""
+        """Number of running and waiting requests."""
         return len(self._waiting) + self.running
 
     @property
     def running(self) -> int:
-        """Rows that are answered now."""
+        """Number of rows that are being answered."""
         return sum(len(running.rows) for running in list(self._running.values()))
 
     def close(self) -> None:
-        """End all answers with an error and the thread."""
+        """End all answers with an error, and stop the thread."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -260,13 +261,13 @@ class Engine:
                         break
                 try:
                     self.step()
-                except Exception as error:  # a fault of the engine itself must not leave callers waiting
+                except Exception as error:  # an engine failure must not leave callers waiting
                     logger.exception("the engine's step failed")
                     self._fail_all(error)
         self._fail_all(RuntimeError("the engine was closed"))
 
     def step(self) -> None:
-        """Admit what waits, then one token for every row."""
+        """Admit waiting requests, then generate one token for every row."""
         while self._calls:
             function, future = self._calls.popleft()
             self._use(None)
@@ -359,8 +360,8 @@ class Engine:
             self._running[adapter] = _Running(batch, [*kept, *(answer for _, _, answer in rows)])
 
     def _choose(self, free: int) -> list[tuple[Answer, int]]:
-        """Requests for the next prefill and the length of what is known of each: the first that waits, and those that
-        resemble it in length and don't share what it is about to compute."""
+        """Requests for the next prefill and the length of their cached prefixes: the first waiting one, and those of
+        similar length that do not share what it is about to compute."""
         chosen: list[tuple[Answer, int]] = []
         total = 0
         for answer in list(self._waiting):
@@ -398,7 +399,7 @@ class Engine:
                 return []
         self._forget_caches()
         done: list[tuple[RowBatch, int, Answer]] = []
-        for answer in answers:  # one by one, with the caches' memory free
+        for answer in answers:  # one by one, with the caches' memory freed
             try:
                 done += self._prefill([answer])
             except Exception as error:
@@ -455,11 +456,11 @@ class Engine:
         return going
 
     def _match(self, answer: Answer) -> tuple[int, list[Segment]]:
-        # At least one token is computed: its logits choose the first of the answer.
+        # At least one token is computed, because its logits determine the first token of the answer.
         return self.prefixes.match(answer.prompt.tokens[:-1], answer.prompt.adapter)
 
     def _encode(self, answers: Sequence[Answer], known: Sequence[int]) -> dict[bytes, Tensor]:
-        """Image tokens (N, H) by key, of the images that are not wholly in the known beginnings."""
+        """Image tokens (N, H) by key, for images that are not completely in the cached prefixes."""
         found: dict[bytes, Tensor] = {}
         missing: dict[bytes, PreparedImage] = {}
         for answer, n in zip(answers, known, strict=True):
@@ -492,7 +493,7 @@ class Engine:
             self.stats.images_encoded += len(images)
             for image, tokens_NH in zip(images, tokens, strict=True):
                 assert len(tokens_NH) == image.end - image.start, "processor and tower count image tokens differently"
-                found[image.key] = tokens_NH.clone()  # a view would keep the whole batch alive
+                found[image.key] = tokens_NH.clone()  # a view would keep the whole batch in memory
                 self.features.put(image.key, found[image.key])
                 image.inputs = None
         return found
@@ -514,7 +515,7 @@ class Engine:
                     return
                 if self.prefixes.bytes or self.features.bytes:
                     self._forget_caches()
-                else:  # the youngest row gives way
+                else:  # the youngest row is removed
                     self.stats.out_of_memory += 1
                     self._remove(running, len(running.rows) - 1, "error", OutOfMemory("no memory for this request"))
         else:
@@ -540,7 +541,7 @@ class Engine:
         return output.logits[:, -1].float()
 
     def _advance(self, answer: Answer, logits_X: Tensor) -> str | None:
-        """Choose the next token of a row and tell its caller; returns why the answer ends, if it does."""
+        """Choose the next token of a row and send it to its caller; returns why the answer ends, if it does."""
         sampler = answer._sampler
         assert sampler is not None
         token, logprob = sampler(logits_X, [*answer.prompt.ids, *answer.ids] if sampler.reads_ids else ())
@@ -566,7 +567,7 @@ class Engine:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an exception says that memory is short, on whatever device."""
+    """Whether an exception reports too little memory, on any device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(

@@ -1,4 +1,4 @@
-"""The HTTP API: OpenAI's chat completions over the engine, and what a Florence-VL can show besides."""
+"""The HTTP API: OpenAI's chat completions over the engine, and additional endpoints of a Florence-VL."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ OPEN_PATHS = ("/health", "/ready", "/metrics")  # need no key
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """What the server allows.
+    """Limits and settings of the server.
 
     Attributes:
-        name: Of the model, as requests and `/v1/models` call it.
-        api_key: Requests must carry it as `Authorization: Bearer KEY`; None asks for none.
-        media: Where pictures may come from; by default requests carry them as data addresses.
-        max_body: Bytes of a request.
-        max_images: Pictures of a request.
-        max_new_tokens: Longest answer when the request names no limit, within the context.
+        name: Name of the model in requests and `/v1/models`.
+        api_key: Required as `Authorization: Bearer KEY`; None requires no key.
+        media: Allowed sources of pictures; by default only `data:` URLs.
+        max_body: Maximum size of a request in bytes.
+        max_images: Maximum number of pictures per request.
+        max_new_tokens: Longest answer if the request sets no limit, within the context.
     """
 
     name: str
@@ -60,7 +60,7 @@ class ServerConfig:
 
 @dataclass(frozen=True)
 class Tools:
-    """What rooms above this one add; each runs on the engine's thread.
+    """Additional endpoints, provided by other modules; each runs on the engine's thread.
 
     Attributes:
         features: (picture, names or None, format) -> JSON for `/v1/features`.
@@ -72,7 +72,7 @@ class Tools:
 
 
 class ApiError(Exception):
-    """A refusal with an OpenAI error body."""
+    """An error response with OpenAI's error body."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class ApiError(Exception):
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told about an exception; faults of the server are logged and not described."""
+    """The client's error for an exception; server failures are logged and not described."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFull):
@@ -109,7 +109,7 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, (ValueError, FileNotFoundError)):
         return ApiError(400, str(error))
     logger.error("a request failed", exc_info=error)
-    return ApiError(500, "the server failed on this request; its log says why")
+    return ApiError(500, "the server failed on this request; see its log")
 
 
 @dataclass
@@ -123,23 +123,23 @@ class Server:
     """Handlers of the HTTP API over one engine.
 
     Args:
-        engine: Started by its first request.
-        config: What is allowed.
-        tools: Callables behind the own endpoints.
+        engine: The engine, started by its first request.
+        config: Limits and settings.
+        tools: Functions of the additional endpoints.
     """
 
     def __init__(self, engine: Engine, config: ServerConfig, tools: Tools | None = None) -> None:
         self.engine, self.config, self.tools = engine, config, tools or Tools()
         self.created = int(time.time())
         self.draining = False
-        self._preparing = 0  # requests between the queue's check and the queue
+        self._preparing = 0  # requests between the queue check and the queue
         self._metrics = CollectorRegistry()
         self._metrics.register(self)
 
-    # ------------------------------------------------------------ what every handler needs
+    # ------------------------------------------------------------ shared by handlers
 
     async def read(self, request: Request, kind: type[Body]) -> Body:
-        """The checked body.
+        """The validated body.
 
         Raises:
             ApiError: Too large, not JSON, or a field is unknown, malformed or not supported.
@@ -158,10 +158,10 @@ class Server:
             raise ApiError(400, f"{where or 'body'}: {known}", "invalid_request", where) from None
 
     def adapter(self, model: str | None) -> str | None:
-        """The adapter that a request's `model` names; None for the base.
+        """The adapter that a request's `model` names; None for the base model.
 
         Raises:
-            ApiError: No such model.
+            ApiError: The model does not exist.
         """
         if model is None or model == self.config.name:
             return None
@@ -181,17 +181,17 @@ class Server:
         return self.engine.prepare(body.chat(), [self.picture(url) for url in urls], adapter)
 
     def picture(self, url: str) -> Any:
-        """Decode a picture through the one gate."""
+        """Decode a picture according to the media policy."""
         return open_image(url, policy=self.config.media)
 
     def check_room(self, choices: int) -> None:
-        """Refuse at once what the queue cannot take.
+        """Reject requests immediately if the queue is full.
 
         Raises:
             ApiError: 429.
         """
         if self.engine.load + self._preparing + choices > self.engine.capacity:
-            raise QueueFull(f"{self.engine.load} requests run or wait; the limit is {self.engine.capacity}")
+            raise QueueFull(f"{self.engine.load} requests are running or waiting; the limit is {self.engine.capacity}")
 
     # ------------------------------------------------------------ chat
 
@@ -232,7 +232,7 @@ class Server:
         }
         logger.info("%s: %d prompt tokens, user %s", head["id"], len(prompt.ids), body.user or "-")
         if body.stream:
-            # The first event tells whether there is an answer at all; an error before it has a status of its own.
+            # The first event shows whether there is an answer; an error before it gets its own status.
             first = await self._or_gone(request, events.get(), answers)
             if first[1].error is not None:
                 _cancel(answers)
@@ -241,7 +241,7 @@ class Server:
         return await self._or_gone(request, self._collect(head, answers, events), answers)
 
     async def _or_gone(self, request: Request, work: Any, answers: list[_Choice]) -> Any:
-        """Wait for work, but cancel the answers when the client leaves."""
+        """Wait for work, but cancel the answers if the client disconnects."""
         task = asyncio.ensure_future(work)
         gone = asyncio.ensure_future(_disconnected(request))
         try:
@@ -316,7 +316,7 @@ class Server:
             if with_usage:
                 yield chunk([], usage=usage(choices))
             yield "data: [DONE]\n\n"
-        finally:  # the client left, or all is said
+        finally:  # the client disconnected, or the answer is complete
             _cancel(choices)
 
     def _logprobs(self, answer: Answer, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
@@ -371,9 +371,9 @@ class Server:
         self, tool: Callable[..., dict[str, Any]] | None, body: FeaturesRequest | AttributionRequest, *arguments: Any
     ) -> Response:
         if tool is None:
-            raise ApiError(404, "this server does not offer it")
+            raise ApiError(404, "this server does not provide this endpoint")
         if self.adapter(body.model) is not None:
-            raise ApiError(400, "only the base model answers here, not an adapter", param="model")
+            raise ApiError(400, "this endpoint supports only the base model, not an adapter", param="model")
         self.check_room(1)
         self._preparing += 1
         try:
@@ -383,17 +383,17 @@ class Server:
             self._preparing -= 1
 
     async def health(self, request: Request) -> Response:
-        """`GET /health`: the process lives."""
+        """`GET /health`: the process is alive."""
         return JSONResponse({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
-        """`GET /ready`: it takes requests."""
+        """`GET /ready`: it accepts requests."""
         if self.draining or self.engine.load >= self.engine.capacity:
             return JSONResponse({"status": "draining" if self.draining else "full"}, 503)
         return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
-        """`GET /metrics`: Prometheus text."""
+        """`GET /metrics`: Prometheus metrics."""
         return Response(generate_latest(self._metrics), media_type="text/plain; version=0.0.4")
 
     def collect(self) -> list[Any]:
@@ -402,19 +402,19 @@ class Server:
         counters = {
             "requests": "Requests taken.",
             "prompt_tokens": "Tokens of prompts.",
-            "cached_tokens": "Tokens of prompts that were not computed again.",
+            "cached_tokens": "Prompt tokens that were cached.",
             "generated_tokens": "Tokens of answers.",
             "images_encoded": "Images that went through the vision tower.",
-            "feature_hits": "Images whose features were kept.",
+            "feature_hits": "Images with cached features.",
             "steps": "Steps of the engine.",
-            "out_of_memory": "Times that memory was short.",
-            "cancelled": "Answers that clients gave up.",
+            "out_of_memory": "Number of out-of-memory errors.",
+            "cancelled": "Answers that clients cancelled.",
         }
         gauges = {
-            "running": ("Rows that are answered now.", engine.running),
-            "waiting": ("Requests that wait.", engine.load - engine.running),
-            "feature_bytes": ("Bytes of kept image features.", engine.features.bytes),
-            "prefix_bytes": ("Bytes of kept prefixes.", engine.prefixes.bytes),
+            "running": ("Rows that are being answered.", engine.running),
+            "waiting": ("Waiting requests.", engine.load - engine.running),
+            "feature_bytes": ("Bytes of cached image features.", engine.features.bytes),
+            "prefix_bytes": ("Bytes of cached prefixes.", engine.prefixes.bytes),
         }
         return [
             *(

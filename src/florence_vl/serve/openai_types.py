@@ -1,4 +1,4 @@
-"""Request bodies of the HTTP API: every field is used or refused, none is ignored."""
+"""Request bodies of the HTTP API: every field is used or rejected, none is ignored."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TextPart(Strict):
 
 
 class ImageURL(Strict):
-    """Where a picture is: a `data:image/...;base64,` address, or another if the server allows it."""
+    """Location of a picture: a `data:image/...;base64,` URL, or another one if the server allows it."""
 
     url: str
     detail: Literal["auto"] | None = None
@@ -61,7 +61,7 @@ class Message(Strict):
 
 
 class StreamOptions(Strict):
-    """What a stream carries besides the answer."""
+    """Additional content of a stream."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] | None = None
@@ -77,7 +77,7 @@ class JSONSchema(Strict):
 
 
 class ResponseFormat(Strict):
-    """`text`, any JSON object, or JSON of a schema."""
+    """`text`, any JSON object, or JSON with a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JSONSchema | None = None
@@ -90,13 +90,13 @@ class ResponseFormat(Strict):
 
 
 class Conversation(Strict):
-    """What chat and tokenization share."""
+    """Fields of chat and tokenization."""
 
     model: str | None = None
     messages: list[Message] = Field(min_length=1)
 
     def chat(self) -> list[dict[str, Any]]:
-        """The messages as the processor takes them; pictures are given beside them."""
+        """The messages for the processor; pictures are passed separately."""
         return [
             {
                 "role": "system" if message.role == "developer" else message.role,
@@ -109,7 +109,7 @@ class Conversation(Strict):
         ]
 
     def image_urls(self) -> list[str]:
-        """Addresses of the pictures in reading order."""
+        """URLs of the pictures in reading order."""
         return [
             part.image_url.url for message in self.messages for part in message.parts() if isinstance(part, ImagePart)
         ]
@@ -118,7 +118,7 @@ class Conversation(Strict):
 class ChatRequest(Conversation):
     """Body of `/v1/chat/completions`.
 
-    Fields that clients send with their neutral value are accepted with that value only.
+    Fields that clients send with their neutral value are accepted only with that value.
     """
 
     max_tokens: int | None = Field(None, ge=1)
@@ -169,7 +169,7 @@ class ChatRequest(Conversation):
 
         Args:
             choice: Its index; each has its own seed, and the first has the given one.
-            longest: What the server lets an answer have at most when the client names no limit, in tokens.
+            longest: The server's limit of an answer in tokens, if the client sets none.
         """
         schema = None
         if self.response_format is not None and self.response_format.type != "text":
@@ -195,11 +195,11 @@ class TokenizeRequest(Conversation):
 
 
 class FeaturesRequest(Strict):
-    """Body of `/v1/features`: what the tower sees in a picture under each of its prompts.
+    """Body of `/v1/features`: the tower's features of a picture under each prompt.
 
     Attributes:
-        image: Address of the picture, as in a message.
-        format: `picture`: PCA in one basis for all features, PNG as data addresses; `array`: the features themselves,
+        image: URL of the picture, as in a message.
+        format: `picture`: PCA in one basis for all features, as PNG `data:` URLs; `array`: the features themselves,
             float32 little-endian in base64 with their shape.
         features: Names to return; all by default.
     """
@@ -211,12 +211,12 @@ class FeaturesRequest(Strict):
 
 
 class AttributionRequest(Strict):
-    """Body of `/v1/attribution`: how much each feature adds to an answer.
+    """Body of `/v1/attribution`: the contribution of each feature to an answer.
 
     Attributes:
-        image: Address of the picture, as in a message.
+        image: URL of the picture, as in a message.
         question: The user's text.
-        answer: To be scored; the model's own when None.
+        answer: The answer to score; the model's own if None.
     """
 
     model: str | None = None

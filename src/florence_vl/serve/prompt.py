@@ -1,4 +1,4 @@
-"""From a conversation to what the engine computes: tokens, the places of images in them, and the images' keys."""
+"""Conversations to inputs of the engine: tokens, the positions of images in them, and the images' keys."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ _MAX_VIEWS = 4096  # choices of the router that are kept
 
 
 class ContextTooLong(ValueError):
-    """Prompt, or prompt and longest answer, exceed the LLM's context."""
+    """The prompt, or the prompt and the longest answer, exceed the LLM's context."""
 
 
 @dataclass
 class PreparedImage:
-    """A picture of a prompt: its key, where its tokens stand, and what the tower needs when its features are not kept.
+    """A picture of a prompt: its key, the position of its tokens, and the tower's inputs if its features are not
+    cached.
 
     Attributes:
         key: Hash of the decoded pixels, the processor's settings, the adapter, the view, and the question where the
@@ -50,10 +51,10 @@ class Prompt:
     """A rendered and tokenized conversation.
 
     Attributes:
-        ids: With the placeholder once for each image token.
-        tokens: What the prefix cache compares: the ids, and at placeholders the image's key.
-        images: In reading order.
-        adapter: Name of the LoRA adapter, None for the base.
+        ids: Token ids with one placeholder per image token.
+        tokens: Tokens for the prefix cache: the ids, and the image's key at placeholders.
+        images: Images in reading order.
+        adapter: Name of the LoRA adapter; None for the base model.
     """
 
     ids: list[int]
@@ -67,11 +68,11 @@ class Prompt:
 
 
 class PromptBuilder:
-    """Renders and tokenizes conversations; safe to call from many threads.
+    """Renders and tokenizes conversations; thread-safe.
 
     Args:
-        processor: The model's.
-        context: Tokens of the LLM's context.
+        processor: The model's processor.
+        context: Context length of the LLM in tokens.
         uses_question: Whether the model's fusion depends on the question.
         adapters: Names of the LoRA adapters.
         is_kept: Whether the features of an image's key are kept, so that the image need not be processed.

@@ -1,4 +1,4 @@
-"""How one answer is chosen and read: sampling settings, the next token, text from tokens, stop strings, grammars.
+"""Sampling of an answer: settings, the next token, text from tokens, stop strings, grammars.
 
 Shape letter: X vocabulary.
 """
@@ -23,19 +23,19 @@ from transformers import (
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How an answer is chosen.
+    """Settings of an answer.
 
     Attributes:
-        max_new_tokens: Longest answer, in tokens; None for what the context leaves.
-        temperature: 0 takes the likeliest token each time, whatever `top_p`, `top_k` and `seed` say; above 0 samples.
-        top_p: Sample from the likeliest tokens that hold this share of the probability; None for all.
-        top_k: Sample from that many likeliest tokens; None for all.
-        repetition_penalty: Above 1 makes tokens that were said less likely (arXiv 1909.05858).
-        seed: Makes sampling repeatable, whatever else runs beside it; None draws one.
+        max_new_tokens: Maximum number of tokens; None for the rest of the context.
+        temperature: 0 is greedy, regardless of `top_p`, `top_k` and `seed`; above 0 samples.
+        top_p: Sample from the most likely tokens with this cumulative probability; None for all.
+        top_k: Sample from this number of most likely tokens; None for all.
+        repetition_penalty: Above 1 makes repeated tokens less likely (arXiv 1909.05858).
+        seed: Makes sampling reproducible, regardless of concurrent requests; None draws one.
         stop: Texts that end the answer; the answer does not contain them.
-        logprobs: Report each token's log-probability, and those of this many likeliest tokens; None reports nothing.
-        stop_repetition: End an answer that is one block of tokens over and over.
-        json_schema: The answer is a JSON value of this schema, a JSON text; needs llguidance.
+        logprobs: Report each token's log-probability, and those of this number of most likely tokens; None disables it.
+        stop_repetition: End an answer that repeats a block of tokens.
+        json_schema: The answer is a JSON value with this schema (JSON text); needs llguidance.
 
     Raises:
         ValueError: A value is out of range.
@@ -69,7 +69,7 @@ class GenerationOptions:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A chosen token and the likeliest ones: (id, natural log of the probability before temperature) each."""
+    """A chosen token and the most likely ones, each with the natural log of its probability before temperature."""
 
     token: int
     logprob: float
@@ -80,7 +80,7 @@ class Grammars:
     """Compiles JSON schemas for one tokenizer (llguidance; its tables are built once).
 
     Args:
-        tokenizer: A fast one.
+        tokenizer: A fast tokenizer.
         vocab_size: Columns of the logits.
     """
 
@@ -89,10 +89,10 @@ class Grammars:
         self._tables: Any = None
 
     def matcher(self, json_schema: str) -> Any:
-        """A matcher at the beginning of an answer.
+        """A matcher at the start of an answer.
 
         Raises:
-            ValueError: llguidance is missing, or it does not understand the schema.
+            ValueError: llguidance is missing, or does not support the schema.
         """
         try:
             from llguidance import LLMatcher
@@ -100,7 +100,7 @@ class Grammars:
         except ImportError:
             raise ValueError('structured output needs llguidance: pip install "florence-vl[serve]"') from None
         try:
-            # Compact: a small model that may write white space writes nothing else.
+            # Compact, because a small model that may write white space writes nothing else.
             compact: Any = {"whitespace_flexible": False}
             grammar = LLMatcher.grammar_from_json_schema(json.loads(json_schema), overrides=compact)
         except ValueError as error:
@@ -117,10 +117,10 @@ class Sampler:
     """Chooses the tokens of one answer, as transformers' `generate` does.
 
     Args:
-        options: How.
+        options: The settings.
         suppressed: Ids that are never chosen.
-        matcher: A grammar's, from `Grammars`.
-        device: Of the logits.
+        matcher: A matcher from `Grammars`.
+        device: Device of the logits.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Sampler:
         self._processors = LogitsProcessorList()
         if self.reads_ids:
             self._processors.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
-        # Not transformers' processor, which searches the whole vocabulary for these ids at every token.
+        # Not transformers' processor, which would search the whole vocabulary for these ids at every token.
         self._suppressed = torch.tensor(list(suppressed), dtype=torch.long, device=device)
         self._warpers = LogitsProcessorList()
         self._generator: torch.Generator | None = None
@@ -149,11 +149,11 @@ class Sampler:
                 self._generator.manual_seed(options.seed)
 
     def __call__(self, logits_X: Tensor, ids: Sequence[int]) -> tuple[int, TokenLogprob | None]:
-        """The next token.
+        """Choose the next token.
 
         Args:
-            logits_X: Float32.
-            ids: The row so far, prompt included.
+            logits_X: Logits in float32.
+            ids: The row so far, including the prompt.
         """
         scores_1X = logits_X[None]
         ids_1L = torch.tensor([ids] if self.reads_ids else [[]], dtype=torch.long, device=logits_X.device)
@@ -179,15 +179,15 @@ class Sampler:
 
     @property
     def ended(self) -> bool:
-        """Whether the grammar allows nothing more."""
+        """Whether the grammar allows no further token."""
         return self.matcher is not None and bool(self.matcher.is_stopped())
 
 
 class TextStream:
-    """Text of a growing list of tokens, piece by piece, that ends before the first stop text.
+    """Text of a growing list of tokens, in pieces, that ends before the first stop text.
 
-    The pieces joined are `tokenizer.decode` of all tokens, cut at the stop text. What may still change (half a
-    character, the beginning of a stop text) is held back.
+    The joined pieces equal `tokenizer.decode` of all tokens, cut at the stop text. Text that may still change (part of
+    a character, the beginning of a stop text) is held back.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
@@ -198,7 +198,7 @@ class TextStream:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """The text that a token completes; `stopped` says whether a stop text was met."""
+        """The text completed by a token; `stopped` is set if a stop text was found."""
         self._ids.append(token)
         whole = self._decode(self._start)
         if whole.endswith("\ufffd"):
@@ -206,7 +206,7 @@ class TextStream:
         return self._release(whole)
 
     def finish(self) -> str:
-        """What was held back."""
+        """The text that was held back."""
         piece = "" if self.stopped else self._release(self._decode(self._start))
         rest, self._held = self._held, ""
         return piece + ("" if self.stopped else rest)
@@ -227,7 +227,7 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that a stop text begins with."""
+    """Length of the longest suffix of `text` that is a prefix of a stop text."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
@@ -235,7 +235,7 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     """Ids that end an answer: those of the generation config, and the tokenizer's end token.
 
     Raises:
-        ValueError: There is none, so answers would never end.
+        ValueError: There are none, so answers would never end.
     """
     stop = model.generation_config.eos_token_id
     found = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)

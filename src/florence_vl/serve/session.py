@@ -1,4 +1,4 @@
-"""Conversations about images: history in, streamed answers out. A client of the engine, as the server is."""
+"""Conversations about images with streamed answers, as a client of the engine."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ __all__ = ["ChatSession", "GenerationOptions"]
 class ChatSession:
     """A conversation with a model.
 
-    Each turn computes what is new only: images are encoded once, and the turns before keep their keys and values. An
-    answer that only repeats itself is ended.
+    Each turn computes only what is new: images are encoded once, and earlier turns keep their keys and values. An
+    answer that only repeats itself is stopped.
 
     Example:
         >>> session = ChatSession(model, processor)
@@ -37,10 +37,10 @@ class ChatSession:
         'A cat on a sofa.'
 
     Attributes:
-        model: In eval mode.
-        processor: The model's.
-        options: How answers are chosen. The longest answer is cut to what the context leaves.
-        system: A system message that every conversation starts with.
+        model: A model in eval mode.
+        processor: Its processor.
+        options: Generation options. The longest answer is limited by the rest of the context.
+        system: A system message at the start of every conversation.
         messages: The turns so far.
         images: The images of these turns, in order.
         cached_tokens: Tokens of the last prompt that were not computed again.
@@ -59,29 +59,29 @@ class ChatSession:
     _engine: Engine | None = field(default=None, repr=False)
 
     def show(self, source: ImageSource) -> tuple[int, int]:
-        """Put an image before the next question.
+        """Add an image before the next question.
 
         Returns:
             Width and height in pixels.
 
         Raises:
-            FileNotFoundError: No such file.
-            ValueError: It is not a readable image.
+            FileNotFoundError: The file does not exist.
+            ValueError: The file is not a readable image.
         """
         image = open_image(source)
         self._pending.append(image)
         return image.size
 
     def reset(self, keep_images: bool = False) -> None:
-        """Forget the conversation; with `keep_images` its images stand before the next question again."""
+        """Clear the conversation; with `keep_images` its images are added before the next question again."""
         self._pending = [*self.images, *self._pending] if keep_images else []
         self.messages, self.images = [], []
 
     def stream(self, question: str) -> Iterator[str]:
-        """Ask, and get the answer piece by piece; it joins the conversation when it ends.
+        """Ask a question and stream the answer, which is added to the conversation at its end.
 
-        An answer that the caller breaks off stays as far as it got. After an error, or a break before the first
-        piece, the question is taken back.
+        If the caller interrupts an answer, its received part is kept. After an error, or an interruption before the
+        first piece, the question is removed.
 
         Raises:
             ValueError: The question is empty, or the conversation is longer than the model's context.

@@ -1,8 +1,8 @@
-"""Florence-VL under vLLM and SGLang: entry points that both call in every process they start.
+"""Florence-VL in vLLM and SGLang: entry points that both call in every process.
 
-vLLM runs the model on its Transformers backend: its own attention and paged cache for the LLM, this package's tower,
-fusion and projector, and no model class of ours. SGLang looks the class up on the `transformers` module as well;
-that entry point has not been run.
+vLLM runs the model on its Transformers backend: vLLM's attention and paged cache for the LLM, and this package's tower,
+fusion and projector, without a separate model class. SGLang also looks the class up on the `transformers` module; that
+entry point has not been tested.
 """
 
 from __future__ import annotations
@@ -22,5 +22,5 @@ def register() -> None:
 
 
 def register_sglang() -> None:
-    """Entry point of the group `sglang.srt.plugins`; not run."""
+    """Entry point of the group `sglang.srt.plugins`; not tested."""
     import florence_vl.model.registration  # noqa: F401

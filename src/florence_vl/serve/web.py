@@ -1,7 +1,7 @@
-"""A page for OpenAI-compatible servers: chat, what the model sees, why it answered, two servers side by side.
+"""A web page for OpenAI-compatible servers: chat, feature maps, attribution, and two servers side by side.
 
-The page holds no model: it is a client of the HTTP API, in a process of its own. The tabs on features and attribution
-appear where the server has `/v1/features` and `/v1/attribution`.
+The page loads no model: it is a client of the HTTP API in a separate process. The tabs for features and attribution
+appear if the server has `/v1/features` and `/v1/attribution`.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ class Server:
     """An OpenAI-compatible server.
 
     Attributes:
-        url: Its address without `/v1`.
-        key: Its API key; empty without one.
+        url: Its URL without `/v1`.
+        key: Its API key; empty if there is none.
     """
 
     url: str
     key: str = ""
 
     def post(self, path: str, body: dict[str, Any], timeout: float = 300) -> dict[str, Any]:
-        """The JSON answer to a JSON request.
+        """The JSON response to a JSON request.
 
         Raises:
-            ValueError: The server refused it, or cannot be reached; the message is the server's own.
+            ValueError: The server rejected it, or is not reachable; the message is the server's own.
         """
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key or 'none'}"}
         request = urllib.request.Request(f"{self.url}{path}", json.dumps(body).encode(), headers)
@@ -54,7 +54,7 @@ class Server:
             raise ValueError(f"no answer from {self.url}: {error}") from None
 
     def client(self) -> Any:
-        """The official client, pointed at this server."""
+        """The official client for this server."""
         from openai import OpenAI
 
         return OpenAI(base_url=f"{self.url}/v1", api_key=self.key or "none", max_retries=0)
@@ -63,7 +63,7 @@ class Server:
         """Names of its models.
 
         Raises:
-            ValueError: It cannot be reached.
+            ValueError: The server is not reachable.
         """
         import openai
 
@@ -73,7 +73,7 @@ class Server:
             raise ValueError(f"no models from {self.url}: {error}") from None
 
     def has(self, path: str) -> bool:
-        """Whether the server knows a path: it answers a POST of nothing with another status than 404."""
+        """Whether the server has a path: an empty POST gives another status than 404."""
         request = urllib.request.Request(
             f"{self.url}{path}",
             b"{}",
@@ -96,22 +96,22 @@ def _message(body: bytes, status: int) -> str:
 
 
 def data_url(picture: Image.Image) -> str:
-    """A picture as a PNG `data:` address."""
+    """A picture as a PNG `data:` URL."""
     file = io.BytesIO()
     picture.convert("RGB").save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def from_data_url(url: str) -> Image.Image:
-    """The picture of a `data:` address that this server made."""
+    """The picture of a `data:` URL from this server."""
     return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
 
 
 def to_messages(history: Sequence[dict[str, Any]], question: str, picture: Image.Image | None) -> list[dict[str, Any]]:
-    """The request's messages: earlier turns as they were, and the new question with its picture.
+    """The request's messages: earlier turns unchanged, and the new question with its picture.
 
     Args:
-        history: `{"role", "text", "image"}` a turn; `image` is a data address or None.
+        history: `{"role", "text", "image"}` per turn; `image` is a `data:` URL or None.
         question: The new text.
         picture: The new picture, or None.
     """
@@ -129,10 +129,10 @@ def to_messages(history: Sequence[dict[str, Any]], question: str, picture: Image
 def stream_answer(
     server: Server, model: str, messages: list[dict[str, Any]], **options: Any
 ) -> Iterator[tuple[str, str]]:
-    """The answer so far and a line on its speed, as it grows.
+    """The answer so far and a line on its speed, repeatedly.
 
     Raises:
-        ValueError: The server refused the request.
+        ValueError: The server rejected the request.
     """
     import openai
 
@@ -174,10 +174,10 @@ def build_page(servers: Sequence[Server], examples: Sequence[str] = ()) -> Any:
 
     Args:
         servers: One server, or two to compare.
-        examples: Picture files that are offered in the chat.
+        examples: Picture files offered in the chat.
 
     Raises:
-        ValueError: A server cannot be reached.
+        ValueError: A server is not reachable.
     """
     import gradio as gr
 
@@ -221,7 +221,7 @@ def _picture(gr: Any, examples: Sequence[str]) -> Any:
 
 def _chat_tab(gr: Any, server: Server, names: list[str], examples: Sequence[str]) -> None:
     turns = gr.State([])
-    sent = gr.State(None)  # the picture that is in the conversation already
+    sent = gr.State(None)  # the picture that is already in the conversation
     with gr.Row():
         with gr.Column(scale=1):
             picture = _picture(gr, examples)
@@ -278,7 +278,7 @@ def _features_tab(gr: Any, server: Server, names: list[str], examples: Sequence[
 
 
 def _attribution_tab(gr: Any, server: Server, names: list[str], examples: Sequence[str]) -> None:
-    gr.Markdown("How much each feature adds to the likelihood of an answer, and where in the picture.")
+    gr.Markdown("Contribution of each feature to the likelihood of an answer, and its location in the picture.")
     with gr.Row():
         with gr.Column(scale=1):
             picture = _picture(gr, examples)
@@ -320,10 +320,10 @@ def _shown_size(picture: Image.Image, side: int = 320) -> tuple[int, int]:
 
 
 def heat_map(picture: Image.Image, values_HW: Sequence[Sequence[float]]) -> Image.Image:
-    """A picture in gray under a map: red where the map is highest, without color where it is lowest.
+    """A picture in gray with a heat map: red at the maximum, without color at the minimum.
 
     Args:
-        picture: RGB.
+        picture: RGB picture.
         values_HW: Rows of numbers.
     """
     size = _shown_size(picture)
@@ -369,7 +369,7 @@ def launch(page: Any, host: str = "127.0.0.1", port: int = 7860, block: bool = T
     """Serve the page; nothing is shared outside the host.
 
     Returns:
-        What gradio's `launch` returns.
+        The result of gradio's `launch`.
     """
     return page.queue(max_size=32).launch(
         server_name=host,

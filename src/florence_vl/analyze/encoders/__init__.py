@@ -22,14 +22,14 @@ __all__ = [
 
 
 def load_encoder(spec: str | EncoderSpec, fit: str | None = None) -> VisionEncoder:
-    """An encoder by its spec, `name[=weights][:feature+feature][@size]`.
+    """Load an encoder from its spec, `name[=weights][:feature+feature][@size]`.
 
     Args:
-        spec: What to load, e.g. `"dinov2_small_focus:layer6+last@448"` or `"florence2=models/base:davit+ocr"`.
-        fit: How pictures are brought to the input's shape: `squash` (default), `pad` or `crop`.
+        spec: The spec, e.g. `"dinov2_small_focus:layer6+last@448"` or `"florence2=models/base:davit+ocr"`.
+        fit: How images are fitted to the input's shape: `squash` (default), `pad` or `crop`.
 
     Raises:
-        MissingWeights: The weights are not on this machine; the message names the command that gets them.
-        ValueError: Unknown name, feature, size or fit.
+        MissingWeights: The weights are not on this machine; the message gives the download command.
+        ValueError: The name, feature, size or fit is unknown.
     """
     return (EncoderSpec.parse(spec) if isinstance(spec, str) else spec).load(fit)

@@ -1,4 +1,4 @@
-"""What every encoder of the analysis is: images in, named token features out, and an identity that caches can trust.
+"""Base class of encoders: images in, named token features out, and an identity for caches.
 
 Shape letters: B images, N tokens of a feature, D its channels.
 """
@@ -25,16 +25,16 @@ FITS = ("squash", "pad", "crop")
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a picture becomes an encoder's input; part of the encoder's identity.
+    """Preprocessing of images for an encoder; part of the encoder's identity.
 
     Args:
         height: Rows of the input, in pixels.
         width: Columns of the input, in pixels.
         mean: Mean of each channel, of values in [0, 1].
         std: Standard deviation of each channel.
-        fit: `squash` resizes both sides and changes the aspect ratio (Florence-2's own way, and the default, as
-            every encoder then sees the whole picture and nothing else); `pad` pads to the input's aspect ratio with the
-            mean color (LLaVA-1.5); `crop` fills the input and cuts what overhangs (CLIP's own way).
+        fit: `squash` resizes both sides and changes the aspect ratio (as in Florence-2, and the default, because every
+            encoder then receives exactly the whole image); `pad` pads to the input's aspect ratio with the mean color
+            (LLaVA-1.5); `crop` fills the input and crops the rest (as in CLIP).
 
     Raises:
         ValueError: `fit` is unknown or a side is not positive.
@@ -53,7 +53,7 @@ class Preprocess:
             raise ValueError(f"input size is {self.height}x{self.width}; both sides must be positive")
 
     def placed(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """Where the whole picture comes to lie in the input: (left, top, right, bottom), may reach outside of it."""
+        """Position of the whole image in the input: (left, top, right, bottom), which may be outside of it."""
         if self.fit == "squash":
             return 0, 0, self.width, self.height
         choose = min if self.fit == "pad" else max
@@ -63,7 +63,7 @@ class Preprocess:
         return left, top, left + new_width, top + new_height
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """An RGB picture -> (3, height, width), fp32, normalized. Bicubic, by Pillow."""
+        """Convert an RGB image to (3, height, width), fp32, normalized. Bicubic, by Pillow."""
         if image.mode != "RGB":
             image = image.convert("RGB")
         left, top, right, bottom = self.placed(*image.size)
@@ -80,18 +80,18 @@ class Preprocess:
 class VisionEncoder(ABC):
     """One vision encoder: `encoder(images) -> {feature name: (B, N, D)}`.
 
-    Features hold grid tokens only, row by row (class and register tokens would not belong to a place in the picture),
-    so that mean pooling is over the picture and `N == rows * columns` of `grid()`.
+    Features contain only grid tokens, row by row (class and register tokens have no position in the image), so mean
+    pooling is over the image and `N == rows * columns` of `grid()`.
 
     Args:
         name: Registered name.
         module: The network; it is put in eval mode and frozen.
-        preprocess: How pictures become its input.
+        preprocess: Preprocessing of images.
         features: Names of the features to compute.
-        settings: Whatever else decides the features' values (layer indices, noise level, prompt, ...).
+        settings: Other values that determine the features (layer indices, noise level, prompt, ...).
     """
 
-    #: The command that gets what this encoder needs, for error messages.
+    #: The command that installs what this encoder needs, for error messages.
     install: str = ""
 
     def __init__(
@@ -123,12 +123,12 @@ class VisionEncoder(ABC):
         """Rows and columns of the token grid at the encoder's input size."""
 
     def grids(self) -> dict[str, tuple[int, int]]:
-        """Rows and columns by feature name; encoders whose features differ in resolution say so here."""
+        """Rows and columns by feature name; overridden if the features differ in resolution."""
         return {name: self.grid() for name in self.feature_dims}
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.module.parameters()).device
 
     @property
@@ -138,22 +138,22 @@ class VisionEncoder(ABC):
 
     def to(self, device: str | torch.device) -> VisionEncoder:
         """Move the weights; the identity does not change."""
-        _ = self.identity  # hashed where the weights were loaded
+        _ = self.identity  # computed on the device where the weights were loaded
         self.module.to(device)
         return self
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Features of pictures.
+        """Compute features of images.
 
         Args:
-            images: RGB pictures of any sizes.
+            images: RGB images of any sizes.
 
         Returns:
             Name -> (B, N, D), in the encoder's data type and on its device.
 
         Raises:
-            ValueError: No picture is given.
+            ValueError: No image is given.
         """
         if not images:
             raise ValueError("no image to encode")
@@ -161,13 +161,13 @@ class VisionEncoder(ABC):
 
     @torch.inference_mode()
     def encode_batch(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """Features of preprocessed pictures (B, 3, H, W), moved to the encoder's device and data type."""
+        """Features of preprocessed images (B, 3, H, W), moved to the encoder's device and data type."""
         features = self.encode(pixel_values.to(self.device, self.dtype, non_blocking=True))
         return {name: features[name] for name in self.feature_dims}
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that decides a feature's value besides the picture: what a cache must never mix."""
+        """Everything except the image that determines a feature's value, for cache keys."""
         if self._weights is None:
             self._weights = state_hash(self.module)
         return {
@@ -188,9 +188,9 @@ class VisionEncoder(ABC):
 
 
 class MissingWeights(ValueError):
-    """An encoder's or an LLM's weights are not on this machine; the message names the command that gets them."""
+    """An encoder's or an LLM's weights are not on this machine; the message gives the download command."""
 
 
 def missing(name: str, what: str, command: str) -> MissingWeights:
-    """The error for weights that are not there."""
+    """The error for missing weights."""
     return MissingWeights(f"{name}: {what}. Get it with: {command}")

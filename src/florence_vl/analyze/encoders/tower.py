@@ -1,7 +1,7 @@
-"""Any vision tower of the model as an encoder: Florence-2 with its prompts, and CLIP, SigLIP, DINOv2 with their layers.
+"""Vision towers of the model as encoders: Florence-2 with its prompts; CLIP, SigLIP and DINOv2 with their layers.
 
 Features of a Florence-2: `davit`, and any prompt's name (`caption`, `ocr`, `grounding`, ...). Features of a backbone:
-`last` (its `last_hidden_state`, with the final norm where it has one) and `layerK` (hidden state K; 0 is the patch
+`last` (its `last_hidden_state`, with the final norm if it has one) and `layerK` (hidden state K; 0 is the patch
 embedding). Shape letters: B images, N tokens, D channels.
 """
 
@@ -49,12 +49,12 @@ class TowerEncoder(VisionEncoder):
 
     Args:
         name: Registered name.
-        tower: The tower, with the features that are wanted.
-        preprocess: How pictures become its input.
-        settings: What decides the features' values besides weights and preprocessing.
+        tower: The tower, with the required features.
+        preprocess: Preprocessing of images.
+        settings: Other values that determine the features.
 
     Raises:
-        ValueError: The tower cannot take images of this size.
+        ValueError: The tower does not support this image size.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class TowerEncoder(VisionEncoder):
 
 
 class BackboneEncoder(TowerEncoder):
-    """Hidden layers of a backbone by name, `last` with the final norm that training's last layer does not have."""
+    """Hidden layers of a backbone by name; `last` includes the final norm, unlike the last layer of `BackboneTower`."""
 
     tower: BackboneTower
 
@@ -112,20 +112,20 @@ def load_encoder_of(
     fit: str | None = None,
     install: str | None = None,
 ) -> VisionEncoder:
-    """Load the tower of any weights that this package understands.
+    """Load the tower of any supported weights.
 
     Args:
-        name: Registered name; one that begins with `florence2` asks for a Florence-2 or a Florence-VL.
-        default: Weights of this name, a folder or hub name; None where the user must name them.
+        name: Registered name; a name that begins with `florence2` needs a Florence-2 or a Florence-VL.
+        default: Default weights of this name, a folder or hub id; None if the user must name them.
         weights: Other weights than the default.
-        features: Feature names; the four of the paper, the Florence-VL's own, or `last` when empty.
-        size: Side of the square input in pixels; the weights' own when None.
+        features: Feature names; if empty, the four of the paper, the Florence-VL's own, or `last`.
+        size: Side of the square input in pixels; that of the weights if None.
         fit: `squash`, `pad` or `crop`.
-        install: Command that gets the weights, for the error; `hf download` when None.
+        install: Command that installs the weights, for the error; `hf download` if None.
 
     Raises:
         MissingWeights: The weights are not on this machine.
-        ValueError: The weights are of another kind, or there is no such feature or size.
+        ValueError: The weights are of another kind, or the feature or size is not supported.
     """
     source = weights or default
     if source is None:
@@ -148,11 +148,11 @@ def load_florence2(
 
     Args:
         name: Registered name.
-        weights: Folder, or hub name of weights that were downloaded before.
+        weights: Folder, or hub id of weights that were downloaded before.
         features: `davit` and prompt names.
         size: Side of the square input in pixels.
         fit: `squash`, `pad` or `crop`.
-        install: Command that gets the weights.
+        install: Command that installs the weights.
         prompts: More prompts by feature name; tokenized with the weights' own tokenizer.
     """
     with local_weights(name, weights, install):
@@ -162,7 +162,7 @@ def load_florence2(
         raise ValueError(f"{name}: {weights} is a {raw.model_type!r}, neither a Florence-2 nor a Florence-VL")
     if raw.model_type == "florence_vl":
         if prompts:
-            raise ValueError(f"{name}: a Florence-VL brings its own prompts; more can't be given")
+            raise ValueError(f"{name}: a Florence-VL has its own prompts; more prompts are not supported")
         tower = florence_vl_tower(name, Path(folder), raw, features)
         known: dict[str, list[int]] = dict(raw.prompt_token_ids or {})
     else:
@@ -174,7 +174,7 @@ def load_florence2(
         tower = Florence2Tower(FlorenceVLConfig(vision_config=raw, **chosen))
         load_tower_weights(tower, folder)
     settings = {
-        # of every prompt that these weights know, used or not, so that subsets of the features share one cache
+        # includes every prompt of these weights, used or not, so that subsets of the features share one cache
         "prompts": identity_digest({prompt: list(ids) for prompt, ids in known.items()}),
         "prompt_padding": tower.config.prompt_padding,
         "prompt_length": tower.config.prompt_length,
@@ -187,7 +187,7 @@ def florence_vl_tower(name: str, folder: Path, config: FlorenceVLConfig, feature
     """The tower of a saved Florence-VL, fp32, without loading its LLM.
 
     Raises:
-        ValueError: Its tower is another one, or it has no such feature.
+        ValueError: The model has another tower, or the feature does not exist.
     """
     if config.tower != "florence2":
         raise ValueError(f"{name}: the tower of {folder} is {config.tower!r}; use backbone=FOLDER with its backbone")
@@ -198,7 +198,7 @@ def florence_vl_tower(name: str, folder: Path, config: FlorenceVLConfig, feature
     fields: dict[str, Any] = config.to_dict()
     fields["features"] = list(features or config.features or ())
     if fields["mean_token"] == "all":
-        fields["mean_token"] = "grid"  # the same grid tokens; the mean token belongs to no place
+        fields["mean_token"] = "grid"  # the same grid tokens, without the mean token, which has no position
     for key in ("model_type", "architectures", "dtype", "transformers_version"):
         fields.pop(key, None)
     tower = Florence2Tower(FlorenceVLConfig(**fields))
@@ -210,10 +210,10 @@ def florence_vl_tower(name: str, folder: Path, config: FlorenceVLConfig, feature
 
 
 def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
-    """The tensors of a saved model under a prefix, without loading the rest.
+    """The tensors of a saved model with a prefix, without loading the others.
 
     Raises:
-        ValueError: The folder holds no safetensors, or none under the prefix.
+        ValueError: The folder contains no safetensors, or none with the prefix.
     """
     from safetensors import safe_open
 
@@ -222,12 +222,12 @@ def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for file in names or ["model.safetensors"]:
         if not (folder / file).is_file():
-            raise ValueError(f"{folder} is incomplete: {file} is not there")
+            raise ValueError(f"{folder} is incomplete: {file} is missing")
         with safe_open(str(folder / file), "pt") as tensors:
             found = [key for key in tensors.keys() if key.startswith(prefix)]  # noqa: SIM118
             state.update((key.removeprefix(prefix), tensors.get_tensor(key)) for key in found)
     if not state:
-        raise ValueError(f"{folder} holds no tensor named {prefix}*")
+        raise ValueError(f"{folder} contains no tensor named {prefix}*")
     return state
 
 
@@ -260,10 +260,10 @@ def load_backbone(
 
 
 def layer_index(name: str, feature: str, depth: int) -> int:
-    """Index into the hidden states that a feature's name means; `last` is the last one.
+    """Index into the hidden states for a feature's name; `last` is the last one.
 
     Raises:
-        ValueError: No such feature, or no such layer.
+        ValueError: The feature or layer does not exist.
     """
     known = ["last", *(f"layer{i}" for i in range(depth + 1))]
     if feature not in known:
@@ -278,7 +278,7 @@ def local_folder(weights: str | Path) -> str:
     """The local folder of weights: itself, or the hub's cached snapshot.
 
     Raises:
-        OSError: Neither is there.
+        OSError: Neither exists.
     """
     if Path(weights).is_dir():
         return str(weights)
@@ -289,11 +289,11 @@ def local_folder(weights: str | Path) -> str:
 
 @contextmanager
 def local_weights(name: str, weights: str | Path, install: str | None = None) -> Iterator[None]:
-    """Turn transformers' errors about absent files into one line with the command that gets them."""
+    """Convert transformers' errors about missing files to one line with the download command."""
     text = str(weights)
     is_folder = Path(text).is_dir()
     if not is_folder and (text.count("/") != 1 or text.startswith((".", "/", "~"))):
-        raise missing(name, f"there is no folder {text!r}", install or "hf download OWNER/NAME")
+        raise missing(name, f"the folder {text!r} does not exist", install or "hf download OWNER/NAME")
     try:
         yield
     except OSError as error:
@@ -310,7 +310,7 @@ def published_preprocess(
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
 ) -> Preprocess:
-    """Size, mean and standard deviation from the weights' own preprocessing file, where there is one."""
+    """Size, mean and standard deviation from the weights' own preprocessing file, if there is one."""
     own = read_preprocessing(weights, local_files_only=True)
     side = size or own.size or default_size
     mean, std = own.mean or mean, own.std or std
@@ -334,7 +334,7 @@ _register_hub()
 def florence2_mini(
     weights: str | None = None, features: Sequence[str] = (), size: int | None = None, fit: str | None = None
 ) -> VisionEncoder:
-    """The mini Florence-2 of the package florence-vl-mini: trained on composed scenes, offline."""
+    """The mini Florence-2 of the package florence-vl-mini: trained on synthetic scenes, offline."""
     if weights is None:
         try:
             weights = resolve("mini", "vision")
