@@ -208,7 +208,7 @@ def test_convert_and_probe_in_one_go(converted, tmp_path, capsys):
         ("{", ":1: not JSON"),
         ('{"image": "0.png"}', ":1: expected the fields image, answer"),
         ('{"image": "0.png", "answer": "x", "extra": 1}', ":1: expected the fields"),
-        ('{"image": "none.png", "answer": "x"}', "no such image"),
+        ('{"image": "none.png", "answer": "x"}', "none.png does not exist"),
         ('{"image": "0.png", "answer": " "}', "the answer is empty"),
         ('{"image": "0.png", "answer": "x", "ended": "no"}', "ended is 'no'"),
         ("", "no references"),
@@ -249,9 +249,9 @@ def test_convert_and_diff_commands(converted, tmp_path, capsys):
         (["{src}"], "missing; name the folder"),
         (["{src}", "{new}", "--apply"], "only with --probe"),
         (["{src}", "{new}", "--to", "tower"], "unknown target 'tower'"),
-        (["{src}", "--probe", "{src}/none.jsonl"], "no such file of references"),
-        (["{none}", "{new}"], "no such file or folder"),
-        (["{src}", "{new}", "--max-shard-size", "huge"], "is no size"),
+        (["{src}", "--probe", "{src}/none.jsonl"], "the file of references does not exist"),
+        (["{none}", "{new}"], "neither an existing file or folder"),
+        (["{src}", "{new}", "--max-shard-size", "huge"], "is not a size"),
     ],
 )
 def test_wrong_usage(converted, tmp_path, capsys, arguments, message):
