@@ -53,7 +53,7 @@ def test_adapter_of_another_model_is_refused(pair):
     with pytest.raises(ValueError, match="belongs to another"):
         apply_adapter(base, {"model.nowhere.weight.whole": torch.zeros(1)})
     halves = {name: value for name, value in adapter.items() if not name.endswith("lora_A")}
-    with pytest.raises(ValueError, match="other half"):
+    with pytest.raises(ValueError, match="without the other factor"):
         apply_adapter(base, halves)
     wide = {name: torch.zeros(3) if name.endswith("whole") else value for name, value in adapter.items()}
     with pytest.raises(ValueError, match="of shape"):

@@ -105,7 +105,7 @@ def test_a_checkpoint_gains_views_and_keeps_them(tmp_path):
         ({"a": {"features": ["davit", "orc"]}}, "Did you mean 'ocr'"),
         ({"a": {"features": ["ocr"]}}, "lacks the feature 'davit'"),
         ({"a": {"sice": 3}}, "keys size and features"),
-        ({"a": {"size": 0}}, "pixels a side"),
+        ({"a": {"size": 0}}, "pixels per side"),
         ({"full": {}}, "rename this one"),
         (["a"], "mapping of names"),
     ],
