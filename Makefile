@@ -1,9 +1,11 @@
-# `make demo` and `make test` need Python and make, nothing else: they set up .venv themselves.
-#   PYTHON=python3.12            another interpreter for the virtual environment
-#   TORCH="torch --index-url ADDRESS"    another build of PyTorch, such as the CPU builds of its own index (on Linux pip takes the CUDA build)
-#   PROCESSES=1                  of the mini Florence-2's training, 2 by default
-#   TRY=1                        make mini-train with little data and few steps, in data/mini-try and runs/mini-try: does all of it run?
-#   CONSTRAINTS=                 newest versions in the ranges of pyproject.toml instead of the pinned ones
+# `make demo` and `make test` require only Python and make: they set up .venv. Variables:
+#   PYTHON=python3.12            Python interpreter of the virtual environment
+#   TORCH="torch --index-url ADDRESS"    another build of PyTorch, for example a CPU build from PyTorch's own index
+#                                (on Linux, pip installs the CUDA build by default)
+#   PROCESSES=1                  processes of the mini Florence-2's training, 2 by default
+#   TRY=1                        quick check of make mini-train with little data and few steps, in data/mini-try and
+#                                runs/mini-try
+#   CONSTRAINTS=                 latest versions in the ranges of pyproject.toml instead of the pinned ones
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch
@@ -55,7 +57,7 @@ $(VENV)/.dev: $(VENV)/.torch $(PROJECTS)
 
 setup: $(VENV)/.dev $(VENV)/.demo  ## Set up .venv for development and the demo (once).
 
-demo: $(VENV)/.demo  ## Fine-tune the embedded Florence-VL on a new task and question it, offline; writes runs/demo/report.html.
+demo: $(VENV)/.demo  ## Fine-tune the included mini model on a new task offline; writes runs/demo/report.html.
 	$(BIN)/florence-vl demo $(DEMO_ARGS)
 
 test: $(VENV)/.dev  ## Run the quick tests, one process per core.
@@ -79,7 +81,7 @@ $(VLLM_VENV)/.vllm:
 
 vllm-venv: $(VLLM_VENV)/.vllm  ## Set up vLLM's own environment, .venv-vllm (3.5 GB).
 
-test-vllm: vllm-venv  ## Compare vLLM's answers with generate's, over HTTP (minutes).
+test-vllm: vllm-venv  ## Compare vLLM's answers with those of `generate` over HTTP (minutes).
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/serve/test_vllm.py $(PYTEST_ARGS)
 
 test-web: $(VENV)/.dev  ## Test the page in headless Chromium (apt install chromium, or CHROMIUM=path).
@@ -97,13 +99,13 @@ format: $(VENV)/.dev  ## Fix style and format.
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(VENV)/.dev  ## Run every benchmark; each prints ratios measured side by side.
+bench: $(VENV)/.dev  ## Run all benchmarks; each one prints ratios measured in the same run.
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
-docs: $(VENV)/.dev  ## Check that every link in README.md and docs/ leads somewhere.
+docs: $(VENV)/.dev  ## Check links, commands and flags in README.md and docs/.
 	$(BIN)/python -m pytest tests/test_docs.py
 
-# what TRY=1 makes smaller: the sets, and the steps of every training
+# TRY=1 reduces the data sets and the number of steps of every training run
 TRIED := $(if $(TRY),-try)
 RUNS := runs/mini$(TRIED)
 FLORENCE2_ARGS := out=$(RUNS)/florence2-run $(if $(TRY),steps=4 decay_steps=2 warmup_steps=1 second_mix_at=3)
@@ -115,7 +117,7 @@ data/mini$(TRIED)/%/data.jsonl: | setup
 
 mini-data: $(addsuffix /data.jsonl,$(addprefix data/mini$(TRIED)/,captions regions questions))  ## Write captions, regions and questions of the mini stages to data/mini.
 
-mini-train: mini-data  ## Train the mini Florence-2 and the mini Florence-VL again (hours; every part resumes), with scores and cards.
+mini-train: mini-data  ## Train the mini Florence-2 and the mini Florence-VL (hours; every part resumes), with scores and cards.
 	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m florence_vl mini train $(FLORENCE2_ARGS)
 	$(BIN)/florence-vl mini release $(RUNS)/florence2-run --out $(RUNS)/florence2 $(if $(TRY),--scenes 20 --pictures 40)
 	$(BIN)/florence-vl train mini/pretrain $(STAGE_ARGS) output=$(RUNS)/pretrain model.build.vision=$(RUNS)/florence2 $(if $(TRY),warm_up.pairs=100 warm_up.steps=4)

@@ -107,7 +107,7 @@ def test_another_number_of_processes_or_workers_or_other_data_is_refused(shards:
     trainer = json.loads((checkpoint / "trainer.json").read_text())
     _, processor = tiny_model()
     data = TrainingData(load_recipe(values), processor)
-    with pytest.raises(ValueError, match=r"number of processes and workers.*world size was 1 at the checkpoint and is 2"):
+    with pytest.raises(ValueError, match=r"number of processes and workers.*world size was 1 at the checkpoint"):
         data.batches(2, 0, 2, trainer["data"][0])
     with pytest.raises(ValueError, match="step 2 contains no data state"):
         data.batches(2, 0, 1, None)

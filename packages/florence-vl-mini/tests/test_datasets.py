@@ -74,6 +74,6 @@ def test_bad_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not empty"):
         writers.write(tmp_path / "full", generator, 1)
     assert not list(tmp_path.glob(".*partial*"))
-    with pytest.raises(ValueError, match="answers the task 'ocr'"):
+    with pytest.raises(ValueError, match="has an annotation for the task 'ocr'"):
         writers.write(tmp_path / "y", SceneGenerator(0, "train", 64, {"single": 1.0}), 1, tasks=("ocr",))
     assert not (tmp_path / "y").exists()

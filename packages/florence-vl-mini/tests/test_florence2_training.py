@@ -224,7 +224,7 @@ def test_second_mix_begins_at_its_step(folder: Path) -> None:
     data = SceneTasks(config, Florence2Processor.from_pretrained(folder).tokenizer)
     written = [bool(data[i][2]) for i in range(12)]  # whether letters lie anywhere
     assert written == [False] * 6 + [True] * 6
-    with pytest.raises(ValueError, match="go together"):
+    with pytest.raises(ValueError, match="must be set together"):
         Florence2Training("x", second_mix={"single": 1.0})
 
 

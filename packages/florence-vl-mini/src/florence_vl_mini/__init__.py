@@ -1,6 +1,6 @@
 """Freely licensed images, fonts, words and small weights with which florence-vl runs offline.
 
-Every set has its licence and source under `data/licences/<package>/`.
+The license and source of every set are in `data/licences/<package>/`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _ARCHIVES: dict[str, zipfile.ZipFile] = {}
 def load_index() -> list[dict[str, Any]]:
     """All sprites: id, set, file, size [w, h], caption, keywords, category, folder, concept, new_concept, split.
 
-    `split` is train, val or test. With `new_concept` no image of that concept is in training; else
-    the image alone is held out.
+    `split` is train, val or test. With `new_concept`, no image of the concept is in the training split; otherwise only
+    the image itself is held out.
     """
     return json.loads((DATA / "index.json").read_text())
 
 
 def open_sprite(row: dict[str, Any]) -> Image.Image:
-    """The RGBA picture of an index row, at most 112 px on a side, trimmed to what is visible."""
+    """The RGBA image of an index row, at most 112 px per side, trimmed to its visible part."""
     from PIL import Image
 
     archive = _ARCHIVES.get(row["set"])
@@ -42,7 +42,7 @@ def open_sprite(row: dict[str, Any]) -> Image.Image:
 
 
 def font_paths() -> list[Path]:
-    """The shipped fonts, sorted by name."""
+    """The included fonts, sorted by name."""
     return sorted(p for p in (DATA / "fonts").iterdir() if p.suffix in (".ttf", ".otf"))
 
 
@@ -57,7 +57,7 @@ def load_tables() -> list[dict[str, Any]]:
     """Small tables of real numbers: id, kind, title, label, labels, columns (name, unit, values), source, licence,
     split.
 
-    `kind` is series (over time), groups, parts (percent of a whole) or pairs (two measures of each); `values` are
+    `kind` is series (over time), groups, parts (percent of a whole) or pairs (two measures per item); `values` are
     numbers as written, at most 4 characters.
     """
     return json.loads((DATA / "tables.json").read_text())
@@ -70,7 +70,7 @@ def photos() -> list[dict[str, str]]:
 
 
 def photo_files() -> list[str]:
-    """Files of the photographs that show something: the entry point of `florence_vl.pictures`, for pages."""
+    """Files of the photographs with a visible subject: the entry point of `florence_vl.pictures`, for web pages."""
     textures = ("brick", "grass", "gravel")
     return [row["file"] for row in photos() if row["id"] not in textures]
 
@@ -79,12 +79,12 @@ def florence2_path() -> Path:
     """The folder of the mini Florence-2 (weights, tokenizer, processor, model card).
 
     Raises:
-        FileNotFoundError: This build of the package carries no weights.
+        FileNotFoundError: This build of the package does not include the weights.
     """
     path = WEIGHTS / "florence2"
     if not (path / "model.safetensors").is_file():
         raise FileNotFoundError(
-            f"florence-vl-mini carries no Florence-2 weights (looked for {path}/model.safetensors): "
+            f"florence-vl-mini does not include Florence-2 weights (looked for {path}/model.safetensors): "
             "train them with `florence-vl mini train`, or build an untrained one with "
             "florence_vl_mini.pretrain.model.build_mini_florence2"
         )
@@ -92,16 +92,16 @@ def florence2_path() -> Path:
 
 
 def florence_vl_path() -> Path:
-    """The file that makes a mini Florence-VL of the mini Florence-2 and SmolLM2-135M-Instruct (safetensors).
+    """The file that turns the mini Florence-2 and SmolLM2-135M-Instruct into a mini Florence-VL (safetensors).
 
-    `florence_vl_mini.models.mini_florence_vl()` assembles the model; beside it lies its model card.
+    `florence_vl_mini.models.mini_florence_vl()` assembles the model. The model card is in the same folder.
 
     Raises:
-        FileNotFoundError: This build of the package carries no such weights.
+        FileNotFoundError: This build of the package does not include these weights.
     """
     path = WEIGHTS / "florence-vl" / "adapter.safetensors"
     if not path.is_file():
         raise FileNotFoundError(
-            f"florence-vl-mini carries no Florence-VL weights (looked for {path}): make mini-train trains them"
+            f"florence-vl-mini does not include Florence-VL weights (looked for {path}): make mini-train trains them"
         )
     return path

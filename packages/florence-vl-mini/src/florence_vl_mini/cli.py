@@ -1,4 +1,4 @@
-"""`florence-vl mini`: data, pretraining and evaluation of the small parts that run offline."""
+"""`florence-vl mini`: data, pretraining and evaluation of the small models that run offline."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
 @app.command("data")
 def data(
     context: typer.Context,
-    out: Annotated[Path | None, typer.Option(help="Folder to write to; of a set, data/mini/NAME by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to; with --set, data/mini/NAME by default.")] = None,
     set_: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option("--set", help="captions, regions, questions, ...: what the mini recipes read; repeatable."),
+        typer.Option("--set", help="Named set of the mini recipes: captions, regions, questions, ...; repeatable."),
     ] = None,
     format: Annotated[str, typer.Option(help="llava, parquet or webdataset.")] = "llava",
     samples: Annotated[int, typer.Option(min=1, help="Number of records; of a set, its own by default.")] = 1000,
@@ -69,9 +69,9 @@ def data(
         decided = ("format", "split", "task", "size", "seed")
         given = [name for name in decided if _is_given(context, name)]
         if given:
-            raise typer.BadParameter(f"a set decides that itself; leave out --{', --'.join(given)}")
+            raise typer.BadParameter(f"a set defines these options: remove --{', --'.join(given)}")
         if out is not None and len(set_) > 1:
-            raise typer.BadParameter("--out takes one set at a time")
+            raise typer.BadParameter("--out requires a single --set")
         number = samples if _is_given(context, "samples") else None
         for name, wanted in [(name, scene_set(name, number)) for name in set_]:
             path = wanted.write(out or Path("data/mini") / name, overwrite)
@@ -93,7 +93,7 @@ def assets(
     sources: Annotated[Optional[Path], typer.Option(help="Folder for the archives; the cache by default.")] = None,  # noqa: UP045
     out: Annotated[Path | None, typer.Option(help="Data folder to write; the installed package's by default.")] = None,
 ) -> None:
-    """Build florence-vl-mini's pictures, fonts and words again from npm, Debian and PyPI archives."""
+    """Rebuild florence-vl-mini's pictures, fonts and words from npm, Debian and PyPI archives."""
     import florence_vl_mini
     from florence_vl.files import cache_dir
     from florence_vl_mini.assets.build import build
@@ -117,7 +117,7 @@ def pretrain(
         Optional[list[str]],  # noqa: UP045
         typer.Argument(
             metavar="[RECIPE] [key=value ...]",
-            help="YAML of the run and changes to it; without a YAML, the recipe of the shipped weights.",
+            help="YAML file of the run and overrides; without a YAML file, the recipe of the included weights.",
         ),
     ] = None,
     device: DeviceOption = "auto",
@@ -135,12 +135,12 @@ def pretrain(
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Folder of a Florence-2, e.g. of `florence-vl mini train`.")],
     out: Annotated[Optional[Path], typer.Option(help="JSON file for all figures.")] = None,  # noqa: UP045
-    scenes: Annotated[int, typer.Option(min=20, help="Held-out pictures a task.")] = 300,
-    probe: Annotated[bool, typer.Option(help="Also probe what each prompt's features tell.")] = True,
+    scenes: Annotated[int, typer.Option(min=20, help="Held-out pictures per task.")] = 300,
+    probe: Annotated[bool, typer.Option(help="Also probe the information in each prompt's features.")] = True,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
 ) -> None:
-    """Captions, reading, detection on held-out pictures against chance; what each prompt's features tell."""
+    """Score captioning, reading and detection on held-out pictures against chance, and probe each prompt's features."""
     import json
 
     from florence_vl.files import write_text
@@ -159,12 +159,12 @@ def evaluate(
 def release(
     run: Annotated[Path, typer.Argument(help="Folder of a `florence-vl mini train` run.")],
     out: Annotated[Path, typer.Option(help="Folder for weights (float16), tokenizer, processor and card.")],
-    note: Annotated[str, typer.Option(help="Hardware and the like, for the card.")] = "",
-    scenes: Annotated[int, typer.Option(min=20, help="Held-out pictures a task.")] = 300,
-    pictures: Annotated[int, typer.Option(min=40, help="Pictures a seed of the probe.")] = 1200,
+    note: Annotated[str, typer.Option(help="Remarks for the card, e.g. the hardware.")] = "",
+    scenes: Annotated[int, typer.Option(min=20, help="Held-out pictures per task.")] = 300,
+    pictures: Annotated[int, typer.Option(min=40, help="Pictures per seed of the probe.")] = 1200,
     device: DeviceOption = "auto",
 ) -> None:
-    """Export a run in float16, score it and write its model card; replaces what an earlier call wrote there."""
+    """Export a run in float16, score it and write its model card; replaces the output of an earlier call."""
     import torch
 
     from florence_vl.files import atomic_folder
@@ -188,9 +188,9 @@ def release(
 def start(
     out: Annotated[Path, typer.Option(help="Folder for the model.")],
     vision: Annotated[str, typer.Option(help="The mini Florence-2 to use: a folder, or `mini`.")] = "mini",
-    adapter: Annotated[Path | None, typer.Option(help="adapter.safetensors of `mini pack`; the shipped one.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="adapter.safetensors of `mini pack`; the included one.")] = None,
 ) -> None:
-    """Put an adapter on a mini Florence-2 of one's own: the model from which the recipe mini/newcomers goes on."""
+    """Apply an adapter to another mini Florence-2: the model from which the recipe mini/newcomers continues."""
     from safetensors.torch import load_file
 
     import florence_vl_mini
@@ -201,7 +201,7 @@ def start(
 
     file = adapter or florence_vl_mini.florence_vl_path()
     if not file.is_file():
-        raise FileNotFoundError(f"no adapter at {file}: give the adapter.safetensors that `mini pack` wrote")
+        raise FileNotFoundError(f"no adapter at {file}: pass the adapter.safetensors that `mini pack` wrote")
     model, processor = mini_base(Path(resolve(vision, "vision")))
     apply_adapter(model, load_file(file))
     with atomic_folder(out) as partial:
@@ -214,14 +214,14 @@ def start(
 def pack(
     model: Annotated[Path, typer.Argument(help="Folder of the trained mini Florence-VL.")],
     out: Annotated[Path, typer.Option(help="Folder for the adapter (float16), the scores and the card.")],
-    vision: Annotated[str, typer.Option(help="The Florence-2 it was built on: a folder, or `mini`.")] = "mini",
-    rank: Annotated[int, typer.Option(min=1, help="Of the LLM's change; the card says how much it leaves out.")] = 16,
-    training: Annotated[str, typer.Option(help="What was trained, for the card.")] = "See `recipes/mini`.",
+    vision: Annotated[str, typer.Option(help="The Florence-2 of the model: a folder, or `mini`.")] = "mini",
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the LLM's change; the card states the omitted part.")] = 16,
+    training: Annotated[str, typer.Option(help="Description of the training, for the card.")] = "See `recipes/mini`.",
     note: Annotated[str, typer.Option(help="Closing remark of the card.")] = "",
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions per group, about; all by default.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Approximate questions per group; all by default.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
 ) -> None:
-    """Keep what training changed, and score it with and without the picture; replaces an earlier call's folder."""
+    """Export the trained changes and score the model with and without pictures; replaces an earlier call's folder."""
     from dataclasses import asdict
 
     from safetensors.torch import save_file
@@ -241,7 +241,7 @@ def pack(
     built.to(trained.device).eval()
     adapter, lost = extract_adapter(trained, built, rank)
     llm, _ = mini_base(tower)
-    apply_adapter(built, adapter)  # what is scored is what is shipped
+    apply_adapter(built, adapter)  # scores the published weights
     whole = read_sample("mini", 10**9)
     sample = read_sample("mini", limit) if limit else whole
     scores = score_controls(
@@ -272,12 +272,12 @@ def pack(
 @app.command("try")
 def try_(
     model: Annotated[
-        str, typer.Option("--model", "-m", help="A saved Florence-VL; `mini` is the shipped one.")
+        str, typer.Option("--model", "-m", help="A saved Florence-VL; `mini` is the included model.")
     ] = "mini",
     out: Annotated[Optional[Path], typer.Option(help="Folder for the pictures and answers.json.")] = None,  # noqa: UP045
     device: DeviceOption = "auto",
 ) -> None:
-    """Ask a model about twenty pictures such as a newcomer would draw, and count the right answers."""
+    """Ask a model about twenty pictures that a new user might draw, and count the correct answers."""
     import json
 
     from florence_vl.files import atomic_folder, check_destination

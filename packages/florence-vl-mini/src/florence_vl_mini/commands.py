@@ -1,4 +1,4 @@
 """The commands that this package adds to `florence-vl`: module, one line of help, panel of the root help."""
 
-demo = ("florence_vl_mini.demo.cli", "See the method run offline: fine-tune the embedded model, ask, report.", "Start")
-mini = ("florence_vl_mini.cli", "How the embedded parts are made: data, pretraining, scores, packing.", "More")
+demo = ("florence_vl_mini.demo.cli", "Offline demo: fine-tune the included model, query it, write a report.", "Start")
+mini = ("florence_vl_mini.cli", "Build the included models: data, pretraining, scores, packing.", "More")

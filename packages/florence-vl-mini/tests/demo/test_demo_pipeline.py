@@ -145,7 +145,7 @@ def test_everything_is_written(run):
     assert all(list(found) == list(ROWS) for found in summary["scores"].values())
     assert summary["scores"]["guess"]["valid JSON"]["share"] == 1
     assert set(summary["suite"]) == {"guess", "before", "after"}
-    assert "no answer can be right but by chance" in summary["note"]
+    assert "correct answers occur only by chance" in summary["note"]
     rows = read_jsonl(run / "answers.jsonl")
     assert len(rows) == 4
     assert all(set(row["answers"]) == CONDITIONS for row in rows)
@@ -230,7 +230,7 @@ def test_a_demo_replaces_no_other_folder_and_no_model_in_it(run, tmp_path, capsy
     other.mkdir()
     (other / "thesis.txt").write_text("years of work")
     assert main.main(["demo", "--smoke", "--out", str(other)]) == 2
-    assert "which no demo wrote" in capsys.readouterr().err
+    assert "which a demo did not write" in capsys.readouterr().err
     assert (other / "thesis.txt").read_text() == "years of work"
     assert main.main(["demo", "--smoke", "--out", str(other / "thesis.txt")]) == 2
     assert "is not a folder" in capsys.readouterr().err
@@ -252,7 +252,7 @@ def test_report_without_a_demo_says_so(tmp_path):
         ({"pictures": -1}, "pictures is -1"),
         ({"held_out": 1}, "held_out is 1; it must be at least 2"),
         ({"threads": 0}, "threads is 0"),
-        ({"smoke": True, "model": "runs/mine"}, "leave out either"),
+        ({"smoke": True, "model": "runs/mine"}, "remove either"),
     ],
 )
 def test_settings_out_of_range(settings, message):
@@ -262,12 +262,12 @@ def test_settings_out_of_range(settings, message):
 
 def test_without_shipped_weights_the_demo_stops(tmp_path, monkeypatch, capsys):
     def missing():
-        raise FileNotFoundError("florence-vl-mini carries no Florence-VL weights")
+        raise FileNotFoundError("florence-vl-mini does not include Florence-VL weights")
 
     monkeypatch.setattr("florence_vl_mini.models.mini_florence2", lambda: tmp_path)
     monkeypatch.setattr("florence_vl_mini.florence_vl_path", missing)
     assert main.main(["demo", "--out", str(tmp_path / "demo")]) == 2
-    assert "florence-vl-mini carries no Florence-VL weights" in capsys.readouterr().err
+    assert "florence-vl-mini does not include Florence-VL weights" in capsys.readouterr().err
     assert not (tmp_path / "demo").exists()
 
 
@@ -287,6 +287,6 @@ def test_files_of_the_user_in_an_earlier_demo_are_not_deleted(tmp_path):
     assert list(prepare_folder(folder).iterdir()) == []
     (folder / OWNED).write_text("{}")
     (folder / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds thesis\.txt, which no demo wrote"):
+    with pytest.raises(ValueError, match=r"contains thesis\.txt, which a demo did not write"):
         prepare_folder(folder)
     assert (folder / "thesis.txt").read_text() == "mine"

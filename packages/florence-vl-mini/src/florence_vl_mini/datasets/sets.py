@@ -1,4 +1,4 @@
-"""The data sets that the mini recipes and figures read, by name: `sets.yaml`."""
+"""The data sets of the mini recipes and figures, by name: `sets.yaml`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from florence_vl_mini.scenes import SceneGenerator
 
 @dataclass(frozen=True)
 class SceneSet:
-    """A data set of composed scenes that recipes and figures name.
+    """A data set of composed scenes that recipes and figures refer to by name.
 
     Attributes:
-        tasks: Tasks of `Scene.record`, in turns.
+        tasks: Tasks of `Scene.record`, in turn.
         samples: Number of records.
-        seed: Of the scenes.
+        seed: Seed of the scenes.
         split: `train`, `val` or `test`.
         mix: Weight of each kind of scene; the suite's by default.
     """
@@ -34,7 +34,7 @@ class SceneSet:
     mix: Mapping[str, float] | None = None
 
     def write(self, out: Path, overwrite: bool = False) -> Path:
-        """Write it as `write` does, LLaVA's layout at 256 px."""
+        """Write the set with `write`, in LLaVA's layout at 256 px."""
         scenes = SceneGenerator(self.seed, self.split, 256, self.mix)
         return write(out, scenes, self.samples, "llava", self.tasks, overwrite)
 
@@ -53,10 +53,10 @@ def scene_set(name: str, samples: int | None = None) -> SceneSet:
 
     Args:
         name: Its name in `sets.yaml`.
-        samples: Another number of records than its own.
+        samples: Number of records, if it differs from the set's.
 
     Raises:
-        ValueError: No such set; near names are listed.
+        ValueError: No such set; the message lists similar names.
     """
     if name not in scene_sets():
         raise ValueError(f"no set {name!r}. {did_you_mean(name, scene_sets())}")
@@ -65,7 +65,7 @@ def scene_set(name: str, samples: int | None = None) -> SceneSet:
 
 
 def commands() -> dict[str, tuple[str, ...]]:
-    """The `florence-vl` command that writes each set; `--out FOLDER` is to be added.
+    """The `florence-vl` command that writes each set; append `--out FOLDER`.
 
     The entry point of the group `florence_vl.datasets`.
     """

@@ -1,4 +1,4 @@
-"""Scenes written in the formats that the readers read: LLaVA JSONL with images, parquet, WebDataset."""
+"""Writes scenes in the formats of the readers: LLaVA JSONL with images, parquet, WebDataset."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from florence_vl.registry import did_you_mean
 from florence_vl_mini.scenes import RECORD_TASKS, SceneGenerator
 
 FORMATS = ("llava", "parquet", "webdataset")
-SHARD = 1000  # samples a parquet file or tar
+SHARD = 1000  # samples per parquet file or tar
 
 
 def encode_image(image: Image.Image) -> bytes:
-    """JPEG of quality 92 without chroma subsampling, as sharp letters need."""
+    """JPEG of quality 92 without chroma subsampling, which keeps letters sharp."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=92, subsampling=0)
     return buffer.getvalue()
 
 
 def rows(generator: SceneGenerator, tasks: Sequence[str], samples: int) -> Iterator[dict[str, Any]]:
-    """`samples` rows {id, task, kind, image (JPEG bytes), conversations (LLaVA)}, tasks taking turns over scenes.
+    """`samples` rows {id, task, kind, image (JPEG bytes), conversations (LLaVA)}; tasks take turns over scenes.
 
-    Scenes that have nothing to say to a task are passed over.
+    Scenes without an annotation for a task are skipped.
 
     Raises:
-        ValueError: An unknown task, or one that no scene of the generator's kinds answers.
+        ValueError: An unknown task, or one for which the generator's kinds of scene have no annotation.
     """
     for task in tasks:
         if task not in RECORD_TASKS:
@@ -48,7 +48,7 @@ def rows(generator: SceneGenerator, tasks: Sequence[str], samples: int) -> Itera
             idle += 1
             if idle > 1000 * len(tasks):
                 raise ValueError(
-                    f"no scene of the kinds {', '.join(generator.mix)} answers the task {task!r}"
+                    f"no scene of the kinds {', '.join(generator.mix)} has an annotation for the task {task!r}"
                 ) from None
             continue
         idle = 0
@@ -77,19 +77,19 @@ def write(
     """Write a data set of scenes; the same arguments give the same files.
 
     Args:
-        out: Folder to make. It appears when it is complete.
-        generator: Where the scenes come from.
+        out: Folder to create. It appears when it is complete.
+        generator: Source of the scenes.
         samples: Number of records.
         format: "llava" (data.jsonl, images/), "parquet" (Hugging Face's image layout) or "webdataset" (tars of .jpg and
             .json).
-        tasks: Tasks of `Scene.record`, in turns.
+        tasks: Tasks of `Scene.record`, in turn.
         overwrite: Whether a data set that this function wrote earlier may be replaced.
 
     Returns:
-        What a reader opens: the JSONL file, or the folder.
+        The path that a reader opens: the JSONL file, or the folder.
 
     Raises:
-        ValueError: Unknown format or task, no sample asked for, or `out` holds something that may not be replaced.
+        ValueError: Unknown format or task, no samples requested, or `out` contains files that may not be replaced.
     """
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}. {did_you_mean(format, FORMATS)}")

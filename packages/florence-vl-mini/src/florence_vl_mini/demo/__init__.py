@@ -1,1 +1,1 @@
-"""The demo: the shipped mini Florence-VL learns a new task offline, in minutes, with a report to look at."""
+"""The demo: fine-tune the included mini Florence-VL on a new task offline, in minutes, with a report."""

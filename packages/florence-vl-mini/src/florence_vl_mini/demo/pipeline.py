@@ -1,4 +1,4 @@
-"""The demo's run: the shipped model, a new task, answers before, fine-tuning, answers after, report."""
+"""The demo's run: included model, new task, answers before, fine-tuning, answers after, report."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 RECIPE = "demo/finetune"
-OWNED = "demo-settings.json"  # a folder that holds it, and nothing foreign, is the demo's own and may be replaced
+OWNED = "demo-settings.json"  # a folder that contains it and no foreign file was written by the demo: replaceable
 _WRITTEN = (OWNED, "data", "run", "model", "held-out", "answers.jsonl", "demo.json", "report.html")
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What a run does.
+    """Settings of a run.
 
     Attributes:
-        minutes: Training time.
-        steps: Stop after that many steps, when that is sooner; None for time alone.
-        seed: Of pictures and order.
+        minutes: Training time in minutes.
+        steps: Maximum number of steps; None for no limit other than time.
+        seed: Seed of pictures and order.
         threads: CPU threads; None for all cores.
-        pictures: Pictures to train on.
-        held_out: Pictures that are asked about before and after.
-        suite_questions: Questions of each group of the mini suite, before and after.
-        model: `mini`, the shipped model, or the folder of a saved Florence-VL.
-        overrides: Changes to the recipe, `key.path=value`.
-        smoke: A tiny random model instead: shows in seconds that everything runs.
+        pictures: Number of training pictures.
+        held_out: Number of pictures for the questions before and after training.
+        suite_questions: Questions per group of the mini suite, before and after training.
+        model: `mini`, the included model, or the folder of a saved Florence-VL.
+        overrides: Recipe overrides, `key.path=value`.
+        smoke: Use a tiny random model: tests the pipeline in seconds.
     """
 
     minutes: float = 5.0
@@ -67,31 +67,31 @@ class DemoSettings:
             if value is not None and value < number:
                 raise ValueError(f"{name} is {value}; it must be at least {number}")
         if self.smoke and self.model != "mini":
-            raise ValueError(f"a smoke run makes its own tiny model: leave out either smoke or model ({self.model})")
+            raise ValueError(f"smoke uses its own tiny model: remove either smoke or model ({self.model})")
 
     @classmethod
     def for_smoke(cls, **changes: Any) -> DemoSettings:
-        """A tiny model, a few pictures, a few steps."""
+        """Settings with a tiny model, few pictures and few steps."""
         small = {"minutes": 0.3, "steps": 4, "pictures": 48, "held_out": 8, "suite_questions": 2, "smoke": True}
         return cls(**{**small, **changes})
 
 
 def prepare_folder(folder: Path) -> Path:
-    """Make an empty folder for the run; an earlier demo in it is deleted.
+    """Create an empty folder for the run; an earlier demo in it is deleted.
 
     Returns:
-        The folder, links resolved.
+        The folder with links resolved.
 
     Raises:
-        ValueError: It is a file, or holds something that a demo did not write.
+        ValueError: It is a file, or contains files that a demo did not write.
     """
     folder = folder.expanduser().resolve()
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder: give another one with --out")
+        raise ValueError(f"{folder} is not a folder: choose another one with --out")
     found = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     foreign = [name for name in found if OWNED not in found or name not in _WRITTEN]
     if foreign:
-        raise ValueError(f"{folder} holds {foreign[0]}, which no demo wrote: choose another folder with --out")
+        raise ValueError(f"{folder} contains {foreign[0]}, which a demo did not write: choose another --out")
     if found:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,25 +101,25 @@ def prepare_folder(folder: Path) -> Path:
 def start_model(
     settings: DemoSettings, folder: Path
 ) -> tuple[FlorenceVLForConditionalGeneration, FlorenceVLProcessor, str]:
-    """The model to start from, its processor, and a sentence about it.
+    """The start model, its processor, and a sentence about it.
 
     Raises:
-        FileNotFoundError: It isn't there, or a package of the shipped one is missing; the message says what to do.
-        ValueError: It is no Florence-VL, or lies in the run's folder, which is emptied.
+        FileNotFoundError: The model or a required package is missing; the message names the remedy.
+        ValueError: It is not a Florence-VL, or it is in the run's folder, which is emptied.
     """
     if settings.smoke:
         from florence_vl.model.tiny import tiny_model
 
-        note = "A smoke run: the model is tiny and random, so no answer can be right but by chance."
+        note = "A smoke run: the model is tiny and random, so correct answers occur only by chance."
         return *tiny_model(seed=settings.seed), note
     if settings.model == "mini":
         note = (
-            "The start is the mini Florence-VL that florence-vl-mini ships: a pretrained mini Florence-2 and "
+            "The start is the mini Florence-VL of florence-vl-mini: a pretrained mini Florence-2 and "
             "SmolLM2-135M-Instruct, trained in two stages (Apache-2.0)."
         )
     else:
         if Path(settings.model).resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"--model {settings.model} lies in {folder}, which the run empties: give another --out")
+            raise ValueError(f"--model {settings.model} is in {folder}, which the run empties: choose another --out")
         note = f"The start is {settings.model}."
     return *load_model(settings.model, "cpu", "float32"), note
 
@@ -131,7 +131,7 @@ def fine_tune(
     folder: Path,
     settings: DemoSettings,
 ) -> dict[str, Any]:
-    """Train by `recipes/demo/finetune.yaml`, into `folder/finetune` and `folder/model`.
+    """Train with `recipes/demo/finetune.yaml` into `folder/finetune` and `folder/model`.
 
     Returns:
         `samples`, `steps`, `seconds`, `first_loss` and `last_loss` (means over a tenth of the steps), and `curve`, rows
@@ -158,7 +158,7 @@ def fine_tune(
     if not train(load_recipe(values, settings.overrides), model, processor).finished:
         raise KeyboardInterrupt
     seconds = time.monotonic() - began
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)  # 1 GB that nobody goes on from
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)  # 1 GB that is not needed later
     shutil.move(run / "model", folder / "model")
     rows = read_jsonl(run / "metrics.jsonl")
     losses = [row["loss"] for row in rows]
@@ -177,16 +177,16 @@ def run_demo(folder: Path, settings: DemoSettings | None = None, say: Say = prin
     """Run the demo.
 
     Args:
-        folder: Where everything is written; `report.html` and `model/` first of all.
-        settings: What is done.
-        say: Hears what is being done, and at last the result in one sentence.
+        folder: Output folder, with `report.html` and `model/`.
+        settings: Settings of the run.
+        say: Receives progress messages and finally the result in one sentence.
 
     Returns:
         Path of the report.
 
     Raises:
-        FileNotFoundError: A package or the model is missing; the message says what to do.
-        ValueError: The folder holds something else, or the model can't be used.
+        FileNotFoundError: A package or the model is missing; the message names the remedy.
+        ValueError: The folder contains other files, or the model cannot be used.
     """
     import torch
     from transformers import set_seed
@@ -194,7 +194,7 @@ def run_demo(folder: Path, settings: DemoSettings | None = None, say: Say = prin
     from florence_vl.train.recipes import load_recipe
 
     settings = settings or DemoSettings()
-    load_recipe(RECIPE, settings.overrides)  # what is wrong with them is said before minutes of work
+    load_recipe(RECIPE, settings.overrides)  # reports errors in the overrides before minutes of work
     began = time.monotonic()
 
     def clock(title: str) -> None:

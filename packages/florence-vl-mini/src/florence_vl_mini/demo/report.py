@@ -1,4 +1,4 @@
-"""The demo's report: one HTML file that stands alone, made from what lies in the run's folder."""
+"""The demo's report: a self-contained HTML file made from the files of the run's folder."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def count(number: float) -> str:
 
 
 def percent(cell: dict[str, float]) -> str:
-    """The share of a score: `97 %`."""
+    """The fraction of a score as a percentage: `97 %`."""
     return f"{100 * cell['share']:.0f} %"
 
 
@@ -56,12 +56,12 @@ def curve(points: list[dict[str, float]]) -> str:
     axes.plot(minutes, losses, color="#2457c5", alpha=0.22, linewidth=1)
     axes.plot(minutes, _smooth(losses), color="#2457c5", linewidth=1.8)
     axes.set_xlabel("minutes of training")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats per token)")
     return _svg(figure)
 
 
 def bars(scores: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Share right by key and condition with 95 % intervals, as SVG."""
+    """Fraction correct per key and condition with 95 % intervals, as SVG."""
     figure, axes = _figure("Held-out pictures")
     colors = {"before": "#d3d9e2", "no picture": "#b7c0cd", "other picture": "#9aa5b4", "after": "#2457c5"}
     keys = list(scores["after"])
@@ -106,7 +106,7 @@ def _svg(figure: Any) -> str:
 
 
 def _smooth(values: list[float], share: float = 0.06) -> list[float]:
-    """Exponential moving average, bias-corrected, over about that share of the values."""
+    """Exponential moving average, bias-corrected, over about that fraction of the values."""
     beta = 1 - 1 / max(1.0, share * len(values))
     average, result = 0.0, []
     for step, value in enumerate(values, start=1):
@@ -116,7 +116,7 @@ def _smooth(values: list[float], share: float = 0.06) -> list[float]:
 
 
 def choose_cards(rows: list[dict[str, Any]], number: int = CARDS) -> list[dict[str, Any]]:
-    """Answers to show: all kinds of picture in turn and, in each, right and wrong ones in their true proportion."""
+    """Answers to show: all kinds of picture in turn, with correct and wrong answers in their true proportion."""
     kinds: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         kinds.setdefault(row["expected"]["picture"], []).append(row)
@@ -131,17 +131,17 @@ def choose_cards(rows: list[dict[str, Any]], number: int = CARDS) -> list[dict[s
 
 
 def write_report(folder: Path) -> Path:
-    """Make `report.html` from `demo.json`, `answers.jsonl` and the pictures in a run's folder.
+    """Write `report.html` from `demo.json`, `answers.jsonl` and the pictures of a run's folder.
 
     Returns:
         The report's path.
 
     Raises:
-        FileNotFoundError: The folder holds no finished demo.
+        FileNotFoundError: The folder does not contain a finished demo.
     """
     for name in ("demo.json", "answers.jsonl"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no finished demo: {name} is missing. Run `florence-vl demo`")
+            raise FileNotFoundError(f"{folder} contains no finished demo: {name} is missing. Run `florence-vl demo`")
     run: dict[str, Any] = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
     answers = read_jsonl(folder / "answers.jsonl")
     found, suite, training = run["scores"], run["suite"], run["training"]
@@ -158,8 +158,8 @@ def write_report(folder: Path) -> Path:
                 "value": percent(found["after"][WHOLE]),
                 "label": f"all four values right, {percent(found['before'][WHOLE])} before",
             },
-            {"value": percent(found["other picture"][WHOLE]), "label": "the same when it is shown another picture"},
-            {"value": duration(run["seconds"]), "label": f"in all, {duration(training['seconds'])} of it training"},
+            {"value": percent(found["other picture"][WHOLE]), "label": "the same with another picture"},
+            {"value": duration(run["seconds"]), "label": f"in total, {duration(training['seconds'])} of it training"},
         ],
         conditions=list(CONDITIONS.values()),
         score_rows=_table(found, CONDITIONS),
@@ -185,7 +185,7 @@ def write_report(folder: Path) -> Path:
 
 
 def _table(scores: dict[str, dict[str, dict[str, float]]], conditions: Iterable[str]) -> list[dict[str, Any]]:
-    """A row a key or group: its name, the number of questions, and a cell (percent, bounds) a condition."""
+    """One row per key or group: its name, the number of questions, and one cell (percent, bounds) per condition."""
     return [
         {
             "name": name,

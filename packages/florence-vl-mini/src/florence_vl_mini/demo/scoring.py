@@ -1,4 +1,4 @@
-"""Answers of a model to held-out pictures and to the mini suite, and how many are right, with an interval."""
+"""Answers of a model to held-out pictures and to the mini suite, and their accuracy with an interval."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     from florence_vl.model.processing import FlorenceVLProcessor
 
 VALID, WHOLE = "valid JSON", "all four"
-ROWS = (VALID, *KEYS, WHOLE)  # what an answer is scored by
+ROWS = (VALID, *KEYS, WHOLE)  # the scores of an answer
 BATCH_SIZE = 16
-MAX_NEW_TOKENS = 64  # right answers take about half of it
+MAX_NEW_TOKENS = 64  # correct answers take about half of it
 
 Score = dict[str, float]  # `right`, `total`, `share`, and `low` and `high` of the 95 % interval
 
 
 def score(right: int, total: int) -> Score:
-    """A share with its interval."""
+    """A fraction with its interval."""
     low, high = wilson(right, total)
     return {"right": right, "total": total, "share": right / total, "low": low, "high": high}
 
 
 def parse(text: str) -> Answer | None:
-    """The object that an answer is, None unless the whole of it is JSON with exactly the four keys."""
+    """The JSON object of an answer; None unless the whole answer is JSON with exactly the four keys."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -45,7 +45,7 @@ def parse(text: str) -> Answer | None:
 
 
 def judge(text: str, expected: Answer) -> dict[str, bool]:
-    """What of an answer is right, by the names of `ROWS`; without valid JSON nothing is.
+    """Which parts of an answer are correct, by the names of `ROWS`; without valid JSON, none.
 
     Values must be of the expected type; case is ignored in texts.
     """
@@ -61,7 +61,7 @@ def _same(found: Any, expected: Any) -> bool:
 
 
 def scores(texts: Sequence[str], expected: Sequence[Answer]) -> dict[str, Score]:
-    """Share right by the names of `ROWS`, over answers and what they should be."""
+    """Fraction correct per name of `ROWS` over answers."""
     judged = [judge(text, right) for text, right in zip(texts, expected, strict=True)]
     return {name: score(sum(one[name] for one in judged), len(judged)) for name in ROWS}
 
@@ -69,7 +69,7 @@ def scores(texts: Sequence[str], expected: Sequence[Answer]) -> dict[str, Score]
 def ask(
     model: FlorenceVLForConditionalGeneration, processor: FlorenceVLProcessor, images: Sequence[bytes | None]
 ) -> list[str]:
-    """Greedy answers to the task's prompt, each with its picture (an encoded file) or, for None, with none."""
+    """Greedy answers to the task's prompt, each with its picture (an encoded file), or without one for None."""
     answerer = LocalAnswerer(model, processor, BATCH_SIZE, identity={"model": "demo"}, cached_images=BATCH_SIZE)
     questions = [
         Question(str(index), "demo", (PROMPT,) if image is None else (IMAGE, PROMPT), _pictures(image))
@@ -84,10 +84,10 @@ def _pictures(image: bytes | None) -> tuple[BytesPicture, ...]:
 
 
 def derangement(examples: Sequence[Example], seed: int = 0) -> list[bytes]:
-    """The pictures in another order, in which none keeps its place (Sattolo's shuffle).
+    """The pictures in another order in which each one changes its position (Sattolo's shuffle).
 
     Raises:
-        ValueError: There is but one.
+        ValueError: There is only one picture.
     """
     if len(examples) < 2:
         raise ValueError("another picture needs at least 2 held-out pictures")
@@ -100,10 +100,10 @@ def derangement(examples: Sequence[Example], seed: int = 0) -> list[bytes]:
 
 
 def suite_sample(limit: int) -> tuple[Sample, dict[str, Score]]:
-    """A fixed sample of the mini suite, about `limit` questions a group, and how far guessing goes on it.
+    """A fixed sample of the mini suite, about `limit` questions per group, and the accuracy of guessing.
 
     Returns:
-        The sample, and by title of group the score of the whole suite's `commonest_answers`.
+        The sample, and per group title the score of the whole suite's `commonest_answers`.
     """
     folder = mini_folder()
     sample = []
@@ -121,7 +121,7 @@ def suite_sample(limit: int) -> tuple[Sample, dict[str, Score]]:
 def suite_scores(
     model: FlorenceVLForConditionalGeneration, processor: FlorenceVLProcessor, sample: Sample
 ) -> dict[str, Score]:
-    """A model's scores on a sample of the mini suite by title of group, and over all."""
+    """A model's scores on a sample of the mini suite, per group title and overall."""
     found = score_sample(model, processor, sample, BATCH_SIZE)
     groups = {
         benchmark.group: score(round(found[f"eval/{benchmark.name}"] / 100 * len(questions)), len(questions))

@@ -1,4 +1,4 @@
-"""The settings of a pretraining run of the mini Florence-2, as the recipes beside this file give them."""
+"""The settings of a pretraining run of the mini Florence-2, as in the recipes of this folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SAME_DATA = (
     "seed", "image_size", "images_per_step", "tasks_per_image", "location_bins", "max_target_tokens", "mix",
     "second_mix", "second_mix_at", "tasks", "optimizer",
 )  # fmt: skip
-"""Settings that a run keeps from its first step to its last."""
+"""Settings that cannot change during a run."""
 
 
 @dataclass
@@ -35,11 +35,11 @@ class Florence2Training:
 
     Attributes:
         out: Folder of checkpoint, metrics and exported model.
-        steps: Optimizer steps in all; more can be asked for later.
+        steps: Total optimizer steps; a later call may increase it.
         decay_steps: The last steps, over which the learning rate falls linearly to zero (warm-up, stable, decay).
         warmup_steps: The first steps, over which the learning rate rises.
         images_per_step: Images per optimizer step.
-        tasks_per_image: Tasks drawn for each image; they share its `V`.
+        tasks_per_image: Tasks drawn per image; they share its `V`.
         learning_rate: Peak learning rate.
         optimizer: `adamw`, or `muon` for the hidden linear layers and AdamW for the rest.
         weight_decay: Decoupled weight decay of the matrices.
@@ -48,18 +48,18 @@ class Florence2Training:
         image_size: Side of the square images in pixels, a multiple of 32.
         location_bins: Grid of the box corners: targets use the centers of this many bins out of Florence-2's 1000.
         max_target_tokens: Longer targets (full documents) are replaced by another task of the same image.
-        precision: `bfloat16` (autocast; weights stay float32), `float32`, or `auto`: what is faster here. A run that
-            goes on keeps what it began with.
-        ema_decay: Decay of the running mean of the weights, which is what is exported; 0 switches it off.
+        precision: `bfloat16` (autocast; weights stay float32), `float32`, or `auto`: the faster of the two on this
+            machine. A resumed run keeps its precision.
+        ema_decay: Decay of the moving average of the weights, which is exported; 0 disables it.
         grid_weight: Weight of the grid's loss, see `florence_vl_mini.pretrain.grid`; 0 for the seq2seq loss alone.
         start_from: Folder of a mini Florence-2 whose weights and tokenizer a new run starts from; `mini` is the
-            shipped one.
+            included one.
         workers: Processes that render scenes; 0 renders in the training process.
-        threads: CPU threads of a training process.
+        threads: CPU threads per training process.
         save_every: Steps between checkpoints.
         log_every: Steps between lines of `metrics.jsonl`.
         mix: Weights of the kinds of scene.
-        second_mix: Other weights from step `second_mix_at` on: small print pays once letters are known.
+        second_mix: Weights from step `second_mix_at` on: small print becomes useful once letters are learned.
         second_mix_at: First step of `second_mix`.
         tasks: Weights of Florence-2's tasks.
     """
@@ -101,7 +101,7 @@ class Florence2Training:
         if self.image_size < 64 or self.image_size % 32:
             raise ValueError(f"image_size must be a multiple of 32 of at least 64, found {self.image_size}")
         if (self.second_mix is None) != (self.second_mix_at == 0):
-            raise ValueError("second_mix and second_mix_at, the step at which it begins, go together")
+            raise ValueError("second_mix and second_mix_at, the step at which it begins, must be set together")
         if self.decay_steps > self.steps:
             raise ValueError(f"decay_steps ({self.decay_steps}) must not exceed steps ({self.steps})")
         if not 1 <= self.tasks_per_image <= len(TASK_PROMPTS):
@@ -112,7 +112,7 @@ class Florence2Training:
 
 
 def read_recipe(path: str | Path = RECIPE, overrides: Sequence[str] = ()) -> Florence2Training:
-    """Settings from a YAML file and `key=value` or `key.sub=value` overrides, read as every recipe is.
+    """Settings from a YAML file and `key=value` or `key.sub=value` overrides, read like any recipe.
 
     Raises:
         FileNotFoundError: No such file.

@@ -1,4 +1,4 @@
-"""Training samples of the mini Florence-2: scenes as pixels, prompts with targets, and what lies in each grid cell."""
+"""Training samples of the mini Florence-2: pixels of scenes, prompts with targets, content of each grid cell."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from florence_vl_mini.scenes import TASK_PROMPTS, Scene, SceneGenerator
 if TYPE_CHECKING:
     from florence_vl_mini.pretrain.config import Florence2Training
 
-IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # Florence-2's own (ImageNet)
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as in Florence-2 (ImageNet)
 
 # (prompt ids, target ids, [(grid cell, token ids), ...])
 TaskSample = tuple[list[int], list[int], list[tuple[int, list[int]]]]
@@ -37,13 +37,13 @@ class SceneTasks(torch.utils.data.Dataset):
         self.step = max(1, 1000 // config.location_bins)
         self.prompts = {t: encode_prompt(tokenizer, t) for t in config.tasks}
         self.spelling = copy.deepcopy(tokenizer.backend_tokenizer)
-        self.spelling.model.dropout = 1.0  # no merge is made: one token a byte
+        self.spelling.model.dropout = 1.0  # disables all merges: one token per byte
 
     def __len__(self) -> int:
         return self.config.steps * self.config.images_per_step
 
     def __getitem__(self, index: int) -> Sample:
-        """Pixels, prompts with targets, and which letters and names lie in the cells of the image grid."""
+        """Pixels, prompts with targets, and the letters and names in the cells of the image grid."""
         scene = (self.scenes if index < self.first_later else self.later)[index]
         rng = Random(f"tasks/{self.config.seed}/{index}")
         pixels = torch.from_numpy(np.asarray(scene.image).copy()).permute(2, 0, 1)
@@ -54,7 +54,7 @@ class SceneTasks(torch.utils.data.Dataset):
             task = rng.choices(list(left), list(left.values()))[0]
             del left[task]
             if "OCR" in task and not scene.texts and rng.random() > 0.15:
-                continue  # "no text" is worth learning, but soon learned
+                continue  # "no text" is useful but learned quickly
             ids = self.target_ids(scene, task)
             if ids is not None:
                 cells = token_targets(scene, task, side, self.step, self.tokenizer, self.spelling)
@@ -62,11 +62,11 @@ class SceneTasks(torch.utils.data.Dataset):
         return pixels, samples, letter_targets(scene, side * FINER), name_targets(scene, side)
 
     def target_ids(self, scene: Scene, task: str) -> list[int] | None:
-        """`<s> ... </s>`, or None where the scene has nothing to say to the task or too much."""
+        """`<s> ... </s>`, or None if the scene has no annotation for the task or a too long one."""
         text = scene.target(task, self.step)
         if not text and "OCR" not in task:
             return None
-        if "OCR" in task:  # spelled: letters are what is seen, and words of the test split have no tokens of their own
+        if "OCR" in task:  # spelled out: letters are visible, and words of the test split have no tokens
             ids = [0, *self.spelling.encode(text, add_special_tokens=False).ids, 2]
         else:
             ids = self.tokenizer(f"<s>{text}</s>", add_special_tokens=False)["input_ids"]
@@ -99,9 +99,9 @@ def collate(batch: list[Sample]) -> dict[str, Tensor]:
     """Pad the tasks of a batch of images.
 
     Returns:
-        pixels (B, 3, H, W) uint8; owner (T,) the image of each task; prompt_ids, prompt_mask (T, P); labels (T, L),
-        -100 where padded; letters (B, H, W) and names (B, N), what lies in each (fine) grid cell, 0 for nothing;
-        cell_tokens (R, 2 + M), rows of task, cell and the tokens that belong there, -1 where padded.
+        pixels (B, 3, H, W) uint8; owner (T,), the image of each task; prompt_ids, prompt_mask (T, P); labels (T, L),
+        -100 where padded; letters (B, H, W) and names (B, N), the content of each (fine) grid cell, 0 if empty;
+        cell_tokens (R, 2 + M), rows of task, cell and the tokens of the cell, -1 where padded.
     """
     owner = [i for i, (_, samples, _, _) in enumerate(batch) for _ in samples]
     pairs = [pair for _, samples, _, _ in batch for pair in samples]
@@ -134,6 +134,6 @@ def collate(batch: list[Sample]) -> dict[str, Tensor]:
 
 
 def normalize(pixels: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) to what the vision tower takes: ImageNet's mean and standard deviation."""
+    """uint8 (B, 3, H, W) to inputs of the vision tower: ImageNet's mean and standard deviation."""
     mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
     return (pixels.float() / 255 - mean) / std

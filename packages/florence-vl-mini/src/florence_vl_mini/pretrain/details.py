@@ -1,6 +1,6 @@
-"""What a Florence-2 reads and sees by size: text, boxes, shapes, colors and counts on held-out pictures.
+"""Accuracy of a Florence-2 by size: text, boxes, shapes, colors and counts on held-out pictures.
 
-Sizes are in pixels of the picture as the model sees it, after it was resized to the tower's side.
+Sizes are in pixels of the model input, after resizing to the tower's side.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COUNTED = 5  # largest number that the counts ask for
 
 
 def word_picture(rng: Random, size: int, pixels: float) -> tuple[Image.Image, str]:
-    """One word of the test split in a font of about `pixels` pixels on a plain ground."""
+    """One word of the test split in a font of about `pixels` pixels on a plain background."""
     ground, ink = rng.choice((("white", "black"), ("black", "white"), ("light yellow", "dark blue"), ("blue", "white")))
     image = Image.new("RGB", (size, size), draw.jitter(rng, draw.COLORS[ground]))
     font = assets.font(rng.choice(assets.font_files()), round(pixels))
@@ -41,12 +41,12 @@ def evaluate_details(runner: Florence2Runner, pictures: int = 300, seed: int = 0
 
     Args:
         runner: The model.
-        pictures: Pictures a figure; those of small objects are what falls to them.
+        pictures: Pictures per figure; those with small objects are the ones that occur among them.
         seed: Seed of the pictures.
 
     Returns:
-        {"text size": ..., "object size": ..., "geometry": ...}: figures with intervals, each with its "chance": the
-        score of the answers about the next picture.
+        {"text size": ..., "object size": ..., "geometry": ...}: figures with intervals and their "chance", the score of
+        the answers to the next picture.
     """
     size = runner.processor.image_processor.size["height"]
     return {

@@ -1,6 +1,6 @@
-"""How well a Florence-2 captions, reads and finds objects on held-out scenes, and what each prompt's features tell.
+"""Captioning, reading and detection of a Florence-2 on held-out scenes, and probes of each prompt's features.
 
-Every figure stands beside chance (the answers of another picture, or guessing) and has a 95 % interval.
+Every figure has a 95 % interval and a chance level (the answers of another picture, or guessing).
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def evaluate_florence2(path: str | Path, scenes: int = 300, seed: int = 0, devic
 
     Args:
         path: Folder with model and processor.
-        scenes: Pictures a task.
+        scenes: Pictures per task.
         seed: Seed of the pictures.
         device: `auto`, `cpu`, `cuda` or `mps`.
 
     Returns:
-        {"caption": ..., "ocr": ..., "od": ...} and what `evaluate_details` returns: figures with intervals, each with
-        its "chance".
+        {"caption": ..., "ocr": ..., "od": ...} and the result of `evaluate_details`: figures with intervals and their
+        "chance".
     """
     runner = Florence2Runner(path, device)
     size = runner.processor.image_processor.size["height"]
@@ -104,7 +104,7 @@ def evaluate_florence2(path: str | Path, scenes: int = 300, seed: int = 0, devic
 
 
 def to_markdown(report: dict[str, Any]) -> str:
-    """The report as tables."""
+    """The report as Markdown tables."""
     lines = ["| task | measure | score | 95 % interval | n | chance |", "|---|---|---|---|---|---|"]
     for task in (task for task in report if task != "probe"):
         chance = report[task]["chance"]

@@ -1,11 +1,12 @@
-"""A training aid for small budgets: what lies in each cell of the image grid, told linearly from the image tokens.
+"""An auxiliary loss for small budgets: predict the content of each cell of the image grid from the image tokens.
 
-The seq2seq loss alone leaves a small Florence-2 blind for long: the decoder first learns the language of the answers,
-and meanwhile the post-norm encoder shrinks what differs between images (measured: the spread fell from 0.09 to 0.00005
-over its three layers in 1000 steps). Scenes know where everything is, so names and letters can be asked of every cell,
-of `V` and of the encoder's output under each prompt. Letters are asked on a grid twice as fine as the tokens', of each
-token by four heads and, before the last downsampling, of DaViT's third stage: a token of 32 px holds several letters
-and must keep their order. The heads are not part of the model and are not exported.
+With the seq2seq loss alone, a small Florence-2 ignores the image for a long time: the decoder first learns the
+language of the answers, and meanwhile the post-norm encoder removes the differences between images (measured: the
+spread fell from 0.09 to 0.00005 over its three layers in 1000 steps). The position of everything in a scene is known,
+so names and letters are predicted in every cell, from `V` and from the encoder's output under each prompt. Letters are
+predicted on a grid twice as fine as the tokens', by four heads per token and, before the last downsampling, from
+DaViT's third stage: a token of 32 px covers several letters and must keep their order. The heads are not part of the
+model and are not exported.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from torch.nn import functional as F
 from florence_vl_mini.scenes import Scene, Text, assets
 
 CHARACTERS = tuple(chr(c) for c in range(33, 127))
-FINER = 2  # letters are asked on a grid this many times as fine as the tokens'
-EMPTY = 0.1  # weight of the cells in which nothing lies
+FINER = 2  # ratio of the letters' grid to the tokens' grid
+EMPTY = 0.1  # weight of empty cells
 
 
 @lru_cache
@@ -37,9 +38,9 @@ def _name_numbers() -> dict[str, int]:
 
 
 def name_targets(scene: Scene, side: int) -> dict[int, int]:
-    """Cell of a `side` x `side` grid, row by row -> number of the name (from 1) of the object that lies there.
+    """Cell of a `side` x `side` grid, row by row -> number of the name (from 1) of the object in it.
 
-    An object lies in the cells whose center its box holds, and in the cell of its own center.
+    An object occupies the cells whose center is in its box, and the cell of its own center.
     """
     names, size = _name_numbers(), scene.image.width
     return {
@@ -51,9 +52,9 @@ def name_targets(scene: Scene, side: int) -> dict[int, int]:
 
 
 def letter_targets(scene: Scene, side: int) -> dict[int, int]:
-    """Cell of a `side` x `side` grid -> number of the printable ASCII character (from 1) that lies there.
+    """Cell of a `side` x `side` grid -> number of the printable ASCII character (from 1) in it.
 
-    A character lies in the cell of its place along the line; characters are taken as equally wide.
+    A character occupies the cell of its position along the line; all characters are assumed to have the same width.
     """
     out = {}
     for text in scene.texts:
@@ -68,7 +69,7 @@ def _cell(x: float, y: float, side: int) -> int:
 
 
 def cells_of(box: tuple[float, float, float, float], size: int, side: int) -> list[int]:
-    """The cells whose center a box holds, and the cell of its own center."""
+    """The cells whose center is in a box, and the cell of the box's own center."""
     left, top, right, bottom = (v * side / size for v in box)
     held = {
         row * side + column
@@ -80,7 +81,7 @@ def cells_of(box: tuple[float, float, float, float], size: int, side: int) -> li
 
 
 def place_of(text: Text, index: int, size: int, side: int) -> int:
-    """The cell of a line's character number `index`; characters are taken as equally wide."""
+    """The cell of a line's character number `index`; all characters are assumed to have the same width."""
     x = [v * side / size for v in text.quad[0::2]]
     y = [v * side / size for v in text.quad[1::2]]
     t = (index + 0.5) / len(text.text)
@@ -91,9 +92,9 @@ def place_of(text: Text, index: int, size: int, side: int) -> int:
 def token_targets(
     scene: Scene, task: str, side: int, step: int, tokenizer: Any, spelling: Any
 ) -> list[tuple[int, list[int]]]:
-    """(cell, token ids) of what a task's answer says about each occupied cell.
+    """(cell, token ids) of the part of a task's answer about each occupied cell.
 
-    Reading tasks: the letters there. Captions: the words of the object's name. Detection: its name and the corners of
+    Reading tasks: the letters in it. Captions: the words of the object's name. Detection: its name and the corners of
     its box.
     """
     out: dict[int, set[int]] = {}
@@ -114,14 +115,14 @@ def token_targets(
 
 
 def token_loss(model: Any, prompted_TND: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of the model's own output embedding at each occupied cell against the tokens that belong there.
+    """Cross-entropy of the model's output embedding at each occupied cell against the tokens of the cell.
 
     Args:
-        model: Whose `lm_head` reads the encoder's output.
+        model: The model whose `lm_head` reads the encoder's output.
         prompted_TND: The encoder's output at the grid's cells.
         targets: (R, 2 + M): task, cell, and up to M token ids, -1 where there are fewer.
     """
-    if targets.shape[1] == 2:  # nothing lies anywhere
+    if targets.shape[1] == 2:  # all cells are empty
         return prompted_TND.new_zeros(())
     tokens = targets[:, 2:]
     logits = model.lm_head(prompted_TND[targets[:, 0], targets[:, 1]]).float()
@@ -130,7 +131,7 @@ def token_loss(model: Any, prompted_TND: Tensor, targets: Tensor) -> Tensor:
 
 
 class GridHeads(nn.Module):
-    """Linear maps from image features to what lies in their cells.
+    """Linear maps from image features to the content of their cells.
 
     Args:
         width: Channels of `V` and of the encoder's output.
@@ -154,16 +155,16 @@ class GridHeads(nn.Module):
         owner: Tensor,
         asks_text: Tensor,
     ) -> Tensor:
-        """Sum of the cross-entropies; empty cells count `EMPTY` as much as occupied ones.
+        """Sum of the cross-entropies; empty cells have `EMPTY` times the weight of occupied ones.
 
         Args:
             early_BCHW: Output of DaViT's stage before the last.
             image_BND: `V` at the grid's cells, B images.
             prompted_TND: The encoder's output there for T tasks.
-            letters_BHW: Number of the character in each fine cell, 0 where there is none.
-            names_BN: Number of the name in each cell, 0 where there is none.
+            letters_BHW: Number of the character in each fine cell, 0 if empty.
+            names_BN: Number of the name in each cell, 0 if empty.
             owner: The image of each task, (T,).
-            asks_text: Whether a task asks for text, (T,): letters are asked of it, of the others names.
+            asks_text: Whether a task asks for text, (T,): such tasks predict letters, the others names.
         """
         letters_B4N = _within_tokens(letters_BHW)
         loss = _cross_entropy(self.early_letters(early_BCHW.flatten(2).transpose(1, 2)), letters_BHW.flatten(1))
@@ -185,7 +186,7 @@ def _within_tokens(fine_BHW: Tensor) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Logits with one or more classifications a row; class 0 (nothing there) is weighted by `EMPTY`."""
+    """Logits with one or more classifications per row; class 0 (empty) is weighted by `EMPTY`."""
     logits = logits.float().reshape(targets.numel(), -1)
     targets = targets.flatten()
     weights = torch.where(targets == 0, EMPTY, 1.0)

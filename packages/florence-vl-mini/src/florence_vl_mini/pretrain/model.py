@@ -1,4 +1,4 @@
-"""What the mini Florence-2 is before it is trained: its shapes, tokenizer, processor and first weights."""
+"""The untrained mini Florence-2: its shapes, tokenizer, processor and initial weights."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ def _corpus(seed: int, scenes: int) -> Iterator[str]:
 def train_tokenizer(seed: int = 0, merges: int = 1024, scenes: int = 2000) -> Any:
     """A byte-level BPE with BART's special tokens, `<loc_0>` to `<loc_999>` and `<image>`.
 
-    Words inside pictures are left out of the training text on purpose: reading a word needs its letters.
+    Words inside pictures are excluded from the training text on purpose: reading a word requires its letters.
 
     Args:
-        seed: Seed of the scenes whose captions train it.
+        seed: Seed of the scenes whose captions are the training text.
         merges: Upper limit of learned merges.
         scenes: Number of scenes.
     """
@@ -116,7 +116,7 @@ def train_tokenizer(seed: int = 0, merges: int = 1024, scenes: int = 2000) -> An
 
 
 def florence2_processor(tokenizer: Any, image_size: int = 256) -> Any:
-    """A `Florence2Processor` around a tokenizer of `train_tokenizer`, on Pillow alone."""
+    """A `Florence2Processor` with a tokenizer of `train_tokenizer`; requires only Pillow."""
     from transformers import CLIPImageProcessorPil, Florence2Processor
 
     side = {"height": image_size, "width": image_size}
@@ -148,7 +148,7 @@ def build_mini_florence2(
     """Write an untrained mini Florence-2 (weights, config, tokenizer, processor) that `from_pretrained` loads.
 
     Args:
-        folder: Where to; an existing model there is replaced.
+        folder: Folder to write; an existing model in it is replaced.
         seed: Seed of weights and tokenizer.
         image_size: Side of the square images in pixels, a multiple of 32.
         tokenizer_scenes: Number of scenes whose captions train the tokenizer.
@@ -175,10 +175,10 @@ def build_mini_florence2(
 
 @torch.no_grad()
 def copy_from_encoder(model: Any) -> None:
-    """Start the decoder's last cross-attention as a copy of what it attends to (values and output the identity).
+    """Initialize the decoder's last cross-attention as a copy of its input (values and output are the identity).
 
-    The encoder's output is trained to lie in the space of the output embeddings (`florence2_grid.token_loss`), so the
-    decoder can name what the image tokens hold from the beginning, and has to learn only where to look.
+    The encoder's output is trained to be in the space of the output embeddings (`grid.token_loss`), so the decoder can
+    name the content of the image tokens from the beginning and has to learn only where to look.
     """
     attention = model.model.language_model.decoder.layers[-1].encoder_attn
     for linear in (attention.v_proj, attention.out_proj):

@@ -1,4 +1,4 @@
-"""What the features of each prompt tell: linear probes for text, object and position."""
+"""Linear probes of each prompt's features for text, object and position."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from florence_vl_mini.scenes.objects import add_text
 
 PROBE_TARGETS = ("text", "object", "position")
 PROBE_FEATURES = ("davit", "caption", "ocr", "grounding")
-PROBE_WORDS, PROBE_OBJECTS = 16, 80  # of 16 objects any feature tells all
+PROBE_WORDS, PROBE_OBJECTS = 16, 80  # with 16 objects all features reach the maximum
 
 
 def probe_pictures(n: int, seed: int, size: int) -> tuple[list[Image.Image], dict[str, Tensor]]:
@@ -94,7 +94,7 @@ def probe_prompts(
     train the probe.
 
     Returns:
-        {"chance": {target: accuracy of the commonest class}, feature: {target: {"mean", "half", "runs"}}}.
+        {"chance": {target: accuracy of the most common class}, feature: {target: {"mean", "half", "runs"}}}.
     """
     encoder = load_florence2("florence2", path, PROBE_FEATURES).to(choose_device(device))
     scores: dict[str, dict[str, list[float]]] = {f: {t: [] for t in PROBE_TARGETS} for f in PROBE_FEATURES}

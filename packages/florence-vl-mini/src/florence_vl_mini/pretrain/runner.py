@@ -1,4 +1,4 @@
-"""Ask a Florence-2 its tasks about pictures, and compare answers, boxes and names with the truth."""
+"""Run a Florence-2's tasks on pictures, and compare answers, boxes and names with the ground truth."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ Figure = dict[str, float]
 
 
 class Florence2Runner:
-    """A Florence-2 folder, ready to answer its tasks about batches of pictures.
+    """A Florence-2 folder, loaded to run its tasks on batches of pictures.
 
     Raises:
-        FileNotFoundError: No model there.
+        FileNotFoundError: No model in the folder.
         ValueError: Weights are missing or damaged.
     """
 
@@ -51,7 +51,7 @@ class Florence2Runner:
 
     @torch.no_grad()
     def answer(self, images: Sequence[Image.Image], task: str) -> list[str]:
-        """Greedy answers, location tokens included, special tokens not."""
+        """Greedy answers, with location tokens and without special tokens."""
         out: list[str] = []
         tokenizer = self.processor.tokenizer
         for start in range(0, len(images), BATCH):
@@ -153,14 +153,14 @@ def matches(
 
 
 def box_f1(found: list[Any], wanted: list[Any], labels: bool) -> float:
-    """F1 of one picture; 1 where nothing was to find and nothing was found."""
+    """F1 of one picture; 1 if there are neither expected nor found boxes."""
     if not found and not wanted:
         return 1.0
     return 2 * matches(found, wanted, labels) / (len(found) + len(wanted))
 
 
 def held_out(kind: str, n: int, seed: int, size: int, keep: Callable[[Scene], bool] = lambda _: True) -> list[Scene]:
-    """The first `n` scenes of a kind on the test split that `keep` accepts; fewer where they are very rare."""
+    """The first `n` scenes of a kind on the test split that `keep` accepts; fewer if they are very rare."""
     generator = SceneGenerator(seed + 1000, "test", size, {kind: 1.0})
     out: list[Scene] = []
     for index in range(200 * n):

@@ -1,7 +1,7 @@
-"""Trains a small Florence-2 from scratch, transformers' own classes, on scenes with the seq2seq loss.
+"""Trains a small Florence-2 from scratch with transformers' classes, on scenes with the seq2seq loss.
 
-`V` is computed once an image and shared by all of the image's tasks. The position in the data is the step alone, so a
-run that was killed continues with exactly the samples it would have seen.
+`V` is computed once per image and shared by all tasks of the image. The position in the data depends only on the step,
+so an interrupted run continues with the same samples as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from florence_vl_mini.pretrain.model import build_mini_florence2
 def seq2seq_loss(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cross-entropy of every target token.
 
-    The same computation as `Florence2ForConditionalGeneration.forward` with labels, but DaViT runs once an image
-    however many tasks it has, and the LM head only where there is a label.
+    The same computation as `Florence2ForConditionalGeneration.forward` with labels, but DaViT runs once per image
+    for all of its tasks, and the LM head runs only at positions with a label.
 
     Returns:
         (loss of each supervised token (S,), index of its task (S,), `V` (B, N, D), encoder's output at the image
@@ -52,7 +52,7 @@ def seq2seq_loss(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tenso
     encoded = model.model.language_model.encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
     losses, tasks = [], []
     lengths = (batch["labels"] != -100).sum(1)
-    for rows in lengths.argsort().chunk(2):  # the short half need not run at the length of the longest
+    for rows in lengths.argsort().chunk(2):  # the shorter half does not need the length of the longest row
         labels = batch["labels"][rows, : int(lengths[rows].max())]
         shifted = labels.new_full(labels.shape, text.pad_token_id)
         shifted[:, 0] = text.decoder_start_token_id
@@ -100,20 +100,20 @@ def make_optimizers(model: nn.Module, heads: nn.Module, config: Florence2Trainin
 
 
 def train(config: Florence2Training, device: str = "auto") -> Path:
-    """Train, or continue what `config.out` holds, up to `config.steps`; SIGTERM and SIGINT save first.
+    """Train, or continue the run in `config.out`, up to `config.steps`; SIGTERM and SIGINT save first.
 
-    Under torchrun the images of a step are shared out among the processes and the gradients averaged.
+    Under torchrun the images of a step are divided among the processes and the gradients are averaged.
 
     Args:
         config: Settings. Model, tokenizer and data of an existing run must not change; steps, decay, learning rate may.
-        device: `auto`, `cpu`, `cuda` or `mps`. Under torchrun `cuda` is a GPU a process.
+        device: `auto`, `cpu`, `cuda` or `mps`. Under torchrun `cuda` is one GPU per process.
 
     Returns:
-        The folder of the exported model (weights of the running mean).
+        The folder of the exported model (moving average of the weights).
 
     Raises:
         ValueError: The loss is not finite, the device is missing, or the checkpoint was made with another seed, mix or
-            size. On every process, if the first one cannot prepare the start.
+            size. Raised on every process if the first one cannot prepare the start.
     """
     world = init_world(device)
     try:
@@ -137,17 +137,17 @@ def train(config: Florence2Training, device: str = "auto") -> Path:
 
 
 class Pretraining:
-    """A run between two steps.
+    """The state of a run between two steps.
 
     Args:
         config: Settings; the start is prepared, or the checkpoint read, in `config.out`.
         world: The processes of the run.
 
     Attributes:
-        step: Steps done.
+        step: Number of completed steps.
         model: The Florence-2 in training.
-        heads: The training aid's, see `florence_vl_mini.pretrain.grid`.
-        ema: Running mean of the model's weights by name; empty when `ema_decay` is 0.
+        heads: The heads of the auxiliary loss, see `florence_vl_mini.pretrain.grid`.
+        ema: Moving average of the model's weights by name; empty if `ema_decay` is 0.
     """
 
     def __init__(self, config: Florence2Training, world: World) -> None:
@@ -173,7 +173,7 @@ class Pretraining:
         with torch.random.fork_rng(devices=[]):  # the same in every process and after every restart
             torch.manual_seed(config.seed)
             self.heads = GridHeads(vision.projection_dim, vision.embed_dim[-2]).to(world.device)
-        self._early: list[Tensor] = []  # what enters the last downsampling
+        self._early: list[Tensor] = []  # input of the last downsampling
         last = self.model.model.vision_tower.convs[-1]
         last.register_forward_pre_hook(lambda _, args: self._early.append(args[0]))
         self.optimizers = make_optimizers(self.model, self.heads, config)
@@ -188,7 +188,7 @@ class Pretraining:
 
     @property
     def checkpoint(self) -> Path:
-        """The file that a killed run continues from."""
+        """The file from which an interrupted run continues."""
         return self.out / "checkpoint.pt"
 
     def _choose_precision(self) -> str:
@@ -217,7 +217,7 @@ class Pretraining:
             self.ema = {name: value.detach().clone().to(self.world.device) for name, value in ema.items()}
 
     def save(self) -> None:
-        """Write the checkpoint, whole or not at all."""
+        """Write the checkpoint atomically."""
         if not self.world.is_main:
             return
         with atomic_file(self.checkpoint) as temporary:
@@ -235,7 +235,7 @@ class Pretraining:
             )
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
-        """The batches of the steps that are left, of this process's images."""
+        """The batches of the remaining steps, with the images of this process."""
         config, world = self.config, self.world
         yield from torch.utils.data.DataLoader(
             self.data,
@@ -250,7 +250,7 @@ class Pretraining:
         """One optimizer step.
 
         Args:
-            batch: Of `collate`.
+            batch: Batch of `collate`.
             stop: Whether this process was asked to stop.
 
         Returns:
@@ -298,7 +298,7 @@ class Pretraining:
         return rate
 
     def log(self) -> None:
-        """Write a line of `metrics.jsonl` where one is due."""
+        """Write a line of `metrics.jsonl` every `log_every` steps."""
         due = self.step % self.config.log_every == 0 or self.step == self.config.steps
         if self._metrics is not None and due:
             self._metrics.write({"step": self.step, **self._window.close(self.config.images_per_step)})
@@ -309,7 +309,7 @@ class _Window:
 
     def __init__(self, tasks: list[str], device: torch.device) -> None:
         self.tasks = tasks
-        self._losses = torch.zeros(2, len(tasks), device=device)  # sum and count by task
+        self._losses = torch.zeros(2, len(tasks), device=device)  # sum and count per task
         self._grids = torch.zeros(2, device=device)
         self.rate, self.norm, self.images, self._began = 0.0, torch.zeros(()), 0, time.perf_counter()
 
@@ -320,7 +320,7 @@ class _Window:
         self._grids += grids
 
     def close(self, images_per_step: int) -> dict[str, float]:
-        """The means, and a new window."""
+        """The means; starts a new window."""
         now = time.perf_counter()
         (total, count), steps = self._losses.cpu(), self.images / images_per_step
         row = {
@@ -340,7 +340,7 @@ class _Window:
 
 @contextmanager
 def _asked_to_stop() -> Iterator[list[int]]:
-    """A list that receives SIGTERM and SIGINT instead of their ending the process."""
+    """A list that receives SIGTERM and SIGINT, which then do not end the process."""
     received: list[int] = []
     signals = (signal.SIGTERM, signal.SIGINT)
     previous = {s: signal.signal(s, lambda number, _: received.append(number)) for s in signals}
@@ -357,10 +357,10 @@ def _worker_init(_: int) -> None:
 
 
 def _average_gradients(parameters: Sequence[nn.Parameter], stop: bool, world: int) -> bool:
-    """Mean of the gradients over the processes; whether any of them was asked to stop."""
+    """Mean of the gradients over the processes; whether any process was asked to stop."""
     if world == 1:
         return stop
-    for p in parameters:  # a process whose images ask nothing of a head has no gradient there
+    for p in parameters:  # a head without targets on a process has no gradient there
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     grads = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([*(g.flatten() for g in grads), grads[0].new_tensor([float(stop)])])
@@ -371,7 +371,7 @@ def _average_gradients(parameters: Sequence[nn.Parameter], stop: bool, world: in
 
 
 def _prepare_start(config: Florence2Training, folder: Path) -> None:
-    """Write the untrained model that a run starts from, unless it is there."""
+    """Write the untrained start model of a run unless it exists."""
     from transformers import Florence2Processor
 
     if (folder / "processor_config.json").exists():
@@ -391,15 +391,15 @@ def _prepare_start(config: Florence2Training, folder: Path) -> None:
 
 
 def export(run: str | Path, target: str | Path | None = None, dtype: torch.dtype = torch.float32) -> Path:
-    """Write the running mean of the weights of a run as a folder that `from_pretrained` loads.
+    """Write the moving average of a run's weights as a folder for `from_pretrained`.
 
     Args:
         run: The run's folder.
         target: Folder to write; `model` in the run's folder by default.
-        dtype: Type of the stored weights.
+        dtype: Data type of the stored weights.
 
     Raises:
-        FileNotFoundError: No checkpoint there.
+        FileNotFoundError: No checkpoint in the folder.
     """
     from transformers import Florence2ForConditionalGeneration, Florence2Processor
 
