@@ -1,18 +1,21 @@
 """Training: packed against padded rows and a plain HF `Trainer`, the plan against measurement, MFU on a GPU.
 
     python benchmarks/train.py packing           supervised tokens/s of the same samples, laid out differently
+    python benchmarks/train.py trees             the same for five questions a picture, with and without message trees
     python benchmarks/train.py plan [key=value]  memory of mini/pretrain, planned and measured
     python benchmarks/train.py frozen            a step of mini/pretrain with less and less to train
     python benchmarks/train.py mfu --recipe paper/3b-finetune-packed precision=bf16_pure compile.llm=true
 
 `packing` has the lengths of LLaVA-1.5's 665K mix (benchmarks/data.py); `--scale 9` divides image tokens (64 instead of
 576) and text alike, so that the proportions stay. It is stage 2: the tower is frozen and the LLM does most of the work.
+`trees` makes pictures with five question-answer pairs about each, of 60 tokens (median) before scaling.
 `mfu` needs a CUDA device: real shapes, random weights, synthetic rows of the recipe's size.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 import time
@@ -29,6 +32,7 @@ from data import llava_665k_lengths
 from florence_vl.data.collate import PackedCollator, PaddedCollator
 from florence_vl.data.encode import Sample
 from florence_vl.data.layout import pack_first_fit
+from florence_vl.data.trees import join_samples
 from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
 from florence_vl.model.tiny import tiny_config, tiny_florence2
 from florence_vl.model.varlen_attention import SDPA_VARLEN
@@ -39,6 +43,8 @@ from florence_vl.train.recipes import load_recipe
 from florence_vl.train.step import count_supervised
 
 IMAGE_SIZE, VOCABULARY = 256, 8192
+
+ALBUM_TEXT = (60, 0.6)  # tokens of a pair with its template's: median, and sigma of the logarithm
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,42 @@ def engine_epoch(batches: list[dict[str, torch.Tensor]], image_size: int) -> Cal
             optimizer.zero_grad()
 
     return run
+
+
+def make_album(pictures: int, questions: int, scale: Scale) -> list[Sample]:
+    """Question-answer pairs of a few words, some about each picture, scaled down; 40 % of the text is supervised."""
+    generator = torch.Generator().manual_seed(0)
+    median, sigma = ALBUM_TEXT
+    shown = (scale.image_tokens,)
+    samples = []
+    for _ in range(pictures):
+        pixels = torch.randn(1, 3, scale.image_size, scale.image_size, generator=generator)
+        for _ in range(questions):
+            words = median * math.exp(sigma * torch.randn((), generator=generator).item())
+            text = max(4, round(words / scale.divisor))
+            ids = torch.cat([torch.full(shown, 3), torch.randint(10, VOCABULARY, (text,), generator=generator)])
+            labels = ids.clone()
+            labels[: scale.image_tokens + round(0.6 * text)] = -100
+            samples.append(Sample(ids, labels, pixels))
+    return samples
+
+
+def bench_trees(pictures: int, questions: int, batch: int, rounds: int, scale: Scale) -> None:
+    """Print supervised tokens/s of padded rows, packed rows and packed rows of trees, of the same pairs."""
+    samples = make_album(pictures, questions, scale)
+    trees = [join_samples(pairs, 3) for pairs in chunks(samples, questions)]
+    batches = {name: found for name, found in layouts(samples, batch, scale.row_tokens).items() if "random" not in name}
+    batches["packed rows of message trees"] = layouts(trees, batch // questions, scale.row_tokens)["packed rows"]
+    runs = {name: engine_epoch(found, scale.image_size) for name, found in batches.items()}
+    supervised = sum(sample.num_supervised for sample in samples)
+    seconds = cpu_side_by_side(runs, rounds)
+    base = seconds["padded, grouped by length"]
+    print(f"{pictures} pictures of {scale.image_tokens} tokens, {questions} pairs each, {supervised} supervised tokens")
+    print(f"{'layout':34}{'slots':>9}{'pictures':>10}{'CPU s':>9}{'supervised/s':>14}{'of padded':>11}")
+    for name, value in seconds.items():
+        slots = sum(b["input_ids"].numel() for b in batches[name])
+        shown = sum(len(b["pixel_values"]) for b in batches[name])
+        print(f"{name:34}{slots:>9}{shown:>10}{value:>9.2f}{supervised / value:>14.0f}{base / value:>10.2f}x")
 
 
 def trainer_epoch(samples: list[Sample], batch: int, full_logits: bool) -> Callable[[], None]:
@@ -349,6 +391,12 @@ def main() -> None:
     packing.add_argument("--batch", type=int, default=16)
     packing.add_argument("--rounds", type=int, default=3)
     packing.add_argument("--scale", type=int, choices=(1, 4, 9), default=9)
+    trees = commands.add_parser("trees")
+    trees.add_argument("--pictures", type=int, default=24)
+    trees.add_argument("--questions", type=int, default=5)
+    trees.add_argument("--batch", type=int, default=20)
+    trees.add_argument("--rounds", type=int, default=3)
+    trees.add_argument("--scale", type=int, choices=(1, 4, 9), default=9)
     plan = commands.add_parser("plan")
     plan.add_argument("overrides", nargs="*")
     frozen = commands.add_parser("frozen")
@@ -363,6 +411,10 @@ def main() -> None:
     if arguments.command == "packing":
         torch.set_num_threads(1)
         bench_packing(arguments.samples, arguments.batch, arguments.rounds, Scale(arguments.scale))
+    elif arguments.command == "trees":
+        torch.set_num_threads(1)
+        scale = Scale(arguments.scale)
+        bench_trees(arguments.pictures, arguments.questions, arguments.batch, arguments.rounds, scale)
     elif arguments.command == "plan":
         bench_plan(arguments.overrides)
     elif arguments.command == "frozen":

@@ -154,6 +154,24 @@ def test_stats_command(data, monkeypatch, capsys):
     assert "7 records, 7 examined" in out
 
 
+def test_stats_say_what_trees_would_save(data, tmp_path, monkeypatch, capsys):
+    tiny_processor().save_pretrained(tmp_path / "model")
+    album = tmp_path / "album.json"
+    album.write_text(json.dumps(json.loads(data.read_text())[:1] * 4))
+    (tmp_path / "r.yaml").write_text(f"steps: 1\ndata: {{sources: [{{path: {album}, image_root: {data.parent}}}]}}")
+    for source in ([album, "--image-root", data.parent], [tmp_path / "r.yaml"]):
+        code, out, _ = call(monkeypatch, capsys, "stats", *source, "--model", tmp_path / "model", "--json")
+        assert code == 0
+        layouts = json.loads(out)["layouts"]
+        assert layouts["records"]["images"] == 4
+        assert layouts["records as trees"]["images"] == 1
+        assert layouts["records as trees"]["tokens"] < layouts["records"]["tokens"]
+    code, out, _ = call(monkeypatch, capsys, "stats", album, "--image-root", data.parent, "--model", tmp_path / "model")
+    assert code == 0
+    assert "the first 4 records" in out
+    assert "records as trees" in out
+
+
 def test_sources_command(monkeypatch, capsys):
     code, out, _ = call(monkeypatch, capsys, "sources")
     assert code == 0

@@ -18,8 +18,10 @@ from florence_vl.data.packing import BatchLayout, build_batches, count_steps, me
 from florence_vl.data.records import ImageRef, Record
 from florence_vl.data.trees import (
     Leaf,
+    compare_layouts,
     grow_trees,
     join_samples,
+    keep_pictures_together,
     measure_leaf,
     picture_key,
     split_turns,
@@ -134,6 +136,22 @@ def test_leaves_of_a_picture_grow_into_trees_within_the_budget():
     trees = grow_trees(leaves, 15)
     assert trees == [[0, 3], [1], [2], [4, 5], [6]]
     assert [tree_tokens([leaves[i] for i in tree]) for tree in trees] == [12, 6, 8, 10, 8]
+
+
+def test_records_of_a_picture_follow_each_other_and_each_is_drawn_once_a_pass():
+    reader = Album(pictures=30)
+    together = keep_pictures_together(reader)
+    mixture = Mixture([MixtureSource("a", reader, together=together)], seed=2)
+    passes = [[mixture.locate(position)[1] for position in range(start, start + 150)] for start in (0, 150, 300, 0)]
+    for order in passes:
+        assert sorted(order) == list(range(150))
+        pictures = [index % 30 for index in order if index % 7 != 6]
+        alone = sum(index % 7 == 6 for index in order)
+        pictured = [index % 30 if index % 7 != 6 else -index for index in order]
+        assert len(list(itertools.groupby(pictured))) == len(set(pictures)) + alone
+    assert passes[0] == passes[3]
+    assert passes[0] != passes[1] != passes[2]
+    assert keep_pictures_together(Album(pictures=5, questions=1)) is None
 
 
 def test_what_is_learned_before_or_right_behind_a_picture_is_not_shared(encoder, parts):
@@ -303,6 +321,28 @@ def test_loss_and_gradients_are_those_of_separate_samples(llm):
     assert trees.keys() == separate.keys()
     for name in trees:
         torch.testing.assert_close(trees[name], separate[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_what_trees_would_save_is_counted(encoder, parts):
+    image = parts[1].image_token_id
+    reader = Album(pictures=4, questions=3, turns=2)
+    found = compare_layouts(reader, encoder, len(reader), len(reader), 10**6)
+    records = [reader[index] for index in range(12)]
+    turns = [part for record in records for part in split_turns(record)]
+    trees = {}
+    for name, parts_ in (("records", records), ("turns", turns)):
+        samples = [encoder(part) for part in parts_]
+        assert found[name] == (sum(map(len, samples)), sum(sample.num_images for sample in samples))
+        by_picture = {}
+        for record, sample in zip(parts_, samples, strict=True):
+            by_picture.setdefault(picture_key(record) or len(by_picture), []).append(sample)
+        trees[name] = [join_samples(group, image) for group in by_picture.values()]
+        shown = sum(sample.num_images for sample in trees[name])
+        assert found[f"{name} as trees"] == (sum(map(len, trees[name])), shown)
+    assert found["records"][1] == 11
+    assert found["records as trees"][1] == found["turns as trees"][1] == 4
+    apart = compare_layouts(reader, encoder, len(reader), 1, 10**6)
+    assert apart["records as trees"] == apart["records"] == found["records"]
 
 
 def test_trees_are_refused_where_pictures_depend_on_the_question(parts):

@@ -58,7 +58,7 @@ def inspect_command(
     from florence_vl.data.records import printable
     from florence_vl.files import write_text
 
-    source, encoder = _open(data, overrides, dataset, reader, image_root, option, model, template, max_length)
+    source, encoder, _ = _open(data, overrides, dataset, reader, image_root, option, model, template, max_length)
     if start >= len(source):
         raise ValueError(f"--start {start}: {data} has {len(source)} records")
     console = Console(highlight=False)
@@ -97,6 +97,7 @@ def stats_command(
     overrides: list[str] = typer.Argument(None, help="Overrides of the recipe, key.path=value.", show_default=False),
     records: int = typer.Option(10_000, "--records", min=0, help="Records to read at most (a uniform sample); 0: all."),
     check_images: bool = typer.Option(False, "--check-images", help="Decode every image."),
+    trees: int = typer.Option(2000, "--trees", min=0, help="First records measured with and without message trees."),
     as_json: bool = typer.Option(False, "--json", help="Print the counts as one JSON object."),
     dataset: str = _DATASET,
     reader: str = _READER,
@@ -114,9 +115,12 @@ def stats_command(
 
     from florence_vl.data import inspect
 
-    source, encoder = _open(data, overrides, dataset, reader, image_root, option, model, template, max_length)
+    source, encoder, recipe = _open(data, overrides, dataset, reader, image_root, option, model, template, max_length)
     stats = inspect.collect_stats(source, records or None, encoder, check_images)
     summary = stats.summary()
+    trees = min(trees, len(source))
+    if encoder is not None and trees:
+        summary["layouts"] = _compare_layouts(source, encoder, recipe, trees)
     if dataset is not None:
         from florence_vl.data.sources import DATASETS
 
@@ -140,6 +144,8 @@ def stats_command(
             row = summary[name]
             table.add_row(name, f"{row['mean']:.1f}", f"{row['median']:.0f}", f"{row['p95']:.0f}", str(row["max"]))
     console.print(table)
+    if layouts := summary.get("layouts"):
+        _print_layouts(console, layouts, f"the first {trees} records")
     _print_bad(console, stats)
 
 
@@ -238,6 +244,39 @@ def _print(text: str) -> None:
     print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
+def _compare_layouts(source: Any, encoder: Any, recipe: Any, count: int) -> dict[str, dict[str, int]]:
+    """Tokens and images of the first records by layout; none where the encoder's pictures can't be shared."""
+    import dataclasses
+
+    from florence_vl.data.trees import compare_layouts, shares_pictures
+
+    if not shares_pictures(encoder):
+        return {}
+    window, budget = len(source), sys.maxsize
+    if recipe is not None:  # in the order that trees would have
+        from florence_vl.train.data import build_mixture
+
+        packing = dataclasses.replace(recipe.data.packing, trees=True)
+        source = build_mixture(recipe.data.sources, dataclasses.replace(recipe.data, packing=packing), recipe.seed)
+        window, budget = packing.window, packing.tokens_per_row
+    found = compare_layouts(source, encoder, count, window, budget)
+    return {name: {"tokens": tokens, "images": images} for name, (tokens, images) in found.items()}
+
+
+def _print_layouts(console: Any, layouts: dict[str, dict[str, int]], title: str) -> None:
+    """Tokens and images with and without message trees (data.packing.trees)."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in (title, "tokens", "images", "tokens saved"):
+        table.add_column(column, justify="left" if column == title else "right")
+    for name, row in layouts.items():
+        alone = layouts[name.removesuffix(" as trees")]["tokens"]
+        saved = f"{1 - row['tokens'] / alone:.1%}" if name.endswith("trees") and alone else ""
+        table.add_row(name, f"{row['tokens']:,}", f"{row['images']:,}", saved)
+    console.print(table)
+
+
 def _print_bad(console: Any, stats: Any) -> None:
     for kind, count in stats.bad.most_common():
         console.print(
@@ -257,8 +296,8 @@ def _open(
     model: str | None,
     template: str | None,
     max_length: int | None,
-) -> tuple[Any, Any]:
-    """(reader or mixture, encoder or None) of a file or a recipe.
+) -> tuple[Any, Any, Any]:
+    """(reader or mixture, encoder or None, recipe or None) of a file or a recipe.
 
     Raises:
         FileNotFoundError: Neither a file nor a recipe.
@@ -292,10 +331,10 @@ def _open(
         encoder = RecordEncoder(processor, template, max_length, on_long="drop")
     elif template is not None or max_length is not None:
         raise ValueError("--template and --max-length need --model for its tokenizer")
-    return source, encoder
+    return source, encoder, None
 
 
-def _open_recipe(data: str, overrides: list[str], model: str | None, *file_options: Any) -> tuple[Any, Any]:
+def _open_recipe(data: str, overrides: list[str], model: str | None, *file_options: Any) -> tuple[Any, Any, Any]:
     from florence_vl.train.data import TrainingData
     from florence_vl.train.recipes import list_recipes, resolve_recipe
 
@@ -319,7 +358,7 @@ def _open_recipe(data: str, overrides: list[str], model: str | None, *file_optio
 
         processor = load_model(recipe)[1]
     training = TrainingData(recipe, processor)
-    return training.mixture, training.encoder
+    return training.mixture, training.encoder, recipe
 
 
 def _model_name(name: str) -> str:

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
 from florence_vl.data.records import Record
-from florence_vl.data.sampler import BlockPermutation, Permutation, mix
+from florence_vl.data.sampler import BlockPermutation, GroupShuffles, Permutation, mix
 from florence_vl.registry import did_you_mean
 
 WEIGHTINGS = ("repeats", "proportions")
@@ -32,11 +32,14 @@ class MixtureSource:
         name: Name in reports; records get it as their `source`.
         reader: Any sized, indexable object that returns a `Record`.
         weight: See `Mixture`.
+        together: Shuffles that keep records together, e.g. those of a picture; by default single records, or the
+            reader's blocks, are shuffled.
     """
 
     name: str
     reader: MapReader
     weight: float = 1.0
+    together: GroupShuffles | None = None
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,11 @@ class Mixture:
         size = self.sizes[node.source]
         pass_, index = divmod(position, size)
         if self.shuffle:
-            block = int(getattr(self.sources[node.source].reader, "block", 1) or 1)
-            index = _shuffle(size, mix(self.seed, node.source, pass_), block)(index)
+            source, seed = self.sources[node.source], mix(self.seed, node.source, pass_)
+            if source.together is not None:
+                index = source.together(seed, index)
+            else:
+                index = _shuffle(size, seed, int(getattr(source.reader, "block", 1) or 1))(index)
         return node.source, index
 
     def __getitem__(self, position: int) -> Record:

@@ -48,6 +48,7 @@ from florence_vl.data.trees import (
     grow_trees,
     join_samples,
     measure_leaf,
+    shares_pictures,
     split_turns,
     tree_tokens,
 )
@@ -488,7 +489,7 @@ def check_sizes(encoder: RecordEncoder, packing: BatchLayout, rank: int, world_s
         raise ValueError(
             f"max_length {longest} exceeds packing.tokens_per_row {packing.tokens_per_row}: a sample must fit a row"
         )
-    if packing.trees and (encoder.processor.question_context or encoder.views is not None or encoder.distill):
+    if packing.trees and not shares_pictures(encoder):
         raise ValueError(
             "packing.trees needs pictures whose tokens are the same for every question; with a fusion that depends on "
             "the question, drawn views or distillation they are not. Leave packing.trees out"

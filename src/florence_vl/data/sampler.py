@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 _MASK = (1 << 64) - 1
 _ROUNDS = 6
 
@@ -115,6 +117,33 @@ class BlockPermutation:
         while value >= self.size:  # the last block may be short: walk the cycle back into range
             value = self._once(value)
         return value
+
+
+class GroupShuffles:
+    """Shuffles that keep the members of a group together: the groups in random order, each in its own.
+
+    Unlike the shuffles above they need memory: 8 bytes an element, and as many for each of the last two seeds.
+
+    Args:
+        groups: (size,) integers, equal for the members of a group.
+    """
+
+    def __init__(self, groups: np.ndarray) -> None:
+        self._members = np.argsort(groups, kind="stable")
+        ordered = groups[self._members]
+        self._starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+        self._sizes = np.diff(np.r_[self._starts, len(groups)])
+        self._kept: dict[int, np.ndarray] = {}
+
+    def __call__(self, seed: int, index: int) -> int:
+        """Where element `index` goes in the shuffle of a seed."""
+        if seed not in self._kept:
+            chosen = np.random.default_rng(seed).permutation(len(self._starts))
+            sizes = self._sizes[chosen]
+            begins = np.repeat(self._starts[chosen] - (sizes.cumsum() - sizes), sizes)
+            latest = list(self._kept.items())[-1:]
+            self._kept = {**dict(latest), seed: self._members[begins + np.arange(len(begins))]}
+        return int(self._kept[seed][index])
 
 
 def check_rank(rank: int, world_size: int) -> None:

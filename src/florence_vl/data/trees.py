@@ -9,17 +9,21 @@ record. Trunks are compared token by token, so pairs with different system messa
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 
 from florence_vl.data.encode import IGNORE, RecordEncoder, Sample
-from florence_vl.data.records import Record, normalise_messages
+from florence_vl.data.mixture import MapReader
+from florence_vl.data.records import BadRecord, Record, normalise_messages
+from florence_vl.data.sampler import GroupShuffles
 
 WHOLE = -1
 """The turn of a pair that is a whole record."""
@@ -98,6 +102,28 @@ def picture_key(record: Record) -> bytes | None:
     return digest.digest()
 
 
+def keep_pictures_together(reader: MapReader) -> GroupShuffles | None:
+    """Shuffles of a reader's records that keep those of a picture together, so that they meet in a window.
+
+    Every record is read once, without its image. None if no picture is shown by several records.
+    """
+    groups = np.arange(len(reader))
+    first: dict[bytes, int] = {}
+    for index in range(len(reader)):
+        try:
+            key = picture_key(reader[index])
+        except BadRecord:
+            continue
+        if key is not None:
+            groups[index] = first.setdefault(key, index)
+    return GroupShuffles(groups) if (groups != np.arange(len(reader))).any() else None
+
+
+def shares_pictures(encoder: RecordEncoder) -> bool:
+    """Whether a picture's tokens are the same in every record: no fusion with the question, no drawn views."""
+    return not encoder.processor.question_context and encoder.views is None and not encoder.distill
+
+
 def trunk_length(sample: Sample, image_token_id: int) -> int:
     """Tokens of a sample up to its last image; 0 where they can't be shared.
 
@@ -154,6 +180,38 @@ def grow_trees(leaves: Sequence[Leaf], budget: int) -> list[list[int]]:
         trees.append([index])
         tokens.append(leaf.tokens)
     return trees
+
+
+def compare_layouts(
+    records: MapReader, encoder: RecordEncoder, count: int, window: int, budget: int
+) -> dict[str, tuple[int, int]]:
+    """What trees would save: tokens and images of the first records, laid out with and without.
+
+    Args:
+        records: Reader or mixture.
+        encoder: Counts tokens.
+        count: How many records.
+        window: Records that are looked at together.
+        budget: Most tokens of a tree.
+
+    Returns:
+        (tokens, images) of `records`, `records as trees`, `turns` (each turn about a picture by itself, with the
+        picture) and `turns as trees`.
+    """
+    totals: dict[str, list[int]] = {}
+    for first in range(0, count, window):
+        for name in ("records", "turns"):
+            leaves: list[Leaf] = []
+            for index in range(first, min(first + window, count)):
+                with contextlib.suppress(BadRecord):
+                    parts = [records[index]] if name == "records" else split_turns(records[index])
+                    leaves += [measure_leaf(encoder, part) for part in parts]
+            trees = [[leaves[i] for i in tree] for tree in grow_trees(leaves, budget)]
+            for layout, groups in ((name, [[leaf] for leaf in leaves]), (f"{name} as trees", trees)):
+                total = totals.setdefault(layout, [0, 0])
+                total[0] += sum(map(tree_tokens, groups))
+                total[1] += sum(group[0].images for group in groups)
+    return {layout: (tokens, images) for layout, (tokens, images) in totals.items()}
 
 
 def join_samples(samples: Sequence[Sample], image_token_id: int) -> Sample:

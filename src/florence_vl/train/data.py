@@ -11,6 +11,7 @@ from florence_vl.data.mixture import Mixture, MixtureSource
 from florence_vl.data.packing import Batches, Share, WindowPlan, build_batches, count_steps, stop_workers
 from florence_vl.data.readers import Filter, Reader, open_reader
 from florence_vl.data.records import Record
+from florence_vl.data.trees import keep_pictures_together
 from florence_vl.train.config import DataConfig, Recipe, SourceConfig, StreamConfig
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class LimitedReader:
     def __init__(self, reader: Any, limit: int) -> None:
         self.reader, self.limit = reader, limit
         self.block = getattr(reader, "block", 1)
+        self.shares_pictures = getattr(reader, "shares_pictures", False)
 
     def __len__(self) -> int:
         return min(self.limit, len(self.reader))
@@ -72,16 +74,18 @@ def build_mixture(
     """
     if not sources:
         raise ValueError("the recipe names no data: set data.sources, or data.stream for shards")
+    shuffled = config.shuffle if shuffle is None else shuffle
     opened: list[MixtureSource] = []
     names: dict[str, int] = {}
     for source in sources:
         name = source.name or source.dataset or Path(source.path).stem
         names[name] = names.get(name, 0) + 1
         unique = name if names[name] == 1 else f"{name}-{names[name]}"
-        opened.append(MixtureSource(unique, open_source(source), source.weight))
-    return Mixture(
-        opened, weighting=config.weighting, seed=seed, shuffle=config.shuffle if shuffle is None else shuffle
-    )
+        reader = open_source(source)
+        look = config.packing.trees and shuffled and getattr(reader, "shares_pictures", False)
+        together = keep_pictures_together(reader) if look else None
+        opened.append(MixtureSource(unique, reader, source.weight, together))
+    return Mixture(opened, weighting=config.weighting, seed=seed, shuffle=shuffled)
 
 
 def require_energon() -> None:

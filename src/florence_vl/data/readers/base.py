@@ -25,9 +25,11 @@ class Reader:
     Attributes:
         block: Number of records that are read together; a mixture shuffles blocks of this size (1: any order is
             efficient).
+        shares_pictures: Whether several records may show the same picture.
     """
 
     block: int = 1
+    shares_pictures: bool = False
 
     def __init__(self, path: str | Path, name: str | None = None) -> None:
         self.path = str(path)

@@ -126,6 +126,7 @@ class _JsonReader(Reader):
     """A reader whose rows are JSON objects."""
 
     required = ""
+    shares_pictures = True
 
     def __init__(
         self,
