@@ -171,7 +171,7 @@ def bench_trees(pictures: int, questions: int, batch: int, rounds: int, scale: S
     batches["packed rows of message trees"] = layouts(trees, batch // questions, scale.row_tokens)["packed rows"]
     runs = {name: engine_epoch(found, scale.image_size) for name, found in batches.items()}
     supervised = sum(sample.num_supervised for sample in samples)
-    seconds = cpu_side_by_side(runs, rounds)
+    seconds = side_by_side(runs, rounds)
     base = seconds["padded, grouped by length"]
     print(f"{pictures} pictures of {scale.image_tokens} tokens, {questions} pairs each, {supervised} supervised tokens")
     print(f"{'layout':34}{'slots':>9}{'pictures':>10}{'CPU s':>9}{'supervised/s':>14}{'of padded':>11}")

@@ -31,7 +31,7 @@ def test_spans_of_samples_and_trees():
     trunk = (1, 3)
     spans = [(0, 1, 0, 0), (1, 3, 1, 1), (3, 5, *trunk), (5, 6, *trunk), (6, 7, *trunk), (7, 9, 7, 7)]
     assert row_spans(positions, branches) == [spans]
-    with pytest.raises(ValueError, match="branch_ids, which say what belongs to which branch, are missing"):
+    with pytest.raises(ValueError, match="branch_ids, which assign tokens to branches, are missing"):
         row_spans(positions)
 
 

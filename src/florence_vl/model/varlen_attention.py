@@ -106,6 +106,27 @@ def row_spans(position_ids: Tensor, branch_ids: Tensor | None = None) -> list[li
     return rows
 
 
+def _join_branches(spans: list[Span]) -> list[Span]:
+    """Spans with branches of one trunk joined, where computing their scores together costs at most half as much again.
+
+    Many short branches are then one product of matrices instead of many small ones.
+    """
+    joined: list[Span] = []
+    useful = 0  # scores of the last span's branches
+    for span in spans:
+        own, trunk = span.end - span.start, span.trunk_end - span.trunk_start
+        scores = own * (trunk + own)
+        if joined and trunk and joined[-1].trunk_start == span.trunk_start < joined[-1].trunk_end:
+            both = span.end - joined[-1].start
+            if both * (trunk + both) <= 1.5 * (useful + scores):
+                joined[-1] = joined[-1]._replace(end=span.end)
+                useful += scores
+                continue
+        joined.append(span)
+        useful = scores
+    return joined
+
+
 def tree_mask_function(
     position_ids: Tensor, branch_ids: Tensor, window: int | None = None
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
@@ -243,14 +264,17 @@ def sdpa_varlen(
     for index, spans in enumerate(packed):
         q_row, k_row, v_row = (tensor[index : index + 1] for tensor in (query, key, value))
         found = []
-        for start, end, trunk_start, trunk_end in spans:
+        for start, end, trunk_start, trunk_end in _join_branches(spans):
             k, v = k_row[:, :, start:end], v_row[:, :, start:end]
             mask = None
-            if trunk := trunk_end - trunk_start:
+            if trunk_end > trunk_start:
+                assert branch_ids is not None
+                branches = branch_ids[index, start:end]
+                own = (branches[:, None] == branches).tril()
+                mask = nn.functional.pad(own, (trunk_end - trunk_start, 0), value=True)[None, None]
                 k, v = (
-                    torch.cat([row[:, :, trunk_start:trunk_end], own], dim=2) for row, own in ((k_row, k), (v_row, v))
+                    torch.cat([row[:, :, trunk_start:trunk_end], row[:, :, start:end]], 2) for row in (k_row, v_row)
                 )
-                mask = torch.ones(1, 1, end - start, k.shape[2], dtype=torch.bool, device=k.device).tril(trunk)
             found.append(sdpa_attention_forward(module, q_row[:, :, start:end], k, v, mask, **kwargs)[0])
         rows.append(torch.cat(found, dim=1))
     return torch.cat(rows), None
