@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -196,3 +201,38 @@ def test_the_mini_recipe_is_planned_within_ten_percent(overrides: list[str]) -> 
     counted = {part: sum(p.numel() for _, p in model.part_parameters(part)) for part in ("tower", "projector", "llm")}
     assert {part: total for part, (total, _) in plan.parameters.items()} == counted
     assert sum(plan.flops_per_sample.values()) == pytest.approx(measured_flops(model, batch), rel=0.1)
+
+
+CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "one process": ("none", 1, {"precision": "fp32"}),
+    "one process, autocast": ("none", 1, {"precision": "bf16"}),
+    "ddp": ("ddp", 2, {"precision": "fp32"}),
+    "fsdp": ("fsdp", 4, {"precision": "fp32"}),
+    "fsdp in bf16": ("fsdp", 4, {"precision": "bf16"}),
+    "fsdp, tied head": ("fsdp", 4, {"precision": "bf16", "tied": True}),
+    "hsdp": ("hsdp", 8, {"precision": "bf16", "parallel": {"strategy": "hsdp", "shard_size": 4}}),
+    "recomputing": ("fsdp", 4, {"precision": "fp32", "activation_checkpointing": {"tower": "full", "llm": "full"}}),
+    "adapters": ("fsdp", 4, {"precision": "bf16", "parts": {"tower": {"train": False}, "llm": {"lora": {"rank": 4}}}}),
+}
+
+
+@pytest.fixture(scope="module")
+def peaks() -> dict[str, tuple[float, float]]:
+    """Measured and planned bytes at a step's peak, for every case, from one process."""
+    script = Path(__file__).with_name("peak_run.py")
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps(list(CASES.values()))],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=540,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return dict(zip(CASES, (json.loads(line) for line in done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_planned_memory_is_what_a_step_holds_at_its_peak(peaks: dict[str, tuple[float, float]], case: str) -> None:
+    measured, planned = peaks[case]
+    assert 0.95 * measured <= planned <= 1.2 * measured  # rather too much than too little

@@ -55,7 +55,11 @@ class _ChunkedLoss(torch.autograd.Function):
                 gradient_CX = probabilities_CX.scatter_add_(1, targets_C1, -torch.ones_like(sums_C1)).to(dtype)
                 if grad_states is not None:
                     grad_states[chunk] = (gradient_CX @ compute_XH).to(grad_states.dtype)
-                if grad_weight is not None:
+                if grad_weight is None:
+                    continue
+                if grad_weight.dtype == dtype:
+                    grad_weight.addmm_(gradient_CX.T, part_CH)
+                else:
                     grad_weight += gradient_CX.T @ part_CH
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight_XH.dtype)
@@ -93,6 +97,8 @@ class LanguageHead(nn.Linear):
         """Logits, (..., H) -> (..., X); with targets, (K, H) and (K,), the summed cross-entropy, a float32 scalar."""
         if targets is None:
             return super().forward(states)
+        if isinstance(self.weight, DTensor):  # tensor parallel; FSDP2 has put its whole weights in place by now
+            return _whole_loss(super().forward(states), targets)
         return _ChunkedLoss.apply(states, self.weight, targets, torch.is_grad_enabled())
 
 
@@ -107,9 +113,13 @@ def summed_loss(head: nn.Module, states_KH: Tensor, targets_K: Tensor) -> Tensor
     Returns:
         Scalar float32.
     """
-    if isinstance(head, LanguageHead) and not isinstance(head.weight, DTensor):
+    if isinstance(head, LanguageHead):
         return head(states_KH, targets_K)
-    return nn.functional.cross_entropy(head(states_KH).float(), targets_K, reduction="sum")
+    return _whole_loss(head(states_KH), targets_K)
+
+
+def _whole_loss(logits_KX: Tensor, targets_K: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits_KX.float(), targets_K, reduction="sum")
 
 
 __all__ = ["CHUNK_BYTES", "LanguageHead", "chunk_rows", "summed_loss"]

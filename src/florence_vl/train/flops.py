@@ -241,16 +241,23 @@ class SavedActivations:
     outside: int = 0
 
     def kept(self, mode: str) -> int:
-        """Peak bytes with `none`, `full` or `selective` recomputation.
+        """Peak bytes under `none`, `full` or `selective` recomputation."""
+        return self.held(mode) + self.brought_back(mode)
 
-        Selective recomputation saves matrix products and recomputes cheap operations; it is estimated as half of the
-        blocks' activations plus one recomputed block.
+    def held(self, mode: str) -> int:
+        """Bytes between forward and backward pass.
+
+        Selective keeps matrix products and drops what is cheap; it is taken as half of what blocks keep otherwise.
         """
         if mode == "none":
             return self.total
         inside = self.total - self.outside
         kept = self.block_inputs if mode == "full" else max(self.block_inputs, inside // 2)
-        return min(self.total, self.outside + kept + self.largest_block)
+        return min(self.total, self.outside + kept)
+
+    def brought_back(self, mode: str) -> int:
+        """Bytes beside `held` in the backward pass of the largest block."""
+        return min(self.total, self.held(mode) + self.largest_block) - self.held(mode)
 
 
 @contextmanager

@@ -340,15 +340,32 @@ class MemoryPlan:
     def __init__(
         self, recipe: Recipe, config: FlorenceVLConfig, size: tuple[int, int], devices: int, strategy: str
     ) -> None:
+        from florence_vl.train.optimizer import apply_parts
+
         self.recipe, self.size = recipe, size
-        self.static = _static_memory(recipe, config, devices, strategy)
         text = config.get_text_config()
         self.width, self.vocab = text.hidden_size, text.vocab_size
-        self._compute = 4 if recipe.precision == "fp32" else 2
-        self._meter = ActivationMeter(config, recipe.parts, torch.float32 if self._compute == 4 else torch.bfloat16)
+        self.compute = 4 if recipe.precision == "fp32" else 2
+        self.master = 2 if recipe.precision == "bf16_pure" else 4
+        self._meter = ActivationMeter(config, recipe.parts, torch.float32 if self.compute == 4 else torch.bfloat16)
+        shell: Any = build_shell(config)
+        apply_parts(shell, recipe.parts)
+        parameters = list(shell.parameters())
+        found = [[p.numel() for p in block.parameters()] for part in part_blocks(shell).values() for block in part]
+        head, embeddings = shell.lm_head.weight, shell.get_input_embeddings().weight
+        self.sharded, self.buckets = strategy in ("fsdp", "hsdp"), strategy == "ddp"
+        self.shards = {"fsdp": devices, "hsdp": min(devices, recipe.parallel.shard_size or 8)}.get(strategy, 1)
+        self.total = sum(p.numel() for p in parameters)
+        self.trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        self.largest = max((p.numel() for p in parameters if p.requires_grad), default=0)
+        self.block = max((sum(sizes) for sizes in found), default=0)
+        self.head, self.head_trains = int(head.numel()), bool(head.requires_grad)
+        own_units = 0 if head is embeddings else int(embeddings.numel()) + self.head
+        self.root = self.total - sum(map(sum, found)) - own_units
+        self.cast = self.total - int(embeddings.numel()) - self.head  # what autocast keeps a copy of
 
     def at(self, images: int, tokens: int, supervised: int) -> dict[str, float]:
-        """GiB by kind at a micro-batch.
+        """GiB by kind at a micro-batch of a step that accumulates.
 
         Args:
             images: Its images.
@@ -358,13 +375,49 @@ class MemoryPlan:
         saved = self._meter.measure(images, *self.size, tokens)
         checkpointing = self.recipe.activation_checkpointing
         modes = {"tower": checkpointing.tower, "llm": checkpointing.llm}
-        activations = sum(part.kept(modes.get(name, "none")) for name, part in saved.items())
-        return self.static | {"activations": activations / GIB, "logits": self._logits(supervised) / GIB}
+        held = sum(part.held(modes.get(name, "none")) for name, part in saved.items())
+        block_again = max(part.brought_back(modes.get(name, "none")) for name, part in saved.items())
+        static = {
+            "weights": self.master * self.total / self.shards,
+            "gradients": self.master * self.trainable / self.shards,
+            "optimizer": 2 * self.master * self.trainable / self.shards,
+        }
+        if self.buckets:
+            static["gradient buckets (ddp)"] = self.master * self.trainable
+        if self.recipe.precision == "bf16" and not self.sharded:
+            static["bf16 copies (autocast)"] = 2 * self.cast
+        *losses, block = self._moments(supervised)
+        moments = [moment | {"activations": held} for moment in losses]
+        moments.append(block | {"activations": held + block_again})
+        if not self.sharded:  # the optimizer's own, when activations are gone
+            moments.append({"temporaries": 2 * self.master * self.largest})
+        peak = max(moments, key=lambda moment: sum(moment.values()))
+        return {kind: size / GIB for kind, size in (static | peak).items()}
 
-    def _logits(self, supervised: int) -> float:
-        """A chunk's logits, their exponentials and gradient (`florence_vl.model.head`), and the states' gradient."""
+    def _moments(self, supervised: int) -> list[dict[str, float]]:
+        """What is held beside weights, states and activations: in the loss, behind it, and in a block's backward pass.
+
+        A unit's gradient is whole before it is reduced, in fp32.
+        """
         rows = min(supervised, chunk_rows(self.vocab))
-        return rows * self.vocab * 2 * (4 + self._compute) + supervised * self.width * 2 * self._compute
+        logits = rows * self.vocab * 8 + supervised * self.width * self.compute  # and the gradient of the states
+        head_gradient = head_backward = block = 0
+        if self.head_trains:
+            head_gradient = self.head * (self.compute if rows == supervised or self.compute == 4 else 4 + self.compute)
+            head_backward = self.head * 2 * self.compute
+        if not self.sharded:
+            copy = self.head * self.compute if self.recipe.precision == "bf16" else 0
+            return [{"logits": logits, "temporaries": copy + head_gradient}, {"temporaries": copy + head_backward}, {}]
+        head_backward += 4 * self.head if self.head_trains else 0
+        block = (self.compute + 4) * self.block
+        gathered = self.compute * self.root  # stays, as the root's weights are used last and first
+        # a unit is gathered into one buffer and copied from there
+        with_head, with_blocks = gathered + 2 * self.compute * self.head, gathered + 2 * self.compute * self.block
+        return [
+            {"gathered weights": with_head, "logits": logits, "temporaries": head_gradient},
+            {"gathered weights": with_head, "temporaries": head_backward},
+            {"gathered weights": with_blocks, "temporaries": block},
+        ]
 
 
 def _memory(
@@ -372,52 +425,10 @@ def _memory(
 ) -> tuple[dict[str, float], int]:
     """GiB per device by kind at the recipe's micro-batch, and the largest micro-batch that fits."""
 
-    def total(micro: int) -> float:
-        return sum(plan.at(*_rows(recipe, flops, workload, micro)).values())
-
-    low, high = 0, 1
-    while total(high) <= available:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if total(middle) <= available else (low, middle)
-    return plan.at(*_rows(recipe, flops, workload, recipe.micro_batch_size)), low
-
-
-def _static_memory(recipe: Recipe, config: FlorenceVLConfig, devices: int, strategy: str) -> dict[str, float]:
-    shell = build_shell(config)
-    from florence_vl.train.optimizer import apply_parts
-
-    apply_parts(shell, recipe.parts)
-    parameters = list(shell.parameters())
-    total = sum(p.numel() for p in parameters)
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    shards = {"fsdp": devices, "hsdp": min(devices, recipe.parallel.shard_size or 8)}.get(strategy, 1)
-    master = 2 if recipe.precision == "bf16_pure" else 4
-    compute = 4 if recipe.precision == "fp32" else 2
-    memory = {
-        "weights": master * total / shards / GIB,
-        "gradients": master * trainable / shards / GIB,
-        "optimizer": 2 * master * trainable / shards / GIB,
-    }
-    if shards > 1:
-        sizes = sorted(
-            (sum(p.numel() for p in b.parameters()) for found in part_blocks(shell).values() for b in found),
-            reverse=True,
-        )
-        rest = total - sum(sizes)  # embeddings, head, projector and modules outside blocks stay gathered
-        # two gathered blocks (one is prefetched), and the largest unit's gradient before it is reduced in fp32
-        ends: list[Any] = [shell.get_input_embeddings().weight, shell.lm_head.weight]
-        widest = max([sizes[0], *(int(weight.numel()) for weight in ends if weight.requires_grad)])
-        gathered = compute * (rest + 2 * sizes[0]) + (compute + 4) * widest
-        memory["gathered weights"] = gathered / GIB
-    else:
-        if recipe.precision == "bf16":
-            memory["bf16 copies (autocast)"] = 2 * total / GIB
-        # a gradient before it is accumulated, and the optimizer's temporary
-        largest = max((p.numel() for p in parameters if p.requires_grad), default=0)
-        memory["temporaries"] = 2 * master * largest / GIB
-    return memory
+    now, one, two = (plan.at(*_rows(recipe, flops, workload, n)) for n in (recipe.micro_batch_size, 1, 2))
+    first = sum(one.values())
+    step = max(sum(two.values()) - first, 1e-9)
+    return now, max(0, 1 + int((available - first) // step)) if available >= first else 0
 
 
 def _samples(recipe: Recipe, sample_tokens: float) -> int | None:
@@ -456,7 +467,8 @@ def _assumptions(
         else f"memory is for rows of max_length {recipe.data.max_length}; FLOPs are for average samples, no padding"
     )
     found = [
-        "logits are for full rows whose every text token is supervised; gradients are scattered in each micro-batch",
+        "logits exist for a chunk of positions at a time; every text token of a full row may be supervised",
+        "a step accumulates: sharded gradients are scattered in each micro-batch; a unit's is whole before that",
         f"a sample has {workload.images:g} image(s) of {height}x{width} px, {workload.text_tokens:g} text tokens, "
         f"{workload.supervised:g} of them supervised",
         rows,
