@@ -401,6 +401,8 @@ class MemoryPlan:
         """
         rows = min(supervised, chunk_rows(self.vocab))
         logits = rows * self.vocab * 8 + supervised * self.width * self.compute  # and the gradient of the states
+        if self.recipe.distill:  # whole: both models' log-probabilities, the student's logits and two gradients
+            logits = supervised * self.vocab * 5 * 4
         head_gradient = head_backward = block = 0
         if self.head_trains:
             head_gradient = self.head * (self.compute if rows == supervised or self.compute == 4 else 4 + self.compute)
@@ -424,7 +426,6 @@ def _memory(
     plan: MemoryPlan, recipe: Recipe, flops: ModelFlops, workload: Workload, available: float
 ) -> tuple[dict[str, float], int]:
     """GiB per device by kind at the recipe's micro-batch, and the largest micro-batch that fits."""
-
     now, one, two = (plan.at(*_rows(recipe, flops, workload, n)) for n in (recipe.micro_batch_size, 1, 2))
     first = sum(one.values())
     step = max(sum(two.values()) - first, 1e-9)
