@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--lmms-eval", type=int, metavar="N", help="instead, N questions a task in lmms-eval's evaluator"
+        "--lmms-eval", type=int, metavar="N", help="instead, all questions about N pictures in lmms-eval's evaluator"
     )
     options = parser.parse_args()
     if options.lmms_eval:
@@ -137,9 +137,28 @@ class ImagesOnly:
         return self.processor(text=text, images=[[image] for image in images], **kwargs)
 
 
-def lmms_eval_loops(name: str, limit: int, batch_size: int) -> None:
-    """The mini suite's tasks in lmms-eval's evaluator: its own adapter for transformers' models against ours, seconds
-    inside `generate_until` only, float32 both."""
+def keep_pictures(folder: Path, number: int) -> None:
+    """Drop all questions about other than the first pictures from the tasks' parquet files."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    tables = {path: pq.read_table(path) for path in sorted(folder.glob("*.parquet"))}
+    pictures = sorted({name for table in tables.values() for name in table["picture"].to_pylist()})[:number]
+    questions = 0
+    for path, table in tables.items():
+        kept = table.filter(pc.is_in(table["picture"], value_set=pa.array(pictures)))
+        pq.write_table(kept, path)
+        questions += len(kept)
+    print(f"{questions} questions about {number} pictures in {len(tables)} tasks: {questions / number:.1f} a picture")
+
+
+def lmms_eval_loops(name: str, pictures: int, batch_size: int) -> None:
+    """The mini suite's tasks in lmms-eval's evaluator: its own adapter for transformers' models against ours.
+
+    Counted are CPU seconds inside `generate_until`, float32 on both sides. The evaluator passes the questions of all
+    tasks in one call, so that those about one picture meet.
+    """
     os.environ.setdefault("OPENAI_API_KEY", "none")  # some of its tasks build a client when they are imported
     from lmms_eval import evaluator
     from lmms_eval.models.chat.huggingface import Huggingface
@@ -166,27 +185,30 @@ def lmms_eval_loops(name: str, limit: int, batch_size: int) -> None:
     }
     base: float | None = None
     first: list[str] = []
-    print(f"{'':36}{'questions':>10}{'questions/s':>12}{'ratio':>8}{'same answers':>14}")
+    header = f"{'':36}{'calls':>6}{'questions/CPU s':>16}{'ratio':>8}{'same answers':>14}"
     with tempfile.TemporaryDirectory() as folder:
         names = write_tasks(Path(folder))
+        keep_pictures(Path(folder), pictures)
+        print(header)
         manager = TaskManager("ERROR", include_path=folder, include_defaults=False)
         for title, adapter in adapters.items():
-            spent, answers, generate = 0.0, [], adapter.generate_until
+            spent, calls, answers, generate = 0.0, 0, [], adapter.generate_until
 
             def timed(requests: Any, generate: Any = generate, answers: list[str] = answers) -> Any:
-                nonlocal spent
-                start = time.perf_counter()
+                nonlocal spent, calls
+                start = time.process_time()
                 found = generate(requests)
-                spent += time.perf_counter() - start
+                spent += time.process_time() - start
+                calls += 1
                 answers += [result.text for result in found]
                 return found
 
             adapter.generate_until = timed
-            settings = {"task_manager": manager, "batch_size": batch_size, "limit": limit, "bootstrap_iters": 0}
+            settings = {"task_manager": manager, "batch_size": batch_size, "bootstrap_iters": 0}
             evaluator.simple_evaluate(model=adapter, tasks=names, **settings)
             base, first = base or spent, first or answers
             same = sum(a.strip() == b.strip() for a, b in zip(answers, first, strict=True)) / len(first)
-            print(f"{title:36}{len(answers):10}{len(answers) / spent:12.2f}{base / spent:8.2f}{same:14.1%}", flush=True)
+            print(f"{title:36}{calls:6}{len(answers) / spent:16.2f}{base / spent:8.2f}{same:14.1%}", flush=True)
 
 
 def vision(model: Any, processor: Any, questions: Sequence[Question]) -> None:

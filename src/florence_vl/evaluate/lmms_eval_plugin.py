@@ -7,9 +7,7 @@ Install lmms-eval without its 54 requirements, some of which replace a CPU build
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
@@ -20,7 +18,7 @@ from lmms_eval.protocol import ChatMessages
 from florence_vl.evaluate.benchmark import Generation
 from florence_vl.evaluate.local import LocalAnswerer, load_answerer
 from florence_vl.evaluate.metrics import METRICS
-from florence_vl.evaluate.question import IMAGE, BytesPicture, Question
+from florence_vl.evaluate.question import IMAGE, ImagePicture, Question
 
 DEFAULT_NEW_TOKENS = 1024  # default of lmms-eval's adapters for tasks without a limit
 
@@ -115,18 +113,6 @@ def _stops(until: str | Sequence[str] | None) -> tuple[str, ...]:
     return tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop.strip())
 
 
-@dataclass(frozen=True)
-class ImagePicture(BytesPicture):
-    """A decoded image as a `Picture`."""
-
-    @classmethod
-    def of(cls, image: Any) -> ImagePicture:
-        """Encode losslessly."""
-        file = io.BytesIO()
-        image.convert("RGB").save(file, "PNG", compress_level=1)
-        return cls(file.getvalue())
-
-
 def question_of(messages: ChatMessages, name: str, task: str) -> Question:
     """A single-turn conversation of lmms-eval as a question.
 
@@ -142,7 +128,7 @@ def question_of(messages: ChatMessages, name: str, task: str) -> Question:
             parts.append(part.text)
         elif part.type == "image":
             parts.append(IMAGE)
-            images.append(ImagePicture.of(part.url))
+            images.append(ImagePicture(part.url.convert("RGB")))
         else:
             raise ValueError(f"{task}: florence_vl accepts only images, found {part.type}")
     return Question(name, task, tuple(parts), tuple(images))

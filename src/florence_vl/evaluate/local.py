@@ -21,7 +21,7 @@ from torch import Tensor
 
 from florence_vl.evaluate.answer import Answer, Answerer
 from florence_vl.evaluate.benchmark import Generation
-from florence_vl.evaluate.question import Question
+from florence_vl.evaluate.question import ImagePicture, Question
 from florence_vl.files import cache_dir, sha256, write_text
 from florence_vl.model.features import encode_images, state_hash
 from florence_vl.model.pictures import open_image
@@ -368,6 +368,8 @@ def _encoded(images: list[Tensor]) -> dict[str, Any]:
 
 def _open(question: Question, position: int) -> Any:
     image = question.images[position]
+    if isinstance(image, ImagePicture):
+        return image.image
     return open_image(image.read(), name=f"image {position} of {question.benchmark} question {question.id}")
 
 

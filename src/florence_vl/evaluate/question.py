@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
 
 IMAGE = object()  # marks the position of an image in a prompt
 
@@ -38,6 +42,30 @@ class BytesPicture:
     def read(self) -> bytes:
         """The encoded bytes."""
         return self.data
+
+
+@dataclass(frozen=True)
+class ImagePicture:
+    """A decoded picture, for callers that have no file; it is encoded only where bytes are needed.
+
+    Attributes:
+        image: RGB.
+    """
+
+    image: PILImage
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of size and pixels."""
+        digest = hashlib.sha256(repr(self.image.size).encode())
+        digest.update(self.image.tobytes())
+        return digest.hexdigest()[:20]
+
+    def read(self) -> bytes:
+        """A PNG file."""
+        file = io.BytesIO()
+        self.image.save(file, "PNG", compress_level=1)
+        return file.getvalue()
 
 
 @dataclass(frozen=True)
