@@ -207,6 +207,51 @@ def test_models_that_the_original_layout_cannot_hold(tmp_path):
     assert_refused(tmp_path / "ours", tmp_path / "back", ValueError, "fusion 'average'.*LLM 'qwen3'", to="original")
 
 
+GRID = {"position_grid": (2, 2)}
+
+
+@pytest.mark.parametrize(
+    ("options", "images", "message"),
+    [
+        ({"fusion": "gated"}, {}, r"gates other than 1 \(model\.fusion\.gate\.weight\)"),
+        ({"merge": 2}, {}, "merge 2 "),
+        ({"views": {"glance": {"size": 32}}}, {}, "views glance "),
+        (GRID, {"image_aspect_ratio": "native"}, "image_aspect_ratio 'native'"),
+        (
+            {**GRID, "positions": "resampled"},
+            {"size": {"height": 96, "width": 96}},
+            r"resampled from \(2, 2\) to \(3, 3\)",
+        ),
+    ],
+)
+def test_looks_and_gates_that_the_original_layout_cannot_hold(tmp_path, options, images, message):
+    from florence_vl.model.tiny import tiny_model
+
+    model, processor = tiny_model(**options)
+    if options.get("fusion") == "gated":
+        model.model.fusion.gate.weight.data[0, 0] = 0.5
+    for name, value in images.items():
+        setattr(processor.image_processor, name, value)
+    model.save_pretrained(tmp_path / "ours")
+    processor.save_pretrained(tmp_path / "ours")
+    assert_refused(tmp_path / "ours", tmp_path / "back", ValueError, message, to="original")
+
+
+def test_gates_of_one_and_positions_at_the_trained_size_go_back(released, tmp_path):
+    """They change nothing, so the authors' layout holds the model."""
+    from florence_vl.model.loading import load_model
+
+    convert(released[0], tmp_path / "ours")
+    model, processor = load_model(tmp_path / "ours", fusion="gated", positions="resampled", position_grid=(2, 2))
+    processor.image_processor.size = {"height": 64, "width": 64}
+    model.save_pretrained(tmp_path / "gated")
+    processor.save_pretrained(tmp_path / "gated")
+    shutil.copytree(tmp_path / "ours" / "original", tmp_path / "gated" / "original")
+    report = convert(tmp_path / "gated", tmp_path / "back", to="original")
+    assert any(name.startswith("model.fusion.") for name in report["dropped"])
+    assert_same(tensors(tmp_path / "back"), released[1])
+
+
 # ------------------------------------------------------------ bad input
 
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from florence_vl.convert import florence2
 from florence_vl.convert.plan import Copy, Move, Op, Plan, Rows, Transpose
 from florence_vl.convert.shards import Checkpoint, TensorInfo, few
+from florence_vl.model.geometry import convolved_size, davit_convolutions
 
 TOWER = "model.vision_tower."
+FUSION = "model.fusion."
 EMBEDDING = TOWER + "encoder.embed_tokens.weight"
 ORIGINAL_TOWER = "model.vision_tower.vision_tower."
 TEXT_EMBEDDING = "model.language_model.embed_tokens.weight"
@@ -264,16 +266,32 @@ def original_config(
     }
 
 
-def check_expressible(config: Any) -> None:
+def open_gates(checkpoint: Checkpoint) -> list[str]:
+    """Tensors of `gated` fusion that make a gate differ from 1; without any, the fusion is `channel`."""
+    makes_gates = re.compile(re.escape(FUSION) + r"(gate\.(weight|bias)|token_gate\.weight|constant)")
+    names = [name for name in checkpoint.tensors if makes_gates.fullmatch(name)]
+    return [name for name in names if bool(checkpoint.read(name).any())]
+
+
+def check_expressible(config: Any, images: Mapping[str, Any], gates: Sequence[str] = ()) -> None:
     """Check that the authors' layout can represent a model.
 
+    Args:
+        config: A `FlorenceVLConfig`.
+        images: Settings of its image processor; may be empty.
+        gates: From `open_gates`.
+
     Raises:
-        ValueError: Tower, fusion, features, prompts or LLM differ from theirs; the message names all differences.
+        ValueError: Tower, fusion, features, LLM, views or image sizes differ from theirs; the message names all
+            differences.
     """
     wrong = []
     if config.tower != "florence2":
         wrong.append(f"tower {config.tower!r} (theirs: 'florence2')")
-    if config.fusion != "channel":
+    if config.fusion == "gated":
+        if gates:
+            wrong.append(f"gates other than 1 ({few(list(gates))})")
+    elif config.fusion != "channel":
         wrong.append(f"fusion {config.fusion!r} (theirs: 'channel')")
     if sorted(config.features) != sorted(FEATURES):  # the order is a switch, not a part of their layout
         wrong.append(f"features {list(config.features)} (theirs: {list(FEATURES)})")
@@ -281,5 +299,19 @@ def check_expressible(config: Any) -> None:
         wrong.append(f"LLM {config.text_config.model_type!r} (theirs: {', '.join(ARCHITECTURES)})")
     if config.projector_hidden_act != "gelu":
         wrong.append(f"projector activation {config.projector_hidden_act!r} (theirs: 'gelu')")
+    if config.merge != 1:
+        wrong.append(f"merge {config.merge} (theirs: 1)")
+    if config.views is not None:
+        wrong.append(f"views {', '.join(config.views) or 'without names'} (theirs: none)")
+    if images.get("image_aspect_ratio") == "native":
+        wrong.append("image_aspect_ratio 'native' (theirs: 'pad' and 'square')")
+    if config.tower == "florence2" and config.trained_grid is not None and images.get("size"):
+        height, width = images["size"]["height"], images["size"]["width"]
+        grid = convolved_size(height, width, davit_convolutions(config.vision_config.vision_config))
+        if grid != config.trained_grid:  # at the trained size resampled positions are the tables themselves
+            wrong.append(
+                f"positions resampled from {config.trained_grid} to {grid} for images of {height}x{width} px (theirs: "
+                "the trained size)"
+            )
     if wrong:
         raise ValueError(f"the authors' layout cannot represent this model: {'; '.join(wrong)}")

@@ -151,7 +151,7 @@ def plan_to_original(source: Source, decoder: Source | None, tokenizer_folder: P
 
     checkpoint = source.checkpoint
     ours = FlorenceVLConfig.from_dict(dict(source.config))
-    florence_vl.check_expressible(ours)
+    florence_vl.check_expressible(ours, _image_settings(checkpoint.folder), florence_vl.open_gates(checkpoint))
     plan = Plan("the authors' Florence-VL layout", str(checkpoint.folder), "florence-vl")
     facts, original = _original_facts(source, decoder)
     rows = facts.get("vocab_size", ours.text_config.vocab_size)
@@ -165,6 +165,9 @@ def plan_to_original(source: Source, decoder: Source | None, tokenizer_folder: P
         elif name in (florence_vl.TEXT_EMBEDDING, "lm_head.weight") and rows != ours.text_config.vocab_size:
             op = Rows(rows)
         plan.moves.append(Move(target, name, checkpoint, op))
+    for name in checkpoint.tensors:
+        if name.startswith(florence_vl.FUSION):
+            plan.drop(name, "part of gates that are 1")
     plan.account(checkpoint)
     by_target = {move.target: move for move in plan.moves}
     if original is not None and facts.get("complete"):
@@ -227,19 +230,22 @@ def _add_foreign_decoder(plan: Plan, decoder: Checkpoint, layout: str, by_target
         plan.moves.append(Move(prefix + copy, shared.source, shared.checkpoint, shared.op))
 
 
+def _image_settings(folder: Path) -> dict[str, Any]:
+    """Settings of a saved image processor; empty where there is none."""
+    for candidate in (folder / "processor_config.json", folder / "preprocessor_config.json"):
+        if candidate.is_file():
+            found = read_json(candidate)
+            return dict(found.get("image_processor", found))
+    return {}
+
+
 def _synthesised_files(checkpoint: Checkpoint, ours: Any, rows: int, tokenizer_folder: Path) -> Any:
     def write(folder: Path) -> None:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-        padding = "pad"
-        path = checkpoint.folder / "preprocessor_config.json"
-        for candidate in (checkpoint.folder / "processor_config.json", path):
-            if candidate.is_file():
-                found = read_json(candidate)
-                found = found.get("image_processor", found)
-                padding = "pad" if found.get("image_aspect_ratio", "pad") == "pad" else "square"
-                break
+        found = _image_settings(checkpoint.folder)
+        padding = "pad" if found.get("image_aspect_ratio", "pad") == "pad" else "square"
         dtype = str(checkpoint.main_dtype).removeprefix("torch.")
         limit = min(int(tokenizer.model_max_length), 2048)
         write_json(folder / "config.json", florence_vl.original_config(ours, rows, dtype, limit, padding))
