@@ -13,7 +13,11 @@ from PIL import Image
 from florence_vl.analyze.bill import bill, time_options
 from florence_vl.analyze.headroom import choose_by_halves, headroom
 from florence_vl.analyze.options import Measurement, Option, answer_of, cluster_mean, make_options, measure
+from florence_vl.analyze.routed import routed_choices, view_options
 from florence_vl.evaluate.question import IMAGE, BytesPicture, Question
+from florence_vl.model.pictures import open_image
+from florence_vl.model.resolution import set_resolution
+from florence_vl.model.router import Router, RouterConfig, Routing, router_states
 from florence_vl.model.tiny import tiny_model, tiny_processor
 
 
@@ -175,3 +179,77 @@ def test_commands_write_tables_figures_and_a_report(tmp_path, monkeypatch, capsy
     nowhere = ["--model", str(tmp_path / "nowhere"), "--out", str(tmp_path / "n")]
     assert main(["analyze", "headroom", *nowhere]) == 2
     assert not (tmp_path / "n").exists()
+
+
+# ---------------------------------------------------------------- views and their router
+
+VIEWS = {"glance": {"size": 32, "features": ["davit"]}, "read": {"size": 96, "features": ["davit", "ocr"]}}
+
+
+@pytest.fixture(scope="module")
+def viewed(asked, tmp_path_factory):
+    """A saved model with views and a router, and what was measured of its views."""
+    folder = tmp_path_factory.mktemp("viewed")
+    model, processor = tiny_model(views=VIEWS, positions="resampled", position_grid=(2, 2))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    costs = {"full": 1.0, "glance": 0.2, "read": 0.9}
+    torch.manual_seed(3)
+    dims = model.config.text_config.hidden_size, model.model.vision_tower.feature_dims["davit"]
+    router = Router(RouterConfig(*dims, costs, "glance"))
+    pictures = [open_image(question.images[0].read()) for question in asked]
+    with torch.no_grad():
+        router.layers[2].weight.mul_(20)
+        seen = router_states(model, processor, pictures, [question.text for question in asked], "glance")
+        router.layers[2].bias.sub_(router(*seen).mean(0))  # so that no view is best for all questions
+    router.save(folder)
+    measured = measure(model, processor, asked, view_options(model, processor))
+    set_resolution(model, processor, image_size=64)
+    return folder, model, processor, router.eval(), measured
+
+
+def test_views_are_options_of_their_own_sizes_and_features(viewed):
+    measured = viewed[4]
+    assert [option.name for option in measured.options] == [
+        "full: 64 px, all", "glance: 32 px, davit", "read: 96 px, davit + ocr",
+    ]  # fmt: skip
+    assert measured.flops_O[1] == measured.flops_O.min()
+    assert measured.tokens_O[1] < measured.tokens_O[0] < measured.tokens_O[2]
+    with pytest.raises(ValueError, match="the model has no views"):
+        view_options(*tiny_model())
+
+
+def test_routed_choices_are_the_routers(viewed):
+    _, model, processor, router, measured = viewed
+    found = {one.choice.name: one for one in routed_choices(model, processor, router, measured, trades=(0.0, 1e9))}
+    pictures = [open_image(question.images[0].read()) for question in measured.questions]
+    texts = [question.text for question in measured.questions]
+    names = Routing(router, 0.0).views(model, processor, pictures, texts)
+    assert len(set(names)) > 1, "the test's router must choose"
+    columns = [[option.view for option in measured.options].index(name) for name in names]
+    routed = found["router, trade 0"]
+    assert routed.choice.nll.mean == pytest.approx(measured.nll_QO[range(8), columns].mean())
+    np.testing.assert_allclose(routed.share_O, np.bincount(columns, minlength=3) / 8)
+    cheap, chance = found["router, trade 1e+09"], found["chance, trade 0"]
+    assert cheap.share_O.tolist() == [0, 1, 0]
+    assert cheap.choice.flops > measured.flops_O[1], "the thumbnail is paid for"
+    assert chance.choice.nll.mean == pytest.approx(float((measured.nll_QO @ routed.share_O).mean()))
+    alone = found["image alone, trade 0"].share_O * 8
+    assert not np.allclose(found["shuffled questions, trade 0"].choice.nll.mean, routed.choice.nll.mean)
+    assert alone.sum() == pytest.approx(8)
+
+
+def test_the_bill_of_views(viewed, tmp_path, monkeypatch, capsys):
+    from florence_vl.cli import analyze as command
+    from florence_vl.cli.main import main
+
+    folder, model, processor, _, measured = viewed
+    monkeypatch.setattr(command, "_measured", lambda *_: (model, processor, measured))
+    bill_of = ["analyze", "bill", "--model", str(folder), "--rounds", "1", "--out", str(tmp_path)]
+    assert main([*bill_of, "--subsets", "views", "--trade", "0", "--trade", "0.5"]) == 0
+    rows = {row["name"]: row for row in json.loads((tmp_path / "bill.json").read_text())["rows"]}
+    assert len(rows) == 3 + 2 * 4
+    assert rows["router, trade 0"]["latency"] > rows["chance, trade 0"]["latency"]
+    assert "shuffled questions, trade 0.5" in capsys.readouterr().out
+    assert main([*bill_of, "--subsets", "none", "--trade", "0"]) == 2
+    assert "--trade needs --subsets views" in capsys.readouterr().err

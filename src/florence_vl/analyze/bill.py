@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from florence_vl.analyze.headroom import Choice, headroom
+from florence_vl.analyze.headroom import Choice, score_choice
 from florence_vl.analyze.options import Measurement, Option
+from florence_vl.analyze.routed import RoutedChoice
 
 if TYPE_CHECKING:
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
@@ -104,16 +105,30 @@ def _synchronize(model: FlorenceVLForConditionalGeneration) -> None:
         torch.cuda.synchronize(model.device)
 
 
-def bill(measured: Measurement, latencies: Sequence[float]) -> list[BillRow]:
-    """Cost and accuracy of all options, cheapest first.
+def bill(
+    measured: Measurement,
+    latencies: Sequence[float],
+    routed: Sequence[RoutedChoice] = (),
+    router_latency: float = 0.0,
+) -> list[BillRow]:
+    """Cost and accuracy of all options and routed choices, cheapest first.
 
     Args:
         measured: The measurement.
         latencies: Latency of each option, from `time_options`.
+        routed: Choices of a router and their rivals.
+        router_latency: Latency of the router, seconds.
     """
-    choices = headroom(measured).options
+    eye, shape = np.eye(len(measured.options)), (len(measured.groups), 1)
+    priced = [
+        (score_choice(measured, option.name, np.tile(eye[i], shape)), latency)
+        for i, (option, latency) in enumerate(zip(measured.options, latencies, strict=True))
+    ]
+    for one in routed:
+        mean = float(one.share_O @ np.asarray(latencies))
+        priced.append((one.choice, mean + (router_latency if one.asks_router else 0.0)))
     rows = []
-    for choice, latency in zip(choices, latencies, strict=True):
-        better = [o for o in choices if o.accuracy.mean >= choice.accuracy.mean and o.flops < choice.flops]
+    for choice, latency in priced:
+        better = [o for o, _ in priced if o.accuracy.mean >= choice.accuracy.mean and o.flops < choice.flops]
         rows.append(BillRow(choice, latency, not better))
     return sorted(rows, key=lambda row: row.choice.flops)

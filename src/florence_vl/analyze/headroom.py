@@ -111,6 +111,27 @@ def choose_by_halves(
     return share_QO
 
 
+def score_choice(measured: Measurement, name: str, share_QO: np.ndarray, extra_flops: float = 0.0) -> Choice:
+    """What a choice of options scores.
+
+    Args:
+        measured: The measurement; its first option is the full model.
+        name: Of the choice.
+        share_QO: How often each option is chosen for each question; rows sum to 1.
+        extra_flops: What choosing costs, a question.
+    """
+    nll_Q = (share_QO * measured.nll_QO).sum(1)
+    right_Q = (share_QO * measured.right_QO).sum(1)
+    return Choice(
+        name,
+        measured.by_picture(nll_Q),
+        measured.by_picture(right_Q),
+        float((share_QO * measured.flops_O).sum(1).mean()) + extra_flops,
+        measured.by_picture(measured.nll_QO[:, 0] - nll_Q),
+        measured.by_picture(right_Q - measured.right_QO[:, 0]),
+    )
+
+
 def headroom(measured: Measurement, splits: int = 20, seed: int = 0) -> Headroom:
     """Compute the headroom of a measurement.
 
@@ -129,16 +150,7 @@ def headroom(measured: Measurement, splits: int = 20, seed: int = 0) -> Headroom
     eye = np.eye(count)
 
     def choice(name: str, share_QO: np.ndarray) -> Choice:
-        nll_Q = (share_QO * measured.nll_QO).sum(1)
-        right_Q = (share_QO * measured.right_QO).sum(1)
-        return Choice(
-            name,
-            measured.by_picture(nll_Q),
-            measured.by_picture(right_Q),
-            float((share_QO * measured.flops_O).sum(1).mean()),
-            measured.by_picture(measured.nll_QO[:, 0] - nll_Q),
-            measured.by_picture(right_Q - measured.right_QO[:, 0]),
-        )
+        return score_choice(measured, name, share_QO)
 
     shape = (len(measured.groups), 1)
     options = [choice(option.name, np.tile(eye[i], shape)) for i, option in enumerate(measured.options)]

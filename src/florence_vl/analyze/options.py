@@ -39,16 +39,19 @@ class Option:
         size: Pixels per side.
         features: Names of the computed features.
         all_features: Whether these are all features of the model.
+        view: Name of the model's view with this size and these features, if any.
     """
 
     size: int
     features: tuple[str, ...]
     all_features: bool = False
+    view: str | None = None
 
     @property
     def name(self) -> str:
-        """A short name with size and features."""
-        return f"{self.size} px, {'all' if self.all_features else ' + '.join(self.features)}"
+        """View, size and features in a few words."""
+        look = f"{self.size} px, {'all' if self.all_features else ' + '.join(self.features)}"
+        return look if self.view is None else f"{self.view}: {look}"
 
 
 def make_options(features: Sequence[str], sizes: Sequence[int], subsets: str = "all") -> list[Option]:
@@ -91,6 +94,7 @@ class Measurement:
         flops_O: FLOPs of tower, projector and prefill of the LLM per question.
         tokens_O: Mean number of prompt tokens.
         skipped: Number of skipped questions by reason.
+        questions: The measured questions.
     """
 
     options: list[Option]
@@ -101,6 +105,7 @@ class Measurement:
     flops_O: np.ndarray
     tokens_O: np.ndarray
     skipped: Counter[str] = field(default_factory=Counter)
+    questions: list[Question] = field(default_factory=list)
 
     def by_picture(self, values_Q: np.ndarray) -> Interval:
         """Mean of one value per question, with its 95 % interval over pictures."""
@@ -139,7 +144,7 @@ def measure(
         model: A model in eval mode; its resolution is changed in place.
         processor: Its processor; likewise.
         questions: Questions without exactly one picture or without a text answer are skipped and counted.
-        options: From `make_options`.
+        options: From `make_options` or `florence_vl.analyze.routed.view_options`.
         progress: Called with the number of finished (question, size) pairs and the total.
 
     Raises:
@@ -188,6 +193,7 @@ def measure(
         flops_O,
         lengths_O,
         skipped,
+        [question for question, _ in used],
     )
 
 
@@ -280,10 +286,17 @@ def prefill_flops(
     size: Any = processor.image_processor.size
     height, width = processor.image_processor.output_size(size["height"], size["width"])
     whole = count_flops(model.config, height, width)
-    tower = whole.tower_per_image
-    if model.config.tower == "florence2" and set(features) != set(model.config.features):
-        config = copy.deepcopy(model.config)
+    tower = tower_flops(model, features, height, width)
+    return tower + whole.projector_per_image + whole.llm_per_token * tokens + whole.attention_per_pair * tokens**2
+
+
+def tower_flops(model: FlorenceVLForConditionalGeneration, features: Sequence[str], height: int, width: int) -> float:
+    """FLOPs of the tower for one image, where only some features are computed; see `prefill_flops`."""
+    from florence_vl.train.flops import count_flops
+
+    config = model.config
+    if config.tower == "florence2" and set(features) != set(config.features):
+        config = copy.deepcopy(config)
         config.views, config.fusion, config.gate = None, "channel", None
         config.features = [name for name in model.config.features if name in features or name == DAVIT]
-        tower = count_flops(config, height, width).tower_per_image
-    return tower + whole.projector_per_image + whole.llm_per_token * tokens + whole.attention_per_pair * tokens**2
+    return count_flops(config, height, width).tower_per_image

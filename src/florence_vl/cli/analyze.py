@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from florence_vl.analyze.encoders import EncoderSpec, VisionEncoder
     from florence_vl.analyze.options import Measurement
+    from florence_vl.analyze.routed import RoutedChoice
 
 app = typer.Typer(
     help="Alignment loss, PCA, attribution: compare encoders, features and fusions.",
@@ -284,7 +285,7 @@ def attribution_command(
 MODEL_HELP = "Folder or hub name of a trained Florence-VL, or mini."
 SUITE_HELP = "Suites and benchmarks with commas; those whose questions have one picture and an answer in text."
 SIZE_HELP = "Pixels per side; accepts several values. The model's own by default."
-SUBSETS_HELP = "Subsets of the features: all, leave-one-out (and each alone), or none."
+SUBSETS_HELP = "Subsets of the features: all, leave-one-out (and each alone), none; or views: the model's views."
 OUT_HELP = "Folder for the figure (PNG, SVG) and the numbers (JSON)."
 LIMIT_HELP = "Approximate number of questions per benchmark."
 
@@ -333,6 +334,11 @@ def bill_command(
     limit: int | None = typer.Option(None, "--limit", "-n", min=1, help=LIMIT_HELP),
     data: Path | None = typer.Option(None, "--data", "-d", help="Folder with the benchmarks' parquet files."),
     rounds: int = typer.Option(5, "--rounds", min=1, help="Number of latency measurements per option."),
+    trades: list[float] = typer.Option(
+        None,
+        "--trade",
+        help="With --subsets views: trades (nats per full view) at which the router chooses.",
+    ),
     seed: int = typer.Option(0, "--seed", help="Seed of the sample that --limit draws."),
     device: str = typer.Option("auto", "--device", help="cpu, cuda, cuda:1, mps or auto."),
     dtype: str = typer.Option("auto", "--dtype", help="auto, float32, bfloat16, float16."),
@@ -344,7 +350,8 @@ def bill_command(
 
     loaded, processor, measured = _measured(model, suite, sizes, subsets, limit, data, seed, device, dtype)
     latencies = time_options(loaded, processor, measured.options, measured.tokens_O, rounds, _every("latency: round"))
-    rows = bill(measured, latencies)
+    routed, router_latency = _routed(loaded, processor, measured, model, subsets, trades, seed, rounds)
+    rows = bill(measured, latencies, routed, router_latency)
     record = {
         "type": "bill",
         "command": called(),
@@ -379,10 +386,44 @@ def _measured(
 
     made = plan(choose(suite), lambda benchmark: benchmark.questions(data_folder(benchmark, data)), limit, seed)
     loaded, processor = load_model(model, device, dtype)
-    options = make_options(loaded.config.features, sizes or [processor.image_processor.size["height"]], subsets)
+    if subsets == "views":
+        from florence_vl.analyze.routed import view_options
+
+        if sizes:
+            raise ValueError("--size is for subsets of features; each view has its own. Leave it out")
+        options = view_options(loaded, processor)
+    else:
+        options = make_options(loaded.config.features, sizes or [processor.image_processor.size["height"]], subsets)
     questions = [question for asked in made.questions.values() for question in asked]
     say(f"{len(questions)} questions, {len(options)} options")
     return loaded, processor, measure(loaded, processor, questions, options, _every("question"))
+
+
+def _routed(
+    loaded: Any,
+    processor: Any,
+    measured: Measurement,
+    model: str,
+    subsets: str,
+    trades: list[float] | None,
+    seed: int,
+    rounds: int,
+) -> tuple[list[RoutedChoice], float]:
+    """The choices of the router in the model's folder with their rivals, and the router's own latency."""
+    from florence_vl.analyze.routed import TRADES, routed_choices, time_router
+    from florence_vl.model.loading import check_folder
+    from florence_vl.model.resolution import set_resolution
+    from florence_vl.model.router import ROUTER_CONFIG, Router, check_views_of
+
+    if subsets != "views" or not (Path(check_folder(model)) / ROUTER_CONFIG).is_file():
+        if trades:
+            raise ValueError("--trade needs --subsets views and a router in the model's folder (train-router)")
+        return [], 0.0
+    router = Router.load(Path(check_folder(model))).to(loaded.device)
+    check_views_of(router, loaded)
+    set_resolution(loaded, processor, image_size=measured.options[0].size)
+    routed = routed_choices(loaded, processor, router, measured, trades or TRADES, seed)
+    return routed, time_router(loaded, processor, router, rounds)
 
 
 def _every(what: str, share: float = 0.1) -> Callable[[int, int], None]:
