@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -392,7 +393,7 @@ def test_a_part_of_a_benchmark_is_not_the_whole(benchmark_folder: Path, tmp_path
     open_results(folder, Scripted(), made)
     run(Scripted(), made, folder)
     score = score_folder(folder.path, draws=0).benchmarks["pope"]
-    assert score.note == "not the paper's benchmark: 4 questions in the data, 9000 in all"
+    assert score.note == "not the paper's benchmark: 4 questions in the data, 9000 in total"
     facts = describe(made)["pope"]
     assert (facts["size"], facts["available"]) == (9000, 4)
     (tmp_path / "data" / "pope").mkdir(parents=True)
@@ -514,11 +515,22 @@ def test_any_image_text_to_text_model_answers(llava_folder: Path, small_plan: Ev
     assert many.identity["fingerprint"] == one.identity["fingerprint"] == folder_fingerprint(llava_folder)
 
 
+def test_another_model_with_missing_weights_is_refused(llava_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(llava_folder, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    renamed = {f"x.{name}": value for name, value in weights.items()}
+    save_file(renamed, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"is not a whole image-text-to-text model: .*\d+ weights .* missing"):
+        load_answerer(str(tmp_path / "model"))
+
+
 def test_a_model_that_sees_nothing_is_refused(tmp_path: Path) -> None:
     from transformers import LlamaConfig
 
     LlamaConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=16).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds a 'llama', which is not an image-text-to-text model"):
+    with pytest.raises(ValueError, match=r"the 'llama' in .* is not a whole image-text-to-text model"):
         load_answerer(str(tmp_path))
 
 

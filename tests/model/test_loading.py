@@ -89,3 +89,58 @@ def test_heads_of_siglip_towers_saved_by_earlier_versions_are_left_out(tmp_path)
     config["vision_config"].pop("vision_use_head")
     (tmp_path / "config.json").write_text(json.dumps(config))
     FlorenceVLForConditionalGeneration.from_pretrained(tmp_path)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+def set_value(key, value):
+    def change(text):
+        values = json.loads(text)
+        if key == "text_config":
+            values[key] = value if isinstance(value, str) else {**values[key], **value}
+        else:
+            values[key] = value
+        return json.dumps(values)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("model.safetensors", lambda _: POINTER, r"model\.safetensors is a Git LFS pointer.*git lfs pull"),
+        ("tokenizer.json", lambda _: POINTER, r"tokenizer\.json is a Git LFS pointer"),
+        ("config.json", lambda _: POINTER, r"config\.json is a Git LFS pointer"),
+        ("model.safetensors", None, r"not a whole model, it has no weights"),
+        ("processor_config.json", None, r"not a whole model, it has no processor_config\.json"),
+        ("tokenizer.json", None, r"not a whole model, it has no tokenizer\.json"),
+        ("generation_config.json", lambda _: "{broken", r"generation_config\.json is not a JSON object"),
+        ("config.json", lambda _: "[1]", r"config\.json is not a JSON object, but a list"),
+        ("config.json", lambda _: '{"a":' * 9000 + "1" + "}" * 9000, r"config\.json is not a JSON object.*nested"),
+        (
+            "config.json",
+            set_value("model_type", "llava_llama"),
+            "original layout: convert it with `florence-vl",
+        ),
+        ("config.json", set_value("text_config", "x"), "cannot be loaded"),
+        ("config.json", set_value("text_config", {"hidden_size": -4}), "cannot be loaded"),
+        ("config.json", set_value("fusion", ["x"]), "cannot be loaded"),
+        ("processor_config.json", set_value("image_token_rule", {"x": 1}), "cannot be loaded"),
+        ("processor_config.json", set_value("context_length", "x"), "context_length must be a number"),
+        (
+            "model.safetensors.index.json",
+            lambda _: '{"weight_map": {"a": "model-00002-of-00002.safetensors"}}',
+            r"it has no model-00002-of-00002\.safetensors",
+        ),
+    ],
+)
+def test_damage_is_a_value_error_that_names_the_file_or_folder(folder, name, change, message):
+    path = folder / name
+    if change is None:
+        path.unlink()
+    else:
+        path.write_text(change(path.read_text() if name.endswith("config.json") else ""))
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(folder, "cpu")
+    assert str(folder) in str(error.value)

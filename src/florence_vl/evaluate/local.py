@@ -434,12 +434,12 @@ def load_answerer(
         FileNotFoundError: The model does not exist.
         ValueError: The folder contains no such model, it has no chat template, or it does not support the resolution.
     """
-    from florence_vl.model.loading import check_folder, choose_device, load_model
+    from florence_vl.model.contract import load_whole
+    from florence_vl.model.loading import ORIGINAL_TYPES, check_folder, choose_device, load_model, saved_type
 
     folder, routing = Path(model).expanduser(), None
-    config = folder / "config.json"
-    kind = json.loads(config.read_text()).get("model_type") if config.is_file() else None
-    if kind in (None, "florence_vl"):
+    kind = saved_type(folder)
+    if kind in (None, "florence_vl", *ORIGINAL_TYPES):
         where = check_folder(model)
         loaded, processor = load_model(model, device, dtype)
         folder = Path(where)
@@ -456,13 +456,10 @@ def load_answerer(
         wanted: Any = dtype if dtype != "auto" else ("float32" if place == "cpu" else "auto")
         wanted = wanted if wanted == "auto" else getattr(torch, wanted)
         try:
-            loaded = (
-                AutoModelForImageTextToText.from_pretrained(folder, dtype=wanted, trust_remote_code=False)
-                .to(place)
-                .eval()
-            )
+            loaded = load_whole(AutoModelForImageTextToText, folder, dtype=wanted).to(place).eval()
         except ValueError as error:
-            raise ValueError(f"{folder} holds a {kind!r}, which is not an image-text-to-text model: {error}") from None
+            reason = str(error).partition("\n")[0]  # transformers goes on with all types that it knows
+            raise ValueError(f"the {kind!r} in {folder} is not a whole image-text-to-text model: {reason}") from None
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     if folder.is_dir():
         fingerprint = folder_fingerprint(folder)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
     from florence_vl.model.processing import FlorenceVLProcessor
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+ORIGINAL_TYPES = ("llava_llama", "llava_phi")
+"""Model types of the authors' checkpoints."""
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -59,13 +65,81 @@ def check_folder(model: str | os.PathLike[str]) -> Path | str:
         nested = sorted(child.parent.name for child in path.glob("*/config.json"))
         inside = f" Its sub-folders {', '.join(nested)} are models." if nested else ""
         raise ValueError(f"{path} is not a model: it has no config.json.{inside}")
-    try:
-        kind = json.loads(config.read_text()).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{config} is not a JSON object: {error}") from None
+    kind = saved_type(path)
+    if kind in ORIGINAL_TYPES:
+        raise ValueError(f"{path} is a {kind!r}, the original layout: convert it with `florence-vl convert {path} NEW`")
     if kind != "florence_vl":
         raise ValueError(f"{path} is a {kind!r}, not a 'florence_vl'. Create one with `florence-vl build`")
+    _check_files(path)
     return path
+
+
+def saved_type(folder: Path) -> str | None:
+    """`model_type` of the config.json in a folder; None if there is no such file.
+
+    Raises:
+        ValueError: The file is not a JSON object.
+    """
+    config = folder / "config.json"
+    return _read_object(config).get("model_type") if config.is_file() else None
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    data = file.read_bytes()
+    if data.startswith(_POINTER):
+        raise ValueError(f"{file} is a Git LFS pointer, not the file itself: fetch the files with `git lfs pull`")
+    try:
+        value = json.loads(data.decode())
+    except RecursionError:
+        raise ValueError(f"{file} is not a JSON object: it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is not a JSON object: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} is not a JSON object, but a {type(value).__name__}")
+    return value
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse a folder that is not a whole model, with the file that is missing or damaged."""
+    names = {file.name for file in folder.iterdir() if file.is_file()}
+    for name in sorted(names):
+        with (folder / name).open("rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                raise ValueError(
+                    f"{folder / name} is a Git LFS pointer, not the file itself: fetch the files with `git lfs pull`"
+                )
+        if name.endswith(".json") and name not in ("tokenizer.json", "vocab.json"):  # large, read by their own readers
+            _read_object(folder / name)
+    index = folder / "model.safetensors.index.json"
+    shards = set(_read_object(index).get("weight_map", {}).values()) if index.is_file() else set()
+    needed = {
+        "weights (*.safetensors)": any(name.endswith(".safetensors") for name in names),
+        "processor_config.json": bool(names & {"processor_config.json", "preprocessor_config.json"}),
+        "tokenizer.json": bool(names & {"tokenizer.json", "tokenizer.model", "vocab.json"}),
+    } | {str(shard): (folder / str(shard)).is_file() for shard in shards}
+    missing = [name for name, there in needed.items() if not there]
+    if missing:
+        raise ValueError(f"{folder} is not a whole model, it has no {', '.join(missing)}: copy or download it again")
+
+
+@contextmanager
+def _explain(folder: Path | str) -> Iterator[None]:
+    """Errors of a folder's content, whatever their type, as a ValueError that names the folder."""
+    try:
+        yield
+    except (FileNotFoundError, MemoryError):
+        raise
+    except Exception as error:
+        from torch import OutOfMemoryError
+
+        named = isinstance(error, ValueError) and str(folder) in str(error)
+        if named or isinstance(folder, str) or isinstance(error, OutOfMemoryError):  # a name on the Hub: the network
+            raise
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{folder} cannot be loaded, its configuration or processor files may be damaged or of another version: "
+            f"{reason}"
+        ) from error
 
 
 def load_model(
@@ -97,7 +171,8 @@ def load_model(
 
     wanted = dtype if dtype != "auto" else ("float32" if place == "cpu" else "auto")
     torch_dtype = wanted if wanted == "auto" else getattr(torch, wanted)
-    processor = FlorenceVLProcessor.from_pretrained(folder)
-    loaded = load_whole(FlorenceVLForConditionalGeneration, folder, dtype=torch_dtype, **options)
+    with _explain(folder):
+        processor = FlorenceVLProcessor.from_pretrained(folder)
+        loaded = load_whole(FlorenceVLForConditionalGeneration, folder, dtype=torch_dtype, **options)
     processor.context_length = loaded.config.context_length  # missing in files saved by earlier versions
     return loaded.to(place).eval(), processor

@@ -138,6 +138,8 @@ class FlorenceVLProcessor(ProcessorMixin):
                 "(image_token=...), or add one: tokenizer.add_special_tokens({'additional_special_tokens': "
                 f"[{image_token!r}]}})"
             )
+        if context_length is not None and (not isinstance(context_length, int) or context_length < 1):
+            raise ValueError(f"context_length must be a number of tokens, found {context_length!r}")
         rule = image_token_rule or ImageTokenRule()
         if isinstance(rule, Mapping):
             rule = ImageTokenRule(**{**rule, "convolutions": tuple(tuple(c) for c in rule["convolutions"])})
