@@ -11,11 +11,13 @@ import sys
 import time
 import urllib.request
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from florence_vl.cli.main import main
 from florence_vl.cli.serve import load, show_attribution, show_features, vllm_command
+from florence_vl.model.resolution import set_resolution
 from florence_vl.model.tiny import tiny_model
 from florence_vl.serve.engine import Engine
 from florence_vl.serve.sampling import GenerationOptions
@@ -110,6 +112,46 @@ def test_features_and_attribution_are_json():
         show_features(model, processor, picture, ["davt"], "array")
     found = json.loads(json.dumps(show_attribution(model, processor, picture, "What?", "A dog.")))
     assert abs(sum(part["share"] for part in found["features"]) - 1) < 1e-4
+    assert [word["text"] for word in found["words"]] == ["A", "dog."]
+    # The words' tokens are the answer's but for the end of turn, so no word has more than the whole.
+    assert found["log_likelihood"] < sum(word["log_likelihood"] for word in found["words"]) < 0
+    assert set(found["words"][1]["drops"]) == {"davit", "caption", "ocr", "grounding"}
+
+
+def test_new_prompts_give_the_features_of_a_model_that_has_them():
+    model, processor = tiny_model()
+    tower = model.model.vision_tower
+    known = tower.config.prompt_token_ids["ocr"]
+    picture = Image.new("RGB", (60, 40), "red")
+    whole = show_features(model, processor, picture, None, "array")["features"]
+    found = show_features(model, processor, picture, ["ocr"], "array", ["Read it."], lambda text: known)["features"]
+    assert list(found) == ["ocr", "Read it."]
+    values = [np.frombuffer(base64.b64decode(found[name]["data"]), dtype="<f4") for name in found]
+    np.testing.assert_allclose(values[0], values[1], atol=1e-5)
+    longer = show_features(model, processor, picture, None, "array", ["Read it."], lambda text: [*known, 5, 6])
+    assert longer["features"]["Read it."]["data"] != whole["ocr"]["data"]
+    assert show_features(model, processor, picture, None, "array")["features"] == whole  # nothing stays behind
+    with pytest.raises(ValueError, match="start it with --prompt-tokenizer"):
+        show_features(model, processor, picture, None, "array", ["Read it."])
+    with pytest.raises(ValueError, match="is the name of a feature"):
+        show_features(model, processor, picture, None, "array", ["ocr"], lambda text: known)
+
+
+@pytest.mark.parametrize(
+    ("resolution", "tokens"),
+    [({"image_size": 96}, 9), ({"view": "glance"}, 1), ({"aspect": "native", "token_budget": 6}, 6)],
+)
+def test_images_are_seen_at_the_resolution_that_is_asked_for(tmp_path, resolution, tokens):
+    for part in tiny_model(views={"glance": {"size": 32, "features": ["davit"]}}):
+        part.save_pretrained(tmp_path)
+    loaded, processor = load(str(tmp_path), {}, "cpu", "auto", False, False)
+    set_resolution(loaded, processor, **resolution)
+    with Engine(loaded, processor) as engine:
+        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}]}]
+        prompts = [engine.prepare(chat, [Image.new("RGB", (96, 64), color)]) for color in ("red", "blue")]
+        assert [prompt.image_tokens for prompt in prompts] == [tokens, tokens]
+        answers = [engine.submit(prompt, GenerationOptions(max_new_tokens=4)) for prompt in prompts]
+        assert all(len(answer.result()) > 0 for answer in answers)
 
 
 def test_vllm_gets_safe_flags(folder, monkeypatch):
@@ -125,6 +167,7 @@ def test_vllm_gets_safe_flags(folder, monkeypatch):
     ("arguments", "message"),
     [
         (["--engine", "vlm"], "unknown engine 'vlm'. Did you mean 'vllm'"),
+        (["--engine", "vllm", "--view", "full"], "--view: not supported with --engine vllm"),
         (["--engine", "vllm", "--int8"], "--int8: not supported with --engine vllm"),
         (["--adapter", "x"], "give NAME=FOLDER"),
         (["--adapter", "x=nowhere"], "no adapter_config.json"),

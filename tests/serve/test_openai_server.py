@@ -68,7 +68,7 @@ def parts():
 
 @pytest.fixture(scope="module")
 def served(parts):
-    tools = Tools(lambda picture, names, form: {"size": picture.size, "names": names, "format": form})
+    tools = Tools(lambda picture, names, form, prompts: {"size": picture.size, "names": names, "format": form})
     with serving(parts, tools=tools) as made:
         yield made
 

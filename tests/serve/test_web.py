@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from florence_vl.serve.web import Server, data_url, from_data_url, heat_map, to_messages
+from florence_vl.serve.web import Server, data_url, from_data_url, gains, heat_map, to_messages, word_choices
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or ""
 
@@ -41,6 +41,13 @@ def test_a_heat_map_is_red_where_the_values_are():
     assert abs(left - 100).max() <= 2
     assert right[0] > 180
     assert right[1] < 80
+
+
+def test_gains_of_the_answer_and_of_its_words():
+    words = [{"text": "A", "drops": {"davit": 0.5}}, {"text": "car.", "drops": {"davit": -1.0}}]
+    found = {"features": [{"name": "davit", "drop": -0.5}], "words": words}
+    assert word_choices(words) == [("the whole answer", -1), ("A", 0), ("car.", 1)]
+    assert [gains(found, index) for index in (-1, 0, 1)] == [{"davit": -0.5}, {"davit": 0.5}, {"davit": -1.0}]
 
 
 def test_a_server_that_is_not_there_is_named():
@@ -150,12 +157,17 @@ def test_features_attribution_and_comparison(browser_page, picture):
     page.locator("img[src*='picture']:visible").first.wait_for()
     page.get_by_role("button", name="Look").click()
     page.locator("text=grounding >> visible=true").first.wait_for(timeout=60_000)
+    page.get_by_label("Your own prompt").press_sequentially("Where is it?")
+    page.locator("text=start it with --prompt-tokenizer >> visible=true").first.wait_for(timeout=60_000)
     page.get_by_role("tab", name="Why").click()
     page.locator("input[type=file]").nth(2).set_input_files(str(picture))
     page.locator("img[src*='picture']:visible").first.wait_for()
     page.get_by_label("Answer to explain").fill("A red car.")
     page.get_by_role("button", name="Explain").click()
     page.locator("text=ocr >> visible=true").first.wait_for(timeout=60_000)
+    before = page.locator("#gain table").inner_text()
+    page.get_by_role("radio", name="red").check()
+    page.wait_for_function("before => document.querySelector('#gain table').innerText != before", arg=before)
     page.get_by_role("tab", name="Compare").click()
     page.get_by_role("button", name="Compare").click()
     page.wait_for_function("(document.body.innerText.match(/answer tokens/g) || []).length == 2", timeout=60_000)

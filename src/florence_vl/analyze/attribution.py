@@ -49,6 +49,21 @@ class FeatureShare:
 
 
 @dataclass
+class WordShare:
+    """What each feature does for one word of the answer.
+
+    Args:
+        text: The word.
+        log_likelihood: Of its tokens with all features, nats.
+        drops: Feature -> log-likelihood of the word minus that without the feature, nats; positive: it helped.
+    """
+
+    text: str
+    log_likelihood: float
+    drops: dict[str, float]
+
+
+@dataclass
 class Attribution:
     """Contributions for one image and question.
 
@@ -61,6 +76,7 @@ class Attribution:
         replacement: Replacement of a removed feature.
         features: One entry per feature.
         without_image: Log-likelihood with all features minus with none.
+        words: One entry a word of the answer; the end of turn belongs to none.
     """
 
     question: str
@@ -71,6 +87,7 @@ class Attribution:
     replacement: str
     features: list[FeatureShare] = field(default_factory=list)
     without_image: float = math.nan
+    words: list[WordShare] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types, without the maps."""
@@ -78,7 +95,8 @@ class Attribution:
             {"name": f.name, "norm": f.norm, "share": f.share, "drop": f.drop, "drop_alone": f.drop_alone}
             for f in self.features
         ]
-        return {**{k: v for k, v in vars(self).items() if k != "features"}, "features": rows}
+        own = {k: v for k, v in vars(self).items() if k not in ("features", "words")}
+        return {**own, "features": rows, "words": [vars(word) for word in self.words]}
 
 
 @torch.inference_mode()
@@ -183,17 +201,24 @@ def attribute(
             for name, x in features.items()
         }
 
-        def score(kept: Sequence[str]) -> float:
+        def score_tokens(kept: Sequence[str]) -> Tensor:
             used = {name: (features if name in kept else blanks)[name] for name in features}
             tokens_INH = inner.project_features(used, size)
             encoded = FlorenceVLImageFeatures(last_hidden_state=tokens_INH, pooler_output=list(tokens_INH))
-            output = model(input_ids=ids_1L, labels=labels_1L, mm_encoder_outputs={"image": encoded})
-            return -float(output.loss) * count
+            logits_1LX = model(input_ids=ids_1L, mm_encoder_outputs={"image": encoded}).logits[:, :-1]
+            learned_L = labels_1L[0, 1:] != -100
+            logprobs_CX = logits_1LX[0, learned_L].float().log_softmax(-1)
+            return logprobs_CX.gather(-1, ids_1L[0, 1:][learned_L, None])[:, 0]
+
+        def score(kept: Sequence[str]) -> float:
+            return float(score_tokens(kept).sum())
 
         names = list(features)
         height, width = sample.pixel_values.shape[-2:]
         size = (height, width)
-        whole = score(names)
+        whole_C = score_tokens(names)
+        whole = float(whole_C.sum())
+        without = {name: score_tokens([other for other in names if other != name]) for name in names}
         total = torch.stack(list(norms.values())).sum(0).clamp_min(1e-12)
         rows, columns = _grid(model, sample.pixel_values.shape[-2:], len(total))
         result = Attribution(question, answer, generated, whole, count, replacement, without_image=whole - score([]))
@@ -205,11 +230,33 @@ def attribute(
                     norm=float(norms[name].mean()),
                     share=float(norms[name].sum() / total.sum()),
                     map_HW=share_N.view(rows, columns).float().cpu().numpy(),
-                    drop=whole - score([other for other in names if other != name]),
+                    drop=whole - float(without[name].sum()),
                     drop_alone=whole - score([name]),
                 )
             )
+        said = ids_1L[0, 1:][labels_1L[0, 1:] != -100].tolist()
+        for text, start, end in _words(processor, said):
+            part = slice(start, end)
+            drops = {name: float((whole_C[part] - without[name][part]).sum()) for name in names}
+            result.words.append(WordShare(text, float(whole_C[part].sum()), drops))
     return result
+
+
+def _words(processor: FlorenceVLProcessor, ids: list[int]) -> list[tuple[str, int, int]]:
+    """Words of an answer's tokens, and the tokens [start, end) of each; a token belongs to the word it begins in."""
+    words: list[tuple[str, int, int]] = []
+    before, start = "", 0
+    for end in range(1, len(ids) + 1):
+        text = processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        new = text[len(before) :]
+        if not new or text.endswith("\ufffd"):  # a control token, or half a character
+            continue
+        if not words or new[0].isspace():
+            words.append((new, start, end))
+        else:
+            words[-1] = (words[-1][0] + new, words[-1][1], end)
+        before, start = text, end
+    return [(text.strip(), start, end) for text, start, end in words if text.strip()]
 
 
 def _generate(

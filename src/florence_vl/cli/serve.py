@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 import typer
 
-from florence_vl.cli.resolution import TRADE, VIEW, given
+from florence_vl.cli.resolution import ASPECT, IMAGE_SIZE, POSITIONS, TOKEN_BUDGET, TRADE, VIEW, given
 from florence_vl.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -42,6 +42,17 @@ def command(
     dtype: str = typer.Option("auto", "--dtype", help="auto, float32, bfloat16, float16."),
     int8: bool = typer.Option(False, "--int8", help="Store the LLM's weights in 8 bits (torchao)."),
     compile_: bool = typer.Option(False, "--compile", help="Compile the LLM with torch.compile; needs a C++ compiler."),
+    image_size: Optional[int] = IMAGE_SIZE,  # noqa: UP045
+    aspect: Optional[str] = ASPECT,  # noqa: UP045
+    token_budget: Optional[int] = TOKEN_BUDGET,  # noqa: UP045
+    positions: Optional[str] = POSITIONS,  # noqa: UP045
+    view: Optional[str] = VIEW,  # noqa: UP045
+    prompt_tokenizer: Optional[str] = typer.Option(  # noqa: UP045
+        None,
+        "--prompt-tokenizer",
+        help="Folder of the Florence-2 whose tokenizer reads new prompts for /v1/features; by default that of `mini`, "
+        "for `mini`.",
+    ),
     api_key_file: Optional[Path] = typer.Option(  # noqa: UP045
         None, "--api-key-file", help="File with the key that requests must carry; else $FLORENCE_VL_API_KEY, if set."
     ),
@@ -69,14 +80,21 @@ def command(
     key = _key(api_key_file)
     if host not in ("127.0.0.1", "localhost", "::1") and key is None:
         typer.echo(f"warning: {host} is reachable from other machines and no key is set", err=True)
+    resolution = given(image_size, aspect, token_budget, positions, view, trade)
     if engine == "vllm":
-        own = {"--adapter": adapter, "--int8": int8, "--compile": compile_, "--device": device != "auto"}
+        own: dict[str, Any] = {f"--{name.replace('_', '-')}": True for name in resolution}
+        own |= {
+            "--prompt-tokenizer": prompt_tokenizer,
+            "--adapter": adapter,
+            "--int8": int8,
+            "--compile": compile_,
+            "--device": device != "auto",
+        }
         own |= {"--max-queue": max_queue != 64, "--cache-gib": cache_gib != 1.0, "--max-body-mib": max_body_mib != 32}
         own |= {"--max-new-tokens": max_new_tokens != 1024, "--grace": grace != 30}
-        own |= {"--view": view is not None, "--trade": trade is not None}
-        set_ = [flag for flag, value in own.items() if value]
-        if set_:
-            raise ValueError(f"{', '.join(set_)}: not supported with --engine vllm; run vLLM directly for these")
+        refused = [flag for flag, value in own.items() if value]
+        if refused:
+            raise ValueError(f"{', '.join(refused)}: not supported with --engine vllm; run vLLM directly for these")
         words = vllm_command(model, host, port, name, dtype, max_batch, allowed_media_domain, allowed_media_path)
         environment = {**os.environ, **({"VLLM_API_KEY": key} if key else {}), "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0"}
         os.execve(words[0], words, environment)
@@ -92,14 +110,13 @@ def command(
         if not folder.is_dir():
             raise NotADirectoryError(f"--allowed-media-path {folder} is not a folder")
     limits = EngineConfig(max_batch=max_batch, max_queue=max_queue, prefix_bytes=int(cache_gib * (1 << 30)))
-    looks = given(view=view, trade=trade)
     loaded, processor = load(model, adapters, device, dtype, int8, compile_)
     routing = None
-    if looks:
+    if resolution:
         from florence_vl.model.loading import check_folder
         from florence_vl.model.router import set_view
 
-        routing = set_view(loaded, processor, check_folder(model), **looks)
+        routing = set_view(loaded, processor, check_folder(model), **resolution)
     config = ServerConfig(
         name or Path(model).resolve().name,
         api_key=key,
@@ -110,11 +127,10 @@ def command(
         max_body=max_body_mib << 20,
         max_new_tokens=max_new_tokens,
     )
+    extras = tools(loaded, processor, tokenize_prompts(model, prompt_tokenizer))
     if config.name in adapters:
         raise ValueError(f"--adapter {config.name} has the same name as the model; choose another, or give --name")
-    app = build_app(
-        Server(Engine(loaded, processor, limits, tuple(adapters), routing), config, tools(loaded, processor))
-    )
+    app = build_app(Server(Engine(loaded, processor, limits, tuple(adapters), routing), config, extras))
     typer.echo(f"{config.name} on http://{host}:{port}/v1 ({loaded.device}, {loaded.dtype})")
     # uvicorn raises SIGTERM again after its graceful shutdown; ignoring it lets the process exit with 0.
     signal.signal(signal.SIGTERM, lambda *_: None)
@@ -165,20 +181,47 @@ def load(model: str, adapters: dict[str, str], device: str, dtype: str, int8: bo
     return loaded.eval(), processor
 
 
-def tools(model: Any, processor: Any) -> Tools:
+def tokenize_prompts(model: str, florence2: str | None) -> Callable[[str], list[int]] | None:
+    """Text -> ids of the vision tower's prompts; None where no tokenizer is known.
+
+    Raises:
+        ValueError: The folder that was named has no tokenizer.
+    """
+    from florence_vl.model.packaged import resolve
+    from florence_vl.model.parts import prompt_tokenizer
+
+    if florence2 is None and model != "mini":
+        return None
+    found = prompt_tokenizer(resolve(florence2 or "mini", "vision"))
+    if found is None:
+        raise ValueError(f"--prompt-tokenizer {florence2}: there is no tokenizer in this folder")
+    return found
+
+
+def tools(model: Any, processor: Any, tokenize: Callable[[str], list[int]] | None = None) -> Tools:
     """The analysis endpoints of the API: features as pictures or arrays, and attribution of an answer."""
     from florence_vl.serve.openai_server import Tools
 
     several = len(model.model.vision_tower.feature_names) > 1
     return Tools(
-        features=lambda picture, names, form: show_features(model, processor, picture, names, form),
+        features=lambda picture, names, form, prompts: show_features(
+            model, processor, picture, names, form, prompts, tokenize
+        ),
         attribution=(lambda picture, question, answer: show_attribution(model, processor, picture, question, answer))
         if several
         else None,
     )
 
 
-def show_features(model: Any, processor: Any, picture: Any, names: Sequence[str] | None, form: str) -> dict[str, Any]:
+def show_features(
+    model: Any,
+    processor: Any,
+    picture: Any,
+    names: Sequence[str] | None,
+    form: str,
+    prompts: Sequence[str] | None = None,
+    tokenize: Callable[[str], list[int]] | None = None,
+) -> dict[str, Any]:
     """Features of a picture by name: as PNG with PCA colors in one basis, or as arrays."""
     import base64
     import io
@@ -193,10 +236,12 @@ def show_features(model: Any, processor: Any, picture: Any, names: Sequence[str]
     pixels = inputs["pixel_values"].to(model.device, model.dtype)
     with torch.inference_mode():
         features = model.model.vision_tower(pixels)
+        features |= _prompted(model.model.vision_tower, pixels, prompts or (), tokenize)
     unknown = [name for name in names or () if name not in features]
     if unknown:
         raise ValueError(f"no feature {unknown[0]!r}. {did_you_mean(unknown[0], features)}")
-    chosen = {name: features[name][0].float().cpu() for name in names or features}
+    wanted = [*names, *(prompts or ())] if names else features
+    chosen = {name: features[name][0].float().cpu() for name in wanted}
     grid = model.model.vision_tower.grid_size(*pixels.shape[-2:])
     count = grid[0] * grid[1]
     result: dict[str, Any] = {"size": list(picture.size), "grid": list(grid), "features": {}}
@@ -217,6 +262,21 @@ def show_features(model: Any, processor: Any, picture: Any, names: Sequence[str]
     return result
 
 
+def _prompted(
+    tower: Any, pixels: Any, prompts: Sequence[str], tokenize: Callable[[str], list[int]] | None
+) -> dict[str, Any]:
+    if not prompts:
+        return {}
+    if getattr(tower, "encoder", None) is None:
+        raise ValueError("this model's vision tower has no prompts, so none can be added")
+    if tokenize is None:
+        raise ValueError("the server has no tokenizer for prompts: start it with --prompt-tokenizer FLORENCE2")
+    clash = next((text for text in prompts if text in tower.feature_names), None)
+    if clash is not None:
+        raise ValueError(f"{clash!r} is the name of a feature of this model; word the prompt differently")
+    return dict(zip(prompts, tower.prompt_features(pixels, [tokenize(text) for text in prompts]), strict=True))
+
+
 def show_attribution(model: Any, processor: Any, picture: Any, question: str, answer: str | None) -> dict[str, Any]:
     """Contribution of each feature to an answer, with a map of its share."""
     from florence_vl.analyze.attribution import attribute
@@ -229,6 +289,9 @@ def show_attribution(model: Any, processor: Any, picture: Any, question: str, an
         "log_likelihood": found.log_likelihood,
         "tokens": found.tokens,
         "without_image": found.without_image,
+        "words": [
+            {"text": word.text, "log_likelihood": word.log_likelihood, "drops": word.drops} for word in found.words
+        ],
         "features": [
             {
                 "name": part.name,

@@ -261,7 +261,7 @@ class FlorenceVLProcessor(ProcessorMixin):
                 raise ValueError(
                     f"message {index} ({message['role']}) has no content: give text, or a list of text and image parts"
                 )
-            parts = []
+            parts: list[dict[str, Any]] = []
             for part in content:
                 kind = part.get("type") if isinstance(part, Mapping) else None
                 if kind == "text":

@@ -63,7 +63,7 @@ class Tools:
     """Additional endpoints, provided by other modules; each runs on the engine's thread.
 
     Attributes:
-        features: (picture, names or None, format) -> JSON for `/v1/features`.
+        features: (picture, names or None, format, prompts or None) -> JSON for `/v1/features`.
         attribution: (picture, question, answer or None) -> JSON for `/v1/attribution`.
     """
 
@@ -360,7 +360,7 @@ class Server:
     async def features(self, request: Request) -> Response:
         """`POST /v1/features`."""
         body = await self.read(request, FeaturesRequest)
-        return await self._tool(self.tools.features, body, body.features, body.format)
+        return await self._tool(self.tools.features, body, body.features, body.format, body.prompts)
 
     async def attribution(self, request: Request) -> Response:
         """`POST /v1/attribution`."""

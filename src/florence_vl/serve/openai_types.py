@@ -202,12 +202,14 @@ class FeaturesRequest(Strict):
         format: `picture`: PCA in one basis for all features, as PNG `data:` URLs; `array`: the features themselves,
             float32 little-endian in base64 with their shape.
         features: Names to return; all by default.
+        prompts: More prompts for the vision tower, in words; each is a feature of its own, under its text.
     """
 
     model: str | None = None
     image: str
     format: Literal["picture", "array"] = "picture"
     features: list[str] | None = Field(None, min_length=1)
+    prompts: list[Annotated[str, Field(min_length=1, max_length=200)]] | None = Field(None, min_length=1, max_length=4)
 
 
 class AttributionRequest(Strict):

@@ -262,23 +262,57 @@ def _features_tab(gr: Any, server: Server, names: list[str], examples: Sequence[
         with gr.Column(scale=1):
             picture = _picture(gr, examples)
             model = gr.Dropdown(names, value=names[0], label="Model")
+            prompt = gr.Textbox(label="Your own prompt", placeholder="Where is the dog?", max_length=200)
             look = gr.Button("Look", variant="primary")
         with gr.Column(scale=2):
             gallery = gr.Gallery(label="Features", columns=2, height="auto")
+            note = gr.Markdown("")
 
-    def show(image, model):  # type: ignore[no-untyped-def]
-        found = _post(gr, server, "/v1/features", image, {"model": model, "format": "picture"})
+    def show(image, model, prompt):  # type: ignore[no-untyped-def]
+        body = {"model": model, "format": "picture"}
+        told = ""
+        try:
+            found = _ask(server, "/v1/features", image, {**body, **({"prompts": [prompt]} if prompt.strip() else {})})
+        except ValueError as error:
+            if not prompt.strip() or image is None:
+                raise gr.Error(str(error), print_exception=False) from None
+            told = str(error)
+            found = _post(gr, server, "/v1/features", image, body)
         size = _shown_size(image)
         return [
             (from_data_url(feature["picture"]).resize(size, Image.Resampling.NEAREST), name)
             for name, feature in found["features"].items()
-        ]
+        ], told
 
-    look.click(show, [picture, model], gallery)
+    look.click(show, [picture, model, prompt], [gallery, note])
+    # While one prompt is computed, only the last one that was typed since waits.
+    prompt.input(
+        lambda image, model, prompt: show(image, model, prompt) if image is not None else ([], ""),
+        [picture, model, prompt],
+        [gallery, note],
+        trigger_mode="always_last",
+        show_progress="hidden",
+    )
+
+
+WHOLE = "the whole answer"
+
+
+def word_choices(words: Sequence[dict[str, Any]]) -> list[tuple[str, int]]:
+    """(label, index) of the whole answer, -1, and of each word."""
+    return [(WHOLE, -1), *((word["text"], index) for index, word in enumerate(words))]
+
+
+def gains(found: dict[str, Any], index: int) -> dict[str, float]:
+    """By how many nats each feature makes the whole answer (-1) or one of its words likelier."""
+    if index < 0:
+        return {part["name"]: part["drop"] for part in found["features"]}
+    return dict(found["words"][index]["drops"])
 
 
 def _attribution_tab(gr: Any, server: Server, names: list[str], examples: Sequence[str]) -> None:
-    gr.Markdown("Contribution of each feature to the likelihood of an answer, and its location in the picture.")
+    gr.Markdown("Contribution of each feature to the likelihood of an answer or a word, and its location in the picture.")
+    state = gr.State(None)
     with gr.Row():
         with gr.Column(scale=1):
             picture = _picture(gr, examples)
@@ -287,29 +321,40 @@ def _attribution_tab(gr: Any, server: Server, names: list[str], examples: Sequen
             answer = gr.Textbox(label="Answer to explain", placeholder="the model's own when empty")
             ask = gr.Button("Explain", variant="primary")
         with gr.Column(scale=2):
-            found_answer = gr.Textbox(label="Answer")
-            shares = gr.Label(label="Share of each feature")
+            words = gr.Radio([], label="Explain", visible=False)
+            gain = gr.Markdown("", elem_id="gain")
+            shares = gr.Label(label="Share of each feature in the image tokens")
             maps = gr.Gallery(label="Where", columns=2, height="auto")
+
+    def rows(found, index):  # type: ignore[no-untyped-def]
+        lines = [f"| {name} | {nats:+.3f} |" for name, nats in gains(found, index).items()]
+        return "\n".join(["| feature | makes it likelier by (nats) |", "|---|---|", *lines])
 
     def explain(image, model, question, answer):  # type: ignore[no-untyped-def]
         body = {"model": model, "question": question, "answer": answer.strip() or None}
         found = _post(gr, server, "/v1/attribution", image, body)
         parts = found["features"]
-        total = sum(max(part["share"], 0.0) for part in parts) or 1.0
         return (
-            found["answer"],
-            {part["name"]: max(part["share"], 0.0) / total for part in parts},
+            {"features": parts, "words": found["words"]},
+            gr.Radio(word_choices(found["words"]), value=-1, label=found["answer"], visible=True),
+            rows(found, -1),
+            {part["name"]: part["share"] for part in parts},
             [(heat_map(image, part["map"]), part["name"]) for part in parts],
         )
 
-    ask.click(explain, [picture, model, question, answer], [found_answer, shares, maps])
+    ask.click(explain, [picture, model, question, answer], [state, words, gain, shares, maps])
+    words.input(rows, [state, words], gain)
+
+
+def _ask(server: Server, path: str, image: Any, body: dict[str, Any]) -> dict[str, Any]:
+    if image is None:
+        raise ValueError("Choose a picture.")
+    return server.post(path, {**body, "image": data_url(image)})
 
 
 def _post(gr: Any, server: Server, path: str, image: Any, body: dict[str, Any]) -> dict[str, Any]:
-    if image is None:
-        raise gr.Error("Choose a picture.", print_exception=False)
     try:
-        return server.post(path, {**body, "image": data_url(image)})
+        return _ask(server, path, image, body)
     except ValueError as error:
         raise gr.Error(str(error), print_exception=False) from None
 

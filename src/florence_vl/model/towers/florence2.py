@@ -219,8 +219,9 @@ class Florence2Tower(VisionTower):
 
         Called at construction, and again after `from_pretrained` has built the model without storage.
         """
-        names = self.config.prompt_names
-        ids = [self.config.prompt_token_ids[name] for name in names]
+        self._set_prompts([self.config.prompt_token_ids[name] for name in self.config.prompt_names])
+
+    def _set_prompts(self, ids: list[list[int]]) -> None:
         length = self.config.prompt_length or max((len(i) for i in ids), default=0)
         pad = self.config.vision_config.text_config.pad_token_id
         device = self.prompt_ids.device
@@ -301,6 +302,26 @@ class Florence2Tower(VisionTower):
             prompted_BPND = self.encode_prompts(image_BND, grid, pairs)[:, :, -num_tokens:]
             features.update(zip(self.config.prompt_names, prompted_BPND.unbind(1), strict=True))
         return {name: features[name] for name in self.config.features}
+
+    def prompt_features(self, pixel_values: Tensor, prompts: list[list[int]]) -> list[Tensor]:
+        """Features (B, N, D) of prompts that are not the model's own, given as token ids of its Florence-2.
+
+        Raises:
+            ValueError: The prompts and the image take more positions than the encoder has.
+        """
+        height, width = pixel_values.shape[-2:]
+        length, self_length = max(map(len, prompts)), self.config.prompt_length
+        try:
+            self.config.prompt_length = max(length, self_length or 0) or None
+            self._set_prompts(prompts)
+            num_tokens = self.num_tokens(height, width)
+            image_BND = self.image_projector(self.davit(pixel_values).last_hidden_state)
+            if self.config.mean_token == "grid_before_encoder":
+                image_BND = image_BND[:, 1:]
+            return list(self.encode_prompts(image_BND, self.grid_size(height, width))[:, :, -num_tokens:].unbind(1))
+        finally:
+            self.config.prompt_length = self_length
+            self.reset_buffers()
 
     def encode_prompts(self, image_BND: Tensor, grid: tuple[int, int], pairs: Tensor | None = None) -> Tensor:
         """The encoder's outputs at the image positions, for all prompts: (B, N, D) -> (B, P, N, D).
