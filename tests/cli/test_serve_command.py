@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -161,6 +162,18 @@ def test_vllm_gets_safe_flags(folder, monkeypatch):
     assert words[words.index("--allowed-media-domains") + 1] == "none.invalid"
     assert "--trust-remote-code" not in words
     assert "--allowed-local-media-path" not in words
+
+
+def test_a_template_without_protection_is_told_before_vllm_starts(folder, tmp_path, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(os, "execve", lambda *given: (started.append(given), sys.exit(0)))
+    shutil.copytree(folder, tmp_path / "old")
+    (tmp_path / "old" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    for path, warned in ((folder, False), (tmp_path / "old", True)):
+        with pytest.raises(SystemExit):
+            main(["serve", str(path), "--engine", "vllm"])
+        assert ("does not escape control tokens" in capsys.readouterr().err) == warned
+    assert len(started) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The contract with vLLM and SGLang, without either: entry points load, classes are found, tokens are counted alike."""
 
+import re
 import subprocess
 import sys
 import types
@@ -35,6 +36,23 @@ def test_the_architecture_is_registered_on_the_transformers_backend_once(monkeyp
     vllm_plugin.register()
     vllm_plugin.register()
     assert registered == {vllm_plugin.ARCHITECTURE: vllm_plugin.BACKEND}
+
+
+@pytest.mark.parametrize("llm", ["llama", "qwen3", "phi3", "gemma3_text"])
+def test_the_plan_of_tensor_parallelism_covers_the_llm(llm):
+    """vLLM matches these names from the beginning, and replicates a linear layer that has no style that it knows."""
+    model, _ = tiny_model(llm)
+    plan = {re.compile(name): style for name, style in model.model.tp_plan.items()}
+    known = {"colwise", "rowwise", "colwise_gather_output", "rowwise_split_input"}
+    styles = {
+        name: next((style for pattern, style in plan.items() if pattern.match(name)), None)
+        for name, module in model.model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    llm_layers = {name: style for name, style in styles.items() if name.startswith("language_model.")}
+    assert llm_layers
+    assert set(llm_layers.values()) <= known
+    assert {style for name, style in styles.items() if name not in llm_layers} == {None}  # tower and projector
 
 
 def test_the_class_is_found_on_transformers_in_a_fresh_process():

@@ -96,6 +96,12 @@ def command(
         if refused:
             raise ValueError(f"{', '.join(refused)}: not supported with --engine vllm; run vLLM directly for these")
         words = vllm_command(model, host, port, name, dtype, max_batch, allowed_media_domain, allowed_media_path)
+        if not escapes_control_tokens(words[words.index("--model") + 1]):
+            typer.echo(
+                f"warning: the chat template of {model} does not escape control tokens, so with vLLM the text of a "
+                "user can contain turns of its own; docs/serving.md tells how to renew the template",
+                err=True,
+            )
         environment = {**os.environ, **({"VLLM_API_KEY": key} if key else {}), "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0"}
         os.execve(words[0], words, environment)
 
@@ -303,6 +309,12 @@ def show_attribution(model: Any, processor: Any, picture: Any, question: str, an
             for part in found.features
         ],
     }
+
+
+def escapes_control_tokens(folder: str) -> bool:
+    """Whether the chat template of a saved model escapes control tokens by itself; True where it cannot be read."""
+    template = Path(folder) / "chat_template.jinja"
+    return not template.is_file() or "set break_mark" in template.read_text(encoding="utf-8")
 
 
 def vllm_command(
