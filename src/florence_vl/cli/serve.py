@@ -70,7 +70,6 @@ def command(
         1024, "--max-new-tokens", min=1, help="Longest answer if the request sets none."
     ),
     grace: int = typer.Option(30, "--grace", min=0, help="Seconds for running answers after SIGTERM."),
-    view: Optional[str] = VIEW,  # noqa: UP045
     trade: Optional[float] = TRADE,  # noqa: UP045
     engine: str = typer.Option("transformers", "--engine", help="transformers, or vllm: run vLLM's own server."),
 ) -> None:
