@@ -311,7 +311,7 @@ def gains(found: dict[str, Any], index: int) -> dict[str, float]:
 
 
 def _attribution_tab(gr: Any, server: Server, names: list[str], examples: Sequence[str]) -> None:
-    gr.Markdown("Contribution of each feature to the likelihood of an answer or a word, and its location in the picture.")
+    gr.Markdown("Contribution of each feature to the likelihood of an answer or a word, and its place in the picture.")
     state = gr.State(None)
     with gr.Row():
         with gr.Column(scale=1):
