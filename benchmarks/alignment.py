@@ -1,4 +1,4 @@
-"""Two ratios of the alignment analysis: all feature subsets against one, and caching against the encoder's own forward.
+"""Cost ratios of the alignment analysis: all feature subsets against one, and caching against the encoder's forward.
 
     python benchmarks/alignment.py [--encoder SPEC] [--images 400] [--llm smollm2]
 

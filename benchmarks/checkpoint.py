@@ -1,4 +1,4 @@
-"""How long training stands still for a checkpoint: written in the background against written at once.
+"""Time that a checkpoint blocks training: written in the background or synchronously.
 
 python benchmarks/checkpoint.py --width 512
 """

@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing of alternatives side by side, peak memory in a process of its own, real shapes."""
+"""Shared by the benchmarks: alternating timing of alternatives, peak memory in a separate process, real shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data: opening a large record file, encoding a second by worker, and how full packed rows are.
+"""Data loading: opening a large record file, encoded samples per second and worker, and fill of packed rows.
 
     python benchmarks/data.py open [--records 1000000] [--no-json-load]
     python benchmarks/data.py encode [--records 200] [--pixels 768] [--workers 0 1 2]
@@ -60,7 +60,7 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def write_records(folder: Path, count: int) -> tuple[Path, Path]:
-    """A JSON list and JSON lines of LLaVA records of about 500 bytes (1,000 conversations, names of their own)."""
+    """A JSON list and JSON lines of LLaVA records of about 500 bytes (1,000 conversations, distinct names)."""
     rng = random.Random(0)
     words = ["a", "red", "car", "stands", "near", "the", "old", "house", "with", "people", "and", "dogs", "on", "grass"]
     texts = []
@@ -96,7 +96,7 @@ def open_json(path: str) -> tuple[float, float, int, float]:
 
 
 def open_indexed(path: str, reads: int) -> tuple[float, float, int, float]:
-    """(seconds, CPU seconds, bytes grown after the reads, CPU seconds a shuffled record) by the reader."""
+    """(seconds, CPU seconds, bytes grown after the reads, CPU seconds per shuffled record) of the reader."""
     from florence_vl.data.mixture import Mixture, MixtureSource
     from florence_vl.data.readers import open_reader
 

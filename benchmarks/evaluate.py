@@ -1,4 +1,4 @@
-"""Questions per second of the evaluation runner against a plain batch-1 `generate` loop, and the cost of an image.
+"""Questions per second of the evaluation runner against a plain batch-1 `generate` loop, and the cost per image.
 
     python benchmarks/evaluate.py [--model FOLDER|mini] [--pictures 12] [--batch-size 16] [--new-tokens 4] [--rounds 3]
 

@@ -1,4 +1,4 @@
-"""What a second process costs: DDP and FSDP2 over gloo against one process of one or two threads, equal global batch.
+"""Overhead of a second process: DDP and FSDP2 over gloo against one process of one or two threads, same global batch.
 
     python benchmarks/parallel.py
 
@@ -23,7 +23,7 @@ STEPS = 8
 
 
 def measure(strategy: str, output: str, rows: int, threads: int) -> None:
-    """One run of the engine on synthetic rows; its metrics lie in `output`."""
+    """One run of the engine on synthetic rows; writes its metrics to `output`."""
     import torch
 
     sys.path.insert(0, str(Path(__file__).parent))

@@ -1,4 +1,4 @@
-"""Image processing against transformers' LLaVA processor, and what encoding a record costs.
+"""Image processing against transformers' LLaVA processor, and the cost of encoding a record.
 
 Prints medians over interleaved runs on one thread, so that the ratios hold on a busy machine too.
 """

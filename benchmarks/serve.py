@@ -216,7 +216,7 @@ def data_url(picture: Image.Image) -> str:
 
 
 def vllm_seconds(python: str, model: Any, processor: Any, options: argparse.Namespace) -> dict[str, float]:
-    """CPU seconds of vLLM by workload, in a process of its own: vLLM changes transformers in the one it runs in."""
+    """CPU seconds of vLLM per workload, in a separate process, as vLLM modifies transformers in its own."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""What waiting OpenMP threads cost: the default, a limited count (`florence-vl` sets 10000) and passive waiting.
+"""Cost of waiting OpenMP threads: the default, a limited count (`florence-vl` sets 10000) and passive waiting.
 
     python benchmarks/spinning.py [--threads 2] [--competitors 0 1 3] [--rounds 3] [--seconds 3]
 

@@ -78,7 +78,7 @@ def run_ours(tower: Callable[[Tensor], dict[str, Tensor]], image: Tensor) -> dic
 
 
 def prepare(which: str, size: str, pixels: int) -> Callable[[], Any]:
-    """For the memory measurement in a process of its own."""
+    """For the memory measurement in a separate process."""
     stock, tower = build(size)
     image = torch.randn(1, 3, pixels, pixels)
     if which == "stock":

@@ -70,7 +70,7 @@ class Scale:
 
 
 def small_model() -> FlorenceVLForConditionalGeneration:
-    """A Llama of 6 blocks and width 384 behind a tiny frozen DaViT: 64 tokens an image of 256 px."""
+    """A Llama of 6 blocks and width 384 behind a tiny frozen DaViT: 64 tokens per image of 256 px."""
     torch.manual_seed(0)
     text = {
         "model_type": "llama",
@@ -325,7 +325,7 @@ def bench_plan(overrides: list[str]) -> None:
 
 
 def bench_mfu(name: str, overrides: list[str], steps: int) -> None:
-    """Train a recipe's real shapes on random weights and synthetic rows; print MFU, memory and the plan beside it."""
+    """Train a recipe's real shapes on random weights and synthetic rows; print MFU, memory and the plan."""
     from florence_vl.train.loop import train
     from florence_vl.train.metrics import read_metrics
     from florence_vl.train.plan import model_config

@@ -1,4 +1,4 @@
-"""What README, docs and the code's own messages name exists: links, commands, flags, make targets, extras, files."""
+"""README, docs and messages refer only to existing links, commands, flags, make targets, extras and files."""
 
 import re
 import shlex
@@ -51,7 +51,7 @@ def command_tree(name: str):
 
 
 def check_command(line: str) -> str | None:
-    """What is wrong with a command line; None when the command and all of its flags exist."""
+    """The error of a command line; None if the command and all of its flags exist."""
     line = re.split(r"\s+#\s|\s\|\s|\s>\s|\s&&\s|\.\s", line)[0]
     try:
         words = shlex.split(line, comments=True)

@@ -1,4 +1,4 @@
-"""Writing whole or not at all, whose folder may be replaced, and what a name means."""
+"""Atomic writes, folders that may be replaced, and the meaning of model names."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A built wheel works without the checkout: every data file is in it, and recipes, plan and help run from it."""
+"""A built wheel works without the checkout: it contains all data files, and recipes, plan and help run from it."""
 
 import os
 import shutil

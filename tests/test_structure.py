@@ -1,4 +1,4 @@
-"""The structure of the library: the order of the rooms, no import circles, nothing imported that is not declared."""
+"""The structure of the library: dependency order of the packages, no import cycles, only declared dependencies."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_no_import_circles():
             circles.append(" -> ".join((*chain[chain.index(module) :], module)))
         elif module not in done:
             for target in sorted(graph[module]):
-                # a package's __init__ that re-exports its modules is no circle for them
+                # a package's __init__ that re-exports its modules does not count as a cycle
                 if not module.startswith(f"{target}."):
                     walk(target, (*chain, module))
             done.add(module)

@@ -1,4 +1,4 @@
-"""The library works where nothing that plugs into it is installed: no entry points, no florence_vl_mini."""
+"""The library works without any plug-in package: no entry points, no florence_vl_mini."""
 
 from __future__ import annotations
 

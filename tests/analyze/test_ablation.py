@@ -1,4 +1,4 @@
-"""Ablation tables: what is planned, shared and resumed, and verdicts that respect the interval."""
+"""Ablation tables: planned, shared and resumed runs, and verdicts that respect the confidence interval."""
 
 from __future__ import annotations
 

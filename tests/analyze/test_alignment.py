@@ -1,4 +1,4 @@
-"""The alignment loss: its limits, its held-out split, duplicates, width control."""
+"""The alignment loss: limits, held-out split, duplicates, control for width."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`florence-vl analyze`: every command writes what it says, and one report shows it; wrong usage is one line."""
+"""`florence-vl analyze`: every command writes its results, one report shows them, and usage errors are one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attribution: blocks of the projector's first layer, and the answer's likelihood without a feature."""
+"""Attribution: blocks of the projector's first layer, and the likelihood of the answer without a feature."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contract of every registered encoder on tiny random weights; errors that name the command that helps."""
+"""Contract of every registered encoder on tiny random weights; errors name the command that fixes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Headroom and bill: likelihoods are the model's own, and choices never see what they are scored on."""
+"""Headroom and cost: likelihoods equal the model's, and choices are made on other data than they are scored on."""
 
 from __future__ import annotations
 

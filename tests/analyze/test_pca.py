@@ -1,4 +1,4 @@
-"""PCA pictures: threshold, sign, colors, and the way back onto the picture."""
+"""PCA pictures: threshold, sign, colors, and the mapping back to the picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cache of pooled features: one pass, never mixed, resumes; text features; pairs from data sets."""
+"""The cache of pooled features: one pass, runs never mix, resume; text features; pairs from data sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`florence-vl build`: parts on disk become a model that loads by itself; wrong usage is one line."""
+"""`florence-vl build`: parts on disk become a self-contained model; usage errors are one line."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""`florence-vl chat`: one question, a conversation from standard input, slash commands, wrong usage."""
+"""`florence-vl chat`: one question, a conversation from standard input, slash commands, usage errors."""
 
 import io
 

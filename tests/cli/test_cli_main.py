@@ -1,4 +1,4 @@
-"""The command line's entry: listing without imports, near names, one-line errors, exit codes."""
+"""Command-line entry point: listing without imports, suggestions for typos, one-line errors, exit codes."""
 
 import importlib.util
 import os

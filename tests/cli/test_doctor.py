@@ -1,4 +1,4 @@
-"""`florence-vl doctor` says what is missing, with the command that fixes it, and fails only for what is needed."""
+"""`florence-vl doctor` lists missing parts with the command that installs them, and fails only for required ones."""
 
 import importlib.metadata
 import json

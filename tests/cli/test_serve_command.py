@@ -1,4 +1,4 @@
-"""`florence-vl serve`: a process that answers and ends cleanly, adapters by name, vLLM's command, wrong usage."""
+"""`florence-vl serve`: startup and clean shutdown, adapters by name, vLLM's command, usage errors."""
 
 import base64
 import io

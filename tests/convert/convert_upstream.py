@@ -232,7 +232,7 @@ class Upstream:
         return x, size
 
     def image_tokens(self, pixels: Tensor) -> Tensor:
-        """V: [mean token ; grid tokens], projected and normalised, (B, 1 + N, D)."""
+        """V: [mean token ; grid tokens], projected and normalized, (B, 1 + N, D)."""
         x, (rows, columns) = self.davit(pixels)
         column = self.tower["image_pos_embed.column_embeddings.weight"][:columns]
         row = self.tower["image_pos_embed.row_embeddings.weight"][:rows]

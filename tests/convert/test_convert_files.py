@@ -1,4 +1,4 @@
-"""Converting files: every tensor accounted for, values bit by bit, round trips, bad input refused before writing."""
+"""Converting files: every tensor accounted for, bitwise equality, round trips, bad input rejected before writing."""
 
 import json
 import pickle
@@ -135,7 +135,7 @@ def test_copies_that_differ_are_reported_and_restored(copy, released, tmp_path):
 
 
 def test_a_separate_tower_folder(released, tmp_path):
-    """Weights outside the main checkpoint, with a config and image settings of their own."""
+    """Weights outside the main checkpoint, with a separate config and image settings."""
     state, theirs = upstream.make_released(tmp_path / "src", "llama", with_tower=False)
     upstream.make_microsoft(tmp_path / "tower", copies=2)
     (tmp_path / "tower" / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 64, "width": 64}}))

@@ -1,4 +1,4 @@
-"""Florence-2 between Microsoft's and transformers' layouts, towers taken out of a Florence-VL, gguf, and `diff`."""
+"""Florence-2 between Microsoft's and transformers' layouts, towers extracted from a Florence-VL, gguf, and `diff`."""
 
 import json
 import shutil
@@ -351,7 +351,7 @@ def test_diff_across_layouts_answers_did_stage_1_move_the_tower(released, micros
     ]
     assert 0.001 < parts["tower projection"].relative < 0.01
     assert parts["davit"].same
-    # transformers' Florence-2 has rows more for its placeholder; they are no difference
+    # transformers' Florence-2 has additional rows for its placeholder; they do not count as a difference
     found = diff(open_source(folder / "ours"), open_source(microsoft[0] / "native"))
     assert found.same
     assert next(p for p in found.parts if p.part == "prompt embedding").cut == 39

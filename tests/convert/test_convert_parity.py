@@ -1,4 +1,4 @@
-"""Converted checkpoints compute what the released code computes (an independent upstream, random weights)."""
+"""Converted checkpoints compute the same as the released code (an independent reimplementation, random weights)."""
 
 import io
 import json
@@ -71,7 +71,7 @@ def test_tower_features_and_projected_tokens(models, mean_token, padding, height
 
 @torch.no_grad()
 def test_readings_differ_visibly(models):
-    """Each switch moves the tokens a hundred times the tolerance, so the tests above tell the readings apart."""
+    """Each switch moves the tokens a hundred times the tolerance, so the tests above distinguish the variants."""
     theirs, _, _, _ = models("llama")
     outputs = {
         (mean, attend): theirs.projected(pixels(1), mean, attend)[0, -4:] for mean in MEAN_TOKENS for attend in (0, 1)

@@ -1,4 +1,4 @@
-"""`convert --probe` finds the reading under which reference answers were made; `convert` and `diff` as commands."""
+"""`convert --probe` finds the variant that produced the reference answers; the commands `convert` and `diff`."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Whatever a record contains, a reader gives a checked record or a `BadRecord`; what is doubtful is refused."""
+"""Readers return a checked record or a `BadRecord` for any content; ambiguous records are rejected."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_mutated_records_are_read_or_bad_in_every_reader(tmp_path, rows):
 
 
 def read_table(path, row):
-    """Read a row as a table of its own, where Arrow has types for it and its columns are a layout."""
+    """Read a row as a separate table if Arrow has types for it and its columns are a known layout."""
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     try:
         parquet.write_table(pa.Table.from_pylist([row]), path)

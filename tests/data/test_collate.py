@@ -1,4 +1,4 @@
-"""Padded and packed batches give the logits and losses of single samples."""
+"""Padded and packed batches give the same logits and losses as single samples."""
 
 import numpy as np
 import pytest

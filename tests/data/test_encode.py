@@ -1,4 +1,4 @@
-"""Records become samples, or say why not; long ones lose whole turns, never part of an image."""
+"""Records become samples or are rejected with a reason; long ones lose whole turns, never part of an image."""
 
 import io
 import pickle

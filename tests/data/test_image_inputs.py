@@ -1,4 +1,4 @@
-"""Images of their own sizes, questions beside images, drawn views: what goes into the model with the pixels."""
+"""Images of different sizes, questions for the router, drawn views: model inputs in addition to the pixels."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Inspection: what is learned is marked as it is, figures are right, and the commands answer users."""
+"""Inspection: supervised tokens are marked correctly, figures are correct, and the commands report errors."""
 
 from __future__ import annotations
 

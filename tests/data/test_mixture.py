@@ -1,4 +1,4 @@
-"""Mixtures: every source as often as its weight says, evenly spread, from any position."""
+"""Mixtures: sampling frequencies match the weights, evenly spread, from any position."""
 
 from __future__ import annotations
 

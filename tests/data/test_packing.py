@@ -158,7 +158,7 @@ def digest(batches: Iterable[tuple[dict[str, Any], list[tuple[str, str]]]]) -> s
 
 
 def take(batches, steps):
-    """[(batch, ids)] of so many steps."""
+    """[(batch, ids)] of `steps` steps."""
     return [(next(batches), list(batches.ids)) for _ in range(steps * batches.batches_per_rank)]
 
 
@@ -257,7 +257,7 @@ def test_windows_follow_each_other_and_end_with_the_epoch(epoch, window, size, m
 
 
 class Drawn:
-    """Records whose text has a drawn number of words; stands for its own encoder."""
+    """Records whose text has a random number of words; also acts as their encoder."""
 
     def __init__(self, lengths):
         self.lengths = lengths

@@ -1,4 +1,4 @@
-"""Readers: every format by number, from disk and from URLs, with errors that name file and line."""
+"""Readers: access by index in every format, from disk and from URLs, with errors that name file and line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stateless shuffles are bijections, look random, and need neither memory nor state."""
+"""Stateless shuffles are bijections, look random, and need neither memory nor saved state."""
 
 from __future__ import annotations
 

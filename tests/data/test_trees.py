@@ -1,4 +1,4 @@
-"""Message trees: which pairs share a picture, that each is what it would be alone, and the guarantees of packing."""
+"""Message trees: pairs that share a picture, equality with separate samples, and the guarantees of packing."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_what_is_learned_before_or_right_behind_a_picture_is_not_shared(encoder,
     assert image not in sample.input_ids[trunk:]
     two = Record("2", "set", [*turn("What?", "A cat.", 1), *turn("And this?", "A dog.", 1)], [b"a", b"b"])
     assert trunk_length(encoder.outline(two), image) == 0
-    sample.labels[trunk] = 9  # as in LLaVA's pretraining, where the caption stands right behind the picture
+    sample.labels[trunk] = 9  # as in LLaVA's pretraining, where the caption directly follows the picture
     assert trunk_length(sample, image) == 0
     assert trunk_length(encoder.outline(Album()[6]), image) == 0
     assert measure_leaf(encoder, Album()[6]).picture is None

@@ -1,4 +1,4 @@
-"""A local copy of a data set is compared with what is published, before a run depends on it."""
+"""A local copy of a data set is compared with the published figures before a run uses it."""
 
 from __future__ import annotations
 

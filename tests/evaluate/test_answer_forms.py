@@ -1,4 +1,4 @@
-"""Forms in which models answer: read alike for every letter, every metric and yes as no; hostile ones end soon."""
+"""Answer formats of models: parsed alike for every letter, every metric and yes/no; hostile ones in bounded time."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ CHOSEN = [
     "答案是{}", "答案：{}", "选{}", "因此，答案为{}", "所以正确选项是{}。", "最终答案：\\boxed{{{}}}",
 ]  # fmt: skip
 
-# Read as no letter, whichever stands there.
+# Not parsed as a letter.
 NOT_CHOSEN = [
     "", " \n", "{} church piano", "{}BC", "{}{}{}{}", "{} or E", "Both A and B, or C, or D", "A, B, C, D", "A/B/C/D",
     "A. a cat B. a dog C. a bird D. a fish", "A. a cat\nB. a dog\nC. a bird\nD. a fish", "(a) a cat\n(b) a dog",

@@ -1,4 +1,4 @@
-"""Controls: the questions stay, what they may be answered from is taken away."""
+"""Controls: the questions are unchanged, the information needed to answer them is removed."""
 
 import pytest
 import torch

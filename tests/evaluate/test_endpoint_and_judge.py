@@ -1,4 +1,4 @@
-"""Endpoints that fail, and judges that are asked, read strictly, and never replaced by a guess."""
+"""Endpoints that fail, and judges whose replies are parsed strictly and never guessed."""
 
 from __future__ import annotations
 
@@ -329,7 +329,7 @@ def test_judged_benchmarks_from_end_to_end(
     hallusion = after.benchmarks["hallusion_bench_image"]
     assert (hallusion.scores["aAcc"], hallusion.scores["without_judge/aAcc"]) == (100, 0)
     assert hallusion.judged_by == "judge-1"
-    assert after.benchmarks["mathvista_testmini"].scores["accuracy"] == 0  # its judge failed: our own reading stands
+    assert after.benchmarks["mathvista_testmini"].scores["accuracy"] == 0  # its judge failed: the parsed answer counts
     asked_before = len(server.seen)
     judge_answers(asked, folder, metrics)
     assert len(server.seen) == asked_before + 3  # only the three that failed

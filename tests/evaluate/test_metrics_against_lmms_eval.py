@@ -1,4 +1,4 @@
-"""Our verdicts beside lmms-eval's own functions, on thousands of generated answers.
+"""Our metrics against lmms-eval's functions on thousands of generated answers.
 
 Each comparison names the rules by which we are allowed to differ. A disagreement that no rule explains fails the test,
 and so does a rule that explains nothing.

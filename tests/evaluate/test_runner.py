@@ -1,4 +1,4 @@
-"""The runner: batches answer as one by one does, images are encoded once, a killed run goes on, nothing is mixed."""
+"""The runner: batched and single answers agree, images are encoded once, interrupted runs resume, runs never mix."""
 
 from __future__ import annotations
 
@@ -304,7 +304,7 @@ def test_unanswered_questions_make_a_score_incomplete(small_plan: EvaluationPlan
     pope, mme = scores.benchmarks["pope"], scores.benchmarks["mme"]
     assert not pope.complete
     assert pope.note.startswith("incomplete: 1 of 4 questions unanswered; not the paper's benchmark")
-    assert mme.scores["perception"] == 0  # the pair that lost a question is left out, not counted as wrong or right
+    assert mme.scores["perception"] == 0  # the pair that lost a question is omitted, not counted as wrong or correct
     assert mme.scores["cognition"] == 50
     assert scores.benchmarks["mmvp"].complete
     mended = Scripted()

@@ -1,4 +1,4 @@
-"""The 25 benchmarks: every one reads tiny files of the public schema, asks what lmms-eval asks, and scores."""
+"""The 25 benchmarks: each reads tiny files of the public schema, uses lmms-eval's prompts, and computes its scores."""
 
 from __future__ import annotations
 

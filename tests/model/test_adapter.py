@@ -1,4 +1,4 @@
-"""A trained model comes back from its base and the adapter; what doesn't fit is refused."""
+"""A trained model is restored from its base and the adapter; incompatible adapters are rejected."""
 
 import pytest
 import torch

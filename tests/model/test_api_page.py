@@ -1,4 +1,4 @@
-"""Every example of docs/api.md runs, in order, on tiny models under the names that the page uses."""
+"""All examples of docs/api.md run in order on tiny models with the names of the page."""
 
 import importlib.util
 import inspect

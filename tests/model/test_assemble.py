@@ -1,4 +1,4 @@
-"""`build_model`: saved parts become one model that loads by itself; refusals come before anything is loaded."""
+"""`build_model`: saved parts become one self-contained model; errors are raised before anything is loaded."""
 
 import json
 

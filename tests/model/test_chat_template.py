@@ -1,4 +1,4 @@
-"""Every template writes what its family was trained on, and its generation marks are exactly the answers."""
+"""Each template matches the training format of its family, and its generation marks cover exactly the answers."""
 
 import pytest
 from hypothesis import given, settings

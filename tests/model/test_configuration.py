@@ -1,4 +1,4 @@
-"""Configuration: defaults, round trip, and refusals that say what to do."""
+"""Configuration: defaults, round trip, and errors that name the remedy."""
 
 import pytest
 from transformers import AutoConfig

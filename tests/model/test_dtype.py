@@ -1,4 +1,4 @@
-"""Every part in the dtype that was asked for, shown by an answer of a model that was saved and loaded again."""
+"""Every part has the requested dtype, also after saving and loading."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""transformers', TRL's, PEFT's and torchao's own tools, unmodified, on a Florence-VL."""
+"""Unmodified tools of transformers, TRL, PEFT and torchao on a Florence-VL."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The checks of docs/ecosystem.md, in fresh processes; the page lists exactly these and none fails."""
+"""The checks of docs/ecosystem.md, in fresh processes; the page lists exactly these checks and none fails."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Features computed once: what a store holds, what never mixes, and a tower that reads what another run computed."""
+"""Stored features: content of a store, separation of stores, and a tower that reads features of another run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every registered fusion keeps its contract, and the paper's three do what they say."""
+"""Every registered fusion fulfills its contract, and the paper's three follow their definitions."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Gated fusion: equal to channel fusion at the start, in all dtypes; what the gates may and may not see."""
+"""Gated fusion: equal to channel fusion at initialization in all dtypes; permitted inputs of the gates."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Generation with transformers' own machinery: every mode gives what recomputing from scratch gives."""
+"""Generation with transformers: every mode gives the same result as recomputation from scratch."""
 
 import pytest
 import torch

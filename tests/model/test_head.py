@@ -1,4 +1,4 @@
-"""The chunked loss of the head equals the loss of whole logits, and never holds them."""
+"""The chunked loss of the head equals the loss on full logits, and never materializes them."""
 
 from __future__ import annotations
 

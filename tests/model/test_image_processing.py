@@ -1,4 +1,4 @@
-"""Images of every kind become the same pixels as a plain PIL reference, and broken ones are refused by name."""
+"""Images of all kinds give the same pixels as a plain PIL reference; corrupt images are rejected by name."""
 
 import io
 import sys
@@ -30,7 +30,7 @@ def encode(image, format, **kwargs):
 
 
 def reference(image, side, background=(123, 116, 103)):
-    """LLaVA's expand2square, resize, normalise, written plainly."""
+    """LLaVA's expand2square, resize and normalize as a plain reference implementation."""
     longest = max(image.size)
     square = Image.new("RGB", (longest, longest), background)
     square.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))

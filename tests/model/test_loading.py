@@ -1,4 +1,4 @@
-"""A load is a contract: what is not whole is refused, with names."""
+"""Loading is strict: incomplete models are rejected, and the error names the missing parts."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The composite: image tokens at their placeholders, loss and freezing as the design says, files round-trip."""
+"""The composite model: image tokens at their placeholders, loss and freezing, file round trips."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Packaged parts: converted once, whole or not at all; errors name the command."""
+"""Packaged parts: converted once and atomically; errors name the command."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from florence_vl.model import packaged as parts
 
 @pytest.fixture
 def part(tmp_path, monkeypatch):
-    """A part whose source is a small text file, and a cache of its own."""
+    """A part whose source is a small text file, with a temporary cache."""
     source = tmp_path / "weights.gguf"
     source.write_text("weights")
     monkeypatch.setenv("FLORENCE_VL_CACHE", str(tmp_path / "cache"))

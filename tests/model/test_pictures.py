@@ -1,4 +1,4 @@
-"""The gate of pictures: formats, limits, files and network."""
+"""Image input checks: formats, limits, files and network."""
 
 import http.server
 import io

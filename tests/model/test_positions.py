@@ -1,4 +1,4 @@
-"""Image sizes other than the trained one: resampled positions, batches of mixed sizes."""
+"""Image sizes other than the training size: resampled positions, batches of mixed sizes."""
 
 import pytest
 import torch

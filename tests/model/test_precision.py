@@ -1,4 +1,4 @@
-"""Bfloat16 is chosen by what a matrix product takes, never by what the processor announces."""
+"""Bfloat16 is chosen by the measured time of a matrix product, not by the processor's feature flags."""
 
 from __future__ import annotations
 

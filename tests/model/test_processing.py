@@ -1,4 +1,4 @@
-"""The processor counts image tokens, refuses what does not fit, never cuts an image, and saves and loads."""
+"""The processor counts image tokens, rejects too long input, never truncates an image, and saves and loads."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""transformers knows the classes in whichever order the two packages are imported; each order in a fresh process."""
+"""transformers finds the classes for either import order of the two packages; each order in a fresh process."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The rule that ends an answer which repeats itself: what is a repetition, and what is only a repeated word."""
+"""The rule that ends a repetitive answer: detection of repetitions, and of words that are merely repeated."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_blocks_over_and_over_are_a_repetition() -> None:
     assert rule.repeating(_ids(*[1, 2, 3, 4] * 4)).item()
     assert not rule.repeating(_ids(*[1, 2] * 5)).item()  # too short
     assert not rule.repeating(_ids(*[1, 2, 3, 4] * 3)).item()  # three times only
-    assert not rule.repeating(_ids(*[1, 2] * 6, 7)).item()  # goes on with something else
+    assert not rule.repeating(_ids(*[1, 2] * 6, 7)).item()  # continues with something else
     assert not rule.repeating(_ids(*range(40))).item()
     assert not rule.repeating(_ids(*[1, 2, 3, 4, 5] * 8)).item()  # a block longer than `longest`
 

@@ -1,4 +1,4 @@
-"""Towers: the features are stock Florence-2's, names and sizes are known before any forward, gradients arrive."""
+"""Towers: features equal stock Florence-2's, names and sizes are known before a forward pass, gradients flow."""
 
 import pytest
 import torch

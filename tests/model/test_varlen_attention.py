@@ -1,4 +1,4 @@
-"""`sdpa_varlen` computes what the block mask does, and is transformers' `sdpa` everywhere else."""
+"""`sdpa_varlen` is equal to the block mask for packed rows, and to transformers' `sdpa` otherwise."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ TREE_ROWS = [[(3,), (4, 5, 1, 3), (2, 2, 2), (1,)], [(6, 8, 9)]]
 
 
 def tree_rows(layout=TREE_ROWS):
-    """(tokens, positions, branches) of rows, and for each sequence that stands for a sample: row and its columns."""
+    """(tokens, positions, branches) of rows, and for each sequence that corresponds to a sample: row and columns."""
     generator = torch.Generator().manual_seed(3)
     tokens, positions, branches, samples = [], [], [], []
     for row, trees in enumerate(layout):

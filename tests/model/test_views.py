@@ -1,4 +1,4 @@
-"""Views: size and features by name; what a view leaves out is not computed, and its mean stands in its place."""
+"""Views: size and features by name; features outside a view are not computed and are replaced by their mean."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Conversations: history, images encoded once, streaming, breaking off, and loading with clear errors."""
+"""Conversations: history, images encoded once, streaming, interruption, and loading with clear errors."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The engine's answers are `generate`'s, whatever runs beside them and whatever is kept; what is kept is bounded."""
+"""The engine's answers equal those of `generate` under any concurrency and cache state; the caches are bounded."""
 
 import random
 import time

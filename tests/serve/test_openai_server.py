@@ -1,4 +1,4 @@
-"""The HTTP API through the official client: answers, streams, refusals, limits."""
+"""The HTTP API with the official client: answers, streams, errors, limits."""
 
 import asyncio
 import base64
@@ -227,7 +227,7 @@ def test_later_turns_compute_only_what_is_new(served):
 
 
 def flood(parts, count):
-    """Growth of this process in bytes over the last three quarters of requests about as many images."""
+    """Growth of this process in bytes over the last three quarters of the requests, one image each."""
     limits = EngineConfig(feature_bytes=1 << 18, prefix_bytes=1 << 21)
     with serving(parts, limits) as (url, _, engine, _):
         for index in range(count):

@@ -1,4 +1,4 @@
-"""The view `auto`: a router chooses how each picture is seen, by the question beside it, in every command that asks."""
+"""The view `auto`: a router chooses the view per image from the question, in every command with questions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contract with vLLM and SGLang, without either: entry points load, classes are found, tokens are counted alike."""
+"""The contract with vLLM and SGLang, without either: entry points load, classes are found, token counts agree."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""The page in a real browser, over a real server: `make test-web` (Chromium from the system, Playwright)."""
+"""The web page in a real browser with a real server: `make test-web` (Chromium from the system, Playwright)."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def page_address(tmp_path_factory):
-    """`florence-vl web --model` with a tiny model, in processes of its own."""
+    """`florence-vl web --model` with a tiny model, in separate processes."""
     from florence_vl.model.tiny import tiny_model
 
     folder = tmp_path_factory.mktemp("web") / "tiny"

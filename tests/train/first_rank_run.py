@@ -1,4 +1,4 @@
-"""Run by torchrun: models loaded on the first process and sharded; what every process holds goes to files."""
+"""Run by torchrun: models are loaded on the first process and sharded; every process writes its state to files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Killed at any moment, resumed to the very same losses; failed writes leave the last good checkpoint."""
+"""Runs killed at any moment resume with identical losses; failed writes keep the last good checkpoint."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _context() -> Any:
 
 
 def kill_at_random(tiny_run: ModuleType, folder: Path, kills: int, seed: int) -> None:
-    """Kill runs at random moments until so many deaths are counted; every finished run has the undisturbed losses."""
+    """Kill runs at random moments, `kills` times; every finished run has the losses of an uninterrupted one."""
     arguments = {"steps": STEPS, "checkpoint": {"every_steps": 3, "keep_last": 2, "export": False}}
     whole = tiny_run.run(folder / "whole", **arguments)
     assert len(whole) == STEPS

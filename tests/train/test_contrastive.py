@@ -1,4 +1,4 @@
-"""The contrastive loss: torch's cross-entropy, by blocks, with targets that pairs of one caption or image share."""
+"""The contrastive loss: equal to torch's cross-entropy, by blocks, targets for pairs with equal caption or image."""
 
 from __future__ import annotations
 

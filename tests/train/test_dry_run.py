@@ -1,4 +1,4 @@
-"""`train --dry-run` against a real run of two processes; hangs and shortages are found before they happen."""
+"""`train --dry-run` against a real run of two processes; hangs and data shortages are found before they occur."""
 
 from __future__ import annotations
 

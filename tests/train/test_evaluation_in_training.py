@@ -1,4 +1,4 @@
-"""Evaluation that a recipe asks for: logged, the same run with and without it, refused early where it cannot be."""
+"""Evaluation during training: logged, without effect on the run, rejected early if impossible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong outside: bad data, damaged or hostile checkpoints, a full disk, a second run, odd recipes."""
+"""External faults: bad data, damaged or malicious checkpoints, a full disk, a second run, unusual recipes."""
 
 from __future__ import annotations
 

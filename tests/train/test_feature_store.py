@@ -1,4 +1,4 @@
-"""Training on stored features of a frozen tower: the losses of training without, and no pass of the tower twice."""
+"""Training on stored features of a frozen tower: the same losses as without, and one tower pass per image."""
 
 from __future__ import annotations
 

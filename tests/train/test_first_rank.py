@@ -1,4 +1,4 @@
-"""The first process loads, the others receive: the same shards, buffers and losses, and no second whole model."""
+"""The first process loads, the others receive: the same shards, buffers and losses, and no second full copy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop: what it writes, equal losses however a batch is cut, guards, stopping, export."""
+"""The training loop: output files, equal losses for any division of a batch, guards, stopping, export."""
 
 from __future__ import annotations
 

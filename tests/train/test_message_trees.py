@@ -1,4 +1,4 @@
-"""Training with message trees: exact resume, counts, what is refused before a model loads."""
+"""Training with message trees: exact resume, counts, errors before a model is loaded."""
 
 from __future__ import annotations
 

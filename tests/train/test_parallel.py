@@ -36,7 +36,7 @@ FROZEN_TOWER = {"tower": {"train": False}}
 HALF: dict[str, Any] = {"precision": "bf16", "per_step": 80, "micro": 8, "steps": 1, "optimizer": {"lr": 1e-4}}
 
 
-# Images of their own sizes, gates that depend on the question, views and features that are drawn, distillation.
+# Images of different sizes, gates that depend on the question, randomly drawn views and features, distillation.
 LOOKS: dict[str, Any] = {
     "tiny_data": True,
     "aspect": "native",

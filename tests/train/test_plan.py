@@ -1,4 +1,4 @@
-"""`florence-vl plan` against measurement: parameters exact, FLOPs and memory within bounds, throughput's arithmetic."""
+"""`florence-vl plan` against measurements: exact parameters, FLOPs and memory within bounds, throughput arithmetic."""
 
 from __future__ import annotations
 

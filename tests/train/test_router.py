@@ -1,4 +1,4 @@
-"""The router: labels from the loss under each view, one curve over the trade, rivals that must lose."""
+"""The router: labels from the loss under each view, one accuracy-cost curve, baselines that must lose."""
 
 import numpy as np
 import pytest

@@ -143,7 +143,7 @@ def test_no_gradient_is_prepared_for_what_is_frozen_below(
     assert len(layers) == 2
     with_image = tiny_run.collate([tiny_run.make_sample(1)], packed=False)
     text_only = tiny_run.collate([tiny_run.make_sample(0, text_only_every=1)], packed=False)
-    for batch in (with_image, text_only):  # a dummy image stands in for none
+    for batch in (with_image, text_only):  # a dummy image replaces a missing one
         passed.clear()
         module(batch, 4).backward()
         below = {name for name, needs in passed.items() if needs}

@@ -1,4 +1,4 @@
-"""A signal to the whole process group saves and leaves, with loader workers, for one process and for two."""
+"""A signal to the whole process group saves and exits, with loader workers, for one process and for two."""
 
 from __future__ import annotations
 

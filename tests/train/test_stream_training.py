@@ -1,4 +1,4 @@
-"""A run on streamed shards: chosen by the recipe, resumed exactly, refused where it cannot go on."""
+"""Training on streamed shards: selected by the recipe, exact resume, errors if a resume is impossible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands train, recipes, plan and export: exit codes, one-line errors, what they print."""
+"""The commands train, recipes, plan and export: exit codes, one-line errors, output."""
 
 from __future__ import annotations
 

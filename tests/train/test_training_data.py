@@ -1,4 +1,4 @@
-"""From files to losses: the recipe's data section, chat template, packing, resume, export, through a tiny model."""
+"""From files to losses: the recipe's data section, chat template, packing, resume, export, with a tiny model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A saved model gains views and gates by recipe: drawn views, distillation, export; the plan counts the same."""
+"""A saved model gains views and gates by recipe: random views, distillation, export; the plan gives the same counts."""
 
 from __future__ import annotations
 

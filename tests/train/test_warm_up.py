@@ -1,4 +1,4 @@
-"""The warm-up brings images near their captions' word vectors and changes the projector only."""
+"""The warm-up moves image tokens toward their captions' word vectors and changes only the projector."""
 
 import pytest
 import torch
@@ -81,7 +81,7 @@ def test_tokens_in_boxes():
 
 
 def test_regions_teach_what_lies_where():
-    """Two colours side by side: each half's tokens come to say its own colour, which captions alone can't tell."""
+    """Two colors side by side: each half's tokens learn to name their own color, which captions alone cannot teach."""
     model, processor = tiny_model()
     images, texts, shown, boxes = [], [], [], []
     for left in COLOURS:

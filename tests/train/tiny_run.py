@@ -62,7 +62,7 @@ def collate(samples: list[tuple[list[int], list[int], torch.Tensor | None]], pac
 
 
 class SyntheticBatches:
-    """`per_step` samples a step, whatever the number of processes and micro-batches; a pure function of the step."""
+    """`per_step` samples per step for any number of processes and micro-batches; a pure function of the step."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Scenes written as LLaVA JSONL, parquet and WebDataset come back through the project's readers."""
+"""Scenes written as LLaVA JSONL, parquet and WebDataset are read back by the project's readers."""
 
 from __future__ import annotations
 

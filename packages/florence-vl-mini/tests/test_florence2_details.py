@@ -1,4 +1,4 @@
-"""Scores by size of text and object, of shapes, colors and counts: a model that knows has 1, others have chance."""
+"""Scores by size of text and object, shapes, colors and counts: correct answers score 1, others score at chance."""
 
 from __future__ import annotations
 

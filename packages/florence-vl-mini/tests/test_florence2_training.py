@@ -1,4 +1,4 @@
-"""The mini Florence-2: a folder that transformers loads, the loss it computes, exact resume, settings."""
+"""The mini Florence-2: a folder that transformers loads, its loss, exact resume, settings."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_run_that_was_cut_ends_where_an_uncut_one_does(
     cut = replace(whole, out=str(tmp_path / "cut"), steps=2, decay_steps=0, precision="auto")
     monkeypatch.setattr(florence2, "bf16_is_faster", lambda _: False)
     florence2.train(cut, "cpu")
-    monkeypatch.setattr(florence2, "bf16_is_faster", lambda _: True)  # a run that goes on keeps its precision
+    monkeypatch.setattr(florence2, "bf16_is_faster", lambda _: True)  # a resumed run keeps its precision
     florence2.train(replace(whole, out=cut.out, precision="auto"), "cpu")
     a, b = (torch.load(Path(c.out) / "checkpoint.pt", weights_only=True) for c in (whole, cut))
     assert a["step"] == b["step"] == 4

@@ -1,4 +1,4 @@
-"""What florence-vl-mini ships: a Florence-2 that reads and finds, and a Florence-VL that looks at the picture."""
+"""The models in florence-vl-mini: a Florence-2 that reads and detects, and a Florence-VL that uses the picture."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def test_reads_words_that_no_training_picture_shows(runner: Florence2Runner) -> 
     right = [character_accuracy(given, scene.ocr) for given, scene in zip(answers, scenes, strict=True)]
     assert sum(right) / len(right) > 0.6
     shifted = [character_accuracy(given, scene.ocr) for given, scene in zip(answers, scenes[1:], strict=False)]
-    assert sum(shifted) / len(shifted) < 0.3  # another picture's words are no answer
+    assert sum(shifted) / len(shifted) < 0.3  # the words of another picture are not correct
 
 
 def test_finds_objects_of_unseen_pictures(runner: Florence2Runner) -> None:

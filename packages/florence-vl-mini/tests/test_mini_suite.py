@@ -1,4 +1,4 @@
-"""The mini suite: the same questions everywhere, and the same score through our runner and through lmms-eval."""
+"""The mini suite: the same questions on every machine, and the same score with our runner and with lmms-eval."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scenes: deterministic, boxes that hold what was drawn, annotations and answers that agree, balanced questions."""
+"""Scenes: deterministic, boxes around the drawn objects, consistent annotations and answers, balanced questions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The package florence-vl-mini: pictures open, licences are there, archives are checked; `florence-vl mini data`."""
+"""The package florence-vl-mini: pictures open, licenses are included, archives are checked; `florence-vl mini data`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of real numbers: as the package ships them, as they are made, and as charts and documents show them."""
+"""Tables of real numbers: in the package, as generated, and in charts and documents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The newcomer's twenty pictures: drawn the same everywhere, right answers count, the table shows what was said."""
+"""The twenty pictures of `mini try`: same drawings on every machine, scoring of answers, result table."""
 
 from __future__ import annotations
 

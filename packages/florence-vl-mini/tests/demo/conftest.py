@@ -1,4 +1,4 @@
-"""A small mini suite for the demo's tests: the first pictures of the real one."""
+"""A small mini suite for the demo's tests: the first pictures of the full suite."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The demo from model to report, with a tiny model: its task, what it writes, and that the saved model answers so."""
+"""The demo from model to report with a tiny model: task, output files, and answers of the saved model."""
 
 import json
 import re
@@ -93,7 +93,7 @@ def test_unclear_pictures_are_left_out():
             assert describe(scene) is None
             scene.regions[0] = region
         scene.kind = "lettering"
-        assert describe(scene) is None  # a thing beside the words, or no word
+        assert describe(scene) is None  # an object in addition to the words, or no word
         break
     else:
         pytest.fail("no scene of sixty could be described")
