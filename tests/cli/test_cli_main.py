@@ -1,6 +1,7 @@
 """Command-line entry point: listing without imports, suggestions for typos, one-line errors, exit codes."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -139,3 +140,23 @@ def test_module_entry_is_the_same_command():
     )
     assert done.returncode == 2
     assert done.stderr == "florence-vl: error: no command 'trian'. Did you mean 'train'?\n"
+
+
+def test_what_the_terminal_cannot_show_is_escaped(tmp_path):
+    row = {
+        "id": "coco[/red]/\ud83d é",
+        "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "漢"}],
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    ascii_only = {
+        **os.environ,
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONIOENCODING": "ascii",
+    }
+    command = [sys.executable, "-m", "florence_vl", "data", "inspect", str(tmp_path / "rows.jsonl"), "--lengths", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ascii_only, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert r"coco[/red]/\ud83d \xe9" in done.stdout
+    assert r"\u6f22" in done.stdout

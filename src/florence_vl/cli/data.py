@@ -74,7 +74,7 @@ def inspect_command(
         if console.is_terminal:
             console.print(inspect.rich_text(sample))
         else:
-            _print(inspect.plain_text(sample))
+            print(inspect.plain_text(sample))
     if encoder is None:
         console.print("\nTokens are not counted without a processor: give --model.", style="yellow")
     if lengths:
@@ -82,7 +82,7 @@ def inspect_command(
         name = "tokens" if encoder else "characters"
         console.rule(f"{name} per record, {stats.examined} of {stats.records} records", align="left")
         for line in inspect.histogram(stats.tokens or stats.characters):
-            _print(line)
+            print(line)
         _print_bad(console, stats)
     if page is not None:
         write_text(page, inspect.html_page(shown, f"{data}: {len(source)} records"), errors="backslashreplace")
@@ -175,10 +175,10 @@ def sources_command(
         options = {"image_root": image_root} if image_root else {}
         found = verify_dataset(name, verify, sample, index, **options)
         for line in found:
-            _print(line)
+            print(line)
         if found:
             raise typer.Exit(1)
-        _print(f"{verify} is {name} as published")
+        print(f"{verify} is {name} as published")
         return
     if image_root or benchmarks is not None:
         raise ValueError("--image-root and --benchmarks need --verify")
@@ -236,12 +236,6 @@ def prepare_command(
     except ImportError as error:
         raise ValueError(f'streaming needs the extra: pip install "florence-vl[stream]" ({error})') from None
     typer.echo(f"{prepare_shards(folder, workers)} samples: {folder}")
-
-
-def _print(text: str) -> None:
-    """Print; characters that the terminal's encoding lacks are escaped."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _compare_layouts(source: Any, encoder: Any, recipe: Any, count: int) -> dict[str, dict[str, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import os
 import sys
@@ -197,6 +198,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments:
         arguments = ["--help"]
     _share_processor()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks is escaped
+            stream.reconfigure(errors="backslashreplace")
     try:
         if called is not None and called not in commands():
             message = f"no command {called!r}. {did_you_mean(called, commands())}"
