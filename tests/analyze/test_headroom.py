@@ -253,3 +253,25 @@ def test_the_bill_of_views(viewed, tmp_path, monkeypatch, capsys):
     assert "shuffled questions, trade 0.5" in capsys.readouterr().out
     assert main([*bill_of, "--subsets", "none", "--trade", "0"]) == 2
     assert "--trade needs --subsets views" in capsys.readouterr().err
+
+
+def test_gates_by_group_of_questions(asked):
+    from florence_vl.analyze.gates import gates_by_group
+    from florence_vl.analyze.report import gates_tables
+
+    model, processor = tiny_model(fusion="gated", gate={"context": "question"})
+    measured = measure(model, processor, asked, make_options(model.config.features, [64], "none"))
+    start = gates_by_group(model, processor, measured)
+    assert set(start) == {"s0", "s1"}
+    assert {gate.mean for gates in start.values() for gate in gates.values()} == {1.0}, "gates begin at 1"
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.model.fusion.gate.weight.normal_()
+    trained = gates_by_group(model, processor, measured)
+    assert list(trained["s0"]) == ["caption", "ocr", "grounding"]
+    assert any(abs(trained["s0"][name].mean - trained["s1"][name].mean) > 1e-3 for name in trained["s0"])
+    assert gates_by_group(*tiny_model(), measured) == {}
+    table = gates_tables({"gates": {"s0": {"ocr": {"mean": 1.2, "half": 0.1, "runs": 8}}}})[0]
+    assert table["header"] == ["group", "ocr"]
+    assert table["cells"][0][0] == "s0"
+    assert "1.20" in table["cells"][0][1]

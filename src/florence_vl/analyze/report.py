@@ -231,15 +231,25 @@ def bill_table(record: dict[str, Any]) -> dict[str, Any]:
     return {"title": title, "header": header, "cells": cells}
 
 
+def gates_tables(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The table of mean gates by group of questions; none for a model without gates."""
+    groups = record.get("gates") or {}
+    if not groups:
+        return []
+    header = ["group", *next(iter(groups.values()))]
+    cells = [[group, *(_interval(gate, 2) for gate in gates.values())] for group, gates in groups.items()]
+    return [{"title": "Mean gate of each feature by group of questions", "header": header, "cells": cells}]
+
+
 def bill_section(record: dict[str, Any], folder: Path) -> Section:
     """Table and figure of `florence-vl analyze bill`."""
-    table = bill_table(record)
+    tables = [bill_table(record), *gates_tables(record)]
     return Section(
         title="Cost: accuracy against FLOPs and latency",
         text="FLOPs are those of tower and prefill for one question; latency is the time to the first token.",
         command=record.get("command", ""),
         notes=[],
-        tables=[ReportTable(table["title"], table["header"], [TableRow(cells) for cells in table["cells"]])],
+        tables=[ReportTable(t["title"], t["header"], [TableRow(cells) for cells in t["cells"]]) for t in tables],
         figures=[picture(folder / "bill.png", "accuracy by cost")],
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -345,13 +346,16 @@ def bill_command(
 ) -> None:
     """Accuracy against cost: FLOPs of tower and prefill, and time to the first token, by size and features."""
     from florence_vl.analyze.bill import bill, time_options
+    from florence_vl.analyze.gates import gates_by_group
     from florence_vl.analyze.plots import bill_figure, save_figure
-    from florence_vl.analyze.report import bill_table
+    from florence_vl.analyze.report import bill_table, gates_tables
+    from florence_vl.model.resolution import set_resolution
 
     loaded, processor, measured = _measured(model, suite, sizes, subsets, limit, data, seed, device, dtype)
     latencies = time_options(loaded, processor, measured.options, measured.tokens_O, rounds, _every("latency: round"))
     routed, router_latency = _routed(loaded, processor, measured, model, subsets, trades, seed, rounds)
     rows = bill(measured, latencies, routed, router_latency)
+    set_resolution(loaded, processor, image_size=measured.options[0].size)
     record = {
         "type": "bill",
         "command": called(),
@@ -360,11 +364,15 @@ def bill_command(
         "pictures": len(set(measured.pictures)),
         "skipped": dict(measured.skipped),
         "rows": [row.to_dict() for row in rows],
+        "gates": {
+            group: {name: asdict(gate) for name, gate in found.items()}
+            for group, found in gates_by_group(loaded, processor, measured).items()
+        },
     }
     write_text(out / "bill.json", json.dumps(record, indent=1) + "\n")
     files = save_figure(bill_figure(rows), out / "bill")
-    table = bill_table(record)
-    print_table(table["title"], table["header"], table["cells"])
+    for table in (bill_table(record), *gates_tables(record)):
+        print_table(table["title"], table["header"], table["cells"])
     say(f"wrote {out / 'bill.json'}, " + ", ".join(map(str, files)))
 
 
