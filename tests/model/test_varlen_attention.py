@@ -257,7 +257,7 @@ def test_what_cannot_compute_trees_is_refused(monkeypatch):
         model(tokens, branch_ids=branches)
     config = model.model.language_model.config
     config.layer_types = ["linear_attention", "full_attention"]
-    with pytest.raises(ValueError, match=r"this one \(llama\) has layers of the kind linear_attention"):
+    with pytest.raises(ValueError, match=r"this one \(llama\) has layers of the type linear_attention"):
         model(tokens, position_ids=positions, branch_ids=branches)
     config.layer_types = None
     called = implement(model, "flash_attention_2", monkeypatch)

@@ -272,9 +272,8 @@ def sdpa_varlen(
                 branches = branch_ids[index, start:end]
                 own = (branches[:, None] == branches).tril()
                 mask = nn.functional.pad(own, (trunk_end - trunk_start, 0), value=True)[None, None]
-                k, v = (
-                    torch.cat([row[:, :, trunk_start:trunk_end], row[:, :, start:end]], 2) for row in (k_row, v_row)
-                )
+                trunk = slice(trunk_start, trunk_end)
+                k, v = torch.cat([k_row[:, :, trunk], k], dim=2), torch.cat([v_row[:, :, trunk], v], dim=2)
             found.append(sdpa_attention_forward(module, q_row[:, :, start:end], k, v, mask, **kwargs)[0])
         rows.append(torch.cat(found, dim=1))
     return torch.cat(rows), None
