@@ -223,7 +223,7 @@ def llava_665k_lengths(samples: int, seed: int = 0) -> tuple[np.ndarray, np.ndar
 
 def bench_pack(samples: int, budgets: list[int]) -> None:
     """Print how full batches are by layout, and what that means against plain padding."""
-    from florence_vl.data.packing import pack_first_fit
+    from florence_vl.data.layout import pack_first_fit
 
     lengths, images = llava_665k_lengths(samples)
     print(f"{samples} samples, mean {lengths.mean():.0f} tokens, median {np.median(lengths):.0f}, max {lengths.max()}")

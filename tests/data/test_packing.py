@@ -18,15 +18,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from florence_vl.data.encode import RecordEncoder, Sample
+from florence_vl.data.layout import measure, pack_first_fit
 from florence_vl.data.mixture import Mixture, MixtureSource
 from florence_vl.data.packing import (
     BatchLayout,
     WindowPlanner,
     build_batches,
     count_steps,
-    measure,
     merge_states,
-    pack_first_fit,
 )
 from florence_vl.data.records import Record
 from florence_vl.model.tiny import tiny_model
