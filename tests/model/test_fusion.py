@@ -21,7 +21,7 @@ def test_contract(name):
     assert fused.shape == (2, fusion.num_tokens(5), fusion.out_dim)
     torch.testing.assert_close(fused, fusion(dict(reversed(given.items()))), msg="order comes from the config")
     torch.testing.assert_close(fused, fusion(given, context=torch.randn(2, 16)))
-    with pytest.raises(ValueError, match=r"misses the features \['ocr'\]"):
+    with pytest.raises(ValueError, match=r"features \['ocr'\] are missing"):
         fusion({k: v for k, v in given.items() if k != "ocr"})
 
 

@@ -50,9 +50,7 @@ def test_a_device_without_the_product_has_no_gain(monkeypatch: pytest.MonkeyPatc
     precision.bf16_gain.cache_clear()
 
 
-@pytest.mark.parametrize(
-    ("bf16", "verdict"), [(1e-3, "faster (measured: 2.0 "), (4e-3, "stay in float32 (measured: 0.5 ")]
-)
+@pytest.mark.parametrize(("bf16", "verdict"), [(1e-3, "faster (measured: 2.0 "), (4e-3, "use float32 (measured: 0.5 ")])
 def test_doctor_reports_the_measurement(
     costs: dict[torch.dtype, float], bf16: float, verdict: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

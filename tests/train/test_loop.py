@@ -213,10 +213,10 @@ def test_time_left_of_a_resumed_run_counts_from_where_it_began(monkeypatch: pyte
 def test_automatic_precision_is_measured_once_a_run(
     tiny_run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faster: bool, precision: str
 ) -> None:
-    whole = tiny_run.run(tmp_path / "whole", steps=4, precision=precision)
+    whole = tiny_run.run(tmp_path / "whole", steps=2, precision=precision)
     monkeypatch.setattr("florence_vl.train.setup.bf16_is_faster", lambda _: faster)
-    tiny_run.run(tmp_path / "cut", steps=2, precision="auto")
+    tiny_run.run(tmp_path / "cut", steps=1, precision="auto")
     monkeypatch.setattr("florence_vl.train.setup.bf16_is_faster", lambda _: not faster)
-    cut = tiny_run.run(tmp_path / "cut", steps=4, precision="auto", resume="auto")
+    cut = tiny_run.run(tmp_path / "cut", steps=2, precision="auto", resume="auto")
     assert cut == whole
     assert yaml.safe_load((tmp_path / "cut/recipe.yaml").read_text())["precision"] == precision
