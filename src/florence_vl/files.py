@@ -19,6 +19,9 @@ from florence_vl.registry import did_you_mean
 MARK = ".florence-vl.json"
 """File with the names of the files that `atomic_folder` wrote. Only folders that contain it may be replaced."""
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a file begins that stands for another one in Git LFS, which was not fetched."""
+
 MAX_YAML_VALUES = 20_000
 """Values in a YAML document, its aliases counted each time."""
 

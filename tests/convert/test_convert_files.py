@@ -587,3 +587,18 @@ def test_memory_stays_below_a_shard(tmp_path):
     assert len({info.file for info in back.tensors.values()}) == 8
     assert back.read("t7.7").shape == (1024, 512)
     assert (back.read("t7.7") == 63).all()
+
+
+def test_pointers_and_deep_json_are_named(tmp_path):
+    from florence_vl.convert.shards import Checkpoint, read_json
+
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (tmp_path / "model.safetensors").write_text(pointer)
+    (tmp_path / "config.json").write_text(pointer)
+    (tmp_path / "deep.json").write_text('{"a":' * 9000 + "1" + "}" * 9000)
+    with pytest.raises(ValueError, match=r"model\.safetensors is a Git LFS pointer"):
+        Checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.json is a Git LFS pointer"):
+        read_json(tmp_path / "config.json")
+    with pytest.raises(ValueError, match=r"deep\.json: not valid JSON \(nested too deeply"):
+        read_json(tmp_path / "deep.json")

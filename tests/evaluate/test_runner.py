@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from florence_vl.evaluate.answer import Answer, Answerer, batches
 from florence_vl.evaluate.benchmark import Generation
@@ -513,6 +515,38 @@ def test_any_image_text_to_text_model_answers(llava_folder: Path, small_plan: Ev
     assert alone == together
     assert len({answer.text for answer in alone.values()}) > 1
     assert many.identity["fingerprint"] == one.identity["fingerprint"] == folder_fingerprint(llava_folder)
+
+
+@pytest.mark.parametrize(("adds", "writes"), [(True, True), (True, False), (False, True)])
+def test_another_models_begin_token_is_that_of_its_own_template(
+    adds: bool, writes: bool, llava_folder: Path, small_plan: EvaluationPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ids in use are those of transformers' apply_chat_template, whether tokenizer, template or both write it."""
+    from tokenizers.processors import TemplateProcessing
+
+    answerer = load_answerer(str(llava_folder))
+    processor, model = answerer.processor, answerer.model
+    tokenizer = processor.tokenizer
+    tokenizer.bos_token = "<|begin_of_text|>"
+    begin = tokenizer.convert_tokens_to_ids(tokenizer.bos_token)
+    if adds:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, begin)]
+        )
+    if writes:
+        processor.chat_template = "{{ bos_token }}" + processor.chat_template
+    question = small_plan.questions["pope"][0]
+    seen: list[list[int]] = []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **k: (seen.append(k["input_ids"][0].tolist()), generate(**k))[1])
+    answerer.answer([question], Generation(2))
+    picture = Image.open(io.BytesIO(question.images[0].read()))
+    content = [{**part, "image": picture} if part["type"] == "image" else part for part in question.content()]
+    own = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, add_generation_prompt=True
+    )
+    assert seen[0] == list(own["input_ids"][0])
+    assert seen[0].count(begin) == 1
 
 
 def test_another_model_with_missing_weights_is_refused(llava_folder: Path, tmp_path: Path) -> None:

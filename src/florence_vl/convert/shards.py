@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from florence_vl.files import LFS_POINTER
+
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -80,8 +82,13 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: {few(twice)} named twice; the file is ambiguous, download it again")
         return dict(pairs)
 
+    data = path.read_bytes()
+    if data.startswith(LFS_POINTER):
+        raise ValueError(f"{path} is a Git LFS pointer: fetch the files with `git lfs pull`")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        found = json.loads(data.decode(), object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError(f"{path}: not valid JSON (nested too deeply)") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(found, dict):
@@ -185,6 +192,9 @@ class Checkpoint:
             try:
                 self._open_file = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
+                with path.open("rb") as begin:
+                    if begin.read(len(LFS_POINTER)) == LFS_POINTER:
+                        raise ValueError(f"{path} is a Git LFS pointer: fetch the files with `git lfs pull`") from None
                 raise ValueError(
                     f"{path}: truncated or damaged ({error}); it has {path.stat().st_size} bytes, download it again"
                 ) from error

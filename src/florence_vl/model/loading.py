@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from florence_vl.files import locate
+from florence_vl.files import LFS_POINTER, locate
 from florence_vl.model.packaged import resolve
 from florence_vl.registry import did_you_mean
 
@@ -21,7 +21,6 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 ORIGINAL_TYPES = ("llava_llama", "llava_phi")
 """Model types of the authors' checkpoints."""
 
-_POINTER = b"version https://git-lfs.github.com/spec/"
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -86,7 +85,7 @@ def saved_type(folder: Path) -> str | None:
 
 def _read_object(file: Path) -> dict[str, Any]:
     data = file.read_bytes()
-    if data.startswith(_POINTER):
+    if data.startswith(LFS_POINTER):
         raise ValueError(f"{file} is a Git LFS pointer, not the file itself: fetch the files with `git lfs pull`")
     try:
         value = json.loads(data.decode())
@@ -104,7 +103,7 @@ def _check_files(folder: Path) -> None:
     names = {file.name for file in folder.iterdir() if file.is_file()}
     for name in sorted(names):
         with (folder / name).open("rb") as file:
-            if file.read(len(_POINTER)) == _POINTER:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise ValueError(
                     f"{folder / name} is a Git LFS pointer, not the file itself: fetch the files with `git lfs pull`"
                 )

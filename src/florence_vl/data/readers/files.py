@@ -9,6 +9,8 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import IO, Any, cast
 
+from florence_vl.files import LFS_POINTER
+
 _MAX_OPEN = 64
 _lock = threading.Lock()
 _descriptors: OrderedDict[tuple[int, str], int] = OrderedDict()
@@ -93,7 +95,7 @@ def open_file(path: str | Path) -> IO[bytes]:
 def pointer_hint(path: str | Path) -> str:
     """Addition to an error about a file's format if the file is a Git LFS pointer."""
     with open_file(path) as file:
-        pointer = file.read(64).startswith(b"version https://git-lfs.github.com/spec/")
+        pointer = file.read(64).startswith(LFS_POINTER)
     return ". It is a Git LFS pointer, not the file itself: fetch the file with `git lfs pull`" if pointer else ""
 
 
