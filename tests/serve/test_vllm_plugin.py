@@ -55,6 +55,30 @@ def test_the_plan_of_tensor_parallelism_covers_the_llm(llm):
     assert {style for name, style in styles.items() if name not in llm_layers} == {None}  # tower and projector
 
 
+class OtherLinear(torch.nn.Module):
+    """What vLLM puts in the place of a linear layer: it has the weights, and none of `nn.Linear`'s sizes."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+@torch.inference_mode()
+def test_the_model_takes_other_linear_layers():
+    model, _ = tiny_model()
+    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    before = model.get_image_features(pixels).pooler_output
+    for parent in list(model.model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is torch.nn.Linear:
+                setattr(parent, name, OtherLinear(child))
+    after = model.get_image_features(pixels).pooler_output
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 def test_the_class_is_found_on_transformers_in_a_fresh_process():
     code = (
         "from florence_vl.serve.vllm_plugin import register_sglang\n"
