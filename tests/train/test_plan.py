@@ -18,9 +18,10 @@ from florence_vl.model.tiny import tiny_config
 from florence_vl.train.config import LLMPartConfig, LoraConfig, PartConfig, PartsConfig
 from florence_vl.train.flops import ActivationMeter, Multipliers, _set_attention, count_flops
 from florence_vl.train.optimizer import apply_parts
-from florence_vl.train.plan import Workload, count_parameters, plan_recipe
+from florence_vl.train.plan import Workload, count_parameters, model_config, plan_recipe
 from florence_vl.train.recipes import load_recipe
 from florence_vl.train.step import count_pairs, count_samples, count_supervised, count_tokens
+from florence_vl.train.throughput import estimate_throughput
 
 STAGE_2 = PartsConfig(tower=PartConfig(train=False))
 ADAPTERS = PartsConfig(tower=PartConfig(train=False), llm=LLMPartConfig(lora=LoraConfig(rank=2)))
@@ -148,6 +149,35 @@ def test_throughput_follows_from_flops_and_mfu(plan_8b: Any) -> None:
     assert plan_8b.device_hours == pytest.approx(10_000_000 * per_sample / (989e12 * 0.4 * 3600))
 
 
+def test_the_fast_recipe_fits_and_is_estimated_to_gain_what_is_not_recomputed(plan_8b: Any) -> None:
+    fast = plan_recipe(load_recipe("paper/8b-finetune-fast"), devices=64)
+    assert fast.fits
+    assert fast.strategy == "hsdp"
+    assert fast.parameters == plan_8b.parameters
+    assert fast.flops_per_sample == plan_8b.flops_per_sample
+    paper, ours = plan_8b.estimate, fast.estimate
+    assert ours.recomputed == ours.masked == 0
+    llm = plan_8b.flops_per_sample["llm"] + plan_8b.flops_per_sample["attention"]
+    assert paper.recomputed == pytest.approx(llm / 3)  # one more forward pass of three
+    useful = sum(plan_8b.flops_per_sample.values())
+    assert paper.compute_seconds == pytest.approx(4 * (useful + paper.recomputed) / (989e12 * 0.4))
+    assert ours.samples_per_s / paper.samples_per_s == pytest.approx((useful + paper.recomputed) / useful, rel=0.05)
+
+
+def test_packed_rows_under_a_dense_mask_pay_for_the_whole_row() -> None:
+    packed = load_recipe("paper/8b-finetune-packed")
+    config, size = model_config(packed)
+    flops = count_flops(config, *size)
+
+    def masked(*overrides: str) -> float:
+        recipe = load_recipe("paper/8b-finetune-packed", overrides)
+        options = (1.0, 756.0, (8_000_000_000, 8_000_000_000), 8, "fsdp", 4e14)
+        return estimate_throughput(recipe, flops, Multipliers.of(recipe.parts, 32), 3e13, *options).masked
+
+    assert masked() == pytest.approx(3 * flops.attention_per_pair * (3072 - 756) * 756)
+    assert masked("model.attn_implementation=flash_attention_2") == 0
+
+
 def test_mistakes_are_named() -> None:
     recipe = load_recipe("paper/8b-finetune")
     with pytest.raises(ValueError, match=r"unknown device 'h100'. Did you mean .*'h100-80gb'"):
@@ -232,6 +262,7 @@ def peaks() -> dict[str, tuple[float, float]]:
     return dict(zip(CASES, (json.loads(line) for line in done.stdout.splitlines()), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", list(CASES))
 def test_planned_memory_is_what_a_step_holds_at_its_peak(peaks: dict[str, tuple[float, float]], case: str) -> None:
     measured, planned = peaks[case]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import typer
+
+if TYPE_CHECKING:
+    from florence_vl.train.plan import CostPlan
 
 epilog = """[bold]Examples[/bold]
 
@@ -23,6 +28,9 @@ def command(
     text_tokens: float = typer.Option(180.0, "--text-tokens", min=1, help="Text tokens per average sample."),
     supervised: float = typer.Option(120.0, "--supervised", min=1, help="Supervised text tokens per average sample."),
     samples: int = typer.Option(None, "--samples", help="Samples of the run, if the recipe does not determine them."),
+    beside: str = typer.Option(
+        None, "--beside", help="Recipe to compare the estimated speed with; by default that without -fast."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """Estimate parameters, FLOPs, memory, micro-batch, tokens/s and device-hours of a recipe, with the assumptions."""
@@ -32,9 +40,16 @@ def command(
     from florence_vl.train.recipes import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    plan = plan_recipe(loaded, devices, device, mfu, Workload(images, text_tokens, supervised), samples)
+    workload = Workload(images, text_tokens, supervised)
+    plan = plan_recipe(loaded, devices, device, mfu, workload, samples)
+    if beside is None and loaded.name.endswith("-fast"):
+        beside = loaded.name.removesuffix("-fast")
+    other = None if beside is None else plan_recipe(load_recipe(beside), devices, device, mfu, workload, samples)
     if as_json:
-        print(json.dumps(plan.to_dict(), indent=1))
+        found = plan.to_dict()
+        if other is not None:
+            found["beside"] = {"recipe": other.recipe, "gain": _gain(plan, other), "estimate": vars(other.estimate)}
+        print(json.dumps(found, indent=1))
         return
     total, trainable = (sum(p[i] for p in plan.parameters.values()) for i in (0, 1))
     print(f"{plan.recipe} on {plan.devices} x {plan.device}, {plan.strategy}")
@@ -56,6 +71,10 @@ def command(
     if plan.largest_micro_batch == 0:
         print("  try activation_checkpointing.llm=full activation_checkpointing.tower=full, more devices, or LoRA")
     print(f"\nat {mfu:.0%} MFU: {plan.samples_per_s:,.1f} samples/s, {plan.tokens_per_s:,.0f} tokens/s")
+    for one in (plan, other) if other is not None else (plan,):
+        print(_describe(one))
+    if other is not None:
+        print(f"estimated gain of {plan.recipe} over {other.recipe}: {_gain(plan, other):.2f}x")
     if plan.device_hours is not None and plan.hours is not None and plan.flops_per_run is not None:
         print(
             f"the run: {plan.samples:,} samples, {plan.flops_per_run:.3g} FLOP, {plan.device_hours:,.4g} device-hours, "
@@ -64,3 +83,16 @@ def command(
     print("\nassumptions")
     for text in plan.assumptions:
         print(f"  - {text}")
+
+
+def _gain(plan: CostPlan, other: CostPlan) -> float:
+    return plan.estimate.samples_per_s / other.estimate.samples_per_s
+
+
+def _describe(plan: CostPlan) -> str:
+    useful, estimate = sum(plan.flops_per_sample.values()), plan.estimate
+    return (
+        f"estimate of {plan.recipe}: {estimate.samples_per_s:,.1f} samples/s; a step computes for "
+        f"{estimate.compute_seconds:.2f} s (recomputation +{estimate.recomputed / useful:.0%}, masked attention "
+        f"+{estimate.masked / useful:.0%}) and exchanges for {estimate.exchange_seconds:.2f} s"
+    )

@@ -193,21 +193,23 @@ def part_blocks(model: FlorenceVLForConditionalGeneration) -> dict[str, list[nn.
 
 # Selective activation checkpointing keeps results of these operations; cheap operations are recomputed.
 def _matrix_products() -> set[Any]:
-    ops = torch.ops.aten
     names = (
-        "mm.default",
-        "addmm.default",
-        "bmm.default",
-        "_scaled_dot_product_flash_attention.default",
-        "_scaled_dot_product_efficient_attention.default",
-        "_scaled_dot_product_cudnn_attention.default",
-        "_scaled_dot_product_flash_attention_for_cpu.default",
+        "aten.mm.default",
+        "aten.addmm.default",
+        "aten.bmm.default",
+        "aten._scaled_dot_product_flash_attention.default",
+        "aten._scaled_dot_product_efficient_attention.default",
+        "aten._scaled_dot_product_cudnn_attention.default",
+        "aten._scaled_dot_product_flash_attention_for_cpu.default",
+        "flash_attn._flash_attn_forward.default",  # these two exist once flash-attn is imported
+        "flash_attn._flash_attn_varlen_forward.default",
     )
     found = set()
     for name in names:
-        packet, overload = name.split(".")
-        if hasattr(ops, packet):
-            found.add(getattr(getattr(ops, packet), overload))
+        space, packet, overload = name.split(".")
+        operations = getattr(torch.ops, space)
+        if hasattr(operations, packet):
+            found.add(getattr(getattr(operations, packet), overload))
     return found
 
 

@@ -21,6 +21,13 @@ from florence_vl.train.flops import DEVICES, ActivationMeter, ModelFlops, Multip
 from florence_vl.train.known_parts import KNOWN_PARTS
 from florence_vl.train.parallel import part_blocks
 from florence_vl.train.recipes import list_recipes, load_recipe
+from florence_vl.train.throughput import (
+    DEVICES_PER_NODE,
+    GB_PER_S_BETWEEN_NODES,
+    GB_PER_S_IN_NODE,
+    Throughput,
+    estimate_throughput,
+)
 
 if TYPE_CHECKING:
     from florence_vl.model.configuration import FlorenceVLConfig
@@ -68,6 +75,7 @@ class CostPlan:
         tokens_per_s: Likewise.
         device_hours: Device-hours of the whole run.
         hours: Wall time of the whole run.
+        estimate: Speed with what the settings cost: recomputation, masked attention, exchange between devices.
         assumptions: Assumptions of the estimates.
     """
 
@@ -89,6 +97,7 @@ class CostPlan:
     tokens_per_s: float
     device_hours: float | None
     hours: float | None
+    estimate: Throughput
     assumptions: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -258,12 +267,25 @@ def plan_recipe(
     total_samples = samples if samples is not None else _samples(recipe, sample_tokens)
     run = sum(per_sample.values()) * total_samples if total_samples else None
     rate = devices * peak * 1e12 * mfu / sum(per_sample.values())
+    parameters = count_parameters(recipe, config)
+    estimate = estimate_throughput(
+        recipe,
+        flops,
+        multipliers,
+        sum(per_sample.values()),
+        workload.images,
+        sample_tokens,
+        (sum(count for count, _ in parameters.values()), sum(count for _, count in parameters.values())),
+        devices,
+        strategy,
+        peak * 1e12 * mfu,
+    )
     return CostPlan(
         recipe=recipe.name,
         devices=devices,
         device=device,
         strategy=strategy,
-        parameters=count_parameters(recipe, config),
+        parameters=parameters,
         image_tokens=flops.image_tokens,
         sample_tokens=sample_tokens,
         flops_per_sample=per_sample,
@@ -277,6 +299,7 @@ def plan_recipe(
         tokens_per_s=rate * sample_tokens,
         device_hours=None if run is None else run / (peak * 1e12 * mfu * 3600),
         hours=None if run is None else run / (devices * peak * 1e12 * mfu * 3600),
+        estimate=estimate,
         assumptions=_assumptions(recipe, workload, height, width, mfu, peak, device, total_samples, strategy),
     )
 
@@ -479,6 +502,12 @@ def _assumptions(
     ]
     if recipe.data.views is not None or recipe.model.image_aspect_ratio == "native":
         found.append("memory is for the full view and for images that use the whole token budget")
+    if strategy != "none":
+        found.append(
+            f"the estimate: {GB_PER_S_IN_NODE:g} GB/s a device inside a node of {DEVICES_PER_NODE}, "
+            f"{GB_PER_S_BETWEEN_NODES:g} GB/s between nodes, exchange hidden behind arithmetic, no padding, no gain of "
+            "compilation"
+        )
     if samples is None:
         found.append("the number of samples is unknown: give --samples")
     elif recipe.steps is None:
