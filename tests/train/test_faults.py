@@ -253,6 +253,29 @@ def test_a_lost_peer_is_not_blamed_on_the_own_batch() -> None:
     assert blame(ValueError("3 image placeholder tokens, 2 images")) is None
 
 
+@pytest.mark.parametrize(
+    ("message", "cause"),
+    [
+        ("[gloo/transport/tcp/pair.cc:525] Connection closed by peer [127.0.0.1]:2222", "another process of the run"),
+        ("DataLoader worker (pid(s) 4711) exited unexpectedly", "a data worker was lost .*4711.*data.workers"),
+    ],
+)
+def test_what_is_lost_while_data_is_awaited_is_told_as_the_cause(
+    tiny_run: ModuleType, tmp_path: Path, message: str, cause: str
+) -> None:
+    class Lost(tiny_run.SyntheticBatches):  # type: ignore[name-defined, misc]
+        def __next__(self) -> dict[str, Any]:
+            raise RuntimeError(message)
+
+    with pytest.raises(TrainingError, match=cause):
+        train(
+            tiny_run.recipe(tmp_path),
+            model=tiny_run.tiny(),
+            batches=lambda step, rank, size, state: Lost(step, rank, size),
+        )
+    assert not (tmp_path / "failures").exists()
+
+
 def test_attention_without_a_backward_pass_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
     values = tiny_recipe(tmp_path / "run", model={"path": "nowhere", "attn_implementation": "flex_attention"})
     with pytest.raises(ValueError, match="flex_attention has no backward pass on a CPU"):

@@ -164,6 +164,14 @@ def test_the_fast_recipe_fits_and_is_estimated_to_gain_what_is_not_recomputed(pl
     assert ours.samples_per_s / paper.samples_per_s == pytest.approx((useful + paper.recomputed) / useful, rel=0.05)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["8b-pretrain", "3b-pretrain", "3b-finetune"])
+def test_fast_recipes_fit_64_devices_and_gain(name: str) -> None:
+    fast, paper = (plan_recipe(load_recipe(f"paper/{name}{end}"), devices=64) for end in ("-fast", ""))
+    assert fast.fits
+    assert fast.estimate.samples_per_s > 1.2 * paper.estimate.samples_per_s
+
+
 def test_packed_rows_under_a_dense_mask_pay_for_the_whole_row() -> None:
     packed = load_recipe("paper/8b-finetune-packed")
     config, size = model_config(packed)

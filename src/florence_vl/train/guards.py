@@ -22,15 +22,21 @@ class TrainingError(RuntimeError):
     """The run stopped because of a failure; the message gives the reason and where to look."""
 
 
+_LOST_WORKER = re.compile(r"DataLoader worker.*(killed|exited)|shared memory|Bus error", re.IGNORECASE)
 _LOST_PEER = re.compile(r"gloo|nccl|ProcessGroup|peer|Broken pipe|Socket", re.IGNORECASE)
 
 
 def blame(error: Exception) -> str | None:
-    """Message for an error that another process caused; None if this process caused it.
+    """Message for an error that another process or a lost worker caused; None if this process's step caused it.
 
     If another process is lost, this process's collectives fail. Its batch is then not the cause.
     """
     text = str(error).strip().splitlines()[-1] if str(error).strip() else ""
+    if _LOST_WORKER.search(str(error)):
+        return (
+            f"a data worker was lost ({text}). Usually memory or /dev/shm is exhausted: set data.workers lower, or give "
+            "the container more (florence-vl train --dry-run prints what the workers need)"
+        )
     if not isinstance(error, torch.distributed.DistError) and not _LOST_PEER.search(text):
         return None
     return (

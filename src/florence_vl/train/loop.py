@@ -132,6 +132,10 @@ def train(
             recipe = settle_precision(recipe, world, checkpoint)
             run = prepare_run(recipe, world, model, processor, batches, checkpoint, suite)
             return Trainer(run, callbacks).run()
+    except RuntimeError as error:
+        if isinstance(error, TrainingError) or not (cause := blame(error)):
+            raise
+        raise TrainingError(cause) from error
     finally:
         world.close()
 
