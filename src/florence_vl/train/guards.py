@@ -27,7 +27,7 @@ _LOST_PEER = re.compile(r"gloo|nccl|ProcessGroup|peer|Broken pipe|Socket", re.IG
 
 
 def blame(error: Exception) -> str | None:
-    """Message for an error that another process or a lost worker caused; None if this process's step caused it.
+    """Message for an error that another process or a lost data worker caused; None for any other error.
 
     If another process is lost, this process's collectives fail. Its batch is then not the cause.
     """
