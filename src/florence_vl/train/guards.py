@@ -34,8 +34,8 @@ def blame(error: Exception) -> str | None:
     text = str(error).strip().splitlines()[-1] if str(error).strip() else ""
     if _LOST_WORKER.search(str(error)):
         return (
-            f"a data worker was lost ({text}). Usually memory or /dev/shm is exhausted: lower data.workers, or give the "
-            "container more (florence-vl train --dry-run prints what the workers need)"
+            f"a data worker was lost ({text}). Usually memory or /dev/shm is exhausted: lower data.workers, or give "
+            "the container more (florence-vl train --dry-run prints what the workers need)"
         )
     if not isinstance(error, torch.distributed.DistError) and not _LOST_PEER.search(text):
         return None
