@@ -26,10 +26,10 @@ from florence_vl.model.modeling import group_by_size
 from florence_vl.model.precision import bf16_is_faster
 from florence_vl.train.config import PartsConfig, Recipe
 from florence_vl.train.guards import nothing_to_learn
-from florence_vl.train.model import load_shell
 from florence_vl.train.parallel import LossModule, Parallelised, replica_groups, resolve_strategy
 from florence_vl.train.plan import GIB, MemoryPlan, usable_memory
 from florence_vl.train.setup import BatchFactory, image_size, refuse_early
+from florence_vl.train.shell import load_shell
 from florence_vl.train.step import (
     Batch,
     StepCounts,

@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,7 +45,7 @@ def load_model(recipe: Recipe) -> tuple[FlorenceVLForConditionalGeneration, Any]
             model.set_attn_implementation(config.attn_implementation)
     else:
         raise ValueError("the recipe names no model: set model.path (a saved one) or model.build (its parts)")
-    _set_images(recipe, model, processor)
+    set_images(recipe, model, processor)
     if config.feature_store is not None:
         from florence_vl.model.features import store_features
 
@@ -96,7 +95,8 @@ def _pictures(records: Mixture) -> Iterator[Any]:
             yield from map(open_image, records[index].images[:1])
 
 
-def _set_images(recipe: Recipe, model: FlorenceVLForConditionalGeneration, processor: Any) -> None:
+def set_images(recipe: Recipe, model: FlorenceVLForConditionalGeneration, processor: Any) -> None:
+    """Set how the model sees images as the recipe says: sizes, positions, views and the question."""
     config = recipe.model
     processor.question_context = model.model.fusion.uses_context
     processor.image_processor.views, processor.image_processor.features = model.config.views, model.config.features
@@ -104,41 +104,6 @@ def _set_images(recipe: Recipe, model: FlorenceVLForConditionalGeneration, proce
     settings |= {"token_budget": config.token_budget, "positions": config.positions}
     if any(value is not None for value in settings.values()):
         set_resolution(model, processor, **settings)
-
-
-def load_shell(recipe: Recipe) -> tuple[FlorenceVLForConditionalGeneration, Any]:
-    """The recipe's model on the meta device, without weights, and its processor.
-
-    A `model.path` that another recipe will write is built as that recipe says.
-
-    Raises:
-        ValueError: As `load_model`.
-        FileNotFoundError: As `load_model`.
-    """
-    from florence_vl.model.assemble import build_model
-    from florence_vl.model.configuration import FlorenceVLConfig
-    from florence_vl.model.packaged import resolve
-    from florence_vl.model.processing import FlorenceVLProcessor
-    from florence_vl.train.flops import build_shell
-    from florence_vl.train.plan import recipe_that_writes
-
-    path, build = recipe.model.path, recipe.model.build
-    if path is not None and (Path(resolve(path, "models")) / "config.json").is_file():
-        folder = loading.check_folder(path)
-        model = build_shell(FlorenceVLConfig.from_pretrained(folder))
-        processor = FlorenceVLProcessor.from_pretrained(folder)
-    elif path is not None:
-        model, processor = load_shell(recipe_that_writes(path))
-    else:
-        if build is None:
-            raise ValueError("the recipe names no model: set model.path (a saved one) or model.build (its parts)")
-        model, processor = build_model(build, weights=False)
-    if recipe.model.changes:
-        model.config.update(recipe.model.changes)
-        model.config.check()
-        model = build_shell(model.config)
-    _set_images(recipe, model, processor)
-    return model, processor
 
 
 def check_attention(names: Iterable[str | None], device: torch.device) -> None:
