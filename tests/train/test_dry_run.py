@@ -104,7 +104,7 @@ def test_the_replicas_of_sharded_groups_exchange_in_the_last_micro_batch(recipe:
         assert [name for name in last.collectives if "all-reduce" in name] == [
             f"all-reduce {part}" for part in ("head", "LLM", "embeddings", "projector", "tower")
         ]
-    with pytest.raises(ValueError, match="6 processes give no two whole groups"):
+    with pytest.raises(ValueError, match="6 processes do not form two whole groups"):
         dry_run(load_recipe(values | {"batch_size": 6, "parallel": {"strategy": "hsdp", "shard_size": 4}}), 6)
 
 
