@@ -56,14 +56,15 @@ def test_the_plan_of_tensor_parallelism_covers_the_llm(llm):
 
 
 class OtherLinear(torch.nn.Module):
-    """What vLLM puts in the place of a linear layer: it has the weights, and none of `nn.Linear`'s sizes."""
+    """What vLLM puts in the place of a linear layer: no sizes, and on CPUs an empty weight beside the packed one."""
 
     def __init__(self, linear):
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
+        self.packed, self.bias = linear.weight, linear.bias
+        self.weight = torch.nn.Parameter(torch.empty(0))
 
     def forward(self, x):
-        return torch.nn.functional.linear(x, self.weight, self.bias)
+        return torch.nn.functional.linear(x, self.packed, self.bias)
 
 
 @torch.inference_mode()

@@ -73,7 +73,8 @@ class DaViTMLP(Florence2VisionMLP):
     """transformers' MLP; on a CPU a few positions at a time, see `_in_parts`."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        positions = max(1, CACHED // (hidden_states.shape[0] * self.fc1.weight.shape[0]))
+        # Four times as wide inside, as in every released size; vLLM's layers tell neither sizes nor weights.
+        positions = max(1, CACHED // (hidden_states.shape[0] * 4 * hidden_states.shape[-1]))
         return _in_parts(self, super().forward, hidden_states, positions)
 
 
