@@ -1,5 +1,6 @@
 """The models in florence-vl-mini: a Florence-2 that reads and detects, and a Florence-VL that uses the picture."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,17 @@ def test_smollm2_answers_and_trains():
     loss = model(**inputs, labels=inputs["input_ids"]).loss
     loss.backward()
     assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
+
+
+def test_start_without_an_adapter_says_where_it_looked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from florence_vl.cli.main import main
+
+    missing, out = tmp_path / "adapter.safetensors", tmp_path / "start"
+    monkeypatch.setattr(sys, "argv", ["florence-vl", "mini", "start", "--adapter", str(missing), "--out", str(out)])
+    with pytest.raises(SystemExit) as end:
+        sys.exit(main())
+    assert end.value.code == 2
+    assert str(missing) in capsys.readouterr().err.replace("\n", "")
+    assert not out.exists()
