@@ -366,3 +366,10 @@ def test_weights_masks_and_reasoning_of_a_turn_are_not_ignored(key, layout):
     row[layout][-1] |= {name: type(value)(name not in ("mask", "reasoning_content")) for name, value in key.items()}
     row[layout][-1].pop("reasoning_content", None)
     from_row(row, layout, ["a.png"], ImageStore(None), "row")
+
+
+def test_a_table_that_was_replaced_is_read_anew(tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for answer in ("one", "two"):
+        parquet.write_table(pa.table({"texts": [[{"user": "Q", "assistant": answer}]]}), tmp_path / "t.parquet")
+        assert open_reader(tmp_path / "t.parquet")[0].text("assistant") == answer

@@ -305,7 +305,7 @@ def test_unanswered_questions_make_a_score_incomplete(small_plan: EvaluationPlan
     scores = score_folder(folder.path, draws=0)
     pope, mme = scores.benchmarks["pope"], scores.benchmarks["mme"]
     assert not pope.complete
-    assert pope.note.startswith("incomplete: 1 of 4 questions unanswered; not the paper's benchmark")
+    assert pope.note.startswith("incomplete: 1 of 4 questions unanswered; not the published benchmark")
     assert mme.scores["perception"] == 0  # the pair that lost a question is omitted, not counted as wrong or correct
     assert mme.scores["cognition"] == 50
     assert scores.benchmarks["mmvp"].complete
@@ -395,7 +395,7 @@ def test_a_part_of_a_benchmark_is_not_the_whole(benchmark_folder: Path, tmp_path
     open_results(folder, Scripted(), made)
     run(Scripted(), made, folder)
     score = score_folder(folder.path, draws=0).benchmarks["pope"]
-    assert score.note == "not the paper's benchmark: 4 questions in the data, 9000 in total"
+    assert score.note == "not the published benchmark: 4 questions in the data, 9000 are published"
     facts = describe(made)["pope"]
     assert (facts["size"], facts["available"]) == (9000, 4)
     (tmp_path / "data" / "pope").mkdir(parents=True)

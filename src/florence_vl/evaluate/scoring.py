@@ -161,7 +161,9 @@ def _score(
     notes += [f"{result.unjudged} answers not judged"] if result.unjudged else []
     parts = ["incomplete: " + ", ".join(notes)] if notes else []
     if result.another_size:
-        parts.append(f"not the paper's benchmark: {facts['available']} questions in the data, {facts['size']} in total")
+        parts.append(
+            f"not the published benchmark: {facts['available']} questions in the data, {facts['size']} are published"
+        )
     result.note = "; ".join(parts)
     return result, found
 

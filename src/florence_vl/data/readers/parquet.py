@@ -95,6 +95,8 @@ class ParquetReader(Reader):
         super().__init__(path, name)
         require_pyarrow()
         self.files = files.find_files(path, (".parquet",))
+        for file in self.files:
+            _OPEN.pop((os.getpid(), file), None)  # it may have been replaced since it was last read
         _check_splits(self.files)
         self.id_column, self.image_template = id_column, image_template
         self.source_column, self.min_ratings = source_column, dict(min_ratings or {})
