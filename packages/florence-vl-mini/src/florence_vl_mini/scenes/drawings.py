@@ -82,8 +82,8 @@ def _place_shapes(rng: Random, page: Page, inks: list[str], room: Box) -> list[t
         y0 = min(max(y0, 1), page.height - layer.height - 1)
         box = (x0, y0, x0 + layer.width, y0 + layer.height)
         page.image.paste(page.rgb(color), box, layer)
-        found.append((shape, color, tuple(map(float, box))))
-    return sorted(found, key=lambda item: (item[2][0], item[2][1]))  # type: ignore[return-value]
+        found.append((shape, color, (float(box[0]), float(box[1]), float(box[2]), float(box[3]))))
+    return sorted(found, key=lambda item: (item[2][0], item[2][1]))
 
 
 def _pattern(rng: Random, n: int) -> list[tuple[float, float]]:

@@ -71,7 +71,7 @@ class Page:
     def rgb(self, name: str) -> Color:
         """One of the CSS colors that people call so, the same all over the page."""
         if name not in self._colors:
-            self._colors[name] = ImageColor.getrgb(self.rng.choice(CSS[name]))[:3]  # type: ignore[assignment]
+            self._colors[name] = ImageColor.getrgb(self.rng.choice(CSS[name]))[:3]
         return self._colors[name]
 
     @property
