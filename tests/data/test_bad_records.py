@@ -16,7 +16,7 @@ from PIL import Image
 from florence_vl.data.readers import ImageStore, open_reader
 from florence_vl.data.readers import images as images_module
 from florence_vl.data.readers.conversation import from_row
-from florence_vl.data.records import BadRecord, Record, bad_record_on_error, decode_text, normalise_messages, printable
+from florence_vl.data.records import BadRecord, Record, bad_record_on_error, decode_text, normalize_messages, printable
 from florence_vl.model.pictures import open_image
 
 
@@ -88,7 +88,7 @@ def read(reader, index):
         return None
     assert isinstance(record, Record)
     record.id.encode()
-    assert normalise_messages(record.messages) == record.messages
+    assert normalize_messages(record.messages) == record.messages
     assert record.num_image_parts == len(record.images)
     record.text().encode()
     return record

@@ -220,7 +220,7 @@ def test_wrong_files_are_refused(tmp_path, text, message):
         READERS["llava"](path)
 
 
-def test_unknown_things_name_their_neighbours(tmp_path, images):
+def test_unknown_things_name_their_neighbors(tmp_path, images):
     with pytest.raises(ValueError, match=r"unknown reader 'lava'.*'llava'"):
         open_reader(tmp_path, "lava")
     with pytest.raises(ValueError, match=r"no option 'image_rot'.*'image_root'"):

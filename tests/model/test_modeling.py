@@ -70,15 +70,15 @@ def test_cached_image_features_give_the_same_logits(model):
     torch.testing.assert_close(model(input_ids=IDS, mm_encoder_outputs={"image": cached}).logits, with_pixels)
 
 
-def test_loss_is_the_textbook_one_and_normalised_as_asked(model):
+def test_loss_is_the_textbook_one_and_normalized_as_asked(model):
     labels = labelled(IDS)
     labels[1, 6] = -100
     out = model(input_ids=IDS, pixel_values=pixels(), labels=labels)
     expected = cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
     torch.testing.assert_close(out.loss, expected / 5)
     for count in (20, torch.tensor(20)):
-        normalised = model(input_ids=IDS, pixel_values=pixels(), labels=labels, num_items_in_batch=count).loss
-        torch.testing.assert_close(normalised, expected / 20)
+        normalized = model(input_ids=IDS, pixel_values=pixels(), labels=labels, num_items_in_batch=count).loss
+        torch.testing.assert_close(normalized, expected / 20)
 
 
 def test_the_head_can_run_at_supervised_positions_only():

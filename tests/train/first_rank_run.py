@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from florence_vl.train import load_recipe
 from florence_vl.train.first_rank import load_on_first_rank
 from florence_vl.train.optimizer import apply_parts
-from florence_vl.train.parallel import parallelise
+from florence_vl.train.parallel import parallelize
 from florence_vl.train.world import init_world
 
 
@@ -29,7 +29,7 @@ def main(cases: list[dict]) -> None:
             continue
         whole = {name for name, p in model.named_parameters() if not p.is_meta}
         apply_parts(model, recipe.parts)
-        ready = parallelise(
+        ready = parallelize(
             model,
             world,
             recipe.parallel,

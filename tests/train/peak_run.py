@@ -18,7 +18,7 @@ from florence_vl.model.tiny import TINY_IMAGE_TOKEN_ID, tiny_config
 from florence_vl.train import load_recipe
 from florence_vl.train.gradients import fill_missing_gradients
 from florence_vl.train.optimizer import apply_parts, build_optimizer, parameter_groups
-from florence_vl.train.parallel import parallelise
+from florence_vl.train.parallel import parallelize
 from florence_vl.train.plan import GIB, MemoryPlan
 from florence_vl.train.step import forward_backward
 from florence_vl.train.world import World
@@ -46,7 +46,7 @@ def measure(strategy: str, size: int, options: dict[str, Any]) -> tuple[int, flo
     model = FlorenceVLForConditionalGeneration(config)
     world = World(torch.device("cpu"), 0, size, 0, size)
     apply_parts(model, recipe.parts)
-    ready = parallelise(
+    ready = parallelize(
         model,
         world,
         recipe.parallel,

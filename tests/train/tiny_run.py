@@ -18,10 +18,10 @@ from florence_vl.evaluate.sample import suite_scorer
 from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
 from florence_vl.model.tiny import TINY_IMAGE_TOKEN_ID, tiny_config, tiny_model, tiny_recipe
 from florence_vl.train import train
-from florence_vl.train.parallel import Parallelised
+from florence_vl.train.parallel import Parallelized
 
 IMAGE_TOKENS = 4
-ACCUMULATE = Parallelised.accumulate
+ACCUMULATE = Parallelized.accumulate
 
 
 def tiny(seed: int = 0, **config: Any) -> FlorenceVLForConditionalGeneration:
@@ -187,7 +187,7 @@ def watch(output: str | Path, model: FlorenceVLForConditionalGeneration) -> None
         module.register_forward_pre_hook(hook, with_kwargs=True)
 
     @contextlib.contextmanager
-    def accumulate(self: Parallelised, last: bool) -> Any:
+    def accumulate(self: Parallelized, last: bool) -> Any:
         passes.append({"passes": []})
         found.clear()
         with Collectives(), ACCUMULATE(self, last):
@@ -203,7 +203,7 @@ def watch(output: str | Path, model: FlorenceVLForConditionalGeneration) -> None
         return result
 
     loop.forward_backward = recorded  # type: ignore[attr-defined]
-    Parallelised.accumulate = accumulate  # type: ignore[method-assign]
+    Parallelized.accumulate = accumulate  # type: ignore[method-assign]
 
 
 def losses(output: str | Path) -> list[float]:

@@ -112,7 +112,7 @@ def test_real_documents_and_points_are_a_table_s_own() -> None:
         assert int(next(q.answer for q in scene.questions if q.skill == "counting")) >= 3
 
 
-def test_labels_do_not_touch_their_neighbours() -> None:
+def test_labels_do_not_touch_their_neighbors() -> None:
     """The texts of real charts do not overlap one another."""
     for kind in ("bar_chart", "table", "pie_chart"):
         for scene in SceneGenerator(8, "train", 256, {kind: 1.0}).scenes(60):

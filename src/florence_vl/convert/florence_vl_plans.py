@@ -186,7 +186,7 @@ def plan_to_original(source: Source, decoder: Source | None, tokenizer_folder: P
         if original.parent != checkpoint.folder:
             plan.notes.append(f"config.json and tokenizer are from {original}")
     else:
-        plan.files.append(_synthesised_files(checkpoint, ours, rows, tokenizer_folder or checkpoint.folder))
+        plan.files.append(_synthesized_files(checkpoint, ours, rows, tokenizer_folder or checkpoint.folder))
         plan.notes.append("config.json was derived from this model's config, as no original one was kept")
     return plan
 
@@ -239,7 +239,7 @@ def _image_settings(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _synthesised_files(checkpoint: Checkpoint, ours: Any, rows: int, tokenizer_folder: Path) -> Any:
+def _synthesized_files(checkpoint: Checkpoint, ours: Any, rows: int, tokenizer_folder: Path) -> Any:
     def write(folder: Path) -> None:
         from transformers import AutoTokenizer
 

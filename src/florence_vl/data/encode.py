@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from florence_vl.data.records import BadRecord, Record, normalise_messages
+from florence_vl.data.records import BadRecord, Record, normalize_messages
 from florence_vl.data.sampler import mix
 from florence_vl.model.chat_template import CHAT_TEMPLATES, has_generation_marks
 from florence_vl.model.pictures import image_name, image_size, open_image
@@ -231,7 +231,7 @@ class RecordEncoder:
     def _fit(self, record: Record, position: int | None) -> tuple[list[dict[str, Any]], Sample]:
         """The messages that fit, and their sample without pixels."""
         name = f"record {record.id!r} of {record.source!r}"
-        messages = normalise_messages(record.messages, where=name)
+        messages = normalize_messages(record.messages, where=name)
         parts = sum(part["type"] == "image" for message in messages for part in message["content"])
         if parts != len(record.images):
             raise BadRecord(

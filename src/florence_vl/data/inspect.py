@@ -244,7 +244,7 @@ def histogram(values: Sequence[int], bins: int = 12, width: int = 40) -> list[st
     ]
 
 
-_COLOURS = {"supervised": "#14532d;background:#bbf7d0", "context": "#475569", "image": "#1e3a8a;background:#dbeafe"}
+_COLORS = {"supervised": "#14532d;background:#bbf7d0", "context": "#475569", "image": "#1e3a8a;background:#dbeafe"}
 
 
 def html_page(samples: Sequence[Inspected], title: str, thumbnail: int = 320) -> str:
@@ -261,7 +261,7 @@ def html_page(samples: Sequence[Inspected], title: str, thumbnail: int = 320) ->
         "<style>body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#0f172a}"
         "article{border-top:1px solid #cbd5e1;padding:1rem 0}pre{white-space:pre-wrap;font:inherit;margin:.5rem 0}"
         "img{max-height:20rem;margin:.3rem .3rem 0 0}.meta{color:#64748b}.bad{color:#b91c1c}span{border-radius:3px}"
-        + "".join(f".{kind}{{color:{colour}}}" for kind, colour in _COLOURS.items())
+        + "".join(f".{kind}{{color:{color}}}" for kind, color in _COLORS.items())
         + "</style>",
         f"<h1>{html.escape(title)}</h1>",
         "<p><span class=supervised>supervised</span> <span class=context>not supervised</span> "

@@ -213,7 +213,7 @@ class Record:
             BadRecord: Kind "messages"; the message names the record, what was found and what was expected.
         """
         self.id = printable(self.id)
-        self.messages = normalise_messages(self.messages, where=f"record {self.id!r} of {self.source!r}")
+        self.messages = normalize_messages(self.messages, where=f"record {self.id!r} of {self.source!r}")
         parts = self.num_image_parts
         if parts != len(self.images):
             raise BadRecord(
@@ -238,7 +238,7 @@ def caption_of(record: Record) -> tuple[ImageSource, str] | str:
     return "no caption"
 
 
-def normalise_messages(messages: Any, where: str = "conversation") -> list[dict[str, Any]]:
+def normalize_messages(messages: Any, where: str = "conversation") -> list[dict[str, Any]]:
     """Check messages and convert the short form (`content` as a string) to a list of parts.
 
     Args:

@@ -22,7 +22,7 @@ from PIL import Image
 
 from florence_vl.data.encode import IGNORE, RecordEncoder, Sample
 from florence_vl.data.mixture import MapReader
-from florence_vl.data.records import BadRecord, Record, normalise_messages
+from florence_vl.data.records import BadRecord, Record, normalize_messages
 from florence_vl.data.sampler import GroupShuffles
 
 WHOLE = -1
@@ -73,7 +73,7 @@ def split_turns(record: Record) -> list[Record]:
     Raises:
         BadRecord: kind "messages": the conversation is malformed.
     """
-    messages = normalise_messages(record.messages, where=f"record {record.id!r} of {record.source!r}")
+    messages = normalize_messages(record.messages, where=f"record {record.id!r} of {record.source!r}")
     system = messages[:1] if messages[0]["role"] == "system" else []
     questions, answers = messages[len(system) :: 2], messages[len(system) + 1 :: 2]
     alternate = len(questions) == len(answers) and all(

@@ -142,7 +142,7 @@ def _fill(model: FlorenceVLForConditionalGeneration, language_model: PreTrainedM
         model.model.feature_fill = FeatureFill(model.model.vision_tower.feature_dims)
     model.model.multi_modal_projector.to_empty(device="cpu")
     for module in model.model.multi_modal_projector.modules():
-        if isinstance(module, nn.Linear):  # LLaVA's projector: torch's own initialisation of a linear layer
+        if isinstance(module, nn.Linear):  # LLaVA's projector: torch's own initialization of a linear layer
             module.reset_parameters()
     load_tower_weights(model.model.vision_tower, vision)
     model.model.vision_tower.to(weights_dtype)

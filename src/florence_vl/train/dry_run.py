@@ -26,7 +26,7 @@ from florence_vl.model.modeling import group_by_size
 from florence_vl.model.precision import bf16_is_faster
 from florence_vl.train.config import PartsConfig, Recipe
 from florence_vl.train.guards import nothing_to_learn
-from florence_vl.train.parallel import LossModule, Parallelised, replica_groups, resolve_strategy
+from florence_vl.train.parallel import LossModule, Parallelized, replica_groups, resolve_strategy
 from florence_vl.train.plan import GIB, MemoryPlan, usable_memory
 from florence_vl.train.setup import BatchFactory, image_size, refuse_early
 from florence_vl.train.shell import load_shell
@@ -291,7 +291,7 @@ def _play(module: _PlayedModule, micro_batches: Sequence[Batch], calls: Sequence
         found.append(PlayedBatch(*shape, base.passes, base.collectives))
 
     handle = module.register_forward_pre_hook(note)
-    parallel = Parallelised(module, module.model, module.strategy, 1.0)
+    parallel = Parallelized(module, module.model, module.strategy, 1.0)
     forward_backward(parallel, micro_batches, 1, torch.device("cpu"), calls)
     handle.remove()
     return found

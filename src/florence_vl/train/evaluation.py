@@ -24,7 +24,7 @@ from florence_vl.train.step import count_supervised, to_device, tower_calls
 from florence_vl.train.world import World
 
 if TYPE_CHECKING:
-    from florence_vl.train.parallel import Parallelised
+    from florence_vl.train.parallel import Parallelized
 
 
 class HeldOut:
@@ -155,7 +155,7 @@ class RunEvaluation:
         """Whether to evaluate after a step; the last one is always due."""
         return last or step % self.config.every_steps == 0
 
-    def run(self, parallel: Parallelised) -> dict[str, float]:
+    def run(self, parallel: Parallelized) -> dict[str, float]:
         """`eval/loss`, `eval/<benchmark>` and `eval/seconds`, the same on every process. Every process calls it.
 
         The modes of the modules are restored.

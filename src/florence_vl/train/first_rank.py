@@ -1,7 +1,7 @@
 """One process loads the weights and the others receive their shards, so host memory holds only one whole model.
 
 Used for sharded runs. The first process loads the recipe's model; the others build the same one on torch's meta device,
-where it needs no memory. `parallelise` then proceeds unit by unit (a block, the head, the rest): a unit is broadcast,
+where it needs no memory. `parallelize` then proceeds unit by unit (a block, the head, the rest): a unit is broadcast,
 every process keeps its shard, and the whole unit is freed. Buffers are sent too, including those that are in no state
 dict, such as rotary frequencies.
 """

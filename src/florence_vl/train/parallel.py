@@ -264,7 +264,7 @@ def apply_compile(model: FlorenceVLForConditionalGeneration, config: CompileConf
 
 
 @dataclass
-class Parallelised:
+class Parallelized:
     """A model ready to train.
 
     Attributes:
@@ -296,7 +296,7 @@ class Parallelised:
             yield
 
 
-def parallelise(
+def parallelize(
     model: FlorenceVLForConditionalGeneration,
     world: World,
     parallel: ParallelConfig,
@@ -306,7 +306,7 @@ def parallelise(
     image_size: tuple[int, int],
     weights_on_first: bool = False,
     distill: float = 0.0,
-) -> Parallelised:
+) -> Parallelized:
     """Apply all of this to a model whose parts are already frozen; its weights move to the device.
 
     Args:
@@ -344,7 +344,7 @@ def parallelise(
                 device_ids=[world.device] if world.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
             )
-    return Parallelised(module, model, strategy, float(world.size))
+    return Parallelized(module, model, strategy, float(world.size))
 
 
 def _cast_outputs_of_buffers(tower: nn.Module, dtype: torch.dtype) -> None:

@@ -26,7 +26,7 @@ from florence_vl.train.fingerprint import check_fingerprint, fingerprint
 from florence_vl.train.guards import SpikeDetector
 from florence_vl.train.model import check_attention, choose_attention, estimate_fill, load_model
 from florence_vl.train.optimizer import Group, apply_parts, build_optimizer, parameter_groups
-from florence_vl.train.parallel import Parallelised, parallelise, resolve_strategy
+from florence_vl.train.parallel import Parallelized, parallelize, resolve_strategy
 from florence_vl.train.step import Batch, StepCounts, seed_everything
 from florence_vl.train.world import World
 
@@ -134,7 +134,7 @@ class Run:
     recipe: Recipe
     world: World
     processor: Any
-    parallel: Parallelised
+    parallel: Parallelized
     groups: list[Group]
     optimizer: torch.optim.Optimizer
     checkpoints: CheckpointManager
@@ -202,7 +202,7 @@ def prepare_run(
         estimate_fill(model, processor, data.mixture, world.device)
     apply_parts(model, recipe.parts)
     size = image_size(model, processor)
-    parallel = parallelise(
+    parallel = parallelize(
         model,
         world,
         recipe.parallel,

@@ -16,7 +16,7 @@ from florence_vl.data.layout import FULL_PREFIX
 from florence_vl.model.varlen_attention import row_spans
 
 if TYPE_CHECKING:
-    from florence_vl.train.parallel import Parallelised
+    from florence_vl.train.parallel import Parallelized
 
 Batch = dict[str, Any]
 TowerCalls = tuple[int, int]
@@ -55,7 +55,7 @@ class StepCounts:
 
 
 def forward_backward(
-    parallel: Parallelised,
+    parallel: Parallelized,
     micro_batches: Sequence[Batch],
     num_items: int,
     device: torch.device,

@@ -90,9 +90,9 @@ def tokens_in_boxes(boxes: Sequence[Box], grid: tuple[int, int], num_tokens: int
     left, top, right, bottom = torch.tensor(boxes, dtype=torch.float64).view(-1, 4).unbind(1)
 
     def inside(low: Tensor, high: Tensor, cells: int) -> Tensor:
-        centres = (torch.arange(cells, dtype=torch.float64) + 0.5) / cells
+        centers = (torch.arange(cells, dtype=torch.float64) + 0.5) / cells
         middle = ((low + high) / 2 * cells).long().clamp(0, cells - 1)
-        hit = (low[:, None] <= centres) & (centres <= high[:, None])
+        hit = (low[:, None] <= centers) & (centers <= high[:, None])
         return hit | (torch.arange(cells) == middle[:, None])
 
     cells_PRC = inside(top, bottom, rows)[:, :, None] & inside(left, right, columns)[:, None, :]
@@ -110,7 +110,7 @@ def caption_vectors(
 
 
 @torch.no_grad()
-def standardise_input(model: FlorenceVLForConditionalGeneration, features: dict[str, Tensor]) -> None:
+def standardize_input(model: FlorenceVLForConditionalGeneration, features: dict[str, Tensor]) -> None:
     """Standardize the fused channels over these images in the projector's first layer.
 
     Scale and shift are folded into its weights (data-dependent initialization, arXiv 1511.06422), so that differences
@@ -167,16 +167,16 @@ def warm_up(
     if seconds is None and steps is None:
         raise ValueError("a warm-up needs seconds or steps")
     projector = nn.ModuleList([model.model.fusion, model.model.multi_modal_projector])
-    standardise_input(model, features)
+    standardize_input(model, features)
     wanted = {name: parameter.requires_grad for name, parameter in projector.named_parameters()}
     for parameter in projector.parameters():
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(projector.parameters(), lr=lr, weight_decay=0.01)
-    centre_H = targets_PH.mean(0)
-    variance = (targets_PH - centre_H).square().mean()
+    center_H = targets_PH.mean(0)
+    variance = (targets_PH - center_H).square().mean()
     words: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     word_size = words.detach().square().sum(-1).mean()
-    unit_PH = nn.functional.normalize(targets_PH - centre_H, dim=-1)
+    unit_PH = nn.functional.normalize(targets_PH - center_H, dim=-1)
     texts_P = torch.unique(targets_PH, dim=0, return_inverse=True)[1]
     groups = Groups(texts_P, torch.arange(len(texts_P), device=texts_P.device))
     draws = torch.Generator().manual_seed(seed)
@@ -211,7 +211,7 @@ def warm_up(
         text_BH, same = unit_PH[index], groups[index].targets()
         loss = torch.zeros((), device=tokens_BNH.device)
         for vectors_BH in (pooled_BH, single_BH):
-            vision_BH = nn.functional.normalize(vectors_BH - centre_H, dim=-1)
+            vision_BH = nn.functional.normalize(vectors_BH - center_H, dim=-1)
             loss = loss + contrastive_loss(vision_BH, text_BH, same, TEMPERATURE, symmetric=True) / 2
         distance = (pooled_BH - targets_PH[index]).square().mean() / variance
         optimizer.zero_grad()
