@@ -153,4 +153,14 @@ def test_help_imports_nothing_heavy(module):
     imported = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
     light = {"florence_vl.cli.common", "florence_vl.files"}
-    assert imported <= light | {"__future__", "json", "shlex", "sys", "pathlib", "typing", "typer", "typer.core"}
+    assert imported <= light | {
+        "__future__",
+        "dataclasses",
+        "json",
+        "shlex",
+        "sys",
+        "pathlib",
+        "typing",
+        "typer",
+        "typer.core",
+    }

@@ -50,7 +50,7 @@ def test_counts_shards_broken_and_repeated_images(tmp_path):
     assert "4 records, 1,273,215 are published" in found
     assert "1105 of 1106 shards are missing, e.g. number 0" in found
     assert "1 of 4 records: image, e.g. " in found
-    assert "1 of the 3 examined images are shown by another record too" in found
+    assert "1 of the 3 examined images are also in another record" in found
     assert "benchmark" not in found
 
 

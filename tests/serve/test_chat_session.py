@@ -226,6 +226,10 @@ def test_folders_that_are_no_model(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "florence_vl.model.loading.resolve", lambda name, kind: str(embedded) if name == "mini" else name
     )
+    with pytest.raises(ValueError, match=r"not a whole model, it has no weights .* processor_config.json, tokenizer"):
+        check_folder("mini")
+    for name in ("model.safetensors", "processor_config.json", "tokenizer.json"):
+        (embedded / name).write_text("{}")
     assert check_folder("mini") == embedded
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "config.json").write_text("{}")
@@ -233,7 +237,7 @@ def test_folders_that_are_no_model(tmp_path, monkeypatch):
         check_folder(tmp_path)
     with pytest.raises(NotADirectoryError, match="is a file"):
         check_folder(tmp_path / "inner" / "config.json")
-    with pytest.raises(ValueError, match="type None"):
+    with pytest.raises(ValueError, match="has no model_type"):
         check_folder(tmp_path / "inner")
     (tmp_path / "inner" / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ValueError, match="is a 'llama', not a 'florence_vl'"):
@@ -248,5 +252,5 @@ def test_devices_that_are_not_here():
     assert choose_device("cpu") == "cpu"
     with pytest.raises(ValueError, match=r"unknown device 'cuba'\. Did you mean 'cuda'"):
         choose_device("cuba")
-    with pytest.raises(ValueError, match="sees no device 'cuda:99'"):
+    with pytest.raises(ValueError, match="finds no device 'cuda:99'"):
         choose_device("cuda:99")

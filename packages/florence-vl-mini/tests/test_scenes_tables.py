@@ -145,5 +145,5 @@ def test_a_whole_is_never_cut() -> None:
 
 def test_a_table_of_other_numbers_is_refused(tmp_path) -> None:
     (tmp_path / "datapackage.json").write_text('{"resources": []}')
-    with pytest.raises(ValueError, match=r"no licence for airports\.csv"):
+    with pytest.raises(ValueError, match=r"no license for airports\.csv"):
         made.make_tables(tmp_path, tmp_path)

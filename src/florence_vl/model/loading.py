@@ -67,6 +67,8 @@ def check_folder(model: str | os.PathLike[str]) -> Path | str:
     kind = saved_type(path)
     if kind in ORIGINAL_TYPES:
         raise ValueError(f"{path} is a {kind!r}, the original layout: convert it with `florence-vl convert {path} NEW`")
+    if kind is None:
+        raise ValueError(f"{path} is not a model: its config.json has no model_type")
     if kind != "florence_vl":
         raise ValueError(f"{path} is a {kind!r}, not a 'florence_vl'. Create one with `florence-vl build`")
     _check_files(path)
