@@ -3,7 +3,8 @@
 Used for sharded runs. The first process loads the recipe's model; the others build the same one on torch's meta device,
 where it needs no memory. `parallelize` then proceeds unit by unit (a block, the head, the rest): a unit is broadcast,
 every process keeps its shard, and the whole unit is freed. Buffers are sent too, including those that are in no state
-dict, such as rotary frequencies.
+dict: prompt ids and rotary frequencies. (`set_model_state_dict` with `broadcast_from_rank0` fills all parameters of a
+sharded model on the meta device, but leaves these buffers unset.)
 """
 
 from __future__ import annotations
