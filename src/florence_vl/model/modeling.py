@@ -110,6 +110,14 @@ class FlorenceVLPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_missing = [r"\.fusion\.", r"\.feature_fill\."]
     _keys_to_ignore_on_load_unexpected = [r"vision_tower\.backbone\.(vision_model\.)?head\."]  # SigLIP's, saved earlier
 
+    def set_attn_implementation(
+        self, attn_implementation: str | dict[str, str], allow_all_kernels: bool = False
+    ) -> None:
+        """As in transformers, but also reaches the configs nested in the vision config (5.19 does not)."""
+        super().set_attn_implementation(attn_implementation, allow_all_kernels)
+        vision = self.config.vision_config
+        vision._attn_implementation = vision._attn_implementation  # the setter passes it on to nested configs
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
