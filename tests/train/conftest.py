@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -33,3 +35,26 @@ def tiny_run() -> ModuleType:
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def train_tiny() -> Callable[..., list[float]]:
+    """Trains the tiny model by a recipe, perhaps dying at the end of a step: the losses of all steps in its folder."""
+    from florence_vl.model.tiny import tiny_model
+    from florence_vl.train import train
+    from florence_vl.train.metrics import read_metrics
+
+    def losses(values: dict[str, Any], resume: str = "never", stop_at: int | None = None) -> list[float]:
+        model, processor = tiny_model()
+
+        def stop(trainer: Any, row: dict[str, Any]) -> None:
+            if row["step"] == stop_at:
+                raise KeyboardInterrupt
+
+        try:
+            train(values, model=model, processor=processor, resume=resume, callbacks=[stop])
+        except KeyboardInterrupt:
+            assert stop_at is not None
+        return [row["loss"] for row in read_metrics(Path(values["output"]) / "metrics.jsonl")]
+
+    return losses

@@ -29,16 +29,7 @@ def main(cases: list[dict]) -> None:
             continue
         whole = {name for name, p in model.named_parameters() if not p.is_meta}
         apply_parts(model, recipe.parts)
-        ready = parallelize(
-            model,
-            world,
-            recipe.parallel,
-            recipe.precision,
-            recipe.activation_checkpointing,
-            recipe.compile,
-            (64, 64),
-            weights_on_first=True,
-        )
+        ready = parallelize(model, world, recipe, (64, 64), weights_on_first=True)
         shards, gathered = {}, {}
         for name, p in ready.model.named_parameters():
             assert isinstance(p, DTensor), name

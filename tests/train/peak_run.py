@@ -46,15 +46,7 @@ def measure(strategy: str, size: int, options: dict[str, Any]) -> tuple[int, flo
     model = FlorenceVLForConditionalGeneration(config)
     world = World(torch.device("cpu"), 0, size, 0, size)
     apply_parts(model, recipe.parts)
-    ready = parallelize(
-        model,
-        world,
-        recipe.parallel,
-        recipe.precision,
-        recipe.activation_checkpointing,
-        recipe.compile,
-        (64, 64),
-    )
+    ready = parallelize(model, world, recipe, (64, 64))
     groups = parameter_groups(ready.model, recipe.parts, recipe.optimizer, recipe.schedule)
     optimizer = build_optimizer(groups, recipe.optimizer, world.device)
     ids = torch.randint(10, 500, (1, LENGTH))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +41,9 @@ def recipe(data: Path, output: Path, **packing: Any) -> dict[str, Any]:
     return tiny_recipe(output, data=values)
 
 
-def test_a_run_resumes_to_the_same_losses(data: Path, tmp_path: Path) -> None:
-    def losses(output: Path, resume: str = "never", stop_at: int | None = None) -> list[float]:
-        model, processor = tiny_model()
-
-        def stop(trainer: Any, row: dict[str, Any]) -> None:
-            if row["step"] == stop_at:
-                raise KeyboardInterrupt
-
-        try:
-            values = recipe(data, output, split_turns=True)
-            train(values, model=model, processor=processor, resume=resume, callbacks=[stop])
-        except KeyboardInterrupt:
-            assert stop_at is not None
-        return [row["loss"] for row in read_metrics(output / "metrics.jsonl")]
+def test_a_run_resumes_to_the_same_losses(data: Path, tmp_path: Path, train_tiny: Callable[..., list[float]]) -> None:
+    def losses(output: Path, **how: Any) -> list[float]:
+        return train_tiny(recipe(data, output, split_turns=True), **how)
 
     whole = losses(tmp_path / "whole")
     assert len(losses(tmp_path / "cut", stop_at=3)) == 3

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,36 +53,23 @@ def recipe(shards: Path | str, output: Path, packed: bool = True, **changes: Any
     return tiny_recipe(output, **{"steps": 5, "data": data} | changes)
 
 
-def losses(values: dict[str, Any], resume: str = "never", stop_at: int | None = None) -> list[float]:
-    """Train the tiny model, perhaps dying at the end of a step; the losses of all steps that the folder knows."""
-    model, processor = tiny_model()
-
-    def stop(trainer: Any, row: dict[str, Any]) -> None:
-        if row["step"] == stop_at:
-            raise KeyboardInterrupt
-
-    try:
-        train(values, model=model, processor=processor, resume=resume, callbacks=[stop])
-    except KeyboardInterrupt:
-        assert stop_at is not None
-    return [row["loss"] for row in read_metrics(Path(values["output"]) / "metrics.jsonl")]
-
-
 @pytest.mark.parametrize(
     ("packed", "workers"),
     [(True, 0), (False, 0), pytest.param(True, 1, marks=pytest.mark.slow)],
     ids=["packed", "padded", "packed, a worker"],
 )
-def test_a_streamed_run_resumes_exactly(shards: Path, tmp_path: Path, packed: bool, workers: int) -> None:
+def test_a_streamed_run_resumes_exactly(
+    shards: Path, tmp_path: Path, packed: bool, workers: int, train_tiny: Callable[..., list[float]]
+) -> None:
     override = [f"data.workers={workers}"]
 
     def values(name: str) -> dict[str, Any]:
         return load_recipe(recipe(shards, tmp_path / name, packed), override).to_dict()
 
-    whole = losses(values("whole"))
+    whole = train_tiny(values("whole"))
     assert len(whole) == 5
-    assert len(losses(values("cut"), stop_at=3)) == 3
-    assert losses(values("cut"), resume="auto") == whole
+    assert len(train_tiny(values("cut"), stop_at=3)) == 3
+    assert train_tiny(values("cut"), resume="auto") == whole
     rows = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     assert rows[-1]["samples"] > 10 if packed else rows[-1]["samples"] == 10
 
@@ -100,9 +88,11 @@ def test_filters_and_names_reach_the_stream(shards: Path, tmp_path: Path) -> Non
     assert {int(name.split("-")[1]) % 4 for _, name in seen} == {3}
 
 
-def test_another_number_of_processes_or_workers_or_other_data_is_refused(shards: Path, tmp_path: Path) -> None:
+def test_another_number_of_processes_or_workers_or_other_data_is_refused(
+    shards: Path, tmp_path: Path, train_tiny: Callable[..., list[float]]
+) -> None:
     values = recipe(shards, tmp_path / "run", steps=2)
-    losses(values)
+    train_tiny(values)
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
     trainer = json.loads((checkpoint / "trainer.json").read_text())
     _, processor = tiny_model()
@@ -112,12 +102,14 @@ def test_another_number_of_processes_or_workers_or_other_data_is_refused(shards:
     with pytest.raises(ValueError, match="step 2 contains no data state"):
         data.batches(2, 0, 1, None)
     with pytest.raises(ValueError, match="workers was 0 at the checkpoint and is 1 now"):
-        losses(load_recipe(values, ["steps=3", "data.workers=1"]).to_dict(), resume="auto")
+        train_tiny(load_recipe(values, ["steps=3", "data.workers=1"]).to_dict(), resume="auto")
     with pytest.raises(ValueError, match="shuffle buffer was 4"):
-        losses(load_recipe(values, ["steps=3", "data.stream.shuffle_buffer=5"]).to_dict(), resume="auto")
+        train_tiny(load_recipe(values, ["steps=3", "data.stream.shuffle_buffer=5"]).to_dict(), resume="auto")
 
 
-def test_two_processes_stream_and_resume(shards: Path, tiny_run: ModuleType, tmp_path: Path) -> None:
+def test_two_processes_stream_and_resume(
+    shards: Path, tiny_run: ModuleType, tmp_path: Path, train_tiny: Callable[..., list[float]]
+) -> None:
     changes = {key: value for key, value in recipe(shards, tmp_path).items() if key not in ("output", "name")}
     changes |= {"steps": 3, "parallel": {"strategy": "ddp"}, "tiny_data": True, "checkpoint": {"every_steps": 2}}
     changes["checkpoint"]["export"] = False
@@ -136,7 +128,7 @@ def test_two_processes_stream_and_resume(shards: Path, tiny_run: ModuleType, tmp
     assert tiny_run.losses(tmp_path / "cut") == pytest.approx(tiny_run.losses(tmp_path / "whole"), abs=1e-6)
     alone = {**recipe(shards, tmp_path / "cut"), "schedule": {"name": "constant"}}
     with pytest.raises(ValueError, match="world size was 2 at the checkpoint and is 1 now"):
-        losses(alone, resume="auto")
+        train_tiny(alone, resume="auto")
 
 
 @pytest.mark.parametrize(
@@ -165,9 +157,11 @@ def test_without_energon_the_extra_is_named_before_a_model_is_loaded(
         train(values)
 
 
-def test_unprepared_shards_say_what_to_run(shards: Path, tmp_path: Path) -> None:
+def test_unprepared_shards_say_what_to_run(
+    shards: Path, tmp_path: Path, train_tiny: Callable[..., list[float]]
+) -> None:
     with pytest.raises(FileNotFoundError, match="florence-vl data prepare"):
-        losses(recipe(tmp_path, tmp_path / "run"))
+        train_tiny(recipe(tmp_path, tmp_path / "run"))
     _, processor = tiny_model()
     with pytest.raises(ValueError, match="florence-vl data inspect"):
         _ = TrainingData(load_recipe(recipe(shards, tmp_path)), processor).mixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,20 +51,12 @@ def recipe(data: Path, output: Path, packed: bool, **changes: Any) -> dict[str, 
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_run_on_files_resumes_exactly(data: Path, tmp_path: Path, packed: bool) -> None:
-    def losses(output: Path, resume: str = "never", stop_at: int | None = None) -> list[float]:
-        model, processor = tiny_model()
-
-        def stop(trainer: Any, row: dict[str, Any]) -> None:
-            if row["step"] == stop_at:
-                raise KeyboardInterrupt
-
-        try:
-            values = recipe(data, output, packed) | {"steps": 7}  # an epoch of padded steps: the bad image is drawn
-            train(values, model=model, processor=processor, resume=resume, callbacks=[stop])
-        except KeyboardInterrupt:
-            assert stop_at is not None
-        return [row["loss"] for row in read_metrics(output / "metrics.jsonl")]
+def test_a_run_on_files_resumes_exactly(
+    data: Path, tmp_path: Path, packed: bool, train_tiny: Callable[..., list[float]]
+) -> None:
+    def losses(output: Path, **how: Any) -> list[float]:
+        # seven steps are an epoch of padded ones: the bad image is drawn
+        return train_tiny(recipe(data, output, packed) | {"steps": 7}, **how)
 
     whole = losses(tmp_path / "whole")
     assert len(losses(tmp_path / "cut", stop_at=3)) == 3

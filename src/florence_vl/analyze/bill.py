@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from florence_vl.analyze.headroom import Choice, score_choice
-from florence_vl.analyze.options import Measurement, Option
+from florence_vl.analyze.options import Measurement, Option, synchronize
 from florence_vl.analyze.routed import RoutedChoice
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def time_options(
             text = max(1, round(tokens_O[index]) - count)
             ids_1L = torch.zeros(1, count + text, dtype=torch.long, device=model.device)
             ids_1L[:, :count] = model.config.image_token_id
-            _synchronize(model)
+            synchronize(model)
             began = time.perf_counter()
             features = model.model.vision_tower(pixels, None if option.all_features else mask_1F)
             features = {
@@ -92,17 +92,12 @@ def time_options(
             tokens_1NH = model.model.project_features(features, (height, width), context)
             encoded = FlorenceVLImageFeatures(pooler_output=list(tokens_1NH))
             model(input_ids=ids_1L, mm_encoder_outputs={"image": encoded}, logits_to_keep=1)
-            _synchronize(model)
+            synchronize(model)
             if turn:
                 found[index].append(time.perf_counter() - began)
         if progress is not None:
             progress(turn + 1, rounds + 1)
     return [statistics.median(times) for times in found]
-
-
-def _synchronize(model: FlorenceVLForConditionalGeneration) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
 
 
 def bill(

@@ -290,6 +290,11 @@ def prefill_flops(
     return tower + whole.projector_per_image + whole.llm_per_token * tokens + whole.attention_per_pair * tokens**2
 
 
+def synchronize(model: FlorenceVLForConditionalGeneration) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+
+
 def tower_flops(model: FlorenceVLForConditionalGeneration, features: Sequence[str], height: int, width: int) -> float:
     """FLOPs of the tower for one image, where only some features are computed; see `prefill_flops`."""
     from florence_vl.train.flops import count_flops

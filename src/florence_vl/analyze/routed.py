@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from florence_vl.analyze.headroom import Choice, score_choice
-from florence_vl.analyze.options import Measurement, Option, tower_flops
+from florence_vl.analyze.options import Measurement, Option, synchronize, tower_flops
 from florence_vl.model.router import Router, router_states
 from florence_vl.model.views import FULL_VIEW
 
@@ -147,8 +147,7 @@ def time_router(
 
     picture, times = Image.new("RGB", (64, 64)), []
     for _ in range(rounds + 1):
-        if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)
+        synchronize(model)
         began = time.perf_counter()
         states = router_states(model, processor, [picture], ["What is it?"], router.config.thumbnail)
         router.choose(*states, 0.0)

@@ -251,7 +251,7 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
         if self._encoded is None:
             planner = self._planner
             encoder = MicroBatchEncoder(planner.mixture, planner.encoder, planner.layout)
-            self._encoded = _load(encoder, self._planned(), self._num_workers, prefetch=2)
+            self._encoded = _load(encoder, self._planned(), self._num_workers, PREFETCH)
         batch = next(self._encoded)
         if batch.error is not None:
             self.close()
@@ -294,6 +294,9 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
         stop_workers(self._plans)
         self._encoded = self._plans = iter(())
 
+
+PREFETCH = 2
+"""Micro-batches that each worker keeps ready."""
 
 _MAX_BAD_IN_A_ROW = 25_000
 """The run ends if this number of consecutive records gives no row."""

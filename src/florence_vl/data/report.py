@@ -35,8 +35,8 @@ class DataReport:
     """Counts of one rank; stops the run if too much of the data is bad.
 
     Args:
-        max_bad_share: Maximum fraction of bad records,
-        min_records: checked after this number of records has been read.
+        max_bad_share: Maximum fraction of bad records.
+        min_records: Number of records that must have been read before the fraction is checked.
         path: File to which bad records are appended as JSON lines; None writes none.
         counts: Result of `counts()` when the run was stopped.
     """
@@ -135,6 +135,10 @@ class DataReport:
         """Tokens of samples divided by computed tokens (with padding), in [0, 1]."""
         return self.tokens / self.slots if self.slots else 0.0
 
+    def bad_by_name(self) -> dict[str, int]:
+        """Skipped records, `source/kind` -> number."""
+        return {f"{source}/{kind}": n for (kind, source), n in sorted(self.bad.items())}
+
     def counts(self) -> dict[str, Any]:
         """All counts as plain types, for a checkpoint."""
         plain: dict[str, Any] = {name: getattr(self, name) for name in _NUMBERS}
@@ -148,7 +152,7 @@ class DataReport:
             "samples": self.samples,
             "bad_records": self.num_bad,
             "bad_share": self.bad_share,
-            "bad": {f"{source}/{kind}": n for (kind, source), n in sorted(self.bad.items())},
+            "bad": self.bad_by_name(),
             "packing_efficiency": self.efficiency,
             "samples_per_row": self.samples / self.rows if self.rows else 0.0,
             "images": self.images,

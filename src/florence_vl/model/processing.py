@@ -87,6 +87,15 @@ class ImageTokenRule:
         return self.scale * (rows * columns // self.merge**2 + self.additional) + self.offset
 
 
+def pad_questions(rows: Sequence[Sequence[int]]) -> dict[str, list[list[int]]]:
+    """`question_ids` and `question_mask` of questions as token ids, padded on the right."""
+    length = max(map(len, rows), default=0) or 1
+    return {
+        "question_ids": [[*ids, *[0] * (length - len(ids))] for ids in rows],
+        "question_mask": [[1] * len(ids) + [0] * (length - len(ids)) for ids in rows],
+    }
+
+
 def pad_left(tokenizer: Any) -> None:
     """Set a tokenizer to pad on the left, as generation requires, whatever its files contain."""
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
@@ -310,14 +319,15 @@ class FlorenceVLProcessor(ProcessorMixin):
             `question_ids` and `question_mask`, one row per image, padded on the right; both empty without images. The
             mask is all zero if a message has no text.
         """
+        return pad_questions(self.question_rows(conversations, chat_template))
+
+    def question_rows(
+        self, conversations: Sequence[Sequence[Mapping[str, Any]]], chat_template: str | None = None
+    ) -> list[list[int]]:
+        """The question of each image as token ids, without padding; arguments as in `question_inputs`."""
         pattern = self.control_pattern(self.template_text(chat_template))
         texts = self.question_texts(conversations)
-        rows = [self.tokenize(_break_tokens(text, pattern))[0] if text else [] for text in texts]
-        length = max(map(len, rows), default=0) or 1
-        return {
-            "question_ids": [ids + [0] * (length - len(ids)) for ids in rows],
-            "question_mask": [[1] * len(ids) + [0] * (length - len(ids)) for ids in rows],
-        }
+        return [self.tokenize(_break_tokens(text, pattern))[0] if text else [] for text in texts]
 
     def tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a rendered text and the characters [start, end) that each covers.

@@ -75,6 +75,12 @@ class Span(NamedTuple):
     trunk_end: int
 
 
+def _begins(position_ids: Tensor) -> Tensor:
+    begins_BL = torch.ones_like(position_ids, dtype=torch.bool)
+    begins_BL[:, 1:] = position_ids.diff(dim=-1) != 1
+    return begins_BL
+
+
 def row_spans(position_ids: Tensor, branch_ids: Tensor | None = None) -> list[list[Span]]:
     """The spans of each row. A sample begins where positions do not increase by one, a branch where its number changes.
 
@@ -86,8 +92,8 @@ def row_spans(position_ids: Tensor, branch_ids: Tensor | None = None) -> list[li
         ValueError: Positions go back, but not to 0, and there are no `branch_ids`.
     """
     branches_BL = torch.zeros_like(position_ids) if branch_ids is None else branch_ids
-    begins_BL = torch.ones_like(position_ids, dtype=torch.bool)
-    begins_BL[:, 1:] = (position_ids.diff(dim=-1) != 1) | (branches_BL.diff(dim=-1) != 0)
+    begins_BL = _begins(position_ids)
+    begins_BL[:, 1:] |= branches_BL.diff(dim=-1) != 0
     if branch_ids is None and ((position_ids[:, 1:] > 0) & (position_ids.diff(dim=-1) < 1)).any():
         raise ValueError(
             "positions go back, but not to 0, as in message trees; branch_ids, which assign tokens to branches, "
@@ -137,8 +143,8 @@ def tree_mask_function(
         branch_ids: (B, L).
         window: Size of a sliding window in positions; None for full attention.
     """
-    begins_BL = torch.ones_like(position_ids, dtype=torch.bool)
-    begins_BL[:, 1:] = (position_ids.diff(dim=-1) != 1) & (branch_ids[:, 1:] == 0)
+    begins_BL = _begins(position_ids)
+    begins_BL[:, 1:] &= branch_ids[:, 1:] == 0
     sample_BL = begins_BL.cumsum(-1)
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -221,9 +227,7 @@ def flash_bounds(position_ids: Tensor) -> dict[str, Any]:
     Args:
         position_ids: (B, L), restarting at each sample.
     """
-    begins_BL = torch.ones_like(position_ids, dtype=torch.bool)
-    begins_BL[:, 1:] = position_ids.diff(dim=-1) != 1
-    starts = begins_BL.flatten().nonzero()[:, 0]
+    starts = _begins(position_ids).flatten().nonzero()[:, 0]
     bounds = torch.cat([starts, starts.new_tensor([position_ids.numel()])]).to(torch.int32)
     longest = int(bounds.diff().max())
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}

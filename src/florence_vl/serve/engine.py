@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from florence_vl.model.processing import pad_questions
 from florence_vl.model.repetition import RepetitionStop
 from florence_vl.serve.answer import Answer, Event
 from florence_vl.serve.cache import ByteLRU, PrefixCache, RowBatch, Segment, common_length
@@ -484,10 +485,8 @@ class Engine:
             }
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
             if images[0].question is not None:
-                rows = [image.question or [] for image in images]
-                width = max(1, *map(len, rows))
-                inputs["question_ids"] = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-                inputs["question_mask"] = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
+                questions = pad_questions([image.question or [] for image in images])
+                inputs |= {name: torch.tensor(rows) for name, rows in questions.items()}
             moved = {name: value.to(self.model.device) for name, value in inputs.items()}
             tokens = self.model.get_image_features(**moved).pooler_output
             self.stats.images_encoded += len(images)

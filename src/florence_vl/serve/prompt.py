@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from florence_vl.model.processing import FlorenceVLProcessor
 
 
+Route = Callable[["Sequence[Image.Image]", Sequence[str]], Sequence[str]]
 _MAX_VIEWS = 4096  # choices of the router that are kept
 
 
@@ -86,7 +87,7 @@ class PromptBuilder:
         uses_question: bool,
         adapters: Sequence[str],
         is_kept: Callable[[bytes], bool],
-        route: Callable[[Sequence[Image.Image], Sequence[str]], Sequence[str]] | None = None,
+        route: Route | None = None,
     ) -> None:
         self.processor, self.context, self.uses_question = processor, context, uses_question
         self.adapters, self.is_kept, self.route = adapters, is_kept, route
@@ -110,14 +111,14 @@ class PromptBuilder:
         ids, _ = processor.tokenize(text)
         questions: list[list[int] | None] = [None] * len(images)
         if images and self.uses_question:
-            inputs = processor.question_inputs([messages])
-            questions = [
-                ids[: sum(mask)] for ids, mask in zip(inputs["question_ids"], inputs["question_mask"], strict=True)
-            ]
-        views = self._choose_views(images, processor.question_texts([messages]))
+            questions = [*processor.question_rows([messages])]
+        digests = [self._digest(image) for image in images]
+        views: Sequence[str | None] = [None] * len(images)
+        if self.route is not None:
+            views = self._choose_views(self.route, images, digests, processor.question_texts([messages]))
         prepared = [
-            PreparedImage(self._key(image, question, adapter, view), image, question, view=view)
-            for image, question, view in zip(images, questions, views, strict=True)
+            PreparedImage(_key(digest, adapter, question, view), image, question, view=view)
+            for image, digest, question, view in zip(images, digests, questions, views, strict=True)
         ]
         prompt = Prompt([], [], prepared, adapter)
         following = iter(prepared)
@@ -141,24 +142,29 @@ class PromptBuilder:
                 image.inputs = self.process(image)
         return prompt
 
-    def _choose_views(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[str | None]:
-        if self.route is None:
-            return [None] * len(images)
-        keys = [self._key(image, question, None) for image, question in zip(images, questions, strict=True)]
-        known = dict(self._views)
+    def _choose_views(
+        self, route: Route, images: Sequence[Image.Image], digests: Sequence[bytes], questions: Sequence[str]
+    ) -> list[str]:
+        keys = [_key(digest, question) for digest, question in zip(digests, questions, strict=True)]
+        known = {key: view for key in keys if (view := self._views.get(key)) is not None}
         missing = {key: i for i, key in enumerate(keys) if key not in known}
         if missing:
-            found = self.route([images[i] for i in missing.values()], [questions[i] for i in missing.values()])
-            known |= dict(zip(missing, found, strict=True))
-            self._views = OrderedDict(list(known.items())[-_MAX_VIEWS:])
+            found = route([images[i] for i in missing.values()], [questions[i] for i in missing.values()])
+            fresh = dict(zip(missing, found, strict=True))
+            known |= fresh
+            self._views = OrderedDict([*self._views.items(), *fresh.items()][-_MAX_VIEWS:])  # other threads read it
         return [known[key] for key in keys]
 
-    def _key(
-        self, image: Image.Image, question: list[int] | str | None, adapter: str | None, view: str | None = None
-    ) -> bytes:
-        head = f"{image.mode} {image.width}x{image.height} {adapter} {question!r} {view} "
+    def _digest(self, image: Image.Image) -> bytes:
+        """Hash of the decoded pixels and the processor's settings."""
+        head = f"{image.mode} {image.width}x{image.height} "
         return hashlib.sha256(self._settings + head.encode() + image.tobytes()).digest()
 
     def process(self, image: PreparedImage) -> Mapping[str, Tensor]:
         """What the tower takes for a picture."""
         return self.processor.image_processor([image.picture], view=image.view, return_tensors="pt")
+
+
+def _key(digest: bytes, *settings: object) -> bytes:
+    """Key of an image with what else decides about its features, or about its view."""
+    return hashlib.sha256(digest + repr(settings).encode()).digest()

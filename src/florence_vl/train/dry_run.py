@@ -8,7 +8,6 @@ order of collectives of each process is known before the first GPU is reserved: 
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import tempfile
 from collections import Counter
@@ -19,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -44,8 +44,6 @@ from florence_vl.train.world import World
 if TYPE_CHECKING:
     from florence_vl.data.packing import WindowPlan
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
-
-PREFETCH = 2  # micro-batches that a worker of a `DataLoader` holds ready
 
 
 @dataclass
@@ -369,6 +367,7 @@ def dry_run(
         ValueError: The recipe can't start: sizes that don't divide, a missing file, an unknown device.
         FileNotFoundError: A file that the recipe names isn't there.
     """
+    from florence_vl.data.packing import PREFETCH
     from florence_vl.train.data import TrainingData
 
     local_size = min(world_size, processes_per_node)
@@ -396,8 +395,7 @@ def dry_run(
                 largest = max(largest, *map(_bytes, own))
                 taken[step, rank] = [_outline(batch) for batch in own]
             report = getattr(stream, "report", None)  # given batches have none
-            for (kind, source), number in report().bad.items() if report is not None else ():
-                bad[f"{source}/{kind}"] += number
+            bad.update({} if report is None else report().bad_by_name())
             stream.close()
     module = _PlayedModule(model, recipe, strategy, size, world_size > 1)
     played = []
@@ -450,7 +448,7 @@ def _bytes(batch: Batch) -> int:
 
 
 def _host_memory() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    return psutil.virtual_memory().total / GIB
 
 
 def _shm_size() -> float:

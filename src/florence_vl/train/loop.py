@@ -271,7 +271,7 @@ class Trainer:
     def _bad_records(self) -> dict[str, int]:
         """Skipped records of the run, over all processes: `source/kind` -> number."""
         report = self._data_report()
-        own = {} if report is None else {f"{source}/{kind}": n for (kind, source), n in report.bad.items()}
+        own = {} if report is None else report.bad_by_name()
         total: Counter[str] = Counter()
         for found in self.world.gather_objects(own):
             total.update(found)

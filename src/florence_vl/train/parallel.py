@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from florence_vl.data.layout import FULL_PREFIX
 from florence_vl.registry import did_you_mean
-from florence_vl.train.config import ActivationCheckpointingConfig, CompileConfig, ParallelConfig, Precision
+from florence_vl.train.config import ActivationCheckpointingConfig, CompileConfig, ParallelConfig, Precision, Recipe
 from florence_vl.train.first_rank import FirstRankWeights
 from florence_vl.train.step import TowerCalls, tower_calls
 from florence_vl.train.world import World
@@ -299,42 +299,34 @@ class Parallelized:
 def parallelize(
     model: FlorenceVLForConditionalGeneration,
     world: World,
-    parallel: ParallelConfig,
-    precision: Precision,
-    checkpointing: ActivationCheckpointingConfig,
-    compile_config: CompileConfig,
+    recipe: Recipe,
     image_size: tuple[int, int],
     weights_on_first: bool = False,
-    distill: float = 0.0,
 ) -> Parallelized:
     """Apply all of this to a model whose parts are already frozen; its weights move to the device.
 
     Args:
         model: The model.
         world: The processes.
-        parallel: Strategy.
-        precision: Precision of weights and computation.
-        checkpointing: Activations to recompute.
-        compile_config: Blocks to compile.
+        recipe: Strategy, precision, checkpointing, compilation and distillation.
         image_size: Height and width of a dummy image in pixels.
         weights_on_first: Whether the model is from `load_on_first_rank`; it must then be sharded.
-        distill: See `LossModule`.
 
     Raises:
         ValueError: Strategy and processes contradict each other.
     """
-    strategy = resolve_strategy(parallel, world)
+    precision, strategy = recipe.precision, resolve_strategy(recipe.parallel, world)
     if precision == "bf16_pure":
         model.to(torch.bfloat16)
-    apply_activation_checkpointing(model, checkpointing)
-    apply_compile(model, compile_config)
+    apply_activation_checkpointing(model, recipe.activation_checkpointing)
+    apply_compile(model, recipe.compile)
     sharded = strategy in ("fsdp", "hsdp")
     autocast = torch.bfloat16 if precision == "bf16" and not sharded else None
     casts = precision == "bf16_pure" or (precision == "bf16" and sharded)
     pixel_dtype = torch.bfloat16 if casts else torch.float32
-    module: nn.Module = LossModule(model, image_size, world.size > 1, autocast, pixel_dtype, distill)
+    module: nn.Module = LossModule(model, image_size, world.size > 1, autocast, pixel_dtype, recipe.distill)
     if sharded:
-        _shard(module, model, world, parallel, precision, strategy, weights_on_first)
+        _shard(module, model, world, recipe.parallel, precision, strategy, weights_on_first)
     else:
         assert not weights_on_first
         model.to(world.device)

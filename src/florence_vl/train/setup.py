@@ -202,17 +202,7 @@ def prepare_run(
         estimate_fill(model, processor, data.mixture, world.device)
     apply_parts(model, recipe.parts)
     size = image_size(model, processor)
-    parallel = parallelize(
-        model,
-        world,
-        recipe.parallel,
-        recipe.precision,
-        recipe.activation_checkpointing,
-        recipe.compile,
-        size,
-        weights_on_first,
-        recipe.distill,
-    )
+    parallel = parallelize(model, world, recipe, size, weights_on_first)
     groups = parameter_groups(parallel.model, recipe.parts, recipe.optimizer, recipe.schedule)
     optimizer = build_optimizer(groups, recipe.optimizer, world.device)
     checkpoints = CheckpointManager(recipe.run_dir, recipe.checkpoint, parallel.model, optimizer, world)
