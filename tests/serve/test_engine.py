@@ -129,6 +129,13 @@ def test_a_sliding_window_gives_the_tokens_of_generate():
             assert answer.ids == reference(parts, [long], [picture(color)], options)
 
 
+def test_an_llm_without_a_context_length_is_refused(monkeypatch):
+    model, processor = tiny_model()
+    monkeypatch.setattr(type(model.config), "context_length", None)
+    with pytest.raises(ValueError, match=r"set model\.config\.text_config\.max_position_embeddings"):
+        Engine(model, processor)
+
+
 def test_limits_and_failures_leave_the_engine_alive(parts, monkeypatch):
     chat = [turn("user", "What is shown?", 1)]
     with Engine(*parts, EngineConfig(max_batch=1, max_queue=0)) as engine:

@@ -20,7 +20,7 @@ def main(cases: list[dict]) -> None:
     torch.set_num_threads(1)
     world = init_world("cpu")
     for case in cases:
-        recipe = load_recipe(case["recipe"])
+        recipe = load_recipe(case["recipe"], ["parallel.strategy=fsdp"])
         torch.manual_seed(world.rank)  # what another process draws must not matter
         try:
             model, processor = load_on_first_rank(recipe, world)

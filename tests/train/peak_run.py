@@ -18,7 +18,7 @@ from florence_vl.model.tiny import TINY_IMAGE_TOKEN_ID, tiny_config
 from florence_vl.train import load_recipe
 from florence_vl.train.gradients import fill_missing_gradients
 from florence_vl.train.optimizer import apply_parts, build_optimizer, parameter_groups
-from florence_vl.train.parallel import parallelize
+from florence_vl.train.parallel import parallelize, shard_groups
 from florence_vl.train.plan import GIB, MemoryPlan
 from florence_vl.train.step import forward_backward
 from florence_vl.train.world import World
@@ -68,7 +68,8 @@ def measure(strategy: str, size: int, options: dict[str, Any]) -> tuple[int, flo
     peak.count([list(ready.module.parameters()), [list(state.values()) for state in optimizer.state.values()]])
     with peak, peak.resizing():
         step()
-    planned = MemoryPlan(recipe, config, (64, 64), size, strategy).at(IMAGES, LENGTH, LENGTH - UNSUPERVISED)
+    _, shards = shard_groups(recipe.parallel, strategy, world)
+    planned = MemoryPlan(recipe, config, (64, 64), size, shards).at(IMAGES, LENGTH, LENGTH - UNSUPERVISED)
     return peak.peak, sum(planned.values()) * GIB
 
 

@@ -147,10 +147,11 @@ def test_what_runs_out_ends_with_code_1(
 ) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(recipe))
+    assert dry_run(load_recipe(recipe), 2, steps=1).strategy == "fsdp"
     command = ["train", str(path), "--dry-run", "--world", "2", "--first-steps", "1"]
     assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["world_size"] == 2
+    assert (found["strategy"], found["world_size"]) == ("ddp", 2)
     assert len(found["steps"]) == 2
     # float32 pixels, three int64 tensors of all tokens
     batches = [batch for step in found["steps"] for batch in step["micro_batches"]]

@@ -153,7 +153,7 @@ def test_a_sharded_model_is_refused_and_a_missing_file_named(records: Path, pope
     values = recipe(records, tmp_path, {"suite": "pope", "data": str(pope), "every_steps": 2})
     several = World(torch.device("cpu"), rank=0, size=4)
     with pytest.raises(ValueError, match=r"parallel.strategy is fsdp. Use parallel.strategy=ddp"):
-        read_suite(load_recipe(values), several, suite_scorer)
+        read_suite(load_recipe(values, ["parallel.strategy=fsdp"]), several, suite_scorer)
     with pytest.raises(ValueError, match=r"evaluate.suite is 'pope', but no function that scores suites was passed"):
         train(values)
     with pytest.raises(FileNotFoundError, match="pope"):

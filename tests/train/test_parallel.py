@@ -106,7 +106,7 @@ def two(tiny_run: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     looks = LOOKS | {"data": look_data(folder)}
     case("ddp-looks", parallel={"strategy": "ddp"}, **looks)
     case("fsdp-looks", parallel={"strategy": "fsdp"}, **looks)
-    case("fsdp-looks-all", **looks | {"parts": {}, "activation_checkpointing": {"tower": "full", "llm": "full"}})
+    case("fsdp-looks-all", parallel={"strategy": "fsdp"}, **looks | {"parts": {}, "activation_checkpointing": {"tower": "full", "llm": "full"}})
     torchrun(str(tiny_run.__file__), cases)
     return folder
 
@@ -237,7 +237,8 @@ def test_activation_checkpointing_keeps_gradients_and_saves_less(tiny_run: Modul
 def test_impossible_strategies_are_refused() -> None:
     alone, several = World(torch.device("cpu")), World(torch.device("cpu"), rank=0, size=4)
     assert resolve_strategy(ParallelConfig(), alone) == "none"
-    assert resolve_strategy(ParallelConfig(), several) == "fsdp"
+    assert resolve_strategy(ParallelConfig(), several) == "ddp"
+    assert resolve_strategy(ParallelConfig(), World(torch.device("cuda"), rank=0, size=4)) == "fsdp"
     with pytest.raises(ValueError, match="4 processes run"):
         resolve_strategy(ParallelConfig(strategy="none"), several)
     with pytest.raises(ValueError, match="torchrun"):

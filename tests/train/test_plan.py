@@ -179,7 +179,7 @@ def test_packed_rows_under_a_dense_mask_pay_for_the_whole_row() -> None:
 
     def masked(*overrides: str) -> float:
         recipe = load_recipe("paper/8b-finetune-packed", overrides)
-        options = (1.0, 756.0, (8_000_000_000, 8_000_000_000), 8, "fsdp", 4e14)
+        options = (1.0, 756.0, (8_000_000_000, 8_000_000_000), 8, 8, 4e14)
         return estimate_throughput(recipe, flops, Multipliers.of(recipe.parts, 32), 3e13, *options).masked
 
     assert masked() == pytest.approx(3 * flops.attention_per_pair * (3072 - 756) * 756)
@@ -192,6 +192,10 @@ def test_mistakes_are_named() -> None:
         plan_recipe(recipe, device="h100")
     with pytest.raises(ValueError, match="mfu is a fraction"):
         plan_recipe(recipe, mfu=40)
+    with pytest.raises(ValueError, match=r"parallel.strategy is none but 2 processes run"):
+        plan_recipe(load_recipe("paper/8b-finetune", ["parallel.strategy=none"]), devices=2)
+    with pytest.raises(ValueError, match="12 processes do not form two whole groups"):
+        plan_recipe(load_recipe("paper/8b-finetune-fast"), devices=12)
     recipe.model.path = "runs/nobody/model"
     with pytest.raises(FileNotFoundError, match="no recipe writes it"):
         plan_recipe(recipe)

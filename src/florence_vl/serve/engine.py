@@ -108,7 +108,7 @@ class Engine:
         routing: Chooses the view of each image by the question beside it, with the base model's weights.
 
     Raises:
-        ValueError: The LLM has other layers than attention layers, or no end token.
+        ValueError: The LLM has other layers than attention layers, no end token, or no context length.
     """
 
     def __init__(
@@ -126,7 +126,13 @@ class Engine:
         kinds = set(getattr(text, "layer_types", None) or ())
         if not kinds <= {"full_attention", "sliding_attention"}:
             raise ValueError(f"the engine needs an LLM of attention layers; this one has {', '.join(sorted(kinds))}")
-        self.context: int = text.max_position_embeddings
+        context = model.config.context_length
+        if context is None:
+            raise ValueError(
+                "the LLM's config has no max_position_embeddings, so the engine does not know how long an answer may "
+                "be: set model.config.text_config.max_position_embeddings"
+            )
+        self.context: int = context
         self.stats = EngineStats()
         self.features = ByteLRU(self.config.feature_bytes)
         self.prefixes = PrefixCache(self.config.prefix_bytes)

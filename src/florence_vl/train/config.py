@@ -316,7 +316,8 @@ class ParallelConfig:
 
     Attributes:
         strategy: `none` (one process), `ddp`, `fsdp` (FSDP2 over all processes), `hsdp` (sharded within groups of
-            `shard_size`, replicated across them). `auto` is `none` for one process and `fsdp` for several.
+            `shard_size`, replicated across them). `auto` is `none` for one process; for several, `ddp` on CPUs and
+            `fsdp` on GPUs.
         shard_size: Processes per sharding group; None uses those of one node.
     """
 

@@ -26,7 +26,7 @@ from florence_vl.model.modeling import group_by_size
 from florence_vl.model.precision import bf16_is_faster
 from florence_vl.train.config import PartsConfig, Recipe
 from florence_vl.train.guards import nothing_to_learn
-from florence_vl.train.parallel import LossModule, Parallelized, replica_groups, resolve_strategy
+from florence_vl.train.parallel import LossModule, Parallelized, resolve_strategy, shard_groups
 from florence_vl.train.plan import GIB, MemoryPlan, usable_memory
 from florence_vl.train.setup import BatchFactory, image_size, refuse_early
 from florence_vl.train.shell import load_shell
@@ -377,8 +377,7 @@ def dry_run(
     if recipe.precision == "auto":
         recipe = recipe.with_precision("bf16" if device != "cpu" or bf16_is_faster(world.device) else "fp32")
     strategy = resolve_strategy(recipe.parallel, world)
-    if strategy == "hsdp":
-        replica_groups(recipe.parallel, world)
+    _, shards = shard_groups(recipe.parallel, strategy, world)
     model, processor = load_shell(recipe)
     size = image_size(model, processor)
     taken: dict[tuple[int, int], list[Batch]] = {}  # (step, process) -> micro-batches
@@ -408,7 +407,7 @@ def dry_run(
             played.append(PlayedStep(rank, step, StepCounts.of(own), _play(module, own, needed)))
     every = [one for step in played for one in step.micro_batches]
     shape = (max(b.images for b in every), max(b.slots for b in every), max(b.supervised for b in every))
-    memory = MemoryPlan(recipe, model.config, size, world_size, strategy).at(*shape)
+    memory = MemoryPlan(recipe, model.config, size, world_size, shards).at(*shape)
     # workers hold `PREFETCH` each; with page-locked memory one is on its way, without it a whole step's
     held = recipe.data.workers * PREFETCH + (1 if device != "cpu" else len(played[0].micro_batches))
     shm = held * largest * local_size / GIB if recipe.data.workers else 0.0

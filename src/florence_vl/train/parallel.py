@@ -33,13 +33,15 @@ IMAGE_INPUTS = ("pixel_values", "image_sizes", "question_ids", "question_mask", 
 
 
 def resolve_strategy(config: ParallelConfig, world: World) -> str:
-    """Resolve `auto` to a strategy.
+    """Resolve `auto`: sharding where the model may not fit a device, whole copies on CPUs, where they are faster.
 
     Raises:
         ValueError: The strategy does not fit the number of processes.
     """
     if config.strategy == "auto":
-        return "none" if world.size == 1 else "fsdp"
+        if world.size == 1:
+            return "none"
+        return "ddp" if world.device.type == "cpu" else "fsdp"
     if config.strategy == "none" and world.size > 1:
         raise ValueError(f"parallel.strategy is none but {world.size} processes run: use ddp, fsdp, hsdp or auto")
     if config.strategy in ("ddp", "hsdp") and world.size == 1:
@@ -49,12 +51,14 @@ def resolve_strategy(config: ParallelConfig, world: World) -> str:
     return config.strategy
 
 
-def replica_groups(config: ParallelConfig, world: World) -> tuple[int, int]:
-    """Groups of an `hsdp` run, and processes in each.
+def shard_groups(config: ParallelConfig, strategy: str, world: World) -> tuple[int, int]:
+    """Number of copies of the model, and of processes that share one, for a resolved strategy.
 
     Raises:
-        ValueError: The processes give no two whole groups.
+        ValueError: The processes of an `hsdp` run do not form two whole groups.
     """
+    if strategy != "hsdp":
+        return (1, world.size) if strategy == "fsdp" else (world.size, 1)
     size = config.shard_size or world.local_size
     if world.size % size or size == world.size:
         raise ValueError(
@@ -365,7 +369,7 @@ def _shard(
 
     device_type = world.device.type
     if strategy == "hsdp":
-        mesh = init_device_mesh(device_type, replica_groups(parallel, world), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(device_type, shard_groups(parallel, strategy, world), mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh(device_type, (world.size,), mesh_dim_names=("shard",))
     options: dict[str, Any] = {"mesh": mesh}

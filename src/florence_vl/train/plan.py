@@ -19,7 +19,7 @@ from florence_vl.registry import did_you_mean
 from florence_vl.train.config import BuildConfig, Recipe
 from florence_vl.train.flops import DEVICES, ActivationMeter, ModelFlops, Multipliers, build_shell, count_flops
 from florence_vl.train.known_parts import KNOWN_PARTS
-from florence_vl.train.parallel import part_blocks
+from florence_vl.train.parallel import part_blocks, resolve_strategy, shard_groups
 from florence_vl.train.recipes import list_recipes, load_recipe
 from florence_vl.train.throughput import (
     DEVICES_PER_NODE,
@@ -28,6 +28,7 @@ from florence_vl.train.throughput import (
     Throughput,
     estimate_throughput,
 )
+from florence_vl.train.world import World
 
 if TYPE_CHECKING:
     from florence_vl.model.configuration import FlorenceVLConfig
@@ -241,7 +242,7 @@ def plan_recipe(
         samples: Samples of the run; by default from the recipe's steps, or the sizes of its registered data sets.
 
     Raises:
-        ValueError: The device or the shapes of a part are unknown.
+        ValueError: The device or the shapes of a part are unknown, or the strategy does not fit several devices.
     """
     available = usable_memory(device)
     if not 0 < mfu <= 1:
@@ -261,8 +262,10 @@ def plan_recipe(
         tokens = workload.images * look.image_tokens + workload.text_tokens
         for part, count in look.step(times, workload.images, tokens, tokens**2, workload.supervised).items():
             per_sample[part] = per_sample.get(part, 0.0) + share * count
-    strategy = _strategy(recipe, devices)
-    plan = MemoryPlan(recipe, config, (height, width), devices, strategy)
+    world = World(torch.device("meta"), size=devices, local_size=min(devices, DEVICES_PER_NODE))
+    strategy = "none" if devices == 1 else resolve_strategy(recipe.parallel, world)
+    _, shards = shard_groups(recipe.parallel, strategy, world)
+    plan = MemoryPlan(recipe, config, (height, width), devices, shards)
     memory, largest = _memory(plan, recipe, flops, workload, available)
     total_samples = samples if samples is not None else _samples(recipe, sample_tokens)
     run = sum(per_sample.values()) * total_samples if total_samples else None
@@ -277,7 +280,7 @@ def plan_recipe(
         sample_tokens,
         (sum(count for count, _ in parameters.values()), sum(count for _, count in parameters.values())),
         devices,
-        strategy,
+        shards,
         peak * 1e12 * mfu,
     )
     return CostPlan(
@@ -317,13 +320,6 @@ def count_parameters(recipe: Recipe, config: FlorenceVLConfig) -> dict[str, tupl
     return counts
 
 
-def _strategy(recipe: Recipe, devices: int) -> str:
-    chosen = recipe.parallel.strategy
-    if chosen == "auto":
-        return "fsdp" if devices > 1 else "none"
-    return "none" if devices == 1 else chosen
-
-
 def _rows(recipe: Recipe, flops: ModelFlops, workload: Workload, micro: int) -> tuple[int, int, int]:
     """Maximum images, tokens and supervised tokens of a micro-batch: every text token may be supervised."""
     sample = workload.images * flops.image_tokens + workload.text_tokens
@@ -357,11 +353,11 @@ class MemoryPlan:
         config: Of the model.
         size: Height and width of images in pixels.
         devices: Number of processes.
-        strategy: `none`, `ddp`, `fsdp` or `hsdp`.
+        shards: Number of processes that share one copy of the model.
     """
 
     def __init__(
-        self, recipe: Recipe, config: FlorenceVLConfig, size: tuple[int, int], devices: int, strategy: str
+        self, recipe: Recipe, config: FlorenceVLConfig, size: tuple[int, int], devices: int, shards: int
     ) -> None:
         from florence_vl.train.optimizer import apply_parts
 
@@ -376,8 +372,7 @@ class MemoryPlan:
         parameters = list(shell.parameters())
         found = [[p.numel() for p in block.parameters()] for part in part_blocks(shell).values() for block in part]
         head, embeddings = shell.lm_head.weight, shell.get_input_embeddings().weight
-        self.sharded, self.buckets = strategy in ("fsdp", "hsdp"), strategy == "ddp"
-        self.shards = {"fsdp": devices, "hsdp": min(devices, recipe.parallel.shard_size or 8)}.get(strategy, 1)
+        self.shards, self.sharded, self.buckets = shards, shards > 1, shards == 1 < devices
         self.total = sum(p.numel() for p in parameters)
         self.trainable = sum(p.numel() for p in parameters if p.requires_grad)
         self.largest = max((p.numel() for p in parameters if p.requires_grad), default=0)

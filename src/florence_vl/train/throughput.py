@@ -43,7 +43,7 @@ def estimate_throughput(
     tokens: float,
     parameters: tuple[int, int],
     devices: int,
-    strategy: str,
+    shards: int,
     flops_per_s: float,
 ) -> Throughput:
     """Estimate a recipe's speed.
@@ -57,7 +57,7 @@ def estimate_throughput(
         tokens: Tokens per average sample.
         parameters: Of the model: all, and those that train.
         devices: Number of devices.
-        strategy: `none`, `ddp`, `fsdp` or `hsdp`.
+        shards: Number of devices that share one copy of the model.
         flops_per_s: That a device reaches.
     """
     modes, packing = recipe.activation_checkpointing, recipe.data.packing
@@ -74,7 +74,7 @@ def estimate_throughput(
             masked = multipliers.attention * flops.attention_per_pair * max(0.0, others)
     samples = recipe.batch_size * per_row
     compute = samples / devices * (useful + recomputed + masked) / flops_per_s
-    exchange = _exchange_seconds(recipe, parameters, devices, strategy)
+    exchange = _exchange_seconds(recipe, parameters, devices, shards)
     return Throughput(recomputed, masked, compute, exchange, samples / max(compute, exchange))
 
 
@@ -85,20 +85,19 @@ def _knows_bounds(recipe: Recipe) -> bool:
     return name is not None and any(kind in name for kind in ("flash", "flex", "varlen"))
 
 
-def _exchange_seconds(recipe: Recipe, parameters: tuple[int, int], devices: int, strategy: str) -> float:
+def _exchange_seconds(recipe: Recipe, parameters: tuple[int, int], devices: int, shards: int) -> float:
     """Ring collectives: weights twice and gradients once for each micro-batch where sharded, replicas once a step.
 
     A ring over whole nodes uses all their adapters; each ring of replicas uses one.
     """
-    if strategy == "none" or devices == 1:
+    if devices == 1:
         return 0.0
     everything, trainable = parameters
     micro_batches = max(1.0, recipe.batch_size / recipe.micro_batch_size / devices)
     weight_bytes = 4 if recipe.precision == "fp32" else 2
     wide = min(GB_PER_S_IN_NODE, DEVICES_PER_NODE * GB_PER_S_BETWEEN_NODES)
-    if strategy == "ddp":
+    if shards == 1:
         return _seconds(2 * 4 * trainable, devices, wide if devices > DEVICES_PER_NODE else GB_PER_S_IN_NODE)
-    shards = devices if strategy == "fsdp" else min(devices, recipe.parallel.shard_size or DEVICES_PER_NODE)
     speed = GB_PER_S_IN_NODE if shards <= DEVICES_PER_NODE else wide
     sharded = micro_batches * _seconds(2 * weight_bytes * everything + 4 * trainable, shards, speed)
     # on other wires than the shards', so at the same time
