@@ -4,6 +4,7 @@
     python benchmarks/train.py trees             the same for five questions a picture, with and without message trees
     python benchmarks/train.py plan [key=value]  memory of mini/pretrain, planned and measured
     python benchmarks/train.py frozen            a step of mini/pretrain with less and less to train
+    python benchmarks/train.py attention         attention of one sample in bfloat16 on the CPU, and PyTorch's kernel
     python benchmarks/train.py mfu --recipe paper/3b-finetune-packed precision=bf16_pure compile.llm=true
 
 `packing` has the lengths of LLaVA-1.5's 665K mix (benchmarks/data.py); `--scale 9` divides image tokens (64 instead of
@@ -33,6 +34,7 @@ from florence_vl.data.collate import PackedCollator, PaddedCollator
 from florence_vl.data.encode import Sample
 from florence_vl.data.layout import pack_first_fit
 from florence_vl.data.trees import join_samples
+from florence_vl.model import varlen_attention
 from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
 from florence_vl.model.tiny import tiny_config, tiny_florence2
 from florence_vl.model.varlen_attention import SDPA_VARLEN
@@ -268,6 +270,31 @@ def bench_frozen(tokens: int, rounds: int, overrides: list[str]) -> None:
         print(f"{name:34}{value / 4:>12.2f}{base / value:>9.2f}x{memory[name] / 2**30:>11.2f}")
 
 
+def bench_attention(lengths: list[int], rounds: int) -> None:
+    """Print CPU milliseconds of a forward and backward pass for one sample of a packed row."""
+    print(f"{'tokens':>6}{'kernel ms':>12}{'products ms':>13}")
+    for length in lengths:
+        query, gradient = torch.randn(1, 9, length, 64).bfloat16().requires_grad_(), torch.randn(1, 9, length, 64)
+        key, value = (torch.randn(1, 3, length, 64).bfloat16().requires_grad_() for _ in range(2))
+        module = torch.nn.Module()
+        module.num_key_value_groups, module.is_causal = 3, True  # type: ignore[assignment]
+
+        def passes(
+            attend: Callable[..., Any],
+            inputs: tuple[Any, ...] = (module, query, key, value, None),
+            gradient: torch.Tensor = gradient.transpose(1, 2).bfloat16(),
+        ) -> None:
+            for _ in range(20):
+                attend(*inputs, scaling=0.125)[0].backward(gradient)
+
+        alternatives = {
+            "kernel": lambda run=passes: run(varlen_attention.sdpa_attention_forward),
+            "products": lambda run=passes: run(varlen_attention._bf16_attention),
+        }
+        kernel, products = side_by_side(alternatives, rounds).values()
+        print(f"{length:>6}{kernel * 50:>12.2f}{products * 50:>13.2f}  {kernel / products:.2f}x")
+
+
 def mini_step(tokens: int, images: int, overrides: list[str]) -> Callable[[], None]:
     """Two accumulated steps of mini/pretrain, so that optimizer state, gradients and activations meet, as in a run."""
     from florence_vl.train.model import choose_attention, load_model
@@ -403,6 +430,9 @@ def main() -> None:
     frozen.add_argument("--tokens", type=int, default=512)
     frozen.add_argument("--rounds", type=int, default=1)
     frozen.add_argument("overrides", nargs="*")
+    attention = commands.add_parser("attention")
+    attention.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 210, 400, 800])
+    attention.add_argument("--rounds", type=int, default=3)
     mfu = commands.add_parser("mfu")
     mfu.add_argument("--recipe", default="paper/3b-finetune-packed")
     mfu.add_argument("--steps", type=int, default=12)
@@ -415,6 +445,9 @@ def main() -> None:
         torch.set_num_threads(1)
         scale = Scale(arguments.scale)
         bench_trees(arguments.pictures, arguments.questions, arguments.batch, arguments.rounds, scale)
+    elif arguments.command == "attention":
+        torch.set_num_threads(1)
+        bench_attention(arguments.lengths, arguments.rounds)
     elif arguments.command == "plan":
         bench_plan(arguments.overrides)
     elif arguments.command == "frozen":

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import create_mask
 from transformers import AutoConfig, AutoModelForCausalLM, modeling_flash_attention_utils
 
+from florence_vl.model import varlen_attention
 from florence_vl.model.tiny import tiny_model
 from florence_vl.model.varlen_attention import SDPA_VARLEN, row_spans, tree_mask
 
@@ -50,6 +51,42 @@ def test_packed_rows_are_those_of_the_block_mask(kind):
     torch.testing.assert_close(*(logits for logits, _ in found.values()))
     for mine, theirs in zip(found[SDPA_VARLEN][1], found["sdpa"][1], strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_products_in_bfloat16_are_the_attention_of_float32(masked):
+    torch.manual_seed(0)
+    query = torch.randn(1, 6, 12, 16, requires_grad=True)
+    key, value = (torch.randn(1, 2, 12, 16, requires_grad=True) for _ in range(2))
+    mask = (torch.ones(12, 12).tril().bool() & (torch.rand(12, 12) < 0.7) | torch.eye(12).bool())[None, None]
+    mask = mask if masked else None
+    module = language_model("llama").model.layers[0].self_attn  # 2 query heads for a key-value head
+    module.num_key_value_groups = 3
+    found = []
+    for attend in (varlen_attention._bf16_attention, varlen_attention.sdpa_attention_forward):
+        out, _ = attend(module, query, key, value, mask, scaling=0.3)
+        found.append((out.float(), *torch.autograd.grad(out.float().square().sum(), (query, key, value))))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("trees", [False, True])
+def test_bfloat16_rows_on_cpus_take_products(trees, monkeypatch):
+    model = tree_model("llama").eval()
+    model.set_attn_implementation({"text_config": SDPA_VARLEN})
+    tokens, positions, branches, _ = tree_rows()
+    if not trees:
+        positions, branches = torch.arange(tokens.shape[1]).expand_as(tokens) % 7, None
+    calls = []
+    products = varlen_attention._bf16_attention
+    monkeypatch.setattr(varlen_attention, "_bf16_attention", lambda *a, **k: calls.append(1) or products(*a, **k))
+    with torch.no_grad():
+        expected = model(tokens, position_ids=positions, branch_ids=branches).logits
+        assert not calls
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model(tokens, position_ids=positions, branch_ids=branches).logits
+    assert calls
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.02)
 
 
 def test_padding_and_cached_decoding_are_sdpa_itself():

@@ -106,7 +106,11 @@ def two(tiny_run: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     looks = LOOKS | {"data": look_data(folder)}
     case("ddp-looks", parallel={"strategy": "ddp"}, **looks)
     case("fsdp-looks", parallel={"strategy": "fsdp"}, **looks)
-    case("fsdp-looks-all", parallel={"strategy": "fsdp"}, **looks | {"parts": {}, "activation_checkpointing": {"tower": "full", "llm": "full"}})
+    case(
+        "fsdp-looks-all",
+        parallel={"strategy": "fsdp"},
+        **looks | {"parts": {}, "activation_checkpointing": {"tower": "full", "llm": "full"}},
+    )
     torchrun(str(tiny_run.__file__), cases)
     return folder
 

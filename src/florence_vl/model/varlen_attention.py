@@ -8,7 +8,8 @@ A sample can also be a tree: a trunk (the image) and branches (questions with th
 to the trunk and itself. `branch_ids` (B, L) is 0 in the trunk and in samples without branches, and 1, 2, ... in the
 branches of a tree, whose positions all continue after the trunk. `tree_mask` is the mask of such rows.
 
-Shape letters: B rows, A heads, L tokens of a row, D width of a head.
+Shape letters: B rows, A heads, L tokens of a row, D width of a head; of one sample, G key-value heads, M queries of all
+heads of a group, K keys.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 SDPA_VARLEN = "sdpa_varlen"
+
+LONGEST_PRODUCT = 512
+"""Keys of a sample up to which `sdpa_varlen` computes bfloat16 on the CPU as matrix products."""
 
 TREE_ATTENTION = ("eager", "flex_attention", "sdpa", SDPA_VARLEN)
 """Attention implementations that support trees."""
@@ -233,6 +237,40 @@ def flash_bounds(position_ids: Tensor) -> dict[str, Any]:
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
+def _bf16_on_cpu(query: Tensor) -> bool:
+    if query.device.type != "cpu":
+        return False
+    return (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype) == torch.bfloat16
+
+
+def _bf16_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one sample as matrix products, one for all query heads of a key-value head.
+
+    PyTorch's fused kernel takes three times as long on CPUs in bfloat16, forward and backward, for samples of up to 200
+    tokens, and 1.5 times for 400 (`benchmarks/train.py attention`). As in transformers' `eager`, scores are rounded to
+    bfloat16 before the softmax, which is computed in float32.
+    """
+    heads, length, width = query.shape[1:]
+    groups = key.shape[1]
+    scaling = width**-0.5 if scaling is None else scaling
+    seen_LK = torch.ones(length, length, dtype=torch.bool).tril() if mask is None else mask[0, 0]
+    bias_LK = torch.zeros(seen_LK.shape, dtype=torch.bfloat16).masked_fill_(~seen_LK, float("-inf"))
+    bias_GMK = bias_LK.repeat(heads // groups, 1).expand(groups, -1, -1)
+    q_GMD = query.reshape(groups, heads // groups * length, width).bfloat16()
+    with torch.autocast("cpu", enabled=False):  # it would store the softmax in float32
+        scores_GMK = torch.baddbmm(bias_GMK, q_GMD, key[0].bfloat16().mT, alpha=scaling)
+        out_GMD = scores_GMK.softmax(-1) @ value[0].bfloat16()
+    return out_GMD.view(1, heads, length, width).transpose(1, 2), None
+
+
 def sdpa_varlen(
     module: nn.Module,
     query: Tensor,
@@ -264,6 +302,7 @@ def sdpa_varlen(
         packed = row_spans(position_ids.expand(query.shape[0], -1), branch_ids)
     if packed is None or all(len(spans) == 1 for spans in packed):
         return sdpa_attention_forward(module, query, key, value, attention_mask, position_ids=position_ids, **kwargs)
+    products = _bf16_on_cpu(query) and not kwargs.get("dropout")
     rows = []
     for index, spans in enumerate(packed):
         q_row, k_row, v_row = (tensor[index : index + 1] for tensor in (query, key, value))
@@ -278,7 +317,8 @@ def sdpa_varlen(
                 mask = nn.functional.pad(own, (trunk_end - trunk_start, 0), value=True)[None, None]
                 trunk = slice(trunk_start, trunk_end)
                 k, v = torch.cat([k_row[:, :, trunk], k], dim=2), torch.cat([v_row[:, :, trunk], v], dim=2)
-            found.append(sdpa_attention_forward(module, q_row[:, :, start:end], k, v, mask, **kwargs)[0])
+            attend = _bf16_attention if products and k.shape[2] <= LONGEST_PRODUCT else sdpa_attention_forward
+            found.append(attend(module, q_row[:, :, start:end], k, v, mask, **kwargs)[0])
         rows.append(torch.cat(found, dim=1))
     return torch.cat(rows), None
 

@@ -369,7 +369,9 @@ def _shard(
 
     device_type = world.device.type
     if strategy == "hsdp":
-        mesh = init_device_mesh(device_type, shard_groups(parallel, strategy, world), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(
+            device_type, shard_groups(parallel, strategy, world), mesh_dim_names=("replicate", "shard")
+        )
     else:
         mesh = init_device_mesh(device_type, (world.size,), mesh_dim_names=("shard",))
     options: dict[str, Any] = {"mesh": mesh}
