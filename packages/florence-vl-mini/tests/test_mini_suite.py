@@ -61,6 +61,22 @@ def test_the_suite_for_tables_asks_more_and_begins_with_the_same() -> None:
     assert columns == {column for benchmark in choose("mini_tables") for column in benchmark.columns}
 
 
+def test_the_suite_of_drawings_asks_different_skills_about_each_picture(tmp_path: Path) -> None:
+    from florence_vl_mini import suite
+
+    (benchmark,) = choose("mini_drawings")
+    rows = suite.drawing_rows(of_each=3)
+    assert rows == suite.drawing_rows(of_each=3)
+    pictures: dict[str, list[str]] = {}
+    for row in rows[benchmark.name]:
+        pictures.setdefault(row["picture"], []).append(row["skill"])
+    assert Counter(name.rsplit("-", 1)[0] for name in pictures) == dict.fromkeys(suite.DRAWINGS, 3)
+    assert all(len(set(skills)) == len(skills) <= 3 for skills in pictures.values())
+    suite._write(tmp_path, rows)
+    for question in benchmark.questions(tmp_path):
+        assert benchmark.scorer.judge(question.reference["answer"], question.reference).score == 1
+
+
 def test_every_right_answer_is_read_as_right(mini_small: Path) -> None:
     skills: Counter[str] = Counter()
     for benchmark in choose("mini"):

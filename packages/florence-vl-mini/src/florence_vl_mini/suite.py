@@ -1,7 +1,7 @@
 """The mini suite: about 1,000 questions on held-out pictures of the mini data, in the paper's four groups.
 
 `mini_tables` asks more of the same kind, 2,000 questions that begin with those of `mini`, for tables that must tell
-rows apart.
+rows apart. `mini_drawings` asks 300 questions about the kinds of picture that people draw to try a model.
 """
 
 from __future__ import annotations
@@ -12,14 +12,20 @@ import json
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import TYPE_CHECKING, Any
 
 from florence_vl.evaluate.suites import PackagedSuite
 from florence_vl.files import atomic_folder, cache_dir
 
+if TYPE_CHECKING:
+    from florence_vl_mini.scenes.annotations import Question
+
 PICTURES = 260  # of the split `test`, whose sprites, fonts and words are in no training picture
 QUESTIONS_PER_GROUP = 300
 TABLES_PICTURES, TABLES_QUESTIONS_PER_GROUP = 1400, 500
+DRAWINGS = ("drawing", "sign", "price_list", "plain_chart", "dialog")
+DRAWINGS_OF_EACH, QUESTIONS_PER_DRAWING = 20, 3
 SEED = 0
 SIZE = 256  # px
 
@@ -46,10 +52,39 @@ def mini_rows(
             if len(group) >= per_group:
                 continue
             image = image or _png(scene.image)
-            row = {"id": f"{index}-{number}", "picture": str(index), "image": {"bytes": image, "path": None}}
-            row |= {"skill": question.skill, "prompt": question.prompt, "answer": question.answer}
-            group.append(row | {"choices": list(question.choices or ())})
+            group.append(_row(str(index), number, image, question))
     return rows
+
+
+def drawing_rows(
+    of_each: int = DRAWINGS_OF_EACH, per_drawing: int = QUESTIONS_PER_DRAWING
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows of `mini_drawings`: questions of different skills about each picture; the same on every machine.
+
+    Args:
+        of_each: Pictures of each kind.
+        per_drawing: Questions about a picture, at most.
+    """
+    from florence_vl_mini.scenes import SceneGenerator
+
+    rows = []
+    for kind in DRAWINGS:
+        scenes = SceneGenerator(seed=SEED, split="test", size=SIZE, mix={kind: 1.0})
+        for index in range(of_each):
+            scene = scenes[index]
+            asked = list(enumerate(scene.questions))
+            Random(index).shuffle(asked)
+            by_skill = {question.skill: (number, question) for number, question in reversed(asked)}
+            image = _png(scene.image)
+            chosen = list(by_skill.values())[:per_drawing]
+            rows += [_row(f"{kind}-{index}", number, image, question) for number, question in chosen]
+    return {"mini_drawings": rows}
+
+
+def _row(picture: str, number: int, image: bytes, question: Question) -> dict[str, Any]:
+    row = {"id": f"{picture}-{number}", "picture": picture, "image": {"bytes": image, "path": None}}
+    row |= {"skill": question.skill, "prompt": question.prompt, "answer": question.answer}
+    return row | {"choices": list(question.choices or ())}
 
 
 def _png(image: Any) -> bytes:
@@ -70,6 +105,11 @@ def mini_folder(folder: Path | None = None) -> Path:
 def tables_folder() -> Path:
     """A folder in the cache with the parquet files of `mini_tables`, made when it isn't there."""
     return _cached("mini-tables", lambda: mini_rows(TABLES_PICTURES, TABLES_QUESTIONS_PER_GROUP, "mini_tables"))
+
+
+def drawings_folder() -> Path:
+    """A folder in the cache with the parquet file of `mini_drawings`, made when it isn't there."""
+    return _cached("mini-drawings", drawing_rows)
 
 
 def _cached(name: str, make: Callable[[], dict[str, list[dict[str, Any]]]]) -> Path:
@@ -118,3 +158,4 @@ def _write(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
 
 SUITE = PackagedSuite(Path(__file__).parent / "suites", "florence-vl-mini", mini_folder)
 TABLES_SUITE = PackagedSuite(Path(__file__).parent / "suites_tables", "florence-vl-mini-tables", tables_folder)
+DRAWINGS_SUITE = PackagedSuite(Path(__file__).parent / "suites_drawings", "florence-vl-mini-drawings", drawings_folder)
