@@ -133,6 +133,7 @@ def command(
     check_destination(out, overwrite=overwrite, sources=[part for part in (vision, llm) if Path(part).exists()])
 
     from florence_vl.model.assemble import build_model
+    from florence_vl.train.optimizer import count_parameters
 
     model, processor = build_model(build, dtype=dtype, seed=seed)
     with atomic_folder(out, overwrite=overwrite) as folder:
@@ -142,7 +143,6 @@ def command(
     config = model.config
     typer.echo(f"features   {', '.join(config.features or ())} ({config.fusion} fusion)")
     typer.echo(f"image      {size.height}x{size.width} px, {model.num_image_tokens(size.height, size.width)} tokens")
-    for part in ("tower", "projector", "llm"):
-        count = sum(parameter.numel() for _, parameter in model.part_parameters(part))
+    for part, (count, _) in count_parameters(model).items():
         typer.echo(f"{part:10} {count / 1e6:,.1f} M parameters")
     typer.echo(f"saved      {out}")

@@ -27,6 +27,7 @@ from florence_vl.evaluate.benchmark import Generation
 from florence_vl.evaluate.question import ImagePicture, Question
 from florence_vl.files import cache_dir, sha256, write_text
 from florence_vl.model.features import encode_images, state_hash
+from florence_vl.model.frozen import eval_mode
 from florence_vl.model.pictures import open_image
 from florence_vl.model.resolution import resolution_settings
 from florence_vl.model.router import Routing, set_view
@@ -39,7 +40,7 @@ class LocalAnswerer(Answerer):
     For a Florence-VL, images are encoded once and prompts share their prefix. Any other model uses its own processor.
 
     Args:
-        model: A model in eval mode, on its device.
+        model: A model on its device.
         processor: Its processor, with a chat template.
         batch_size: Questions per batch.
         identity: Identity of the model; by default a fingerprint of the weights in memory. For a Florence-VL the
@@ -100,17 +101,12 @@ class LocalAnswerer(Answerer):
         if generation.temperature > 0:  # the same batch is sampled in the same way, also after a resume
             name = "/".join(f"{q.benchmark}:{q.id}" for q in questions)
             torch.manual_seed(int.from_bytes(hashlib.sha256(f"{self.seed}/{name}".encode()).digest()[:7], "big"))
-        modes = [(module, module.training) for module in self.model.modules()] if self.model.training else []
-        self.model.eval()
-        try:
+        with eval_mode(self.model):
             opened, unread = self._open_pictures(questions)
             asked = [question for question in questions if id(question) not in unread]
             ask = self._answer_own if self._own else self._answer_any
             found = iter(ask(asked, opened, generation) if asked else [])
             return [Answer("", error=unread[id(q)]) if id(q) in unread else next(found) for q in questions]
-        finally:
-            for module, training in modes:  # one by one, so that frozen parts keep their mode
-                module.training = training
 
     def _open_pictures(self, questions: Sequence[Question]) -> tuple[dict[str, Any], dict[int, str]]:
         """Images that are not encoded yet, by key, and the reasons for questions with an unreadable one, by `id`."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -19,3 +22,15 @@ def keep_frozen_in_eval(root: nn.Module) -> None:
             checkpoints = isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
             for child in module.modules():
                 child.training = checkpoints and child is module
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every module has its own mode again, so that frozen ones stay in eval mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -17,6 +17,7 @@ from torch import nn
 from florence_vl.data.collate import PaddedCollator
 from florence_vl.data.encode import IGNORE, RecordEncoder
 from florence_vl.data.records import BadRecord
+from florence_vl.model.frozen import eval_mode
 from florence_vl.train.config import EvaluateConfig, Recipe
 from florence_vl.train.data import build_mixture
 from florence_vl.train.parallel import resolve_strategy
@@ -64,8 +65,7 @@ class HeldOut:
 
     @torch.no_grad()
     def loss(self, module: nn.Module) -> float:
-        """Mean loss per supervised token. The module is left in eval mode."""
-        module.eval()
+        """Mean loss per supervised token of a module in eval mode."""
         total = min(self.config.samples, len(self.mixture))
         per_round = self.size * self.world.size
         loss, count = 0.0, 0.0
@@ -156,14 +156,10 @@ class RunEvaluation:
         return last or step % self.config.every_steps == 0
 
     def run(self, parallel: Parallelized) -> dict[str, float]:
-        """`eval/loss`, `eval/<benchmark>` and `eval/seconds`, the same on every process. Every process calls it.
-
-        The modes of the modules are restored.
-        """
+        """`eval/loss`, `eval/<benchmark>` and `eval/seconds`, the same on every process. Every process calls it."""
         began = time.monotonic()
-        modes = [(module, module.training) for module in parallel.module.modules()]
         found: dict[str, float] = {}
-        try:
+        with eval_mode(parallel.module):
             if self.held_out is not None:
                 found["eval/loss"] = self.held_out.loss(parallel.module)
             if self.config.suite is not None:
@@ -172,9 +168,6 @@ class RunEvaluation:
                     with self._as_trained():
                         scores = self.suite(parallel.model, self.processor)
                 found |= self.world.gather_objects(scores)[0]
-        finally:
-            for module, training in modes:  # one by one, so that frozen parts keep their mode
-                module.training = training
         return found | {"eval/seconds": time.monotonic() - began}
 
     def _as_trained(self) -> ExitStack:

@@ -12,17 +12,16 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from florence_vl.model.configuration import FlorenceVLConfig
+from florence_vl.model.modeling import PARTS, FlorenceVLForConditionalGeneration
 from florence_vl.train.config import LLMPartConfig, PartsConfig
+from florence_vl.train.optimizer import apply_parts
 from florence_vl.train.parallel import blocks
-
-if TYPE_CHECKING:
-    from florence_vl.model.configuration import FlorenceVLConfig
-    from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
 
 # Peak dense bf16 TFLOP/s and memory in GiB, from the vendors' data sheets (without sparsity).
 DEVICES: dict[str, tuple[float, float]] = {
@@ -59,8 +58,6 @@ def peak_tflops(device: torch.device) -> float | None:
 
 def build_shell(config: FlorenceVLConfig) -> FlorenceVLForConditionalGeneration:
     """The model on the meta device: shapes without weights."""
-    from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
-
     with torch.device("meta"):
         model = FlorenceVLForConditionalGeneration(copy.deepcopy(config))
     tower: Any = model.model.vision_tower
@@ -240,12 +237,8 @@ class SavedActivations:
     largest_block: int = 0
     outside: int = 0
 
-    def kept(self, mode: str) -> int:
-        """Peak bytes under `none`, `full` or `selective` recomputation."""
-        return self.held(mode) + self.brought_back(mode)
-
     def held(self, mode: str) -> int:
-        """Bytes between forward and backward pass.
+        """Bytes between forward and backward pass, under `none`, `full` or `selective` recomputation.
 
         Selective keeps matrix products and drops what is cheap; it is taken as half of what blocks keep otherwise.
         """
@@ -310,8 +303,6 @@ class ActivationMeter:
     def __init__(self, config: FlorenceVLConfig, parts: PartsConfig, dtype: torch.dtype) -> None:
         from transformers import AttentionInterface
 
-        from florence_vl.train.optimizer import apply_parts
-
         AttentionInterface.register(_PLANNED, _planned_attention)
         self.parts, self.dtype = parts, dtype
         self.width = config.get_text_config().hidden_size
@@ -330,7 +321,7 @@ class ActivationMeter:
             tokens: Its tokens in the LLM, over all rows.
         """
         parts, base = self.parts, self.model.model
-        found = {part: SavedActivations() for part in ("tower", "projector", "llm")}
+        found = {part: SavedActivations() for part in PARTS}
         options: dict[str, Any] = {"dtype": self.dtype, "device": "meta"}
         if images:
             pixels = torch.empty(images, 3, height, width, **options)

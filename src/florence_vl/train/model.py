@@ -12,6 +12,7 @@ import torch
 
 from florence_vl.model import loading
 from florence_vl.model.features import tower_features
+from florence_vl.model.frozen import eval_mode
 from florence_vl.model.pictures import open_image
 from florence_vl.model.resolution import set_resolution
 from florence_vl.model.varlen_attention import SDPA_VARLEN
@@ -76,17 +77,15 @@ def estimate_fill(
     if fill is None or any(vector.is_meta or bool(vector.any()) for vector in fill.vectors.values()):
         return 0
     home = next(tower.parameters()).device
-    training = model.training
-    model.eval()
-    try:
-        tower.to(device)
-        pictures = islice(_pictures(records), PICTURES_FOR_MEANS)
-        batches = iter(lambda: list(islice(pictures, 8)), [])
-        found = (tower_features(model, processor, batch) for batch in batches)
-        return fill.estimate({name: x_BND.to(home) for name, x_BND in features.items()} for features in found)
-    finally:
-        tower.to(home)
-        model.train(training)
+    with eval_mode(model):
+        try:
+            tower.to(device)
+            pictures = islice(_pictures(records), PICTURES_FOR_MEANS)
+            batches = iter(lambda: list(islice(pictures, 8)), [])
+            found = (tower_features(model, processor, batch) for batch in batches)
+            return fill.estimate({name: x_BND.to(home) for name, x_BND in features.items()} for features in found)
+        finally:
+            tower.to(home)
 
 
 def _pictures(records: Mixture) -> Iterator[Any]:

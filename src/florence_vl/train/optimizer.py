@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from florence_vl.model.modeling import PARTS
 from florence_vl.registry import did_you_mean
 from florence_vl.train.config import LoraConfig, OptimizerConfig, PartConfig, PartsConfig, ScheduleConfig
 
 if TYPE_CHECKING:
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
-
-PARTS = ("tower", "projector", "llm")
 
 
 @dataclass
@@ -123,7 +122,7 @@ def parameter_groups(
     groups = []
     for part in PARTS:
         config: PartConfig = getattr(parts, part)
-        named = [(name, p) for name, p in model.part_parameters(part) if p.requires_grad]  # type: ignore[arg-type]
+        named = [(name, p) for name, p in model.part_parameters(part) if p.requires_grad]
         lr = optimizer.lr if config.lr is None else config.lr
         decay = optimizer.weight_decay if config.weight_decay is None else config.weight_decay
         for weight_decay, chosen in (
@@ -139,7 +138,6 @@ def parameter_groups(
 
 def build_optimizer(groups: list[Group], config: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
     """AdamW over the groups, in their order."""
-    fused = device.type == "cuda" if config.fused is None else config.fused
     return torch.optim.AdamW(
         [
             {"params": list(group.parameters.values()), "lr": group.lr, "weight_decay": group.weight_decay}
@@ -147,22 +145,29 @@ def build_optimizer(groups: list[Group], config: OptimizerConfig, device: torch.
         ],
         betas=config.betas,
         eps=config.eps,
-        fused=fused,
-        foreach=None if not fused else False,
+        fused=device.type == "cuda" if config.fused is None else config.fused,
     )
+
+
+def count_parameters(model: FlorenceVLForConditionalGeneration) -> dict[str, tuple[int, int]]:
+    """Part -> numbers of all parameters and of trainable ones."""
+    counts = {}
+    for part in PARTS:
+        sizes = [(p.numel(), p.requires_grad) for _, p in model.part_parameters(part)]
+        counts[part] = (sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains))
+    return counts
 
 
 def trainable_table(model: FlorenceVLForConditionalGeneration, groups: list[Group]) -> list[dict[str, Any]]:
     """Rows of the table printed before step 1: part, parameters, trainable ones, learning rate, decay."""
     rows = []
-    for part in PARTS:
-        parameters = [p for _, p in model.part_parameters(part)]  # type: ignore[arg-type]
+    for part, (total, trainable) in count_parameters(model).items():
         own = [group for group in groups if group.part == part]
         rows.append(
             {
                 "part": part,
-                "parameters": sum(p.numel() for p in parameters),
-                "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+                "parameters": total,
+                "trainable": trainable,
                 "lr": own[0].lr if own else None,
                 "weight_decay": max((group.weight_decay for group in own), default=None),
                 "schedule": own[0].schedule.name if own else None,

@@ -19,6 +19,7 @@ from florence_vl.registry import did_you_mean
 from florence_vl.train.config import BuildConfig, Recipe
 from florence_vl.train.flops import DEVICES, ActivationMeter, ModelFlops, Multipliers, build_shell, count_flops
 from florence_vl.train.known_parts import KNOWN_PARTS
+from florence_vl.train.optimizer import apply_parts, count_parameters
 from florence_vl.train.parallel import part_blocks, resolve_strategy, shard_groups
 from florence_vl.train.recipes import list_recipes, load_recipe
 from florence_vl.train.throughput import (
@@ -270,7 +271,9 @@ def plan_recipe(
     total_samples = samples if samples is not None else _samples(recipe, sample_tokens)
     run = sum(per_sample.values()) * total_samples if total_samples else None
     rate = devices * peak * 1e12 * mfu / sum(per_sample.values())
-    parameters = count_parameters(recipe, config)
+    shell = build_shell(config)
+    apply_parts(shell, recipe.parts)
+    parameters = count_parameters(shell)
     estimate = estimate_throughput(
         recipe,
         flops,
@@ -305,19 +308,6 @@ def plan_recipe(
         estimate=estimate,
         assumptions=_assumptions(recipe, workload, height, width, mfu, peak, device, total_samples, strategy),
     )
-
-
-def count_parameters(recipe: Recipe, config: FlorenceVLConfig) -> dict[str, tuple[int, int]]:
-    """Part -> (all parameters, trainable ones), including LoRA's."""
-    from florence_vl.train.optimizer import PARTS, apply_parts
-
-    shell = build_shell(config)
-    apply_parts(shell, recipe.parts)
-    counts = {}
-    for part in PARTS:
-        parameters = [p for _, p in shell.part_parameters(part)]  # type: ignore[arg-type]
-        counts[part] = (sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad))
-    return counts
 
 
 def _rows(recipe: Recipe, flops: ModelFlops, workload: Workload, micro: int) -> tuple[int, int, int]:
@@ -359,8 +349,6 @@ class MemoryPlan:
     def __init__(
         self, recipe: Recipe, config: FlorenceVLConfig, size: tuple[int, int], devices: int, shards: int
     ) -> None:
-        from florence_vl.train.optimizer import apply_parts
-
         self.recipe, self.size = recipe, size
         text = config.get_text_config()
         self.width, self.vocab = text.hidden_size, text.vocab_size

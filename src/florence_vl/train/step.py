@@ -47,11 +47,15 @@ class StepCounts:
     @classmethod
     def of(cls, micro_batches: Sequence[Batch]) -> StepCounts:
         """Counts of one process's micro-batches."""
-        counters = (
-            *(count_supervised, count_tokens, _count_slots),
-            *(count_images, count_pixels, count_samples, count_pairs),
+        return cls(
+            supervised=sum(map(count_supervised, micro_batches)),
+            tokens=sum(map(count_tokens, micro_batches)),
+            slots=sum(batch["input_ids"].numel() for batch in micro_batches),
+            images=sum(map(count_images, micro_batches)),
+            pixels=sum(map(count_pixels, micro_batches)),
+            samples=sum(map(count_samples, micro_batches)),
+            pairs=sum(map(count_pairs, micro_batches)),
         )
-        return cls(*(sum(count(batch) for batch in micro_batches) for count in counters))
 
 
 def forward_backward(
@@ -104,10 +108,6 @@ def count_tokens(batch: Batch) -> int:
     if mask is not None:
         return int(mask.sum())
     return batch["input_ids"].numel() - int(count_row_padding(batch).sum())
-
-
-def _count_slots(batch: Batch) -> int:
-    return batch["input_ids"].numel()
 
 
 def count_row_padding(batch: Batch) -> torch.Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from florence_vl.data.records import BadRecord, caption_of
 from florence_vl.model.features import tower_features
+from florence_vl.model.frozen import eval_mode
 from florence_vl.model.pictures import open_image
 from florence_vl.train.contrastive import Groups, contrastive_loss
 
@@ -124,14 +125,51 @@ def standardize_input(model: FlorenceVLForConditionalGeneration, features: dict[
     first.weight.mul_(scale_C)
 
 
+class _Objective:
+    """The loss of a batch of image tokens against the word embeddings of their texts, see `warm_up`."""
+
+    def __init__(self, targets_PH: Tensor, words_XH: Tensor, inside_PN: Tensor | None, seed: int) -> None:
+        self.targets_PH, self.inside_PN = targets_PH, inside_PN
+        self.center_H = targets_PH.mean(0)
+        self.variance = (targets_PH - self.center_H).square().mean()
+        self.word_size = words_XH.detach().square().sum(-1).mean()
+        self.unit_PH = nn.functional.normalize(targets_PH - self.center_H, dim=-1)
+        texts_P = torch.unique(targets_PH, dim=0, return_inverse=True)[1]
+        self.groups = Groups(texts_P, torch.arange(len(texts_P), device=texts_P.device))
+        self.draws = torch.Generator().manual_seed(seed)
+
+    def __call__(self, tokens_BNH: Tensor, texts_B: Tensor) -> tuple[Tensor, Tensor]:
+        """InfoNCE, and the squared distance to the targets; both scalars.
+
+        Args:
+            tokens_BNH: Tokens of each text's image.
+            texts_B: Index of each text.
+        """
+        share_BN = torch.ones(tokens_BNH.shape[:2]) if self.inside_PN is None else self.inside_PN[texts_B].float()
+        places_B = torch.multinomial(share_BN, 1, generator=self.draws)[:, 0]
+        share_BN = (share_BN / share_BN.sum(1, keepdim=True)).to(tokens_BNH)
+        pooled_BH = torch.einsum("bn,bnh->bh", share_BN, tokens_BNH)
+        single_BH = tokens_BNH[torch.arange(len(texts_B)), places_B]
+        text_BH, same = self.unit_PH[texts_B], self.groups[texts_B].targets()
+        loss = torch.zeros((), device=tokens_BNH.device)
+        for vectors_BH in (pooled_BH, single_BH):
+            vision_BH = nn.functional.normalize(vectors_BH - self.center_H, dim=-1)
+            loss = loss + contrastive_loss(vision_BH, text_BH, same, TEMPERATURE, symmetric=True) / 2
+        return loss, (pooled_BH - self.targets_PH[texts_B]).square().mean() / self.variance
+
+    def size(self, tokens_INH: Tensor) -> Tensor:
+        """Squared log ratio of the mean squared norms of image tokens and word embeddings, a scalar."""
+        return (tokens_INH.square().sum(-1).mean() / self.word_size).log().square()
+
+
 def warm_up(
     model: FlorenceVLForConditionalGeneration,
     features: dict[str, Tensor],
     targets_PH: Tensor,
     images_P: Tensor | None = None,
     inside_PN: Tensor | None = None,
-    seconds: float | None = None,
-    steps: int | None = None,
+    *,
+    steps: int,
     batch_size: int = 256,
     lr: float = 1e-3,
     seed: int = 0,
@@ -150,36 +188,23 @@ def warm_up(
         targets_PH: Result of `caption_vectors`.
         images_P: Index of each text's image; by default the texts are the images' captions in their order.
         inside_PN: `tokens_in_boxes` of each text; by default all tokens.
-        seconds: Time budget; at least one step is done.
-        steps: Number of steps. The warm-up ends at the first of the two limits, and one must be given.
+        steps: Number of steps.
         batch_size: Approximate number of texts per step: images are taken with all their texts, which are each other's
             negatives unless they are equal.
-        lr: Peak learning rate of AdamW, cosine to zero over the budget.
+        lr: Peak learning rate of AdamW, after ten steps of linear warm-up; cosine to zero.
         seed: Seed of the order and of the drawn tokens.
         progress: Called with a progress message after every step.
 
     Returns:
-        One row per step: `step`, `loss`, `seconds`.
-
-    Raises:
-        ValueError: Neither `seconds` nor `steps` is given.
+        One row per step: `step`, `loss` (InfoNCE), `seconds`.
     """
-    if seconds is None and steps is None:
-        raise ValueError("a warm-up needs seconds or steps")
     projector = nn.ModuleList([model.model.fusion, model.model.multi_modal_projector])
     standardize_input(model, features)
     wanted = {name: parameter.requires_grad for name, parameter in projector.named_parameters()}
-    for parameter in projector.parameters():
-        parameter.requires_grad_(True)
+    projector.requires_grad_(True)
     optimizer = torch.optim.AdamW(projector.parameters(), lr=lr, weight_decay=0.01)
-    center_H = targets_PH.mean(0)
-    variance = (targets_PH - center_H).square().mean()
-    words: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-    word_size = words.detach().square().sum(-1).mean()
-    unit_PH = nn.functional.normalize(targets_PH - center_H, dim=-1)
-    texts_P = torch.unique(targets_PH, dim=0, return_inverse=True)[1]
-    groups = Groups(texts_P, torch.arange(len(texts_P), device=texts_P.device))
-    draws = torch.Generator().manual_seed(seed)
+    words_XH: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    objective = _Objective(targets_PH, words_XH, inside_PN, seed)
     if images_P is None:
         images_P = torch.arange(len(targets_PH))
     numbers = images_P.unique()
@@ -188,39 +213,20 @@ def warm_up(
     order = _epochs(len(numbers), min(share, len(numbers)), seed)
     rows: list[dict[str, float]] = []
     began = time.monotonic()
-    while True:
-        spent = max(
-            (time.monotonic() - began) / seconds if seconds is not None else 0.0,
-            len(rows) / steps if steps is not None else 0.0,
-        )
-        if rows and spent >= 1:
-            break
+    for step, chosen in enumerate(itertools.islice(order, steps), 1):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (len(rows) + 1) / 10) * (0.5 + 0.5 * math.cos(math.pi * spent))
-        chosen = next(order)
-        index = torch.cat([of_image[int(i)] for i in chosen])
+            group["lr"] = lr * min(1.0, step / 10) * (0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps))
+        texts = [of_image[int(i)] for i in chosen]
         fused = model.model.fusion({name: value[numbers[chosen]] for name, value in features.items()})
         tokens_INH = model.model.multi_modal_projector(fused)
-        rows_B = torch.repeat_interleave(torch.tensor([len(of_image[int(i)]) for i in chosen]))
-        tokens_BNH = tokens_INH[rows_B]
-        share_BN = torch.ones(tokens_BNH.shape[:2]) if inside_PN is None else inside_PN[index].float()
-        places_B = torch.multinomial(share_BN, 1, generator=draws)[:, 0]
-        share_BN = (share_BN / share_BN.sum(1, keepdim=True)).to(tokens_BNH)
-        pooled_BH = torch.einsum("bn,bnh->bh", share_BN, tokens_BNH)
-        single_BH = tokens_BNH[torch.arange(len(index)), places_B]
-        text_BH, same = unit_PH[index], groups[index].targets()
-        loss = torch.zeros((), device=tokens_BNH.device)
-        for vectors_BH in (pooled_BH, single_BH):
-            vision_BH = nn.functional.normalize(vectors_BH - center_H, dim=-1)
-            loss = loss + contrastive_loss(vision_BH, text_BH, same, TEMPERATURE, symmetric=True) / 2
-        distance = (pooled_BH - targets_PH[index]).square().mean() / variance
+        rows_B = torch.repeat_interleave(torch.tensor([len(own) for own in texts]))
+        loss, distance = objective(tokens_INH[rows_B], torch.cat(texts))
         optimizer.zero_grad()
-        size = (tokens_INH.square().sum(-1).mean() / word_size).log().square()
-        (loss + distance + size).backward()
+        (loss + distance + objective.size(tokens_INH)).backward()
         optimizer.step()
-        rows.append({"step": len(rows) + 1, "loss": loss.item(), "seconds": time.monotonic() - began})
+        rows.append({"step": step, "loss": loss.item(), "seconds": time.monotonic() - began})
         if progress is not None:
-            progress(f"warm-up: step {len(rows)}" + (f" of {steps}" if steps else "") + f", loss {loss.item():.2f}")
+            progress(f"warm-up: step {step} of {steps}, loss {loss.item():.2f}")
     for name, parameter in projector.named_parameters():
         parameter.requires_grad_(wanted[name])
         parameter.grad = None
@@ -275,38 +281,25 @@ def warm_up_for(
     visitors = [model.model.vision_tower, model.model.fusion, model.model.multi_modal_projector]
     visitors.append(model.get_input_embeddings())
     home = next(visitors[0].parameters()).device
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        for module in visitors:
-            module.to(device)
-        sizes: list[tuple[int, int]] = []
+    sizes: list[tuple[int, int]] = []
 
-        def count(done: int) -> None:
-            if progress is not None:
-                progress(f"warm-up: features of {done} of {len(images)} images")
+    def count(done: int) -> None:
+        if progress is not None:
+            progress(f"warm-up: features of {done} of {len(images)} images")
 
-        features = tower_features(model, processor, _opened(images, sizes), progress=count)
-        targets = caption_vectors(model, processor, [phrase.text for phrase in phrases])
-        images_P = torch.tensor([phrase.image for phrase in phrases])
-        inside_PN = _inside(model, processor, phrases, sizes) if config.regions else None
-        return warm_up(
-            model,
-            features,
-            targets,
-            images_P,
-            inside_PN,
-            steps=config.steps,
-            batch_size=config.batch_size,
-            lr=config.lr,
-            seed=recipe.seed,
-            progress=progress,
-        )
-    finally:
-        for module in visitors:
-            module.to(home)
-        for module, training in modes.items():
-            module.training = training
+    with eval_mode(model):
+        try:
+            for module in visitors:
+                module.to(device)
+            features = tower_features(model, processor, _opened(images, sizes), progress=count)
+            targets = caption_vectors(model, processor, [phrase.text for phrase in phrases])
+            images_P = torch.tensor([phrase.image for phrase in phrases])
+            inside_PN = _inside(model, processor, phrases, sizes) if config.regions else None
+            settings = {"steps": config.steps, "batch_size": config.batch_size, "lr": config.lr, "seed": recipe.seed}
+            return warm_up(model, features, targets, images_P, inside_PN, **settings, progress=progress)
+        finally:
+            for module in visitors:
+                module.to(home)
 
 
 def _pairs(records: Mixture) -> Iterator[tuple[ImageSource, str]]:
