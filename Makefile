@@ -2,7 +2,7 @@
 #   PYTHON=python3.12            Python interpreter of the virtual environment
 #   TORCH="torch --index-url ADDRESS"    another build of PyTorch, for example a CPU build from PyTorch's own index
 #                                (on Linux, pip installs the CUDA build by default)
-#   PROCESSES=1                  processes of the mini Florence-2's training, 2 by default
+#   PROCESSES=1                  processes of make mini-train, 2 by default
 #   TRY=1                        quick check of make mini-train with little data and few steps, in data/mini-try and
 #                                runs/mini-try
 #   CONSTRAINTS=                 latest versions in the ranges of pyproject.toml instead of the pinned ones
@@ -108,21 +108,28 @@ docs: $(VENV)/.dev  ## Check links, commands and flags in README.md and docs/.
 # TRY=1 reduces the data sets and the number of steps of every training run
 TRIED := $(if $(TRY),-try)
 RUNS := runs/mini$(TRIED)
-FLORENCE2_ARGS := out=$(RUNS)/florence2-run $(if $(TRY),steps=4 decay_steps=2 warmup_steps=1 second_mix_at=3)
+MINI_PROCESSES := OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m florence_vl
+FLORENCE2_ARGS := $(if $(TRY),steps=4 decay_steps=2 warmup_steps=1 second_mix_at=3)
+FLORENCE2_V2 := packages/florence-vl-mini/src/florence_vl_mini/pretrain/florence2-v2.yaml
 STAGE_ARGS := --resume auto $(if $(TRY),steps=2)
 mini-train: export FLORENCE_VL_MINI_DATA := data/mini$(TRIED)
 
 data/mini$(TRIED)/%/data.jsonl: | setup
 	$(BIN)/florence-vl mini data --set $* --out data/mini$(TRIED)/$* $(if $(TRY),--samples 200)
 
-mini-data: $(addsuffix /data.jsonl,$(addprefix data/mini$(TRIED)/,captions regions questions))  ## Write captions, regions and questions of the mini stages to data/mini.
+mini-data: $(addsuffix /data.jsonl,$(addprefix data/mini$(TRIED)/,captions regions questions newcomers described))  ## Write the data sets of the mini stages to data/mini.
 
 mini-train: mini-data  ## Train the mini Florence-2 and the mini Florence-VL (hours; every part resumes), with scores and cards.
-	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) -m florence_vl mini train $(FLORENCE2_ARGS)
+	$(MINI_PROCESSES) mini train $(FLORENCE2_ARGS) out=$(RUNS)/florence2-run
 	$(BIN)/florence-vl mini release $(RUNS)/florence2-run --out $(RUNS)/florence2 $(if $(TRY),--scenes 20 --pictures 40)
-	$(BIN)/florence-vl train mini/pretrain $(STAGE_ARGS) output=$(RUNS)/pretrain model.build.vision=$(RUNS)/florence2 $(if $(TRY),warm_up.pairs=100 warm_up.steps=4)
-	$(BIN)/florence-vl train mini/finetune $(STAGE_ARGS) output=$(RUNS)/finetune model.path=$(RUNS)/pretrain/model
-	$(BIN)/florence-vl mini pack $(RUNS)/finetune/model --rank 96 --vision $(RUNS)/florence2 --out $(RUNS)/florence-vl $(if $(TRY),--limit 2)
+	$(MINI_PROCESSES) train mini/pretrain $(STAGE_ARGS) output=$(RUNS)/pretrain model.build.vision=$(RUNS)/florence2 $(if $(TRY),warm_up.pairs=100 warm_up.steps=4)
+	$(MINI_PROCESSES) train mini/finetune $(STAGE_ARGS) output=$(RUNS)/finetune model.path=$(RUNS)/pretrain/model
+	$(BIN)/florence-vl mini pack $(RUNS)/finetune/model --rank 96 --vision $(RUNS)/florence2 --out $(RUNS)/florence-vl-v1 --limit 2
+	$(MINI_PROCESSES) mini train $(FLORENCE2_V2) $(FLORENCE2_ARGS) out=$(RUNS)/florence2-v2-run start_from=$(RUNS)/florence2
+	$(BIN)/florence-vl mini release $(RUNS)/florence2-v2-run --out $(RUNS)/florence2-v2 $(if $(TRY),--scenes 20 --pictures 40)
+	[ -d $(RUNS)/v2-start ] || $(BIN)/florence-vl mini start --vision $(RUNS)/florence2-v2 --adapter $(RUNS)/florence-vl-v1/adapter.safetensors --out $(RUNS)/v2-start
+	$(MINI_PROCESSES) train mini/newcomers $(STAGE_ARGS) output=$(RUNS)/newcomers model.path=$(RUNS)/v2-start
+	$(BIN)/florence-vl mini pack $(RUNS)/newcomers/model --rank 96 --vision $(RUNS)/florence2-v2 --out $(RUNS)/florence-vl $(if $(TRY),--limit 2)
 
 clean:  ## Remove caches and build outputs (not runs/, not .venv).
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
