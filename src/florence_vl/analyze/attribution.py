@@ -169,7 +169,9 @@ def attribute(
     from florence_vl.data.records import Record, image_part, text_part
     from florence_vl.model.modeling import FlorenceVLImageFeatures
     from florence_vl.model.pictures import open_image
+    from florence_vl.model.tiles import refuse_tiles
 
+    refuse_tiles(model.config, "attribution")
     if replacement not in REPLACEMENTS:
         raise ValueError(f"unknown replacement {replacement!r}. {did_you_mean(replacement, REPLACEMENTS)}")
     inner = model.model

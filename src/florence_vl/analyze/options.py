@@ -151,7 +151,9 @@ def measure(
         ValueError: No question is usable, or the model does not support a size.
     """
     from florence_vl.model.resolution import set_resolution
+    from florence_vl.model.tiles import refuse_tiles
 
+    refuse_tiles(model.config, "a comparison of sizes and features")
     skipped: Counter[str] = Counter()
     used: list[tuple[Question, str]] = []
     for question in questions:

@@ -263,6 +263,7 @@ def attribution_command(
     if len({path.stem for path in image}) != len(image):
         raise ValueError("two images have the same name, so their figures would overwrite each other; rename one")
     loaded, processor = load_model(model, device, "float32")
+    _as_one_tile(loaded, processor)
     record: dict[str, Any] = {"type": "attribution", "command": called(), "results": []}
     for path in image:
         picture = open_image(path)
@@ -376,6 +377,14 @@ def bill_command(
     say(f"wrote {out / 'bill.json'}, " + ", ".join(map(str, files)))
 
 
+def _as_one_tile(loaded: Any, processor: Any) -> None:
+    from florence_vl.model.resolution import set_resolution
+
+    if loaded.config.tiles is not None:
+        set_resolution(loaded, processor, tiles=1)
+        say("this model has tiles; here every image is one tile")
+
+
 def _measured(
     model: str,
     suite: str,
@@ -394,6 +403,7 @@ def _measured(
 
     made = plan(choose(suite), lambda benchmark: benchmark.questions(data_folder(benchmark, data)), limit, seed)
     loaded, processor = load_model(model, device, dtype)
+    _as_one_tile(loaded, processor)
     if subsets == "views":
         from florence_vl.analyze.routed import view_options
 

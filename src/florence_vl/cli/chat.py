@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Optional
 
 import typer
 
-from florence_vl.cli.resolution import ASPECT, IMAGE_SIZE, POSITIONS, TOKEN_BUDGET, TRADE, VIEW, given
+from florence_vl.cli.resolution import ASPECT, IMAGE_SIZE, POSITIONS, TILES, TOKEN_BUDGET, TRADE, VIEW, given
 from florence_vl.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def command(
     image_size: Optional[int] = IMAGE_SIZE,  # noqa: UP045
     aspect: Optional[str] = ASPECT,  # noqa: UP045
     token_budget: Optional[int] = TOKEN_BUDGET,  # noqa: UP045
+    tiles: Optional[int] = TILES,  # noqa: UP045
     positions: Optional[str] = POSITIONS,  # noqa: UP045
     view: Optional[str] = VIEW,  # noqa: UP045
     trade: Optional[float] = TRADE,  # noqa: UP045
@@ -76,7 +77,7 @@ def command(
         seed=seed,
     )
     loaded, processor = load_model(model, device, dtype)
-    resolution = given(image_size, aspect, token_budget, positions, view, trade)
+    resolution = given(image_size, aspect, token_budget, tiles, positions, view, trade)
     routing = None
     if resolution:
         from florence_vl.model.router import set_view

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from florence_vl.cli.resolution import ASPECT, IMAGE_SIZE, POSITIONS, TOKEN_BUDGET, TRADE, VIEW, given
+from florence_vl.cli.resolution import ASPECT, IMAGE_SIZE, POSITIONS, TILES, TOKEN_BUDGET, TRADE, VIEW, given
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,6 +78,7 @@ def run_command(
     image_size: int | None = IMAGE_SIZE,
     aspect: str | None = ASPECT,
     token_budget: int | None = TOKEN_BUDGET,
+    tiles: int | None = TILES,
     positions: str | None = POSITIONS,
     view: str | None = VIEW,
     trade: float | None = TRADE,
@@ -100,7 +101,7 @@ def run_command(
         reported_row(paper_row)
     chosen = choose(suite, protocol)
     made = plan(chosen, _loader(data), limit, seed)
-    resolution = given(image_size, aspect, token_budget, positions, view, trade)
+    resolution = given(image_size, aspect, token_budget, tiles, positions, view, trade)
     answers = partial(_answerer, model, served_model, retries, device, dtype, batch_size, seed, resolution)
     if shard is not None:
         _run_shard(shard, answers, made, out, data)

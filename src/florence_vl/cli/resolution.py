@@ -9,6 +9,7 @@ import typer
 IMAGE_SIZE = typer.Option(None, "--image-size", min=1, help="Side of the image in pixels, for a Florence-VL.")
 ASPECT = typer.Option(None, "--aspect", help="pad, squash, or native: the image's own aspect ratio.")
 TOKEN_BUDGET = typer.Option(None, "--token-budget", min=1, help="With --aspect native: maximum tokens per image.")
+TILES = typer.Option(None, "--tiles", min=1, help="Maximum tiles per image, for a model with tiles; 1: no tiles.")
 POSITIONS = typer.Option(
     None, "--positions", help="absolute, or resampled (the default if the size or the aspect changes)."
 )
@@ -24,6 +25,7 @@ def given(
     image_size: int | None = None,
     aspect: str | None = None,
     token_budget: int | None = None,
+    tiles: int | None = None,
     positions: str | None = None,
     view: str | None = None,
     trade: float | None = None,
@@ -39,6 +41,7 @@ def given(
         "image_size": image_size,
         "aspect": aspect,
         "token_budget": token_budget,
+        "tiles": tiles,
         "positions": positions,
         "view": view,
         "trade": trade,

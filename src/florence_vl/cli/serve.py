@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import typer
 
-from florence_vl.cli.resolution import ASPECT, IMAGE_SIZE, POSITIONS, TOKEN_BUDGET, TRADE, VIEW, given
+from florence_vl.cli.resolution import ASPECT, IMAGE_SIZE, POSITIONS, TILES, TOKEN_BUDGET, TRADE, VIEW, given
 from florence_vl.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def command(
     image_size: Optional[int] = IMAGE_SIZE,  # noqa: UP045
     aspect: Optional[str] = ASPECT,  # noqa: UP045
     token_budget: Optional[int] = TOKEN_BUDGET,  # noqa: UP045
+    tiles: Optional[int] = TILES,  # noqa: UP045
     positions: Optional[str] = POSITIONS,  # noqa: UP045
     view: Optional[str] = VIEW,  # noqa: UP045
     prompt_tokenizer: Optional[str] = typer.Option(  # noqa: UP045
@@ -79,7 +80,7 @@ def command(
     key = _key(api_key_file)
     if host not in ("127.0.0.1", "localhost", "::1") and key is None:
         typer.echo(f"warning: {host} is reachable from other machines and no key is set", err=True)
-    resolution = given(image_size, aspect, token_budget, positions, view, trade)
+    resolution = given(image_size, aspect, token_budget, tiles, positions, view, trade)
     if engine == "vllm":
         own: dict[str, Any] = {f"--{name.replace('_', '-')}": True for name in resolution}
         own |= {
@@ -237,7 +238,8 @@ def show_features(
 
     from florence_vl.analyze.pca import PCAConfig, pca_maps
 
-    inputs = processor.image_processor([picture], return_tensors="pt")
+    one_tile = {} if processor.image_processor.tiles is None else processor.image_processor.one_size
+    inputs = processor.image_processor([picture], return_tensors="pt", **one_tile)
     pixels = inputs["pixel_values"].to(model.device, model.dtype)
     with torch.inference_mode():
         features = model.model.vision_tower(pixels)

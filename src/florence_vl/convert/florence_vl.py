@@ -301,6 +301,8 @@ def check_expressible(config: Any, images: Mapping[str, Any], gates: Sequence[st
         wrong.append(f"projector activation {config.projector_hidden_act!r} (theirs: 'gelu')")
     if config.merge != 1:
         wrong.append(f"merge {config.merge} (theirs: 1)")
+    if config.tiles is not None:
+        wrong.append(f"tiles, up to {config.tiles['max']} (theirs: none)")
     if config.views is not None:
         wrong.append(f"views {', '.join(config.views) or 'without names'} (theirs: none)")
     if images.get("image_aspect_ratio") == "native":

@@ -257,11 +257,11 @@ class RecordEncoder:
 
     def _image_tokens(self, record: Record, view: str | None) -> list[int]:
         """Tokens of each image in a view. Reads the file only if the size depends on the image."""
-        native = self.processor.image_processor.image_aspect_ratio == "native"
+        varies = self.processor.image_processor.varies
         counts = []
         for index, source in enumerate(record.images):
             try:
-                height, width = image_size(source) if native else (1, 1)
+                height, width = image_size(source) if varies else (1, 1)
             except (OSError, ValueError) as error:
                 raise BadRecord("image", f"{_where(record, index)}: {error}") from error
             counts.append(self.processor.image_tokens(height, width, view=view))

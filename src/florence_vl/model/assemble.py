@@ -37,6 +37,8 @@ from florence_vl.model.parts import (
     vision_part,
 )
 from florence_vl.model.processing import FlorenceVLProcessor, ImageTokenRule, pad_left
+from florence_vl.model.resolution import check_context
+from florence_vl.model.tiles import RowEnd
 from florence_vl.model.views import FeatureFill
 from florence_vl.registry import did_you_mean
 
@@ -120,14 +122,7 @@ def build_model(
         question_context=model.model.fusion.uses_context,
         chat_template=template.build(tokenizer, image_token=image_token, **(build.chat_template_options or {})),
     )
-    size = processor.image_processor.size
-    tokens = model.num_image_tokens(size.height, size.width)  # raises for a size that the tower does not support
-    context = config.context_length
-    if context is not None and tokens >= context:
-        raise ValueError(
-            f"an image of {size.height}x{size.width} pixels takes {tokens} tokens, but the context of {llm} has "
-            f"{context}: choose a smaller image_size, or another fusion"
-        )
+    check_context(model, processor)
     model.generation_config = _generation_config(language_model, tokenizer, template.end_text(tokenizer))
     model.suppress_image_token()
     return model, processor
@@ -140,6 +135,8 @@ def _fill(model: FlorenceVLForConditionalGeneration, language_model: PreTrainedM
     model.model.fusion = build_fusion(config.fusion, model.model.fusion.feature_dims, **config.fusion_options)
     if config.views is not None:
         model.model.feature_fill = FeatureFill(model.model.vision_tower.feature_dims)
+    if config.tiles is not None:
+        model.model.row_end = RowEnd(config.text_config.hidden_size)
     model.model.multi_modal_projector.to_empty(device="cpu")
     for module in model.model.multi_modal_projector.modules():
         if isinstance(module, nn.Linear):  # LLaVA's projector: torch's own initialization of a linear layer
@@ -185,7 +182,7 @@ def config_fields(
     Raises:
         ValueError: Options do not fit the vision model, or features are unknown.
     """
-    same = ("mean_token", "fusion", "gate", "merge", "views", "projector_depth")
+    same = ("mean_token", "fusion", "gate", "merge", "tiles", "views", "projector_depth")
     fields: dict[str, Any] = {name: getattr(build, name) for name in same}
     if vision_config.model_type != "florence2":
         if build.prompts or build.prompt_padding != "masked" or build.prompt_length is not None:
@@ -275,11 +272,14 @@ def _check_head(model: FlorenceVLForConditionalGeneration, llm: PreTrainedModel)
 def _image_processor(vision: str, config: FlorenceVLConfig, size: int | None) -> FlorenceVLImageProcessor:
     own = read_preprocessing(vision)
     side = size or image_size(vision, config.vision_config)
+    if config.tiles is not None:
+        config.tiles["size"] = side
     if config.tower == "florence2":
         stride = math.prod(config.vision_config.vision_config.patch_stride)
     else:
         stride = config.vision_config.patch_size
     settings: dict[str, Any] = {"stride": stride * config.merge, "views": config.views, "features": config.features}
+    settings["tiles"] = config.tiles
     settings |= {key: list(value) for key, value in (("image_mean", own.mean), ("image_std", own.std)) if value}
     return FlorenceVLImageProcessor(size={"height": side, "width": side}, **settings)
 

@@ -28,6 +28,7 @@ class BuildConfig:
         prompt_length: Pad prompts to this number of tokens.
         positions: See `FlorenceVLConfig`. At the vision model's own size both give the same result.
         merge: 1, or 2 to merge squares of 2x2 tokens; see `FlorenceVLConfig`.
+        tiles: `{max: 4, global: true}` for large images as tiles of the tower's size; see `FlorenceVLConfig`.
         views: Named pairs of size and features; see `FlorenceVLConfig`.
         image_size: Pixels per side; by default the size of the vision model's own preprocessing.
         image_token: Image placeholder in the LLM's vocabulary; by default a reserved token, otherwise a new one.
@@ -50,6 +51,7 @@ class BuildConfig:
     prompt_length: int | None = None
     positions: Literal["resampled", "absolute"] = "resampled"
     merge: int = 1
+    tiles: dict[str, Any] | None = None
     views: dict[str, Any] | None = None
     image_size: int | None = None
     image_token: str | None = None

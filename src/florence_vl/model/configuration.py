@@ -75,6 +75,8 @@ class FlorenceVLConfig(PreTrainedConfig):
             positions it is only used to warn of other sizes.
         merge: Side of the square of neighboring tokens that are merged into one before fusion, 1 or 2. With 2, an image
             of 1536 px has the same number of tokens as one of 768 px with 1, each four times as wide.
+        tiles: `{"max": 4, "global": True}`: a large image is encoded as a grid of at most `max` images of the tower's
+            size, after a global view; for towers with fixed positions. See `florence_vl.model.tiles`.
         views: Named pairs of size and features, `{"glance": {"size": 384, "features": ["davit"]}}`; see
             `florence_vl.model.views`.
         feature_layers: For `backbone`: feature name -> index into the backbone's hidden states; `{"last": -2}` if None,
@@ -105,6 +107,7 @@ class FlorenceVLConfig(PreTrainedConfig):
     positions: str = "absolute"
     position_grid: Any = None
     merge: int = 1
+    tiles: Any = None
     views: Any = None
     mean_token: str = "grid"
     feature_layers: Any = None
@@ -151,6 +154,7 @@ class FlorenceVLConfig(PreTrainedConfig):
         """
         from florence_vl.model.fusion import FUSIONS
         from florence_vl.model.fusion.gated import check_gate
+        from florence_vl.model.tiles import check_tiles
         from florence_vl.model.towers import TOWERS
         from florence_vl.model.views import check_views
 
@@ -166,6 +170,10 @@ class FlorenceVLConfig(PreTrainedConfig):
             raise ValueError(f"merge is {self.merge}; it must be 1 or 2")
         if self.merge > 1 and self.mean_token == "all":
             raise ValueError("merge=2 merges tokens of the grid; it cannot be combined with mean_token='all'")
+        if self.tiles is not None:
+            self.tiles = check_tiles(self.tiles)
+            if self.mean_token == "all":
+                raise ValueError("tiles place tokens of the grid; they cannot be combined with mean_token='all'")
         if not 1 <= self.projector_depth <= 4:
             raise ValueError(f"projector_depth is {self.projector_depth}; it must be 1 to 4")
         names = list(self.features)
@@ -182,6 +190,9 @@ class FlorenceVLConfig(PreTrainedConfig):
             )
         if self.views is not None:
             self.views = check_views(self.views, names)
+            sized = [name for name, view in self.views.items() if view["size"] is not None]
+            if self.tiles is not None and sized:
+                raise ValueError(f"views of another size cannot be combined with tiles: leave out the size of {sized}")
         if self.tower == "florence2":
             self._check_prompts(names)
         else:

@@ -322,7 +322,7 @@ def tower_features(
 ) -> dict[str, Tensor]:
     """The tower's features of images processed to one size: name -> (I, N, D), on the tower's device.
 
-    A processor that keeps the aspect ratio pads images to its square here, so that all have the same number of tokens.
+    Images whose size depends on the image are encoded as one square here, so that all have the same number of tokens.
 
     Args:
         model: The model with the tower.
@@ -331,8 +331,7 @@ def tower_features(
         batch_size: Images per forward pass.
         progress: Called with the number of images done.
     """
-    native = processor.image_processor.image_aspect_ratio == "native"
-    square: dict[str, Any] = {"image_aspect_ratio": "pad"} if native else {}
+    square = processor.image_processor.one_size
     place = next(model.model.vision_tower.parameters())
     parts: dict[str, list[Tensor]] = {}
     left, done = iter(images), 0

@@ -13,6 +13,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from florence_vl.model.geometry import MAX_UPSCALE, native_size
 from florence_vl.model.pictures import ReadableImage, open_image, pad_and_resize
+from florence_vl.model.tiles import check_tiles, choose_grid
 from florence_vl.model.views import FULL_VIEW, feature_mask
 from florence_vl.registry import did_you_mean
 
@@ -26,6 +27,7 @@ class FlorenceVLImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-ar
     token_budget: int | None
     stride: int | None
     max_upscale: float | None
+    tiles: dict[str, Any] | None
     view: str | list[str] | None
 
 
@@ -41,6 +43,7 @@ class FlorenceVLImageProcessor(PilBackend):
         token_budget: For `native`: maximum tokens per image, by default the number at `size`.
         stride: Pixels per side of one token.
         max_upscale: For `native`: maximum enlargement of a small image.
+        tiles: The model's tiles, see `florence_vl.model.tiles`: the output is a canvas of tiles of `size`.
         views: The model's views; see `florence_vl.model.views`.
         view: Default view of an image; `full` if None.
         features: Names of the model's features, for the views.
@@ -66,6 +69,7 @@ class FlorenceVLImageProcessor(PilBackend):
     token_budget: int | None = None
     stride = 32
     max_upscale = MAX_UPSCALE
+    tiles: dict[str, Any] | None = None
     views: dict[str, Any] | None = None
     view: str | None = None
     features: list[str] | None = None
@@ -79,11 +83,32 @@ class FlorenceVLImageProcessor(PilBackend):
         """Check the settings.
 
         Raises:
-            ValueError: `image_aspect_ratio` is unknown, `size` has no height and width, or a budget is below 1.
+            ValueError: `image_aspect_ratio` is unknown, `size` has no height and width, a budget is below 1, or the
+                tiles do not fit the other settings.
         """
-        self._check(self.image_aspect_ratio, self.size)
+        self._check(self.image_aspect_ratio, self.size, self.tiles)
         if self.token_budget is not None and self.token_budget < 1:
             raise ValueError(f"token_budget is {self.token_budget}; it must be at least 1")
+
+    @property
+    def varies(self) -> bool:
+        """Whether the size at which an image is encoded depends on the image."""
+        return self.image_aspect_ratio == "native" or (self.tiles is not None and self.tiles["max"] > 1)
+
+    @property
+    def one_size(self) -> dict[str, Any]:
+        """Keyword arguments with which all images are encoded at `size`; none if they are anyway."""
+        if self.tiles is not None:
+            return {"tiles": {**self.tiles, "max": 1}}
+        return {"image_aspect_ratio": "pad"} if self.image_aspect_ratio == "native" else {}
+
+    @property
+    def largest_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the output with most tokens: with tiles a column of them, as rows have ends."""
+        size: Any = self.size
+        if self.tiles is not None:
+            return self.tiles["max"] * size["height"], size["width"]
+        return self.output_size(size["height"], size["width"])
 
     def view_settings(self, name: str | None) -> dict[str, Any]:
         """Size and features of a view; those of this processor for None and `full`.
@@ -105,8 +130,8 @@ class FlorenceVLImageProcessor(PilBackend):
         Args:
             height: Height of the image, px.
             width: Width of the image, px.
-            **settings: Override this processor's `image_aspect_ratio`, `size`, `token_budget`, `stride`, `max_upscale`;
-                and `view`, the name of a view.
+            **settings: Override this processor's `image_aspect_ratio`, `size`, `token_budget`, `stride`, `max_upscale`,
+                `tiles`; and `view`, the name of a view.
 
         Raises:
             ValueError: The view is unknown; similar names are suggested.
@@ -120,13 +145,16 @@ class FlorenceVLImageProcessor(PilBackend):
         side = self.view_settings(setting("view"))["size"]
         if side is not None:
             size, settings = {"height": side, "width": side}, {**settings, "token_budget": (side // stride) ** 2}
+        if (tiles := setting("tiles")) is not None:
+            rows, columns = choose_grid(height, width, size["height"], tiles["max"])
+            return rows * size["height"], columns * size["width"]
         if setting("image_aspect_ratio") != "native":
             return size["height"], size["width"]
         budget = setting("token_budget") or (size["height"] // stride) * (size["width"] // stride)
         return native_size(height, width, stride, budget, setting("max_upscale"))
 
     @staticmethod
-    def _check(image_aspect_ratio: str | None, size: SizeDict) -> None:
+    def _check(image_aspect_ratio: str | None, size: SizeDict, tiles: dict[str, Any] | None) -> None:
         if image_aspect_ratio not in ASPECT_RATIOS:
             raise ValueError(
                 f"unknown image_aspect_ratio {image_aspect_ratio!r}. "
@@ -134,6 +162,13 @@ class FlorenceVLImageProcessor(PilBackend):
             )
         if not (size.height and size.width):
             raise ValueError(f"size must give height and width in pixels, found {dict(size)}")
+        if tiles is None:
+            return
+        side = check_tiles(tiles)["size"]
+        if image_aspect_ratio == "native":
+            raise ValueError("image_aspect_ratio 'native' cannot be combined with tiles: use 'pad' or 'squash'")
+        if (size.height, size.width) != (side, side):
+            raise ValueError(f"the tiles have {side} pixels per side, but images are of {size.height}x{size.width}")
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Decode paths and URLs (nested lists allowed) that `florence_vl.model.pictures` permits."""
@@ -171,11 +206,12 @@ class FlorenceVLImageProcessor(PilBackend):
         token_budget: int | None = None,
         stride: int | None = None,
         max_upscale: float | None = None,
+        tiles: dict[str, Any] | None = None,
         view: str | list[str] | None = None,
         return_tensors: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        self._check(image_aspect_ratio, size)
+        self._check(image_aspect_ratio, size, tiles)
         view = self.view if view is None else view
         mean = tuple(np.broadcast_to(image_mean, 3).tolist())
         std = tuple(np.broadcast_to(image_std, 3).tolist())
@@ -186,7 +222,7 @@ class FlorenceVLImageProcessor(PilBackend):
         if len(names) != len(images):
             raise ValueError(f"{len(names)} views were given for {len(images)} images: give one name, or one per image")
         settings = {"image_aspect_ratio": image_aspect_ratio, "size": size, "token_budget": token_budget}
-        settings |= {"stride": stride, "max_upscale": max_upscale}
+        settings |= {"stride": stride, "max_upscale": max_upscale, "tiles": tiles}
         stack = []
         for image, name in zip(images, names, strict=True):
             if do_resize:
@@ -198,7 +234,7 @@ class FlorenceVLImageProcessor(PilBackend):
             pixels_HWC = np.asarray(image)
             stack.append(np.stack([levels[c].take(pixels_HWC[..., c]) for c in range(3)]))
         data: dict[str, Any] = {"pixel_values": stack}
-        if image_aspect_ratio == "native" or view is not None:
+        if image_aspect_ratio == "native" or tiles is not None or view is not None:
             data = {"pixel_values": stack_sizes(stack), "image_sizes": [pixels.shape[-2:] for pixels in stack]}
         if view is not None and self.features:
             data["feature_mask"] = [feature_mask(self.features, self.view_settings(name)["features"]) for name in names]

@@ -27,6 +27,7 @@ from florence_vl.model.fusion import build_fusion, merge_tokens
 from florence_vl.model.fusion.gated import GatedFusion, ZeroLinear
 from florence_vl.model.head import LanguageHead, summed_loss
 from florence_vl.model.projector import Projector
+from florence_vl.model.tiles import Canvas, RowEnd
 from florence_vl.model.towers import TOWERS, Florence2Tower
 from florence_vl.model.varlen_attention import SDPA_VARLEN, flash_bounds, tree_mask
 from florence_vl.model.views import FeatureFill
@@ -41,7 +42,8 @@ class FlorenceVLImageFeatures(BaseModelOutputWithPooling):
 
     Attributes:
         pooler_output: (I, N, H), the tokens for each image's placeholders; a list of (N, H) if image sizes differ.
-        features: The tower's features before fusion, name -> (I, N, D); only with `output_features=True`.
+        features: The tower's features before fusion, name -> (I, N, D); only with `output_features=True`. With tiles
+            one row for each view of an image, see `florence_vl.model.tiles`.
     """
 
     features: dict[str, Tensor] | None = None
@@ -106,8 +108,8 @@ class FlorenceVLPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # Parameters added by fusion="gated" or views=... are initialized so that they have no effect.
-    _keys_to_ignore_on_load_missing = [r"\.fusion\.", r"\.feature_fill\."]
+    # Parameters added by fusion="gated" or views=... are initialized so that they have no effect; tiles=... adds one.
+    _keys_to_ignore_on_load_missing = [r"\.fusion\.", r"\.feature_fill\.", r"\.row_end\."]
     _keys_to_ignore_on_load_unexpected = [r"vision_tower\.backbone\.(vision_model\.)?head\."]  # SigLIP's, saved earlier
 
     def set_attn_implementation(
@@ -141,7 +143,7 @@ class FlorenceVLPreTrainedModel(PreTrainedModel):
         return (model, report) if output_loading_info else model
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (ZeroLinear, FeatureFill)):
+        if isinstance(module, (ZeroLinear, FeatureFill, RowEnd)):
             module.reset_parameters()
             return
         super()._init_weights(module)
@@ -174,10 +176,13 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         self.feature_fill = FeatureFill(self.vision_tower.feature_dims) if config.views is not None else None
         dims = {name: dim * config.merge**2 for name, dim in self.vision_tower.feature_dims.items()}
         self.fusion = build_fusion(config.fusion, dims, **config.fusion_options)
+        if config.tiles is not None and self.fusion.num_tokens(6) % 6:
+            raise ValueError(f"tiles need a fusion that keeps the grid, which fusion {config.fusion!r} does not")
         width = config.text_config.hidden_size
         self.multi_modal_projector = Projector(
             self.fusion.out_dim, width, config.projector_depth, config.projector_hidden_act
         )
+        self.row_end = RowEnd(width) if config.tiles is not None else None
         self.language_model = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
         self.post_init()
 
@@ -189,14 +194,33 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
 
     def num_image_tokens(self, height: int, width: int) -> int:
         """Number of tokens in the LLM's sequence for an image of this size in pixels."""
-        rows, columns = self.vision_tower.grid_size(height, width)
+        canvas = Canvas.of(self.config.tiles, height, width)
+        _, columns = self._grid(canvas)
+        one = self.vision_tower.num_tokens(canvas.height, canvas.width) // self.config.merge**2
+        return canvas.num_tokens(self.fusion.num_tokens(one), columns)
+
+    def _grid(self, canvas: Canvas) -> tuple[int, int]:
+        """Rows and columns of the tokens of one view, after merging."""
+        rows, columns = self.vision_tower.grid_size(canvas.height, canvas.width)
         merge = self.config.merge
         if rows % merge or columns % merge:
             raise ValueError(
-                f"an image of {height}x{width} pixels gives {rows}x{columns} positions, which merge={merge} does not "
-                "divide: choose a size with an even number of positions on both sides"
+                f"an image of {canvas.height}x{canvas.width} pixels gives {rows}x{columns} positions, which "
+                f"merge={merge} does not divide: choose a size with an even number of positions on both sides"
             )
-        return self.fusion.num_tokens(self.vision_tower.num_tokens(height, width) // merge**2)
+        return rows // merge, columns // merge
+
+    def tower_features(self, pixel_values: Tensor, feature_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """The tower's features of images of one size, by name: (I, N, D), with tiles (I V, N, D).
+
+        Args:
+            pixel_values: (I, 3, height, width).
+            feature_mask: (I, F), see `VisionTower.forward`.
+        """
+        canvas = Canvas.of(self.config.tiles, *pixel_values.shape[-2:])
+        if feature_mask is not None:
+            feature_mask = feature_mask.repeat_interleave(canvas.views, 0)
+        return self.vision_tower(canvas.cut(pixel_values), feature_mask)
 
     def encode_images(
         self, pixel_values: Tensor, context: Tensor | None = None, feature_mask: Tensor | None = None
@@ -214,10 +238,11 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         if feature_mask is not None and self.feature_fill is None:
             raise ValueError("feature_mask needs a model with views, and config.views is None")
         # In training nothing is skipped, also of a frozen tower: with FSDP all processes must make the same calls.
-        features = self.vision_tower(pixel_values, None if self.training else feature_mask)
-        if feature_mask is not None and self.feature_fill is not None:
-            features = self.feature_fill(features, feature_mask)
+        features = self.tower_features(pixel_values, None if self.training else feature_mask)
         height, width = pixel_values.shape[-2:]
+        if feature_mask is not None and self.feature_fill is not None:
+            views = Canvas.of(self.config.tiles, height, width).views
+            features = self.feature_fill(features, feature_mask.repeat_interleave(views, 0))
         return self.project_features(features, (height, width), context), features
 
     def project_features(
@@ -226,17 +251,18 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         """Merge, fusion and projector: the tower's features by name, (I, N, D) each -> (I, N', H).
 
         Args:
-            features: The tower's features; a replaced feature must keep its shape.
+            features: As `tower_features` returns them; a replaced feature must keep its shape.
             size: Height and width of the images in pixels.
             context: (I, H), see `question_context`.
         """
         merge = self.config.merge
-        merged = dict(features)
-        if merge > 1:
-            self.num_image_tokens(*size)
-            grid = self.vision_tower.grid_size(*size)
-            merged = {name: merge_tokens(x_BND, grid, merge) for name, x_BND in features.items()}
-        return self.multi_modal_projector(self.fusion(merged, context))
+        canvas = Canvas.of(self.config.tiles, *size)
+        rows, columns = self._grid(canvas)
+        merged = {n: merge_tokens(x_BND, (rows * merge, columns * merge), merge) for n, x_BND in features.items()}
+        if context is not None:
+            context = context.repeat_interleave(canvas.views, 0)
+        tokens = self.multi_modal_projector(self.fusion(merged, context))
+        return tokens if self.row_end is None else self.row_end(tokens, canvas, (rows, columns))
 
     def no_question(self, images: int) -> Tensor | None:
         """The context of images without text, (I, H); None if the fusion does not depend on the question."""
@@ -247,14 +273,14 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
 
     def part_modules(self, part: Part) -> list[nn.Module]:
         """Modules of a part: `tower`, `projector` (with the fusion) or `llm`."""
-        modules: dict[str, list[nn.Module]] = {
+        modules: dict[str, list[nn.Module | None]] = {
             "tower": [self.vision_tower],
-            "projector": [m for m in (self.feature_fill, self.fusion, self.multi_modal_projector) if m is not None],
+            "projector": [self.feature_fill, self.fusion, self.multi_modal_projector, self.row_end],
             "llm": [self.language_model],
         }
         if part not in modules:
             raise ValueError(f"unknown part {part!r}: the parts are {', '.join(PARTS)}")
-        return modules[part]
+        return [module for module in modules[part] if module is not None]
 
     def train(self, mode: bool = True) -> FlorenceVLModel:
         """`nn.Module.train`, but frozen modules stay in eval mode; see `florence_vl.model.frozen`."""

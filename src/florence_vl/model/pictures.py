@@ -510,10 +510,11 @@ def pad_and_resize(
     background: tuple[int, int, int],
     resample: int = Image.Resampling.BICUBIC,
 ) -> Image.Image:
-    """Center an image on a square of its longer side and resize the square.
+    """Center an image on a rectangle of the proportions of `size`, as small as possible, and resize the rectangle.
 
-    Equals LLaVA's `expand2square` followed by `Image.resize` pixel for pixel, without creating the square: Pillow
-    resamples rows first and columns second, so the two passes can be made separately, and only where the image is.
+    For a square equals LLaVA's `expand2square` followed by `Image.resize` pixel for pixel, without creating the square:
+    Pillow resamples rows first and columns second, so the two passes can be made separately, and only where the image
+    is.
 
     Args:
         image: RGB image of any size.
@@ -525,20 +526,24 @@ def pad_and_resize(
         RGB image of `size`.
     """
     height, width = size
-    if image.width == image.height:
+    # The rectangle; one side is the image's own.
+    full_height = max(image.height, round(image.width * height / width))
+    full_width = max(image.width, round(image.height * width / height))
+    if (full_width, full_height) == image.size:
         return image.resize((width, height), resample)
-    side = max(image.size)
-    canvas = Image.new("RGB", (width, side), background)
-    if image.width > image.height:
-        canvas.paste(image.resize((width, image.height), resample), (0, (side - image.height) // 2))
+    canvas = Image.new("RGB", (width, full_height), background)
+    if full_width == image.width:
+        canvas.paste(image.resize((width, image.height), resample), (0, (full_height - image.height) // 2))
     else:
-        _paste_columns(canvas, image, background, resample)
+        _paste_columns(canvas, image, full_width, background, resample)
     return canvas.resize((width, height), resample)
 
 
-def _paste_columns(canvas: Image.Image, image: Image.Image, background: tuple[int, int, int], resample: int) -> None:
-    """Resample the rows of a tall image on its square, at the columns that the image affects."""
-    width, side = canvas.size
+def _paste_columns(
+    canvas: Image.Image, image: Image.Image, side: int, background: tuple[int, int, int], resample: int
+) -> None:
+    """Resample the rows of an image centered on a rectangle `side` wide, at the columns that the image affects."""
+    width = canvas.width
     scale = side / width
     support = _SUPPORT[Image.Resampling(resample)] * max(scale, 1.0)
     left = (side - image.width) // 2

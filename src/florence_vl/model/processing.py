@@ -15,6 +15,7 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin, TextKw
 from florence_vl.model.chat_template import BREAK, control_tokens
 from florence_vl.model.geometry import backbone_prefix_tokens, convolved_size, davit_convolutions
 from florence_vl.model.image_processing import FlorenceVLImageProcessor, FlorenceVLImagesKwargs
+from florence_vl.model.tiles import Canvas
 
 if TYPE_CHECKING:
     from florence_vl.model.configuration import FlorenceVLConfig
@@ -76,6 +77,11 @@ class ImageTokenRule:
         Raises:
             ValueError: The image is smaller than one patch, or `merge` does not divide its rows and columns.
         """
+        rows, columns = self.grid(height, width)
+        return self.scale * (rows * columns + self.additional) + self.offset
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the tokens of one feature after merging. Raises as `num_tokens`."""
         rows, columns = convolved_size(height, width, self.convolutions)
         if rows < 1 or columns < 1:
             raise ValueError(f"an image of {height}x{width} pixels is smaller than one patch of the vision tower")
@@ -84,7 +90,7 @@ class ImageTokenRule:
                 f"an image of {height}x{width} pixels gives {rows}x{columns} positions, which merge={self.merge} does "
                 "not divide"
             )
-        return self.scale * (rows * columns // self.merge**2 + self.additional) + self.offset
+        return rows // self.merge, columns // self.merge
 
 
 def pad_questions(rows: Sequence[Sequence[int]]) -> dict[str, list[list[int]]]:
@@ -168,7 +174,9 @@ class FlorenceVLProcessor(ProcessorMixin):
     def num_image_tokens(self, height: int | None = None, width: int | None = None) -> int:
         """Tokens of an image after processing to `height` x `width` pixels; by default the processor's own size."""
         size = self.image_processor.size
-        return self._rule.num_tokens(height or size["height"], width or size["width"])
+        canvas = Canvas.of(self.image_processor.tiles, height or size["height"], width or size["width"])
+        tile = canvas.height, canvas.width
+        return canvas.num_tokens(self._rule.num_tokens(*tile), self._rule.grid(*tile)[1])
 
     def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any) -> str:
         """The placeholder of one processed image, repeated once per token."""

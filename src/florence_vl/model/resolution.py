@@ -18,6 +18,7 @@ def set_resolution(
     image_size: int | None = None,
     aspect: str | None = None,
     token_budget: int | None = None,
+    tiles: int | None = None,
     positions: str | None = None,
     view: str | None = None,
 ) -> None:
@@ -26,9 +27,11 @@ def set_resolution(
     Args:
         model: Its config is changed in place.
         processor: Its image processor is changed in place.
-        image_size: Pixels per side of the square input; with `native`, of the square with the same number of tokens.
+        image_size: Pixels per side of the square input; with `native`, of the square with the same number of tokens;
+            with tiles, of a tile.
         aspect: `pad`, `squash` or `native`.
         token_budget: Maximum tokens per image, for `native`; by default the number at `image_size`.
+        tiles: Maximum number of tiles of an image, for a model with tiles; 1 is one image of the tower's size.
         positions: `absolute` or `resampled`. By default `resampled` if images get another size; the trained grid is
             then derived from the processor's size before the change.
         view: Default view of an image; see `florence_vl.model.views`.
@@ -50,6 +53,13 @@ def set_resolution(
         raise ValueError(f"positions is for Florence-2 towers; this model's tower is {model.config.tower!r}")
     if image_size is not None:
         images.size = type(images.size)(height=image_size, width=image_size)
+    if tiles is not None and model.config.tiles is None:
+        raise ValueError(
+            "this model has no tiles, whose row ends are learned: build one with tiles, or train this one (model.tiles)"
+        )
+    if model.config.tiles is not None:
+        images.tiles = {**model.config.tiles, "max": tiles or model.config.tiles["max"], "size": images.size["height"]}
+        model.config.tiles = dict(images.tiles)
     if aspect is not None:
         images.image_aspect_ratio = aspect
     if token_budget is not None:
@@ -58,11 +68,24 @@ def set_resolution(
         images.view_settings(view)
         images.view = None if view == FULL_VIEW else view
     images.check()
-    height, width = images.output_size(images.size["height"], images.size["width"])
+    check_context(model, processor)
+
+
+def check_context(model: FlorenceVLForConditionalGeneration, processor: FlorenceVLProcessor) -> None:
+    """Check that the image with most tokens fits the LLM's context.
+
+    Raises:
+        ValueError: It does not, or the tower does not support its size.
+    """
+    images: Any = processor.image_processor
+    height, width = images.largest_size
     tokens = model.num_image_tokens(height, width)
     context = model.config.context_length
     if context is not None and tokens >= context:
-        raise ValueError(f"an image takes {tokens} tokens at that resolution, but the LLM's context has {context}")
+        raise ValueError(
+            f"an image of {height}x{width} pixels takes {tokens} tokens, but the LLM's context has {context}: choose a "
+            f"smaller size{'' if images.tiles is None else ', or fewer tiles'}"
+        )
 
 
 def resolution_settings(model: FlorenceVLForConditionalGeneration, processor: FlorenceVLProcessor) -> dict[str, Any]:
@@ -76,4 +99,6 @@ def resolution_settings(model: FlorenceVLForConditionalGeneration, processor: Fl
     }
     if model.config.tower == "florence2":
         settings["positions"] = model.config.positions
+    if images.tiles is not None:
+        settings["tiles"] = dict(images.tiles)
     return settings

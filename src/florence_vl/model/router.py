@@ -161,8 +161,7 @@ def router_states(
     ids, mask = (torch.tensor(inputs[name], device=device) for name in ("question_ids", "question_mask"))
     question_BH = model.model.mean_embedding(ids, mask)
     # Thumbnails are squares, whatever the images' own aspect ratio.
-    native = processor.image_processor.image_aspect_ratio == "native"
-    square: dict[str, Any] = {"image_aspect_ratio": "pad"} if native else {}
+    square = processor.image_processor.one_size
     pixels = processor.image_processor(list(images), view=thumbnail, return_tensors="pt", **square)["pixel_values"]
     first = model.config.features[0]
     only = torch.tensor([feature_mask(model.config.features, [first])] * len(images), device=device)

@@ -178,7 +178,7 @@ def tiny_processor(
     if template == "vicuna_v1":
         tokenizer.eos_token = "</s>"
     return FlorenceVLProcessor(
-        FlorenceVLImageProcessor(size=image_size, views=config.views, features=config.features),
+        FlorenceVLImageProcessor(size=image_size, views=config.views, features=config.features, tiles=config.tiles),
         tokenizer,
         chat_template=CHAT_TEMPLATES[template].build(tokenizer, "<image>", **options),
         image_token="<image>",

@@ -35,6 +35,7 @@ class ModelConfig:
         positions: `absolute` or `resampled`; by default `resampled` if the size differs from the tower's trained size.
         fusion: With `path`: another fusion, e.g. `gated` for a model with `channel` fusion.
         gate: With `fusion: gated`: its options, see `FlorenceVLConfig`.
+        tiles: With `path`: large images as tiles, `{max: 4, global: true}`; see `FlorenceVLConfig`.
         views: With `path`: the views to add to the model, see `FlorenceVLConfig`.
         attn_implementation: One attention backend, or one for each of `vision_config` and `text_config`. None uses
             transformers' choice, and `sdpa_varlen` for the LLM's packed rows on a CPU.
@@ -52,6 +53,7 @@ class ModelConfig:
     positions: Literal["absolute", "resampled"] | None = None
     fusion: str | None = None
     gate: dict[str, Any] | None = None
+    tiles: dict[str, Any] | None = None
     views: dict[str, Any] | None = None
     attn_implementation: str | dict[str, str] | None = None
     feature_store: str | None = None
@@ -59,7 +61,7 @@ class ModelConfig:
     @property
     def changes(self) -> dict[str, Any]:
         """Fields of a saved model's config that get another value."""
-        values = {key: getattr(self, key) for key in ("fusion", "gate", "views")}
+        values = {key: getattr(self, key) for key in ("fusion", "gate", "tiles", "views")}
         return {key: value for key, value in values.items() if value is not None}
 
 

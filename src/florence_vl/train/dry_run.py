@@ -407,7 +407,8 @@ def dry_run(
             played.append(PlayedStep(rank, step, StepCounts.of(own), _play(module, own, needed)))
     every = [one for step in played for one in step.micro_batches]
     shape = (max(b.images for b in every), max(b.slots for b in every), max(b.supervised for b in every))
-    memory = MemoryPlan(recipe, model.config, size, world_size, shards).at(*shape)
+    largest_image = processor.image_processor.largest_size
+    memory = MemoryPlan(recipe, model.config, largest_image, world_size, shards).at(*shape)
     # workers hold `PREFETCH` each; with page-locked memory one is on its way, without it a whole step's
     held = recipe.data.workers * PREFETCH + (1 if device != "cpu" else len(played[0].micro_batches))
     shm = held * largest * local_size / GIB if recipe.data.workers else 0.0

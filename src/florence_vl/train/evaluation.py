@@ -45,7 +45,7 @@ class HeldOut:
         self.encoder = RecordEncoder(processor, max_length=data.max_length, on_long="drop")
         self.collate = PaddedCollator(processor.tokenizer.pad_token_id)
         self.size = recipe.micro_batch_size
-        self.native = processor.image_processor.image_aspect_ratio == "native"  # images differ in size
+        self.varies = processor.image_processor.varies  # images differ in size
 
     def _batch(self, positions: range) -> dict[str, torch.Tensor]:
         """The good records at these positions; if there are none, a batch with zero weight.
@@ -73,7 +73,7 @@ class HeldOut:
             start = min(total, first + self.world.rank * self.size)
             batch = self._batch(range(start, min(total, start + self.size)))
             own = tower_calls(batch)
-            calls = self.world.gather([float(n) for n in own]).max(0).values.tolist() if self.native else own
+            calls = self.world.gather([float(n) for n in own]).max(0).values.tolist() if self.varies else own
             loss += module(to_device(batch, self.world.device), 1, tuple(map(int, calls))).item()
             count += count_supervised(batch)
         sums = self.world.gather([loss, count]).sum(0)

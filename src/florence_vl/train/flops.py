@@ -110,7 +110,8 @@ class ModelFlops:
     """FLOPs of one forward pass.
 
     Attributes:
-        tower_per_image: DaViT, its projection and the encoder with all prompts (or the backbone), per image.
+        tower_per_image: DaViT, its projection and the encoder with all prompts (or the backbone), per image with all
+            its tiles.
         projector_per_image: Fusion and projector, per image.
         llm_per_token: Linear layers of the LLM.
         attention_per_pair: Scores and weighted sums of all layers for one pair of tokens of a sample.
@@ -167,7 +168,7 @@ def count_flops(config: FlorenceVLConfig, height: int, width: int) -> ModelFlops
     pixels = torch.empty(1, 3, height, width, device="meta")
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        features = model.model.vision_tower(pixels)
+        features = model.model.tower_features(pixels)
     tower = counter.get_total_flops()
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
@@ -327,7 +328,7 @@ class ActivationMeter:
             pixels = torch.empty(images, 3, height, width, **options)
             tower = base.vision_tower
             with torch.set_grad_enabled(parts.tower.train), _watch_saved(blocks(tower), self.model, found["tower"]):
-                features = tower(pixels)
+                features = base.tower_features(pixels)
             with _watch_saved([], self.model, found["projector"]):
                 base.project_features(features, (height, width), base.no_question(images))
         embeds = torch.empty(1, tokens, self.width, **options)

@@ -20,6 +20,7 @@ import numpy as np
 
 from florence_vl.data.sampler import mix
 from florence_vl.files import write_text
+from florence_vl.model.tiles import overview_pixels
 from florence_vl.train.checkpoint import find_checkpoint
 from florence_vl.train.config import Recipe
 from florence_vl.train.evaluation import SuiteReader, describe_scores, read_suite
@@ -246,7 +247,7 @@ class Trainer:
             The step's counts over all processes, the passes through the tower that each micro-batch makes on every
             process, and the longest wait for data in seconds.
         """
-        own = list(vars(StepCounts.of(micro_batches)).values())
+        own = list(vars(StepCounts.of(micro_batches, overview_pixels(self.model.config))).values())
         calls = [number for batch in micro_batches for number in tower_calls(batch)]
         budget = self._elapsed_minutes() / self.recipe.max_minutes if self.recipe.max_minutes else 0.0
         numbers = [*own, *calls, data_wait, self.signals.received, budget]

@@ -110,7 +110,8 @@ class CostPlan:
 def model_config(recipe: Recipe) -> tuple[FlorenceVLConfig, tuple[int, int]]:
     """The model's config and the pixels of its images, from the recipe alone, as `load_model` sets them.
 
-    Images of their own aspect ratio are counted as squares that use the whole token budget. A `model.path` that another
+    Images of their own aspect ratio are counted as squares that use the whole token budget, and images with tiles as
+    having the most tiles. A `model.path` that another
     recipe will write is taken from that recipe.
 
     Raises:
@@ -126,6 +127,9 @@ def model_config(recipe: Recipe) -> tuple[FlorenceVLConfig, tuple[int, int]]:
     resampled = config.tower == "florence2" and bool(model.token_budget or model.image_size)
     config.positions = model.positions or ("resampled" if resampled else config.positions)
     config.check()
+    if config.tiles is not None:
+        config.tiles["size"] = side = size[1]  # the width also of the size that another recipe's config gave
+        size = (config.tiles["max"] * side, side)
     return config, size
 
 
@@ -306,7 +310,7 @@ def plan_recipe(
         device_hours=None if run is None else run / (peak * 1e12 * mfu * 3600),
         hours=None if run is None else run / (devices * peak * 1e12 * mfu * 3600),
         estimate=estimate,
-        assumptions=_assumptions(recipe, workload, height, width, mfu, peak, device, total_samples, strategy),
+        assumptions=_assumptions(recipe, config, workload, height, width, mfu, peak, device, total_samples, strategy),
     )
 
 
@@ -458,6 +462,7 @@ def _samples(recipe: Recipe, sample_tokens: float) -> int | None:
 
 def _assumptions(
     recipe: Recipe,
+    config: FlorenceVLConfig,
     workload: Workload,
     height: int,
     width: int,
@@ -485,6 +490,8 @@ def _assumptions(
     ]
     if recipe.data.views is not None or recipe.model.image_aspect_ratio == "native":
         found.append("memory is for the full view and for images that use the whole token budget")
+    if config.tiles is not None:
+        found.append(f"every image has the most tiles, {config.tiles['max']}; smaller images have fewer")
     if strategy != "none":
         found.append(
             f"the estimate: {GB_PER_S_IN_NODE:g} GB/s a device inside a node of {DEVICES_PER_NODE}, "

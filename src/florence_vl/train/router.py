@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from florence_vl.data.records import BadRecord, Record
 from florence_vl.model.pictures import open_image
 from florence_vl.model.router import Router, RouterConfig, router_states
+from florence_vl.model.tiles import refuse_tiles
 from florence_vl.model.views import FULL_VIEW
 from florence_vl.train.flops import count_flops
 
@@ -57,6 +58,7 @@ def view_costs(config: FlorenceVLConfig, processor: FlorenceVLProcessor, text_to
     """
     if not config.views:
         raise ValueError("a router needs a model with views, and config.views is empty: set views when building it")
+    refuse_tiles(config, "a router")
     flops = {}
     for name in (FULL_VIEW, *config.views):
         settings = processor.image_processor.view_settings(name)

@@ -45,14 +45,14 @@ class StepCounts:
     pairs: int
 
     @classmethod
-    def of(cls, micro_batches: Sequence[Batch]) -> StepCounts:
-        """Counts of one process's micro-batches."""
+    def of(cls, micro_batches: Sequence[Batch], overview: int = 0) -> StepCounts:
+        """Counts of one process's micro-batches; for `overview` see `count_pixels`."""
         return cls(
             supervised=sum(map(count_supervised, micro_batches)),
             tokens=sum(map(count_tokens, micro_batches)),
             slots=sum(batch["input_ids"].numel() for batch in micro_batches),
             images=sum(map(count_images, micro_batches)),
-            pixels=sum(map(count_pixels, micro_batches)),
+            pixels=sum(count_pixels(batch, overview) for batch in micro_batches),
             samples=sum(map(count_samples, micro_batches)),
             pairs=sum(map(count_pairs, micro_batches)),
         )
@@ -127,12 +127,18 @@ def count_images(batch: Batch) -> int:
     return 0 if pixels is None else len(pixels)
 
 
-def count_pixels(batch: Batch) -> int:
-    """Pixels of the images of a batch."""
+def count_pixels(batch: Batch, overview: int = 0) -> int:
+    """Pixels of the images of a batch that go through the tower.
+
+    Args:
+        batch: The batch.
+        overview: Pixels of the global view that the tower sees of each larger image, with tiles.
+    """
     pixels, sizes = batch.get("pixel_values"), batch.get("image_sizes")
-    if sizes is not None:
-        return int(sizes.prod(-1).sum())
-    return 0 if pixels is None else len(pixels) * pixels.shape[-2] * pixels.shape[-1]
+    if pixels is None:
+        return 0
+    areas = [pixels.shape[-2] * pixels.shape[-1]] * len(pixels) if sizes is None else sizes.prod(-1).tolist()
+    return sum(area + overview * (area > overview) for area in areas)
 
 
 def tower_calls(batch: Mapping[str, Any]) -> TowerCalls:
