@@ -131,6 +131,11 @@ def test_any_option_of_a_build_can_be_set(parts, tmp_path, capsys):
     assert build(parts, out, "--set", "positions=absolute", "--set", "merge=2") == 0
     config = load_model(out, "cpu")[0].config
     assert (config.positions, config.merge) == ("absolute", 2)
+    assert build(parts, tmp_path / "tiles", "--set", "tiles={max: 3}") == 0
+    assert load_model(tmp_path / "tiles", "cpu")[0].config.tiles == {"max": 3, "global": True, "size": 64}
+    assert "4 to 22 tokens" in capsys.readouterr().out
+    assert build(parts, tmp_path / "no", "--set", "tiles={max: 9999}") == 2
+    assert "choose a smaller size, or fewer tiles" in capsys.readouterr().err
     assert build(parts, tmp_path / "no", "--set", "positons=absolute") == 2
     assert "Did you mean 'positions'" in capsys.readouterr().err
     assert build(parts, tmp_path / "no", "--set", "merge=many") == 2

@@ -1,6 +1,7 @@
 """Images of different sizes, questions for the router, drawn views: model inputs in addition to the pixels."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -49,6 +50,19 @@ def randomize_projector(model):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
 
 
+TILES = {"max": 4, "global": True, "size": 64}
+
+
+@pytest.fixture(scope="module", params=["native", "tiles"])
+def varied(request):
+    """The size of an image determines its tokens, and gates depend on the question."""
+    if request.param == "native":
+        return request.getfixturevalue("parts")
+    model, processor = tiny_model(fusion="gated", gate={"context": "question"}, tiles=TILES)
+    randomize_projector(model)
+    return model, processor
+
+
 @pytest.fixture(scope="module")
 def parts():
     """Images keep their aspect ratio, gates depend on the question, and there are views."""
@@ -72,8 +86,8 @@ def records():
     ]
 
 
-def test_the_number_of_tokens_follows_each_images_own_size(parts, records):
-    model, processor = parts
+def test_the_number_of_tokens_follows_each_images_own_size(varied, records):
+    model, processor = varied
     sample = RecordEncoder(processor)(records[2])
     sizes = [processor.image_processor.output_size(*size) for size in SIZES[1:3]]
     assert sample.image_inputs["image_sizes"].tolist() == [list(size) for size in sizes]
@@ -85,16 +99,16 @@ def test_the_number_of_tokens_follows_each_images_own_size(parts, records):
     assert shown == list(counts)
 
 
-def test_measuring_reads_headers_and_decodes_nothing(parts, records, tmp_path, monkeypatch):
-    encoder = RecordEncoder(parts[1])
+def test_measuring_reads_headers_and_decodes_nothing(varied, records, tmp_path, monkeypatch):
+    encoder = RecordEncoder(varied[1])
     expected = [encoder(one) for one in records]
     data = records[4].images[0]
     (tmp_path / "shard.tar").write_bytes(b"front" + data + b"back")
     monkeypatch.setattr(encode, "open_image", None)
     for one, sample in zip(records, expected, strict=True):
         assert measure(encoder, one) == (len(sample), sample.num_images)
-    records[4].images = [ImageRef(str(tmp_path / "shard.tar"), 5, len(data))]
-    assert measure(encoder, records[4]) == (len(expected[4]), 1)
+    member = replace(records[4], images=[ImageRef(str(tmp_path / "shard.tar"), 5, len(data))])
+    assert measure(encoder, member) == (len(expected[4]), 1)
 
 
 def test_headers_tell_the_upright_size(tmp_path):
@@ -111,8 +125,8 @@ def test_headers_tell_the_upright_size(tmp_path):
     assert image_size(tmp_path / "b.png") == (30, 50)
 
 
-def test_a_header_that_lies_is_a_bad_record(parts, records, monkeypatch):
-    encoder = RecordEncoder(parts[1])
+def test_a_header_that_lies_is_a_bad_record(varied, records, monkeypatch):
+    encoder = RecordEncoder(varied[1])
     monkeypatch.setattr(encode, "image_size", lambda source: (64, 640))
     with pytest.raises(BadRecord, match="decodes to 64x64 pixels") as caught:
         encoder(records[0])
@@ -122,8 +136,8 @@ def test_a_header_that_lies_is_a_bad_record(parts, records, monkeypatch):
         encoder.outline(Record("0", "s", records[0].messages, [b"no image"]))
 
 
-def test_batch_is_single_and_packed_is_padded(parts, records):
-    model, processor = parts
+def test_batch_is_single_and_packed_is_padded(varied, records):
+    model, processor = varied
     samples = [RecordEncoder(processor)(one) for one in records]
     pad = processor.tokenizer.pad_token_id
     with torch.no_grad():
@@ -141,14 +155,14 @@ def test_batch_is_single_and_packed_is_padded(parts, records):
         torch.testing.assert_close(packed[row, : len(expected)], expected, atol=2e-5, rtol=0)
 
 
-def test_images_of_one_size_need_no_sizes(parts):
-    samples = [RecordEncoder(parts[1])(record(i, (64, 64))) for i in range(2)]
+def test_images_of_one_size_need_no_sizes(varied):
+    samples = [RecordEncoder(varied[1])(record(i, (64, 64))) for i in range(2)]
     batch = PaddedCollator(0)(samples)
     assert "image_sizes" not in batch
 
 
-def test_answers_and_later_turns_leave_image_tokens_unchanged(parts):
-    model, processor = parts
+def test_answers_and_later_turns_leave_image_tokens_unchanged(varied):
+    model, processor = varied
 
     def tokens(**changes):
         sample = RecordEncoder(processor)(record(7, (64, 64), **changes))

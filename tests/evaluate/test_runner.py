@@ -620,6 +620,7 @@ def test_a_model_is_evaluated_at_another_resolution(
         (["--token-budget", "2"], "a token budget is for the aspect 'native'"),
         (["--view", "glanse"], "Did you mean 'glance'"),
         (["--positions", "absolut"], "Did you mean 'absolute'"),
+        (["--tiles", "4"], "this model has no tiles"),
     ],
 )
 def test_settings_of_the_resolution_are_checked(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from florence_vl.model.tiny import tiny_model
 from florence_vl.train import load_recipe
@@ -25,7 +26,7 @@ from florence_vl.train.parallel import (
     part_blocks,
     resolve_strategy,
 )
-from florence_vl.train.step import tower_calls
+from florence_vl.train.step import count_pixels, tower_calls
 from florence_vl.train.world import World
 
 BASE: dict[str, Any] = {"steps": 3, "micro": 1, "checkpoint": {"every_steps": None, "export": False}}
@@ -51,6 +52,20 @@ LOOKS: dict[str, Any] = {
     "distill": 0.5,
     "parts": {"tower": {"train": False}, "projector": {"lr": 0.03}},
 }
+
+
+# Some processes have images of several tiles and others none, whose row ends are trained all the same.
+TILED: dict[str, Any] = {
+    "tiny_data": True,
+    "options": {"tiles": {"max": 4, "global": True, "size": 64}},
+    "micro_batch_size": 1,
+    "parts": {"tower": {"train": False}, "projector": {"lr": 0.03}},
+}
+
+
+def tiled_data(folder: Path) -> dict[str, Any]:
+    """The data section of `TILED`."""
+    return {key: value for key, value in look_data(folder).items() if key not in ("views", "feature_dropout")}
 
 
 def look_data(folder: Path) -> dict[str, Any]:
@@ -111,6 +126,8 @@ def two(tiny_run: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
         parallel={"strategy": "fsdp"},
         **looks | {"parts": {}, "activation_checkpointing": {"tower": "full", "llm": "full"}},
     )
+    case("ddp-tiles", parallel={"strategy": "ddp"}, **TILED, data=tiled_data(folder))
+    case("fsdp-tiles", parallel={"strategy": "fsdp"}, **TILED, data=tiled_data(folder), checkpoint=exported)
     torchrun(str(tiny_run.__file__), cases)
     return folder
 
@@ -159,6 +176,22 @@ def test_images_of_all_sizes_views_and_questions_train_alike_on_one_and_two_proc
     for name in ("ddp-looks", "fsdp-looks"):
         assert tiny_run.losses(two / name) == pytest.approx(one, abs=2e-5), name
     assert len(tiny_run.losses(two / "fsdp-looks-all")) == BASE["steps"]
+
+
+def test_images_with_and_without_tiles_train_alike_on_one_and_two_processes(
+    tiny_run: ModuleType, two: Path, tmp_path: Path
+) -> None:
+    data = tiled_data(tmp_path)
+    processor = tiny_model(**TILED["options"])[1]
+    recipe = load_recipe(tiny_run.recipe(tmp_path, data=data, micro_batch_size=1))
+    streams = [TrainingData(recipe, processor).batches(0, rank, 2, None) for rank in range(2)]
+    pixels = [[count_pixels(next(stream)) for _ in range(6)] for stream in streams]
+    assert any(min(pair) <= 64 * 64 < max(pair) for pair in zip(*pixels, strict=True)), "one process has tiles"
+    one = tiny_run.run(tmp_path / "one", **BASE | TILED | {"data": data})
+    for name in ("ddp-tiles", "fsdp-tiles"):
+        assert tiny_run.losses(two / name) == pytest.approx(one, abs=2e-5), name
+    trained = load_file(two / "fsdp-tiles" / "model" / "model.safetensors")["model.row_end.vector"]
+    assert not torch.allclose(trained, tiny_model(**TILED["options"])[0].model.row_end.vector, atol=1e-3)
 
 
 def test_everything_trains_sharded_with_activation_checkpointing_and_in_bf16(tiny_run: ModuleType, two: Path) -> None:

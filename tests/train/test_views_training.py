@@ -13,6 +13,7 @@ from PIL import Image
 from florence_vl.model.loading import load_model
 from florence_vl.model.tiny import tiny_model, tiny_recipe
 from florence_vl.train import load_recipe, train
+from florence_vl.train.dry_run import dry_run
 from florence_vl.train.flops import count_flops
 from florence_vl.train.plan import model_config, plan_recipe
 
@@ -124,6 +125,29 @@ def test_native_images_train_and_are_planned_at_their_budget(saved: Path, data: 
     assert processor.image_processor.image_aspect_ratio == "native"
 
 
+def test_a_saved_model_learns_tiles(saved: Path, data: dict[str, Any], tmp_path: Path) -> None:
+    look = {"path": str(saved), "tiles": {"max": 3, "global": False}, "image_aspect_ratio": "squash"}
+    trained = {"parts": {"tower": {"train": False}}, "checkpoint": {"every_steps": None, "export": True}}
+    recipe = tiny_recipe(tmp_path / "tiles", model=look, data=data, **trained)
+    config, size = model_config(load_recipe(recipe))
+    assert size == (192, 64)
+    planned = plan_recipe(load_recipe(recipe))
+    assert planned.image_tokens == 3 * 4 + 6 == count_flops(config, *size).image_tokens
+    assert "every image has the most tiles, 3; smaller images have fewer" in planned.assumptions
+    played = dry_run(load_recipe(recipe))
+    passes = [line for step in played.steps for batch in step.micro_batches for line in batch.passes]
+    assert any(line.endswith(" 64x128") for line in passes), "two tiles in a row"
+    exported = train(recipe).exported
+    assert exported is not None
+    model, processor = load_model(exported)
+    assert model.config.tiles == processor.image_processor.tiles == {"max": 3, "global": False, "size": 64}
+    before = load_model(saved, tiles=model.config.tiles)[0]
+    assert not torch.equal(model.model.row_end.vector, before.model.row_end.vector), "row ends are trained"
+    assert processor.image_tokens(60, 240) == model.num_image_tokens(64, 192) == 3 * 4 + 2
+    again = tiny_recipe(tmp_path / "off", model={"path": str(exported), "tiles": {"max": 1}}, data=data)
+    assert model_config(load_recipe(again))[1] == (64, 64)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -132,6 +156,7 @@ def test_native_images_train_and_are_planned_at_their_budget(saved: Path, data: 
         ({"data": {"views": {"full": 0.0}}}, "at least one view a weight above 0"),
         ({"model": {"path": "x", "gate": {}}}, "`model.gate` needs `model.fusion: gated`"),
         ({"model": {"views": {}}}, "changes a saved model; for a new one give `model.build.views`"),
+        ({"model": {"tiles": {"max": 4}}}, "changes a saved model; for a new one give `model.build.tiles`"),
         ({"model": {"path": "x", "token_budget": 9, "image_aspect_ratio": "pad"}}, "`model.token_budget` needs"),
     ],
 )

@@ -142,7 +142,10 @@ def command(
     size = processor.image_processor.size
     config = model.config
     typer.echo(f"features   {', '.join(config.features or ())} ({config.fusion} fusion)")
-    typer.echo(f"image      {size.height}x{size.width} px, {model.num_image_tokens(size.height, size.width)} tokens")
+    tokens = str(model.num_image_tokens(size.height, size.width))
+    if config.tiles is not None:
+        tokens += f" to {model.num_image_tokens(*processor.image_processor.largest_size)}"
+    typer.echo(f"image      {size.height}x{size.width} px, {tokens} tokens")
     for part, (count, _) in count_parameters(model).items():
         typer.echo(f"{part:10} {count / 1e6:,.1f} M parameters")
     typer.echo(f"saved      {out}")
