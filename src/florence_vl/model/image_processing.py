@@ -228,7 +228,8 @@ class FlorenceVLImageProcessor(PilBackend):
             if do_resize:
                 height, width = self.output_size(image.height, image.width, view=name, **settings)
                 if image_aspect_ratio == "pad":
-                    image = pad_and_resize(image, (height, width), (red, green, blue), filter_)
+                    shape = (1, 1) if tiles is None else (height, width)
+                    image = pad_and_resize(image, (height, width), (red, green, blue), filter_, shape)
                 else:
                     image = image.resize((width, height), filter_)
             pixels_HWC = np.asarray(image)

@@ -509,26 +509,26 @@ def pad_and_resize(
     size: tuple[int, int],
     background: tuple[int, int, int],
     resample: int = Image.Resampling.BICUBIC,
+    proportions: tuple[int, int] = (1, 1),
 ) -> Image.Image:
-    """Center an image on a rectangle of the proportions of `size`, as small as possible, and resize the rectangle.
+    """Center an image on the smallest square, or other rectangle, that holds it, and resize that.
 
-    For a square equals LLaVA's `expand2square` followed by `Image.resize` pixel for pixel, without creating the square:
-    Pillow resamples rows first and columns second, so the two passes can be made separately, and only where the image
-    is.
+    Equals LLaVA's `expand2square` followed by `Image.resize` pixel for pixel, without creating the square: Pillow
+    resamples rows first and columns second, so the two passes can be made separately, and only where the image is.
 
     Args:
         image: RGB image of any size.
         size: Height and width of the result, px.
         background: Color of the padding.
         resample: Pillow's filter.
+        proportions: Height to width of the rectangle.
 
     Returns:
         RGB image of `size`.
     """
     height, width = size
-    # The rectangle; one side is the image's own.
-    full_height = max(image.height, round(image.width * height / width))
-    full_width = max(image.width, round(image.height * width / height))
+    full_height = max(image.height, round(image.width * proportions[0] / proportions[1]))
+    full_width = max(image.width, round(image.height * proportions[1] / proportions[0]))
     if (full_width, full_height) == image.size:
         return image.resize((width, height), resample)
     canvas = Image.new("RGB", (width, full_height), background)
