@@ -155,6 +155,28 @@ def test_images_are_seen_at_the_resolution_that_is_asked_for(tmp_path, resolutio
         assert all(len(answer.result()) > 0 for answer in answers)
 
 
+def test_pictures_of_several_grids_are_answered_together(tmp_path):
+    for part in tiny_model(tower="siglip_vision_model", tiles={"max": 4, "global": True, "size": 64}):
+        part.save_pretrained(tmp_path)
+    model, processor = load(str(tmp_path), {}, "cpu", "auto", False, False)
+    pictures = [Image.effect_noise(size, 80).convert("RGB") for size in [(60, 64), (190, 60), (200, 200)]]
+    text = {"type": "text", "text": "Hi"}
+    with Engine(model, processor) as engine:
+        prompts = [engine.prepare([{"role": "user", "content": [{"type": "image"}, text]}], [p]) for p in pictures]
+        assert [prompt.image_tokens for prompt in prompts] == [4, 4 + 3 * 4 + 2, 4 + 4 * 4 + 4]
+        waiting = [engine.submit(prompt, GenerationOptions(max_new_tokens=6)) for prompt in prompts]
+        answers = [answer.result() for answer in waiting]
+    for picture, answer in zip(pictures, answers, strict=True):
+        chat = [{"role": "user", "content": [{"type": "image", "image": picture}, text]}]
+        inputs = processor.apply_chat_template(
+            chat, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        )
+        ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert answer == processor.decode(ids, skip_special_tokens=True)
+    shown = show_features(model, processor, pictures[2], None, "array")
+    assert shown["grid"] == [2, 2], "the features that are shown are of the whole picture"
+
+
 def test_vllm_gets_safe_flags(folder, monkeypatch):
     monkeypatch.setenv("VLLM_PYTHON", "/opt/vllm/bin/python")
     words = vllm_command(str(folder), "127.0.0.1", 8000, None, "auto", 16, [], [])

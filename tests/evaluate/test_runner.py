@@ -569,6 +569,7 @@ def test_a_model_that_sees_nothing_is_refused(tmp_path: Path) -> None:
 
 
 VIEWS = {"glance": {"size": 32, "features": ["davit"]}}
+TILES = {"max": 4, "global": True, "size": 64}
 
 
 @pytest.fixture(scope="module")
@@ -579,19 +580,30 @@ def views_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def tiles_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiles")
+    for part in tiny_model(tower="clip_vision_model", tiles=TILES):
+        part.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("flags", "tokens", "setting"),
     [
         (["--image-size", "96"], 9, ("image_size", [96, 96])),
         (["--aspect", "native", "--token-budget", "2"], 2, ("token_budget", 2)),
         (["--view", "glance"], 1, ("view", "glance")),
+        (["--tiles", "1"], 4, ("tiles", TILES | {"max": 1})),
     ],
 )
 def test_a_model_is_evaluated_at_another_resolution(
-    benchmark_folder: Path, views_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    benchmark_folder: Path, views_folder: Path, tiles_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], flags: list[str], tokens: int, setting: tuple[str, Any],
 ) -> None:  # fmt: skip
     from florence_vl.cli.main import main
+
+    folder = tiles_folder if "--tiles" in flags else views_folder
 
     counts: set[int] = set()
     encode = LocalAnswerer.encode
@@ -602,7 +614,7 @@ def test_a_model_is_evaluated_at_another_resolution(
         return found
 
     monkeypatch.setattr(LocalAnswerer, "encode", counted)
-    command = ["evaluate", "--model", str(views_folder), "--suite", "pope", "--data", str(benchmark_folder)]
+    command = ["evaluate", "--model", str(folder), "--suite", "pope", "--data", str(benchmark_folder)]
     command += ["--limit", "2", "--draws", "0", "--out", str(tmp_path / "out")]
     assert main([*command, *flags]) == 0
     assert counts == {tokens}

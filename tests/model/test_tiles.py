@@ -17,9 +17,10 @@ from florence_vl.model.fusion import FUSIONS, Fusion
 from florence_vl.model.loading import load_model
 from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
 from florence_vl.model.resolution import resolution_settings, set_resolution
-from florence_vl.model.tiles import Canvas, RowEnd, check_tiles, choose_grid, grids
+from florence_vl.model.tiles import Canvas, RowEnd, check_tiles, choose_grid, grids, overview_pixels
 from florence_vl.model.tiny import tiny_model, tiny_processor
 from florence_vl.train.flops import count_flops
+from florence_vl.train.step import count_pixels
 
 TILES = {"max": 4, "global": True, "size": 64}
 SIZES = [(64, 64), (50, 190), (300, 100), (200, 200)]  # height, width: 1x1, 1x3, 3x1 or 2x1, 2x2
@@ -183,6 +184,14 @@ def test_the_tower_costs_one_pass_for_each_tile_and_the_global_view():
     assert four.image_tokens == 5 * 4 + 4
 
 
+def test_pixels_of_a_step_count_the_global_view():
+    sizes = torch.tensor([[64, 64], [64, 192]])
+    batch = {"pixel_values": torch.zeros(2, 3, 64, 192), "image_sizes": sizes}
+    assert count_pixels(batch) == 4 * 64 * 64
+    assert count_pixels(batch, overview=overview_pixels(tiny_model(tiles=TILES)[0].config)) == 5 * 64 * 64
+    assert overview_pixels(tiny_model()[0].config) == 0
+
+
 def test_row_ends_learn_and_take_part_without_tiles():
     model, processor = tiny_model(tower="clip_vision_model", tiles=TILES)
     model.train()
@@ -213,6 +222,11 @@ def test_saved_models_with_and_without_tiles(tmp_path):
         FlorenceVLForConditionalGeneration.from_pretrained(tmp_path / "plain", tiles=TILES) for _ in range(2)
     )
     assert torch.equal(grown.model.row_end.vector, twin.model.row_end.vector)
+    with pytest.raises(ValueError, match=r"tiles\.max must be a number of tiles of at least 1"):
+        load_model(tmp_path / "plain", tiles={"max": 0})
+    with pytest.raises(ValueError, match=r"unknown feature 'lst'\. Did you mean 'last'"):
+        load_model(tmp_path / "plain", views={"a": {"features": ["lst"]}})
+    assert load_model(tmp_path / "plain", tiles={"max": 2})[0].config.tiles["global"] is True
     assert float(grown.model.row_end.vector.detach().std()) == pytest.approx(48**-0.5, rel=0.4)
     grown.model.row_end.vector.data += 1
     grown.save_pretrained(tmp_path / "tiles")

@@ -15,6 +15,7 @@ from florence_vl.model.tiny import tiny_model, tiny_recipe
 from florence_vl.train import load_recipe, train
 from florence_vl.train.dry_run import dry_run
 from florence_vl.train.flops import count_flops
+from florence_vl.train.model import load_model as recipe_model
 from florence_vl.train.plan import model_config, plan_recipe
 
 VIEWS = {"glance": {"size": 32, "features": ["davit"]}, "read": {"features": ["davit", "ocr"]}}
@@ -85,7 +86,6 @@ def test_means_of_features_are_those_of_the_pictures(saved: Path, data: dict[str
     from florence_vl.model.pictures import open_image
     from florence_vl.train.data import TrainingData
     from florence_vl.train.model import estimate_fill
-    from florence_vl.train.model import load_model as recipe_model
 
     recipe = load_recipe(first_step(saved, data, tmp_path))
     model, processor = recipe_model(recipe)
@@ -146,6 +146,8 @@ def test_a_saved_model_learns_tiles(saved: Path, data: dict[str, Any], tmp_path:
     assert processor.image_tokens(60, 240) == model.num_image_tokens(64, 192) == 3 * 4 + 2
     again = tiny_recipe(tmp_path / "off", model={"path": str(exported), "tiles": {"max": 1}}, data=data)
     assert model_config(load_recipe(again))[1] == (64, 64)
+    off, processor = recipe_model(load_recipe(again))
+    assert processor.image_tokens(60, 240) == off.num_image_tokens(64, 64) == 4
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
     ]
 
     def __init__(self, config: FlorenceVLConfig) -> None:
+        config.check()  # fields given to `from_pretrained` are set after the config was checked
         super().__init__(config)
         self.vision_tower = TOWERS[config.tower](config)
         self.feature_fill = FeatureFill(self.vision_tower.feature_dims) if config.views is not None else None
