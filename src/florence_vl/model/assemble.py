@@ -103,14 +103,15 @@ def build_model(
     )
     config.dtype = weights_dtype
 
-    state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
     with torch.device("meta"):
         model = FlorenceVLForConditionalGeneration(config)
     if weights:
-        _fill(model, language_model, vision)
-    torch.random.set_rng_state(state)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            _fill(model, language_model, vision)
     model.eval()
+    if weights:
+        _check_head(model, language_model)
 
     template = CHAT_TEMPLATES[build.chat_template or choose_template(tokenizer)]
     processor = FlorenceVLProcessor(
@@ -147,8 +148,6 @@ def _fill(model: FlorenceVLForConditionalGeneration, language_model: PreTrainedM
         module.to(weights_dtype)
     model.model.language_model = language_model.base_model
     model.lm_head.weight = language_model.get_output_embeddings().weight
-    model.eval()
-    _check_head(model, language_model)
 
 
 def _build_config(vision: Any, llm: Any, options: dict[str, Any]) -> BuildConfig:

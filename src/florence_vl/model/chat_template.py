@@ -20,12 +20,7 @@ BREAK = "\U0010fffd"
 """A private-use character that splits tokens. It prevents control tokens in user text from being matched, with any
 tokenizer and version of transformers; `FlorenceVLProcessor` drops its tokens."""
 
-OPTIONS: dict[str, tuple[type, ...]] = {
-    "system": (str,),
-    "newline_after_image": (bool,),
-    "double_bos": (bool,),
-    "end": (str,),
-}
+OPTIONS: dict[str, type] = {"system": str, "newline_after_image": bool, "double_bos": bool, "end": str}
 PLAIN_ENDS = ("eos", "newline")
 
 
@@ -67,34 +62,28 @@ class ChatTemplate:
         needed = [*self.control_tokens, *([self.end] if self.end else []), *([self.bos] if self.bos else [])]
         return [token for token in dict.fromkeys(needed) if not _is_one_token(tokenizer, token)]
 
+    def problem(self, tokenizer: Any) -> str | None:
+        """Why the template does not fit a tokenizer; None if it does."""
+        end = f"this tokenizer (end token {tokenizer.eos_token!r})"
+        if missing := self.missing_tokens(tokenizer):
+            ends = f"ends answers with {self.end!r}" if self.end in missing else "writes control tokens"
+            return f"{ends}, but {end} lacks {', '.join(map(repr, missing))} as single tokens"
+        if self.end is None and tokenizer.eos_token is None:
+            return "needs a tokenizer with an end token (eos_token)"
+        if self.name == "vicuna_v1" and tokenizer.eos_token != self.end:
+            return f"ends answers with {self.end!r}, but {end} ends them otherwise"
+        return None
+
     def check(self, tokenizer: Any) -> None:
-        """Check that the tokenizer has the tokens of the template.
+        """Check that the template fits a tokenizer.
 
         Raises:
             ValueError: Tokens are missing, or the tokenizer has no end token; the message names the templates that fit.
         """
-        missing = self.missing_tokens(tokenizer)
-        if missing:
-            ends = f"ends answers with {self.end!r}" if self.end in missing else "writes control tokens"
-            raise ValueError(
-                f"chat template {self.name!r} {ends}, but this tokenizer (end token {tokenizer.eos_token!r}) lacks "
-                f"{', '.join(map(repr, missing))} as single tokens. {_which_fit(tokenizer)}"
-            )
-        if self.end is None and tokenizer.eos_token is None:
-            raise ValueError(f"chat template {self.name!r} needs a tokenizer with an end token (eos_token)")
-        if self.name == "vicuna_v1" and tokenizer.eos_token != self.end:
-            raise ValueError(
-                f"chat template 'vicuna_v1' ends answers with '</s>', but this tokenizer's end token is "
-                f"{tokenizer.eos_token!r}. {_which_fit(tokenizer)}"
-            )
-
-    def fits(self, tokenizer: Any) -> bool:
-        """Whether `check` passes."""
-        try:
-            self.check(tokenizer)
-        except ValueError:
-            return False
-        return True
+        if problem := self.problem(tokenizer):
+            fitting = ", ".join(_fitting(tokenizer))
+            others = f"Templates that fit it: {fitting}." if fitting else "No registered chat template fits it."
+            raise ValueError(f"chat template {self.name!r} {problem}. {others}")
 
     def end_text(self, tokenizer: Any, end: str = "eos") -> str:
         """The end of an answer: the end token, or a newline for `plain` with `end="newline"`."""
@@ -127,7 +116,7 @@ class ChatTemplate:
                     f"option {name!r} is not for chat template {self.name!r}, which accepts {', '.join(self.allows)}"
                 )
             if not isinstance(value, OPTIONS[name]):
-                raise ValueError(f"chat template option {name}={value!r} is not of type {OPTIONS[name][0].__name__}")
+                raise ValueError(f"chat template option {name}={value!r} is not of type {OPTIONS[name].__name__}")
         end = options.get("end", "eos")
         if end not in PLAIN_ENDS:
             raise ValueError(f"unknown end {end!r} of a caption. {did_you_mean(end, PLAIN_ENDS)}")
@@ -175,9 +164,8 @@ def choose_template(tokenizer: Any) -> str:
     Raises:
         ValueError: No template fits; the message lists the missing tokens.
     """
-    for template in CHAT_TEMPLATES:
-        if template != "plain" and CHAT_TEMPLATES[template].fits(tokenizer):
-            return template
+    if fitting := _fitting(tokenizer):
+        return fitting[0]
     lacks = "; ".join(
         f"{name} needs {', '.join(CHAT_TEMPLATES[name].missing_tokens(tokenizer)) or 'another end token'}"
         for name in CHAT_TEMPLATES
@@ -226,15 +214,10 @@ def _own_bos(tokenizer: Any) -> str:
     return tokenizer.bos_token if ids and ids[0] == tokenizer.bos_token_id else ""
 
 
-def _which_fit(tokenizer: Any) -> str:
-    fitting = [
-        name
-        for name in CHAT_TEMPLATES
-        if not CHAT_TEMPLATES[name].missing_tokens(tokenizer)
-        and (name != "vicuna_v1" or tokenizer.eos_token == "</s>")
-        and name != "plain"
-    ]
-    return f"Templates that fit it: {', '.join(fitting)}." if fitting else "No registered chat template fits it."
+def _fitting(tokenizer: Any) -> list[str]:
+    """Names of the chat templates that fit a tokenizer, without `plain`, which is for captions."""
+    names = (name for name in CHAT_TEMPLATES if name != "plain")
+    return [name for name in names if CHAT_TEMPLATES[name].problem(tokenizer) is None]
 
 
 @cache

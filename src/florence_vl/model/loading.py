@@ -86,11 +86,9 @@ def saved_type(folder: Path) -> str | None:
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    data = file.read_bytes()
-    if data.startswith(LFS_POINTER):
-        raise ValueError(f"{file} is a Git LFS pointer, not the file itself: fetch the files with `git lfs pull`")
+    _refuse_pointer(file)
     try:
-        value = json.loads(data.decode())
+        value = json.loads(file.read_bytes().decode())
     except RecursionError:
         raise ValueError(f"{file} is not a JSON object: it is nested too deeply") from None
     except ValueError as error:
@@ -100,15 +98,17 @@ def _read_object(file: Path) -> dict[str, Any]:
     return value
 
 
+def _refuse_pointer(file: Path) -> None:
+    with file.open("rb") as content:
+        if content.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{file} is a Git LFS pointer, not the file itself: fetch the files with `git lfs pull`")
+
+
 def _check_files(folder: Path) -> None:
     """Refuse a folder that is not a whole model, with the file that is missing or damaged."""
     names = {file.name for file in folder.iterdir() if file.is_file()}
     for name in sorted(names):
-        with (folder / name).open("rb") as file:
-            if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise ValueError(
-                    f"{folder / name} is a Git LFS pointer, not the file itself: fetch the files with `git lfs pull`"
-                )
+        _refuse_pointer(folder / name)
         if name.endswith(".json") and name not in ("tokenizer.json", "vocab.json"):  # large, read by their own readers
             _read_object(folder / name)
     index = folder / "model.safetensors.index.json"
@@ -164,16 +164,13 @@ def load_model(
         raise ValueError(f"unknown dtype {dtype!r}. {did_you_mean(dtype, DTYPES)}")
     place = choose_device(device)
 
-    import torch
-
     from florence_vl.model.contract import load_whole
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
     from florence_vl.model.processing import FlorenceVLProcessor
 
     wanted = dtype if dtype != "auto" else ("float32" if place == "cpu" else "auto")
-    torch_dtype = wanted if wanted == "auto" else getattr(torch, wanted)
     with _explain(folder):
         processor = FlorenceVLProcessor.from_pretrained(folder)
-        loaded = load_whole(FlorenceVLForConditionalGeneration, folder, dtype=torch_dtype, **options)
+        loaded = load_whole(FlorenceVLForConditionalGeneration, folder, dtype=wanted, **options)
     processor.context_length = loaded.config.context_length  # missing in files saved by earlier versions
     return loaded.to(place).eval(), processor

@@ -547,6 +547,7 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
                 parameter.requires_grad_(trainable)
         self.train(self.training)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -564,9 +565,8 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
         question_mask: Tensor | None = None,
         feature_mask: Tensor | None = None,
         mm_encoder_outputs: dict[str, FlorenceVLImageFeatures] | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> FlorenceVLCausalLMOutputWithPast | tuple:
+    ) -> FlorenceVLCausalLMOutputWithPast:
         """`FlorenceVLModel.forward`, then the head, and the loss if labels are given.
 
         Args:
@@ -588,7 +588,6 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
             question_mask: (I, Q).
             feature_mask: (I, F).
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`.
-            return_dict: `False` returns a tuple.
             **kwargs: Passed to `FlorenceVLModel.forward` (`branch_ids`) and to the LLM, except `shift_labels`: (B, L)
                 labels that are already shifted, as in context parallelism, instead of or in addition to `labels`. It is
                 not in the signature, because transformers' Trainer would then expect it in every evaluation batch.
@@ -634,7 +633,7 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
                 )
             else:
                 loss = self._next_token_loss(states_BLH, whole, targets_BL, num_items_in_batch)
-        result = FlorenceVLCausalLMOutputWithPast(
+        return FlorenceVLCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
@@ -642,9 +641,6 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
-        if return_dict is None:
-            return_dict = getattr(self.config, "return_dict", True)
-        return result if return_dict else result.to_tuple()
 
     def supervised_loss(self, states_BLH: Tensor, labels_BL: Tensor, num_items: Tensor | int | None = None) -> Tensor:
         """Cross-entropy of the next token, with the head run at supervised positions only.

@@ -100,10 +100,9 @@ def tiny_model(
 ) -> tuple[FlorenceVLForConditionalGeneration, FlorenceVLProcessor]:
     """A tiny random model in eval mode, float32, and its processor. The seed determines the weights."""
     config = tiny_config(llm, tower, **overrides)
-    state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
-    model = FlorenceVLForConditionalGeneration(config).eval()
-    torch.random.set_rng_state(state)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = FlorenceVLForConditionalGeneration(config).eval()
     return model, tiny_processor(config)
 
 

@@ -7,6 +7,7 @@ channels, G channel groups.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +77,14 @@ class DaViTMLP(Florence2VisionMLP):
         # Four times as wide inside, as in every released size; vLLM's layers tell neither sizes nor weights.
         positions = max(1, CACHED // (hidden_states.shape[0] * 4 * hidden_states.shape[-1]))
         return _in_parts(self, super().forward, hidden_states, positions)
+
+
+_DAVIT: dict[type, type] = {
+    Florence2VisionBlock: DaViTBlock,
+    Florence2VisionChannelAttention: DaViTChannelAttention,
+    Florence2VisionWindowAttention: DaViTWindowAttention,
+    Florence2VisionMLP: DaViTMLP,
+}
 
 
 def _in_parts(module: nn.Module, forward: Callable[[Tensor], Tensor], hidden_states: Tensor, length: int) -> Tensor:
@@ -174,16 +183,9 @@ class Florence2Tower(VisionTower):
         self.config = config
         self.davit = Florence2VisionBackbone._from_config(florence2.vision_config, dtype=torch.get_default_dtype())
         for module in self.davit.modules():  # same parameters and names, other forward
-            if type(module) is Florence2VisionBlock:
-                module.__class__ = DaViTBlock
-            elif type(module) is Florence2VisionChannelAttention:
-                module.__class__ = DaViTChannelAttention
-            elif type(module) is Florence2VisionWindowAttention:
-                module.__class__ = DaViTWindowAttention
-            elif type(module) is Florence2VisionMLP:
-                module.__class__ = DaViTMLP
-            elif type(module) is nn.Conv2d and module.groups > 1:
+            if type(module) is nn.Conv2d and module.groups > 1:
                 module.__class__ = DepthwiseConv
+            module.__class__ = _DAVIT.get(type(module), type(module))
             for name, child in list(module.named_children()):
                 if isinstance(child, Florence2DropPath):
                     setattr(module, name, DropPath(child.drop_prob))
@@ -223,7 +225,7 @@ class Florence2Tower(VisionTower):
         self._set_prompts([self.config.prompt_token_ids[name] for name in self.config.prompt_names])
 
     def _set_prompts(self, ids: list[list[int]]) -> None:
-        length = self.config.prompt_length or max((len(i) for i in ids), default=0)
+        length = max(self.config.prompt_length or 0, *map(len, ids), 0)
         pad = self.config.vision_config.text_config.pad_token_id
         device = self.prompt_ids.device
         self.prompt_ids = torch.tensor([i + [pad] * (length - len(i)) for i in ids], dtype=torch.long, device=device)
@@ -253,7 +255,7 @@ class Florence2Tower(VisionTower):
     def num_tokens(self, height: int, width: int) -> int:
         rows, columns = self.grid_size(height, width)
         if min(rows, columns) < 1:
-            stride = _product(self.config.vision_config.vision_config.patch_stride)
+            stride = math.prod(self.config.vision_config.vision_config.patch_stride)
             raise ValueError(f"an image of {height}x{width} pixels is too small: the minimum is {stride} per side")
         if self.trained_grid is None:
             self._check_absolute(height, width)
@@ -263,7 +265,7 @@ class Florence2Tower(VisionTower):
         rows, columns = self.grid_size(height, width)
         florence2 = self.config.vision_config
         limit = florence2.vision_config.max_position_embeddings
-        stride = _product(florence2.vision_config.patch_stride)
+        stride = math.prod(florence2.vision_config.patch_stride)
         other = "Resize the image (processor size=...), or set positions='resampled' in the model's config"
         if max(rows, columns) > limit:
             raise ValueError(
@@ -291,9 +293,7 @@ class Florence2Tower(VisionTower):
         check_pixels(pixel_values)
         height, width = pixel_values.shape[-2:]
         num_tokens = self.num_tokens(height, width)
-        image_BND = self.image_projector(self.davit(self.with_input_gradients(pixel_values)).last_hidden_state)
-        if self.config.mean_token == "grid_before_encoder":
-            image_BND = image_BND[:, 1:]
+        image_BND = self._image_tokens(pixel_values)
         features = {DAVIT: image_BND[:, -num_tokens:]}
         if self.encoder is not None:
             grid, pairs = self.grid_size(height, width), None
@@ -304,6 +304,11 @@ class Florence2Tower(VisionTower):
             features.update(zip(self.config.prompt_names, prompted_BPND.unbind(1), strict=True))
         return {name: features[name] for name in self.config.features}
 
+    def _image_tokens(self, pixel_values: Tensor) -> Tensor:
+        """DaViT's projected tokens, as the encoder receives them: (B, 3, H, W) -> (B, N, D)."""
+        image_BND = self.image_projector(self.davit(self.with_input_gradients(pixel_values)).last_hidden_state)
+        return image_BND[:, 1:] if self.config.mean_token == "grid_before_encoder" else image_BND
+
     def prompt_features(self, pixel_values: Tensor, prompts: list[list[int]]) -> list[Tensor]:
         """Features (B, N, D) of prompts that are not the model's own, given as token ids of its Florence-2.
 
@@ -311,17 +316,12 @@ class Florence2Tower(VisionTower):
             ValueError: The prompts and the image take more positions than the encoder has.
         """
         height, width = pixel_values.shape[-2:]
-        length, self_length = max(map(len, prompts)), self.config.prompt_length
         try:
-            self.config.prompt_length = max(length, self_length or 0) or None
             self._set_prompts(prompts)
             num_tokens = self.num_tokens(height, width)
-            image_BND = self.image_projector(self.davit(pixel_values).last_hidden_state)
-            if self.config.mean_token == "grid_before_encoder":
-                image_BND = image_BND[:, 1:]
+            image_BND = self._image_tokens(pixel_values)
             return list(self.encode_prompts(image_BND, self.grid_size(height, width))[:, :, -num_tokens:].unbind(1))
         finally:
-            self.config.prompt_length = self_length
             self.reset_buffers()
 
     def encode_prompts(self, image_BND: Tensor, grid: tuple[int, int], pairs: Tensor | None = None) -> Tensor:
@@ -361,10 +361,3 @@ class Florence2Tower(VisionTower):
         out_BPND = states_MND.new_zeros(batch, prompts, num_image, width)
         out_BPND[images_M, prompts_M] = states_MND
         return out_BPND
-
-
-def _product(values: tuple[int, ...] | list[int]) -> int:
-    result = 1
-    for value in values:
-        result *= value
-    return result
