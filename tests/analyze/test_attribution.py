@@ -49,6 +49,13 @@ def test_a_feature_that_the_projector_ignores_contributes_nothing(picture, fusio
         assert abs(by_name["davit"].drop) > 1e-4
 
 
+def test_merged_tokens_have_a_smaller_map(picture):
+    model, processor = tiny_model(merge=2)
+    result = attribute(model, processor, picture, QUESTION, ANSWER)
+    assert all(feature.map_HW.shape == (1, 1) for feature in result.features)
+    assert sum(feature.share for feature in result.features) == pytest.approx(1, abs=1e-5)
+
+
 def test_likelihood_is_the_models_own(picture):
     model, processor = tiny_model()
     result = attribute(model, processor, picture, QUESTION, ANSWER)

@@ -104,6 +104,7 @@ def test_held_out_loss_is_a_mean_over_supervised_tokens(data: Path, tmp_path: Pa
     assert mean == pytest.approx(rows[-1]["eval/loss"], rel=1e-5)
     encoder, reader = RecordEncoder(processor, max_length=160), open_source(loaded.evaluate.sources[0])
     losses, tokens = 0.0, 0
+    model.eval()
     for index in range(5):  # one by one, through the public forward pass
         sample = encoder(reader[index])
         count = int((sample.labels[1:] != -100).sum())
@@ -132,9 +133,10 @@ def test_a_recipe_without_data_or_model_says_what_to_set(tmp_path: Path) -> None
         train(bare)
 
 
-def test_warm_up_places_the_projector_once(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("merge", [1, 2])
+def test_warm_up_places_the_projector_once(data: Path, tmp_path: Path, merge: int) -> None:
     warm = {"warm_up": {"pairs": 6, "steps": 30, "batch_size": 6, "lr": 3e-3}, "parts": {"projector": {"lr": 0.0}}}
-    model, processor = tiny_model()
+    model, processor = tiny_model(merge=merge)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     settings = recipe(data, tmp_path / "run", packed=False, **warm)
     settings["parts"] = {part: {"train": part == "projector"} for part in ("tower", "llm", "projector")}
@@ -147,7 +149,7 @@ def test_warm_up_places_the_projector_once(data: Path, tmp_path: Path) -> None:
     assert changed
     assert all("multi_modal_projector" in name for name in changed)
     (tmp_path / "run/warm_up.jsonl").unlink()
-    train({**settings, "steps": 2}, *tiny_model(), resume="auto")
+    train({**settings, "steps": 2}, *tiny_model(merge=merge), resume="auto")
     assert not (tmp_path / "run/warm_up.jsonl").exists()
 
 

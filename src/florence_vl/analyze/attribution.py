@@ -109,7 +109,7 @@ def first_layer_norms(model: FlorenceVLForConditionalGeneration, features: dict[
 
     Args:
         model: The model.
-        features: Name -> (1, N, D), from the tower.
+        features: Name -> (1, N, D), from `FlorenceVLModel.merge_features`.
 
     Raises:
         ValueError: The fusion is not linear, so there are no such parts.
@@ -196,8 +196,10 @@ def attribute(
     count = int((labels_1L[:, 1:] != -100).sum())
 
     with torch.inference_mode():
+        height, width = sample.pixel_values.shape[-2:]
+        size = (height, width)
         features = inner.vision_tower(sample.pixel_values.to(device, model.dtype))
-        norms = first_layer_norms(model, features)
+        norms = first_layer_norms(model, inner.merge_features(features, size))
         blanks = {
             name: torch.zeros_like(x) if replacement == "zero" else x.mean(1, keepdim=True).expand_as(x)
             for name, x in features.items()
@@ -216,13 +218,11 @@ def attribute(
             return float(score_tokens(kept).sum())
 
         names = list(features)
-        height, width = sample.pixel_values.shape[-2:]
-        size = (height, width)
         whole_C = score_tokens(names)
         whole = float(whole_C.sum())
         without = {name: score_tokens([other for other in names if other != name]) for name in names}
         total = torch.stack(list(norms.values())).sum(0).clamp_min(1e-12)
-        rows, columns = _grid(model, sample.pixel_values.shape[-2:], len(total))
+        rows, columns = (length // inner.config.merge for length in inner.vision_tower.grid_size(*size))
         result = Attribution(question, answer, generated, whole, count, replacement, without_image=whole - score([]))
         for name in names:
             share_N = (norms[name] / total)[-rows * columns :]
@@ -274,15 +274,6 @@ def _generate(
     ).to(model.device)
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-
-
-def _grid(model: FlorenceVLForConditionalGeneration, size: Sequence[int], tokens: int) -> tuple[int, int]:
-    tower: Any = model.model.vision_tower
-    height, width = size
-    if hasattr(tower, "grid_size"):
-        return tower.grid_size(height, width)
-    patch = tower.config.vision_config.patch_size
-    return height // patch, width // patch
 
 
 def attribution_figure(image: Image.Image, attribution: Attribution) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from florence_vl.analyze.options import Measurement, cluster_mean
-from florence_vl.model.fusion import GatedFusion, merge_tokens
+from florence_vl.model.fusion import GatedFusion
 from florence_vl.statistics import Interval
 
 if TYPE_CHECKING:
@@ -45,10 +45,9 @@ def gates_by_group(
         if question.picture_key != shown:
             image = open_image(question.images[0].read())
             pixels = processor.image_processor([image], return_tensors="pt")["pixel_values"]
-            grid = model.model.vision_tower.grid_size(*pixels.shape[-2:])
-            found_by_tower = model.model.vision_tower(pixels.to(model.device, model.dtype))
-            shown = question.picture_key
-            features = {name: merge_tokens(x, grid, model.config.merge) for name, x in found_by_tower.items()}
+            height, width = pixels.shape[-2:]
+            features = model.model.vision_tower(pixels.to(model.device, model.dtype))
+            features, shown = model.model.merge_features(features, (height, width)), question.picture_key
         asked = processor.question_inputs([[{"role": "user", "content": question.content()}]])
         context = model.model.question_context(*(torch.tensor(asked[k], device=model.device) for k in asked))
         rows.append(fusion.gates(features, context).float().mean(1)[0].cpu())

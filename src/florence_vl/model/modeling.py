@@ -256,14 +256,22 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
             size: Height and width of the images in pixels.
             context: (I, H), see `question_context`.
         """
-        merge = self.config.merge
         canvas = Canvas.of(self.config.tiles, *size)
-        rows, columns = self._grid(canvas)
-        merged = {n: merge_tokens(x_BND, (rows * merge, columns * merge), merge) for n, x_BND in features.items()}
         if context is not None:
             context = context.repeat_interleave(canvas.views, 0)
-        tokens = self.multi_modal_projector(self.fusion(merged, context))
-        return tokens if self.row_end is None else self.row_end(tokens, canvas, (rows, columns))
+        tokens = self.multi_modal_projector(self.fusion(self.merge_features(features, size), context))
+        return tokens if self.row_end is None else self.row_end(tokens, canvas, self._grid(canvas))
+
+    def merge_features(self, features: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+        """What the fusion receives: features with squares of tokens merged, (I, N, D) -> (I, N / merge^2, D merge^2).
+
+        Args:
+            features: As `tower_features` returns them.
+            size: Height and width of the images in pixels.
+        """
+        merge = self.config.merge
+        rows, columns = self._grid(Canvas.of(self.config.tiles, *size))
+        return {name: merge_tokens(x, (rows * merge, columns * merge), merge) for name, x in features.items()}
 
     def no_question(self, images: int) -> Tensor | None:
         """The context of images without text, (I, H); None if the fusion does not depend on the question."""

@@ -65,17 +65,18 @@ class HeldOut:
 
     @torch.no_grad()
     def loss(self, module: nn.Module) -> float:
-        """Mean loss per supervised token of a module in eval mode."""
+        """Mean loss per supervised token, in eval mode."""
         total = min(self.config.samples, len(self.mixture))
         per_round = self.size * self.world.size
         loss, count = 0.0, 0.0
-        for first in range(0, total, per_round):
-            start = min(total, first + self.world.rank * self.size)
-            batch = self._batch(range(start, min(total, start + self.size)))
-            own = tower_calls(batch)
-            calls = self.world.gather([float(n) for n in own]).max(0).values.tolist() if self.varies else own
-            loss += module(to_device(batch, self.world.device), 1, tuple(map(int, calls))).item()
-            count += count_supervised(batch)
+        with eval_mode(module):
+            for first in range(0, total, per_round):
+                start = min(total, first + self.world.rank * self.size)
+                batch = self._batch(range(start, min(total, start + self.size)))
+                own = tower_calls(batch)
+                calls = self.world.gather([float(n) for n in own]).max(0).values.tolist() if self.varies else own
+                loss += module(to_device(batch, self.world.device), 1, tuple(map(int, calls))).item()
+                count += count_supervised(batch)
         sums = self.world.gather([loss, count]).sum(0)
         return float(sums[0] / sums[1].clamp(min=1))
 
@@ -159,15 +160,14 @@ class RunEvaluation:
         """`eval/loss`, `eval/<benchmark>` and `eval/seconds`, the same on every process. Every process calls it."""
         began = time.monotonic()
         found: dict[str, float] = {}
-        with eval_mode(parallel.module):
-            if self.held_out is not None:
-                found["eval/loss"] = self.held_out.loss(parallel.module)
-            if self.config.suite is not None:
-                scores: dict[str, float] = {}
-                if self.suite is not None:
-                    with self._as_trained():
-                        scores = self.suite(parallel.model, self.processor)
-                found |= self.world.gather_objects(scores)[0]
+        if self.held_out is not None:
+            found["eval/loss"] = self.held_out.loss(parallel.module)
+        if self.config.suite is not None:
+            scores: dict[str, float] = {}
+            if self.suite is not None:
+                with self._as_trained():
+                    scores = self.suite(parallel.model, self.processor)
+            found |= self.world.gather_objects(scores)[0]
         return found | {"eval/seconds": time.monotonic() - began}
 
     def _as_trained(self) -> ExitStack:

@@ -184,7 +184,7 @@ def warm_up(
 
     Args:
         model: Its fusion and projector are changed.
-        features: Result of `tower_features`.
+        features: Result of `tower_features`, merged (`FlorenceVLModel.merge_features`).
         targets_PH: Result of `caption_vectors`.
         images_P: Index of each text's image; by default the texts are the images' captions in their order.
         inside_PN: `tokens_in_boxes` of each text; by default all tokens.
@@ -292,11 +292,23 @@ def warm_up_for(
             for module in visitors:
                 module.to(device)
             features = tower_features(model, processor, _opened(images, sizes), progress=count)
+            side = processor.image_processor.size
+            features = model.model.merge_features(features, (side["height"], side["width"]))
             targets = caption_vectors(model, processor, [phrase.text for phrase in phrases])
             images_P = torch.tensor([phrase.image for phrase in phrases])
             inside_PN = _inside(model, processor, phrases, sizes) if config.regions else None
-            settings = {"steps": config.steps, "batch_size": config.batch_size, "lr": config.lr, "seed": recipe.seed}
-            return warm_up(model, features, targets, images_P, inside_PN, **settings, progress=progress)
+            return warm_up(
+                model,
+                features,
+                targets,
+                images_P,
+                inside_PN,
+                steps=config.steps,
+                batch_size=config.batch_size,
+                lr=config.lr,
+                seed=recipe.seed,
+                progress=progress,
+            )
         finally:
             for module in visitors:
                 module.to(home)
@@ -329,12 +341,10 @@ def _inside(
     """The tokens of each phrase, (P, N); `sizes` are the images' widths and heights."""
     images = processor.image_processor
     height, width = images.size["height"], images.size["width"]
-    grid_size = getattr(model.model.vision_tower, "grid_size", None)
-    if grid_size is None:
-        raise ValueError("warm_up.regions needs the florence2 tower, whose grid is known")
+    rows, columns = (side // model.config.merge for side in model.model.vision_tower.grid_size(height, width))
     padded = images.image_aspect_ratio != "squash"  # the features are from padded images, see `tower_features`
     boxes = [_on_square(phrase.box, *sizes[phrase.image]) if padded else phrase.box for phrase in phrases]
-    return tokens_in_boxes(boxes, grid_size(height, width), model.num_image_tokens(height, width))
+    return tokens_in_boxes(boxes, (rows, columns), model.num_image_tokens(height, width))
 
 
 def _on_square(box: Box, width: int, height: int) -> Box:
