@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from florence_vl.data.collate import FlorenceVLCollator, PackedCollator, PaddedCollator, num_supervised
+from florence_vl.data.collate import FlorenceVLCollator, PackedCollator, PaddedCollator
 from florence_vl.data.encode import RecordEncoder, Sample
 from florence_vl.data.records import BadRecord, Record
 from florence_vl.model.tiny import tiny_model
@@ -133,8 +133,8 @@ def test_packed_logits_are_those_of_single_samples(llama, attention):
 def test_packed_loss_is_the_mean_over_all_targets(llama):
     samples = [sample(7, 1), sample(12, 2), sample(3, 3)]
     batch = PackedCollator(0, max_length=32)(samples)
-    targets = [num_supervised(one.labels) for one in samples]
-    assert num_supervised(batch["labels"]) == sum(targets)
+    targets = [int((one.labels[1:] != -100).sum()) for one in samples]
+    assert int((batch["labels"][:, 1:] != -100).sum()) == sum(targets)
     alone = sum(
         llama(one.input_ids[None], labels=one.labels[None]).loss * n for one, n in zip(samples, targets, strict=True)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -240,8 +241,6 @@ def prepare_command(
 
 def _compare_layouts(source: Any, encoder: Any, recipe: Any, count: int) -> dict[str, dict[str, int]]:
     """Tokens and images of the first records by layout; none where the encoder's pictures can't be shared."""
-    import dataclasses
-
     from florence_vl.data.trees import compare_layouts, shares_pictures
 
     if not shares_pictures(encoder):
@@ -297,7 +296,9 @@ def _open(
         FileNotFoundError: Neither a file nor a recipe.
         ValueError: Options contradict each other, the reader or the recipe.
     """
-    from florence_vl.data.readers import files, open_reader
+    from florence_vl.data.readers import files
+    from florence_vl.train.config import SourceConfig
+    from florence_vl.train.data import open_source
 
     if data.endswith((".yaml", ".yml")) or not (
         files.is_url(data) or files.exists(data) or any(c in data for c in "*?[")
@@ -305,17 +306,7 @@ def _open(
         return _open_recipe(data, overrides or [], model, dataset, reader, image_root, option, template, max_length)
     if overrides:
         raise ValueError(f"{overrides[0]!r}: overrides are for recipes, but {data} is a data file; see --option")
-    options = _options(option)
-    if image_root:
-        options["image_root"] = image_root
-    if dataset is not None:
-        from florence_vl.data.sources import open_dataset
-
-        if reader is not None:
-            raise ValueError("give --dataset or --reader, not both")
-        source: Any = open_dataset(dataset, data, **options)
-    else:
-        source = open_reader(data, reader, **options)
+    source = open_source(SourceConfig(data, reader, dataset, image_root or None, options=_options(option)))
     encoder = None
     if model is not None:
         from florence_vl.data.encode import RecordEncoder
@@ -331,6 +322,7 @@ def _open(
 def _open_recipe(data: str, overrides: list[str], model: str | None, *file_options: Any) -> tuple[Any, Any, Any]:
     from florence_vl.train.data import TrainingData
     from florence_vl.train.recipes import list_recipes, resolve_recipe
+    from florence_vl.train.shell import load_shell
 
     if any(option is not None and option != [] for option in file_options):
         raise ValueError(
@@ -342,15 +334,12 @@ def _open_recipe(data: str, overrides: list[str], model: str | None, *file_optio
 
         raise FileNotFoundError(f"neither a data file nor a recipe: {data}. {did_you_mean(data, list_recipes())}")
     recipe = resolve_recipe(data, overrides).recipe
-    name = model or recipe.model.path
-    if name is not None:
+    if model is not None:
         from florence_vl.model.processing import FlorenceVLProcessor
 
-        processor: Any = FlorenceVLProcessor.from_pretrained(_model_name(name))
+        processor: Any = FlorenceVLProcessor.from_pretrained(_model_name(model))
     else:
-        from florence_vl.train.model import load_model
-
-        processor = load_model(recipe)[1]
+        processor = load_shell(recipe)[1]
     training = TrainingData(recipe, processor)
     return training.mixture, training.encoder, recipe
 

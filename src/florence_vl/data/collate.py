@@ -15,15 +15,6 @@ from florence_vl.data.records import BadRecord, Record
 Batch = dict[str, Tensor]
 
 
-def num_supervised(labels: Tensor) -> int:
-    """Number of targets in a batch: labels other than -100, after the shift by one.
-
-    Args:
-        labels: (..., L); position 0 of every row is never a target.
-    """
-    return int((labels[..., 1:] != IGNORE).sum())
-
-
 def _images(samples: Sequence[Sample]) -> Batch:
     """`pixel_values` and the samples' `image_inputs`; `image_sizes` only if an image is smaller than the tensor."""
     shown = [sample for sample in samples if sample.pixel_values is not None]

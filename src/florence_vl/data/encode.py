@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from florence_vl.data.records import BadRecord, Record, normalize_messages
+from florence_vl.data.records import BadRecord, Record
 from florence_vl.data.sampler import mix
 from florence_vl.model.chat_template import CHAT_TEMPLATES, has_generation_marks
 from florence_vl.model.pictures import image_name, image_size, open_image
@@ -230,13 +230,7 @@ class RecordEncoder:
 
     def _fit(self, record: Record, position: int | None) -> tuple[list[dict[str, Any]], Sample]:
         """The messages that fit, and their sample without pixels."""
-        name = f"record {record.id!r} of {record.source!r}"
-        messages = normalize_messages(record.messages, where=name)
-        parts = sum(part["type"] == "image" for message in messages for part in message["content"])
-        if parts != len(record.images):
-            raise BadRecord(
-                "messages", f"{name} has {parts} image parts in its messages but {len(record.images)} images"
-            )
+        messages, name = record.checked_messages(), f"record {record.id!r} of {record.source!r}"
         views = [self._view(position), FULL_VIEW] if self.distill else [self._view(position)]
         counts = [self._image_tokens(record, view) for view in views]
         samples = self._encode(messages, record, counts)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -290,18 +288,14 @@ def _caption_of(segment: Segment) -> str:
 
 
 def _thumbnail(image: Any, side: int) -> str:
-    from florence_vl.model.pictures import open_image
+    from florence_vl.model.pictures import data_url, open_image
 
     try:
         picture = open_image(image)
     except (OSError, ValueError) as error:
         return f"<p class=bad>{html.escape(str(error))}</p>"
-    size = picture.size
-    picture.thumbnail((side, side))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{size[0]}x{size[1]}" title="{size[0]}x{size[1]} px" src="data:image/jpeg;base64,{data}">'
+    size = f"{picture.width}x{picture.height}"
+    return f'<img alt="{size}" title="{size} px" src="{data_url(picture, "jpeg", side)}">'
 
 
 def plain_text(sample: Inspected) -> str:

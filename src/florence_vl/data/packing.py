@@ -260,10 +260,9 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
         self._report.add(
             records=batch.records,
             bad=batch.bad,
-            rows=len(batch.groups),
-            batch=batch.tensors,
-            tokens=batch.tokens,
             samples=len(batch.ids),
+            tokens=batch.tokens,
+            slots=batch.tensors["input_ids"].numel(),
         )
         if batch.last_of_step:
             self._step, self._cursor = batch.step + 1, batch.cursor

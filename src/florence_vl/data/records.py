@@ -203,24 +203,32 @@ class Record:
         )
         return "\n".join(parts)
 
+    def checked_messages(self) -> list[dict[str, Any]]:
+        """The messages in their normal form, with an image for every image part.
+
+        Raises:
+            BadRecord: Kind "messages"; the message names the record, what was found and what was expected.
+        """
+        where = f"record {self.id!r} of {self.source!r}"
+        messages = normalize_messages(self.messages, where)
+        parts = sum(part["type"] == "image" for message in messages for part in message["content"])
+        if parts != len(self.images):
+            raise BadRecord(
+                "messages", f"{where} has {parts} image parts in its messages but {len(self.images)} images"
+            )
+        return messages
+
     def check(self) -> Record:
-        """Check the form of the messages and that every image part has an image.
+        """Put the messages into their normal form, and make the id printable.
 
         Returns:
             The record itself.
 
         Raises:
-            BadRecord: Kind "messages"; the message names the record, what was found and what was expected.
+            BadRecord: See `checked_messages`.
         """
         self.id = printable(self.id)
-        self.messages = normalize_messages(self.messages, where=f"record {self.id!r} of {self.source!r}")
-        parts = self.num_image_parts
-        if parts != len(self.images):
-            raise BadRecord(
-                "messages",
-                f"record {self.id!r} of {self.source!r} has {parts} image parts in its messages but "
-                f"{len(self.images)} images",
-            )
+        self.messages = self.checked_messages()
         return self
 
 

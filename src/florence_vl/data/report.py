@@ -1,4 +1,4 @@
-"""Statistics of the data pipeline: bad records by kind and source, and the fill ratio of batches."""
+"""What a run read: bad records by kind and source, and the fill ratio of batches."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,7 @@ class DataReport:
     ) -> None:
         self.max_bad_share, self.min_records = max_bad_share, min_records
         self.path = Path(path) if path else None
-        self.records = self.samples = self.batches = self.rows = 0
-        self.tokens = self.slots = self.supervised_tokens = self.images = 0
+        self.records = self.samples = self.tokens = self.slots = 0
         self.bad: Counter[tuple[str, str]] = Counter()
         self._last: list[BadEntry] = []
         if counts is not None:
@@ -59,38 +56,23 @@ class DataReport:
                 setattr(self, name, int(counts[name]))
             self.bad.update({(kind, source): int(n) for kind, source, n in counts["bad"]})
 
-    def add(
-        self,
-        *,
-        records: int,
-        bad: Sequence[BadEntry],
-        rows: int,
-        batch: Mapping[str, torch.Tensor],
-        tokens: int,
-        samples: int,
-    ) -> None:
+    def add(self, *, records: int, bad: Sequence[BadEntry], samples: int, tokens: int, slots: int) -> None:
         """Count one micro-batch.
 
         Args:
             records: Number of newly read records.
             bad: Skipped records among them, or of the batch.
-            rows: Packed rows, or padded batches.
-            batch: The collated batch: `input_ids` (B, T), `labels` (B, T), `pixel_values` (images, 3, H, W) or absent.
-            tokens: Tokens of its samples, without padding.
             samples: Number of samples.
+            tokens: Their tokens, without padding.
+            slots: Tokens of the collated batch, with padding.
 
         Raises:
             ValueError: More than `max_bad_share` of the records are bad.
         """
         self.records += records
         self.samples += samples
-        self.batches += 1
-        self.rows += rows
         self.tokens += tokens
-        self.slots += batch["input_ids"].numel()
-        self.supervised_tokens += int((batch["labels"] != -100).sum())
-        pixels = batch.get("pixel_values")
-        self.images += 0 if pixels is None else len(pixels)
+        self.slots += slots
         if bad:
             self.bad.update((entry.kind, entry.source) for entry in bad)
             self._last = [*self._last, *bad][-3:]
@@ -108,17 +90,21 @@ class DataReport:
     def _check(self) -> None:
         if self.records < self.min_records or self.bad_share <= self.max_bad_share:
             return
-        counted = ", ".join(f"{n} x {kind} in {source}" for (kind, source), n in self.bad.most_common(5))
         where = f" All are listed in {self.path}." if self.path else ""
         raise ValueError(
-            f"{self.num_bad} of {self.records} records are bad ({self.bad_share:.1%}; packing.max_bad_share allows "
-            f"{self.max_bad_share:.1%}): {counted}. The last: {self._last[-1].message}.{where}"
+            f"{self.num_bad} of {self.records} records are bad ({self.bad_share:.1%}; max_bad_share allows "
+            f"{self.max_bad_share:.1%}): {self.most_common}. The last: {self.last_message}.{where}"
         )
 
     @property
     def num_bad(self) -> int:
         """Number of skipped records."""
         return sum(self.bad.values())
+
+    @property
+    def most_common(self) -> str:
+        """The commonest bad records by kind and source, with their numbers."""
+        return ", ".join(f"{n} x {kind} in {source}" for (kind, source), n in self.bad.most_common(5))
 
     @property
     def last_message(self) -> str:
@@ -145,28 +131,6 @@ class DataReport:
         plain["bad"] = [[kind, source, n] for (kind, source), n in sorted(self.bad.items())]
         return plain
 
-    def summary(self) -> dict[str, Any]:
-        """Summary for a log line: records read and skipped, and the fill ratio of batches."""
-        return {
-            "records": self.records,
-            "samples": self.samples,
-            "bad_records": self.num_bad,
-            "bad_share": self.bad_share,
-            "bad": self.bad_by_name(),
-            "packing_efficiency": self.efficiency,
-            "samples_per_row": self.samples / self.rows if self.rows else 0.0,
-            "images": self.images,
-            "supervised_share": self.supervised_tokens / self.tokens if self.tokens else 0.0,
-        }
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.samples} samples in {self.rows} rows, {self.images} images, {self.tokens} tokens "
-            f"({self.supervised_tokens} supervised), rows {self.efficiency:.1%} full"
-        ]
-        lines += [f"skipped: {n} x {kind} in {source}" for (kind, source), n in self.bad.most_common()]
-        return "\n".join(lines)
-
 
 def rank_file(path: str | None, rank: int) -> str | None:
     """The file of a rank: rank 0's is `path`, others have `.rank<r>` before the suffix."""
@@ -175,4 +139,4 @@ def rank_file(path: str | None, rank: int) -> str | None:
     return str(Path(path).with_name(f"{Path(path).stem}.rank{rank}{Path(path).suffix}"))
 
 
-_NUMBERS = ("records", "samples", "batches", "rows", "tokens", "slots", "supervised_tokens", "images")
+_NUMBERS = ("records", "samples", "tokens", "slots")

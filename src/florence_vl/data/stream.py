@@ -86,14 +86,12 @@ class StreamBatch(EnergonBatch):
         ids: Source and id of every sample.
         bad: Skipped records.
         tokens: Tokens without padding.
-        rows: Number of packed rows or padded batches.
     """
 
     tensors: dict[str, torch.Tensor]
     ids: list[tuple[str, str]]
     bad: list[BadEntry]
     tokens: int
-    rows: int
 
 
 class RecordTaskEncoder(TaskEncoder):
@@ -196,7 +194,6 @@ class RecordTaskEncoder(TaskEncoder):
             ids=[(sample.source, sample.id) for sample in flat],
             bad=[m.bad for row in rows for m in row.members if m.bad is not None],
             tokens=sum(map(len, flat)),
-            rows=len(rows),
         )
 
 
@@ -331,10 +328,9 @@ class StreamBatches(Iterator[dict[str, torch.Tensor]]):
         self._report.add(
             records=len(batch.ids) + len(batch.bad),
             bad=batch.bad,
-            rows=batch.rows,
-            batch=batch.tensors,
-            tokens=batch.tokens,
             samples=len(batch.ids),
+            tokens=batch.tokens,
+            slots=batch.tensors["input_ids"].numel(),
         )
         self._taken += 1
         if self._taken == self.batches_per_rank:

@@ -168,18 +168,10 @@ class TrainingData:
             views=views,
             distill=recipe.distill > 0,
         )
-        packing = config.packing
         self.plan = BatchLayout(
-            mode=packing.mode,
-            tokens_per_row=packing.tokens_per_row,
-            max_images_per_row=packing.max_images_per_row,
+            **vars(config.packing),
             batch_size=recipe.micro_batch_size,
             global_batch_size=recipe.batch_size,
-            window=packing.window,
-            pad_to_max_length=packing.pad_to_max_length,
-            group_by_length=packing.group_by_length,
-            trees=packing.trees,
-            split_turns=packing.split_turns,
             max_bad_share=config.max_bad_share,
             bad_records_file=str(recipe.run_dir / "bad_records.jsonl"),
         )

@@ -322,7 +322,7 @@ class ActivationMeter:
             tokens: Its tokens in the LLM, over all rows.
         """
         parts, base = self.parts, self.model.model
-        found = {part: SavedActivations() for part in PARTS}
+        found: dict[str, SavedActivations] = {part: SavedActivations() for part in PARTS}
         options: dict[str, Any] = {"dtype": self.dtype, "device": "meta"}
         if images:
             pixels = torch.empty(images, 3, height, width, **options)

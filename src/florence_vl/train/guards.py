@@ -83,9 +83,8 @@ def describe_bad(report: DataReport) -> str:
     """Bad records by kind and source, as a line; empty if there are none."""
     if not report.num_bad:
         return ""
-    counted = ", ".join(f"{number} x {kind} in {source}" for (kind, source), number in report.bad.most_common(5))
     drawn = report.num_bad + report.samples
-    return f"{report.num_bad} of {drawn} records are bad ({report.num_bad / drawn:.1%}): {counted}"
+    return f"{report.num_bad} of {drawn} records are bad ({report.num_bad / drawn:.1%}): {report.most_common}"
 
 
 def nothing_to_learn(step: int, report: DataReport | None, sources: Sequence[SourceConfig]) -> str:

@@ -18,6 +18,7 @@ from florence_vl.model.resolution import set_resolution
 from florence_vl.model.varlen_attention import SDPA_VARLEN
 from florence_vl.train.config import Recipe
 
+NO_MODEL = "the recipe names no model: set model.path (a saved one) or model.build (its parts)"
 PICTURES_FOR_MEANS = 64  # sufficient for a feature's mean over tokens and pictures
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def load_model(recipe: Recipe) -> tuple[FlorenceVLForConditionalGeneration, Any]
         if config.attn_implementation is not None:
             model.set_attn_implementation(config.attn_implementation)
     else:
-        raise ValueError("the recipe names no model: set model.path (a saved one) or model.build (its parts)")
+        raise ValueError(NO_MODEL)
     set_images(recipe, model, processor)
     if config.feature_store is not None:
         from florence_vl.model.features import store_features

@@ -151,7 +151,7 @@ def build_optimizer(groups: list[Group], config: OptimizerConfig, device: torch.
 
 def count_parameters(model: FlorenceVLForConditionalGeneration) -> dict[str, tuple[int, int]]:
     """Part -> numbers of all parameters and of trainable ones."""
-    counts = {}
+    counts: dict[str, tuple[int, int]] = {}
     for part in PARTS:
         sizes = [(p.numel(), p.requires_grad) for _, p in model.part_parameters(part)]
         counts[part] = (sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains))

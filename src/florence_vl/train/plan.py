@@ -19,6 +19,7 @@ from florence_vl.registry import did_you_mean
 from florence_vl.train.config import BuildConfig, Recipe
 from florence_vl.train.flops import DEVICES, ActivationMeter, ModelFlops, Multipliers, build_shell, count_flops
 from florence_vl.train.known_parts import KNOWN_PARTS
+from florence_vl.train.model import NO_MODEL
 from florence_vl.train.optimizer import apply_parts, count_parameters
 from florence_vl.train.parallel import part_blocks, resolve_strategy, shard_groups
 from florence_vl.train.recipes import list_recipes, load_recipe
@@ -145,24 +146,20 @@ def _saved_or_built_config(recipe: Recipe) -> tuple[FlorenceVLConfig, tuple[int,
             config = FlorenceVLConfig.from_pretrained(folder)
             side = size or image_size(folder, config.vision_config)
             return config, (side, side)
-        config, written = model_config(recipe_that_writes(recipe.model.path))
+        other = recipe_that_writes(recipe.model.path)
+        if other is None:
+            raise FileNotFoundError(f"model.path {recipe.model.path!r} is not a folder, and no recipe writes it")
+        config, written = model_config(other)
         return config, (size, size) if size else written
     if build is None:
-        raise ValueError("the recipe names no model: set model.path or model.build")
+        raise ValueError(NO_MODEL)
     return _built_config(build, size)
 
 
-def recipe_that_writes(folder: str) -> Recipe:
-    """The recipe whose run exports a model to a folder.
-
-    Raises:
-        FileNotFoundError: There is none.
-    """
-    for file in list_recipes().values():
-        other = load_recipe(file)
-        if other.run_dir / "model" == Path(folder):
-            return other
-    raise FileNotFoundError(f"model.path {folder!r} is not a folder, and no recipe writes it")
+def recipe_that_writes(folder: str) -> Recipe | None:
+    """The recipe whose run exports a model to a folder, if there is one."""
+    recipes = map(load_recipe, list_recipes().values())
+    return next((other for other in recipes if other.run_dir / "model" == Path(folder)), None)
 
 
 def _stride(config: FlorenceVLConfig) -> int:

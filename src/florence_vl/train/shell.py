@@ -12,7 +12,7 @@ from florence_vl.model.packaged import resolve
 from florence_vl.model.processing import FlorenceVLProcessor
 from florence_vl.train.config import Recipe
 from florence_vl.train.flops import build_shell
-from florence_vl.train.model import set_images
+from florence_vl.train.model import NO_MODEL, set_images
 from florence_vl.train.plan import recipe_that_writes
 
 if TYPE_CHECKING:
@@ -29,16 +29,19 @@ def load_shell(recipe: Recipe) -> tuple[FlorenceVLForConditionalGeneration, Any]
         FileNotFoundError: As `load_model`.
     """
     path, build = recipe.model.path, recipe.model.build
-    if path is not None and (Path(resolve(path, "models")) / "config.json").is_file():
-        folder = loading.check_folder(path)
-        model = build_shell(FlorenceVLConfig.from_pretrained(folder))
-        processor = FlorenceVLProcessor.from_pretrained(folder)
-    elif path is not None:
-        model, processor = load_shell(recipe_that_writes(path))
-    else:
-        if build is None:
-            raise ValueError("the recipe names no model: set model.path (a saved one) or model.build (its parts)")
+    if path is not None:
+        saved = (Path(resolve(path, "models")) / "config.json").is_file()
+        other = None if saved else recipe_that_writes(path)
+        if other is not None:
+            model, processor = load_shell(other)
+        else:
+            folder = loading.check_folder(path)
+            model = build_shell(FlorenceVLConfig.from_pretrained(folder))
+            processor = FlorenceVLProcessor.from_pretrained(folder)
+    elif build is not None:
         model, processor = build_model(build, weights=False)
+    else:
+        raise ValueError(NO_MODEL)
     if recipe.model.changes:
         model.config.update(recipe.model.changes)
         model.config.check()

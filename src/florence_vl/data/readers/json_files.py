@@ -51,11 +51,9 @@ class IndexedJson:
         if head.startswith(b"{") and head[1:].lstrip(_SPACE).startswith(b'"') and b"\n" in head.rstrip(_SPACE):
             self._check_lines(head)
         self.is_array = head.startswith(b"[")
-        scan = scan_json_array if self.is_array else scan_json_lines
-        kind = "json" if self.is_array else "jsonl"
-        self._offsets: np.ndarray | None = cached_array(key, kind, lambda: scan(self.path))
-        self._key = (key, kind)
-        self._length = len(self._offsets) - 1
+        self._key = key
+        self._offsets: np.ndarray | None = None
+        self._length = len(self.offsets) - 1
         if self._length < 1:
             raise ValueError(f"{self.path} holds no records")
 
@@ -75,9 +73,8 @@ class IndexedJson:
     def offsets(self) -> np.ndarray:
         """Starts of the records and the end: uint64 (records + 1,), memory-mapped."""
         if self._offsets is None:
-            key, kind = self._key
-            scan = scan_json_array if self.is_array else scan_json_lines
-            self._offsets = cached_array(key, kind, lambda: scan(self.path))
+            kind, scan = ("json", scan_json_array) if self.is_array else ("jsonl", scan_json_lines)
+            self._offsets = cached_array(self._key, kind, lambda: scan(self.path))
         return self._offsets
 
     def __len__(self) -> int:
