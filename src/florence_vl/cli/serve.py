@@ -230,13 +230,13 @@ def show_features(
 ) -> dict[str, Any]:
     """Features of a picture by name: as PNG with PCA colors in one basis, or as arrays."""
     import base64
-    import io
 
     import numpy as np
     import torch
     from PIL import Image
 
     from florence_vl.analyze.pca import PCAConfig, pca_maps
+    from florence_vl.model.pictures import data_url
 
     one_tile = {} if processor.image_processor.tiles is None else processor.image_processor.one_size
     inputs = processor.image_processor([picture], return_tensors="pt", **one_tile)
@@ -262,9 +262,7 @@ def show_features(
         raise ValueError("features of different widths have no common basis; request one of them")
     maps = pca_maps([tokens[-count:] for tokens in chosen.values()], [grid] * len(chosen), PCAConfig(background=False))
     for name, drawn in zip(chosen, maps, strict=True):
-        file = io.BytesIO()
-        Image.fromarray((drawn.rgb * 255).round().astype(np.uint8)).save(file, "PNG")
-        url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+        url = data_url(Image.fromarray((drawn.rgb * 255).round().astype(np.uint8)))
         result["features"][name] = {"picture": url, "explained": [float(share) for share in drawn.explained]}
     return result
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import http.client
-import io
 import ipaddress
 import json
 import os
@@ -202,13 +201,16 @@ class EndpointAnswerer(Answerer):
         return Answer(text, finished)
 
 
+_KINDS = {b"\xff\xd8\xff": "jpeg", b"\x89PNG": "png"}  # by the first bytes of a file
+
+
 def message_content(question: Question) -> list[dict[str, Any]]:
     """Message parts of a question for OpenAI's API, with images as PNG or JPEG `data:` URLs.
 
     Raises:
         ValueError: An image is missing or broken.
     """
-    from florence_vl.model.pictures import open_image
+    from florence_vl.model.pictures import data_url, open_image
 
     images = iter(question.images)
     parts: list[dict[str, Any]] = []
@@ -217,14 +219,10 @@ def message_content(question: Question) -> list[dict[str, Any]]:
             parts.append({"type": "text", "text": part})
             continue
         data = next(images).read()
-        if data[:3] == b"\xff\xd8\xff":
-            kind = "jpeg"
-        elif data[:4] == b"\x89PNG":
-            kind = "png"
+        kind = next((kind for head, kind in _KINDS.items() if data.startswith(head)), None)
+        if kind is None:
+            address = data_url(open_image(data, name=f"image of {question.benchmark} question {question.id}"))
         else:
-            file = io.BytesIO()
-            open_image(data, name=f"image of {question.benchmark} question {question.id}").save(file, "PNG")
-            data, kind = file.getvalue(), "png"
-        address = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+            address = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
         parts.append({"type": "image_url", "image_url": {"url": address}})
     return parts

@@ -443,8 +443,7 @@ def load_answerer(
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         place = choose_device(device)
-        wanted: Any = dtype if dtype != "auto" else ("float32" if place == "cpu" else "auto")
-        wanted = wanted if wanted == "auto" else getattr(torch, wanted)
+        wanted = dtype if dtype != "auto" else ("float32" if place == "cpu" else "auto")
         try:
             loaded = load_whole(AutoModelForImageTextToText, folder, dtype=wanted).to(place).eval()
         except ValueError as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from florence_vl.evaluate.benchmark import GROUPS
 from florence_vl.evaluate.metrics import KINDS
 from florence_vl.evaluate.question import Question
-from florence_vl.evaluate.scoring import BenchmarkScore, Scores, averages, reported_row
+from florence_vl.evaluate.scoring import BenchmarkScore, Scores, averages, headline, reported_row
 from florence_vl.files import write_text
 from florence_vl.statistics import PairedComparison
 
@@ -42,9 +40,9 @@ def lines(scores: Scores, row: str | None) -> list[dict[str, Any]]:
     for score in scores.benchmarks.values():
         columns = dict(score.facts["columns"]) or {score.facts["title"]: None}
         for column, key in columns.items():
-            value = score.scores.get(key) if key else None
             if key is None and score.scores:
-                key, value = next(iter(score.scores.items()))
+                key = headline(score.facts)
+            value = score.scores.get(key) if key else None
             found.append(
                 {
                     "name": score.name,
@@ -220,6 +218,8 @@ def as_html(
     """The report as one HTML file, with pictures of failures if the questions are available."""
     from jinja2 import Environment
 
+    from florence_vl.model.pictures import data_url, open_image
+
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = _number
     environment.filters["interval"] = _interval
@@ -231,22 +231,13 @@ def as_html(
         for rows in kinds.values():
             for failure in rows:
                 question = pictures.get((name, failure["id"]))
-                failure["pictures"] = [] if question is None else [_thumbnail(image) for image in question.images]
+                images = () if question is None else question.images
+                failure["pictures"] = [data_url(open_image(image.read()), "jpeg", 224) for image in images]
         shown.append({"score": score, "failures": kinds, "protocol": _protocol(score.facts)})
     return template.render(
         **_header(scores), table=lines(scores, row), paper=_paper_title(row), benchmarks=shown, sample=_samples(scores),
         averages=_average_lines(scores, row), kinds=KINDS,
     )  # fmt: skip
-
-
-def _thumbnail(picture: Any, side: int = 224) -> str:
-    from florence_vl.model.pictures import open_image
-
-    image = open_image(picture.read())
-    image.thumbnail((side, side))
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def write_reports(
@@ -276,7 +267,7 @@ def comparison_table(
     values = {}
     for name, result in found.items():
         score: BenchmarkScore = first.benchmarks[name]
-        key = next(iter(score.facts["columns"].values()), next(iter(score.scores)))
+        key = headline(score.facts)
         ours, theirs = score.scores[key], second.benchmarks[name].scores[key]
         word = "significant" if result.significant else "not significant"
         cells = [

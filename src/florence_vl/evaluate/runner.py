@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -91,14 +91,8 @@ def shard(made: EvaluationPlan, rank: int, processes: int) -> EvaluationPlan:
         digest = hashlib.sha256(f"{question.benchmark}/{question.picture_key}".encode()).digest()
         return int.from_bytes(digest[:8], "big") % processes == rank
 
-    return EvaluationPlan(
-        {name: [q for q in questions if mine(q)] for name, questions in made.questions.items()},
-        made.benchmarks,
-        made.limit,
-        made.seed,
-        made.available,
-        made.fingerprints,
-    )
+    own = {name: [q for q in questions if mine(q)] for name, questions in made.questions.items()}
+    return replace(made, questions=own)
 
 
 def describe(made: EvaluationPlan) -> dict[str, dict[str, Any]]:
@@ -188,20 +182,26 @@ def run(
                     "seconds": seconds,
                     "reference": dict(question.reference),
                 }
-                rows.append(row | strict_verdict(made.benchmarks[question.benchmark].metric, row))
+                rows.append(row | _stored(strict_verdict(made.benchmarks[question.benchmark].metric, row)))
             folder.append(rows)
             if progress:
                 progress(len(batch))
     return failed
 
 
-def strict_verdict(metric: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Parsed answer, score and kind of an answer, stored with it; no score if a judge is needed."""
+def strict_verdict(metric: str, row: Mapping[str, Any]) -> Verdict | None:
+    """The verdict of the metric's rules on an answer; None if only a judge can score it."""
     chosen = METRICS[metric]
     if isinstance(chosen, JudgedMetric):
+        return None
+    return chosen.judge(row["answer"], row["reference"], row["finished"])
+
+
+def _stored(verdict: Verdict | None) -> dict[str, Any]:
+    """What is stored of a verdict with its answer."""
+    if verdict is None:
         return {"parsed": None, "score": None, "kind": "not scored: needs a judge"}
-    found = chosen.judge(row["answer"], row["reference"], row["finished"])
-    return {"parsed": found.parsed, "score": found.score, "kind": found.kind}
+    return {"parsed": verdict.parsed, "score": verdict.score, "kind": verdict.kind}
 
 
 def judge_answers(
@@ -226,11 +226,7 @@ def judge_answers(
         name = metrics.get(key[0])
         if name is None or (key in known and known[key]["answer"] == row["answer"]):
             continue
-        chosen = METRICS[name]
-        strict = None
-        if not isinstance(chosen, JudgedMetric):
-            strict = chosen.judge(row["answer"], row["reference"], row["finished"])
-        if judge.wants(name, strict):
+        if judge.wants(name, strict_verdict(name, row)):
             todo.append((key, row, name))
 
     def one(item: tuple[tuple[str, str], dict[str, Any], str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from florence_vl.evaluate.benchmark import Benchmark, select
 from florence_vl.evaluate.local import LocalAnswerer
-from florence_vl.evaluate.metrics import stratify
+from florence_vl.evaluate.metrics import score_all
 from florence_vl.evaluate.question import Question
 from florence_vl.evaluate.suites import choose, data_folder
 
@@ -86,8 +86,7 @@ def score_sample(model: Any, processor: Any, sample: Sample, batch_size: int = 1
                 ]
                 unfinished += sum(not answer.finished for answer in answers)
                 asked += len(questions)
-                scores = benchmark.scorer.combine(stratify(benchmark.scorer, judged).means())
-                found[f"eval/{benchmark.name}"] = scores[benchmark.scorer.headline]
+                found[f"eval/{benchmark.name}"] = score_all(benchmark.scorer, judged)[benchmark.scorer.headline]
         finally:
             answerer.close()
     if len(found) > 1:

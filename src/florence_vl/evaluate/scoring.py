@@ -15,7 +15,7 @@ import yaml
 from florence_vl.evaluate.metrics import METRICS, Units, Verdict, stratify
 from florence_vl.evaluate.metrics.base import Judged
 from florence_vl.evaluate.metrics.judged import JudgedMetric
-from florence_vl.evaluate.runner import load_judgements, verdict_of
+from florence_vl.evaluate.runner import load_judgements, strict_verdict, verdict_of
 from florence_vl.evaluate.store import ResultsFolder
 from florence_vl.registry import did_you_mean
 from florence_vl.statistics import PairedComparison, compare, intervals, paper_average
@@ -128,7 +128,7 @@ def _score(
     strict: dict[str, Judged] = {}
     result = BenchmarkScore(name, facts, answered=len(rows), expected=facts["questions"])
     for key, row in rows.items():
-        own = None if needs else metric.judge(row["answer"], row["reference"], row["finished"])
+        own = strict_verdict(facts["metric"], row)
         line = judgements.get(key)
         if line is not None and line["answer"] == row["answer"]:
             result.judged_by = line["judge"]["model"]

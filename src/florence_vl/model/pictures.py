@@ -493,6 +493,22 @@ def _convert(image: Image.Image, scale: float) -> Image.Image:
     return image.convert("RGB")
 
 
+def data_url(image: Image.Image, kind: str = "png", longest: int | None = None) -> str:
+    """An image as a `data:` URL.
+
+    Args:
+        image: The image; written as RGB.
+        kind: `png` or `jpeg`.
+        longest: Longest side in pixels; larger images are reduced.
+    """
+    image = image.convert("RGB")  # a copy
+    if longest is not None:
+        image.thumbnail((longest, longest))
+    file = io.BytesIO()
+    image.save(file, kind, **({"quality": 85} if kind == "jpeg" else {}))
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
 # Pillow's filters: half of the width in source pixels at scale 1.
 _SUPPORT = {
     Image.Resampling.NEAREST: 0.0,

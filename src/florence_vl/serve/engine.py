@@ -205,8 +205,7 @@ class Engine:
         with self._wake:
             if self._closing:
                 raise RuntimeError("the engine is closed")
-            if self.load >= self.capacity:
-                raise QueueFull(f"{self.load} requests are running or waiting; the limit is {self.capacity}")
+            self.check_room(1)
             self._waiting.append(answer)
             self.stats.requests += 1
             self._start()
@@ -231,6 +230,15 @@ class Engine:
     def load(self) -> int:
         """Number of running and waiting requests."""
         return len(self._waiting) + self.running
+
+    def check_room(self, more: int) -> None:
+        """Check that the engine can take so many more requests.
+
+        Raises:
+            QueueFull: It cannot.
+        """
+        if self.load + more > self.capacity:
+            raise QueueFull(f"{self.load} requests are running or waiting; the limit is {self.capacity}")
 
     @property
     def running(self) -> int:

@@ -28,7 +28,6 @@ from florence_vl.serve.openai_types import (
     Conversation,
     FeaturesRequest,
     Strict,
-    TokenizeRequest,
 )
 from florence_vl.serve.sampling import TokenLogprob
 
@@ -185,13 +184,12 @@ class Server:
         return open_image(url, policy=self.config.media)
 
     def check_room(self, choices: int) -> None:
-        """Reject requests immediately if the queue is full.
+        """Reject requests immediately if the queue is full, with those that are being prepared.
 
         Raises:
-            ApiError: 429.
+            QueueFull: See `Engine.check_room`.
         """
-        if self.engine.load + self._preparing + choices > self.engine.capacity:
-            raise QueueFull(f"{self.engine.load} requests are running or waiting; the limit is {self.engine.capacity}")
+        self.engine.check_room(self._preparing + choices)
 
     # ------------------------------------------------------------ chat
 
@@ -346,7 +344,7 @@ class Server:
 
     async def tokenize(self, request: Request) -> Response:
         """`POST /tokenize`: the ids of a conversation's prompt, a placeholder for each image token."""
-        body = await self.read(request, TokenizeRequest)
+        body = await self.read(request, Conversation)
         prompt = await self.prompt(body, self.adapter(body.model))
         return JSONResponse(
             {

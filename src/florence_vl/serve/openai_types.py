@@ -90,7 +90,7 @@ class ResponseFormat(Strict):
 
 
 class Conversation(Strict):
-    """Fields of chat and tokenization."""
+    """Body of `/tokenize`, and the fields that chat has too."""
 
     model: str | None = None
     messages: list[Message] = Field(min_length=1)
@@ -156,7 +156,7 @@ class ChatRequest(Conversation):
             raise ValueError("top_logprobs needs logprobs=true")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream=true")
-        if not self.stop_texts() == tuple(filter(None, self.stop_texts())) or len(self.stop_texts()) > MAX_STOP:
+        if not all(self.stop_texts()) or len(self.stop_texts()) > MAX_STOP:
             raise ValueError(f"stop takes up to {MAX_STOP} texts, none of them empty")
         return self
 
@@ -188,10 +188,6 @@ class ChatRequest(Conversation):
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             json_schema=schema,
         )
-
-
-class TokenizeRequest(Conversation):
-    """Body of `/tokenize`."""
 
 
 class FeaturesRequest(Strict):

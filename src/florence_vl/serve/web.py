@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from florence_vl.model.pictures import data_url
+
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 MAX_UPLOAD = "16mb"
@@ -43,15 +45,17 @@ class Server:
         Raises:
             ValueError: The server rejected it, or is not reachable; the message is the server's own.
         """
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key or 'none'}"}
-        request = urllib.request.Request(f"{self.url}{path}", json.dumps(body).encode(), headers)
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as answer:
+            with urllib.request.urlopen(self._request(path, body), timeout=timeout) as answer:
                 return json.loads(answer.read())
         except urllib.error.HTTPError as error:
             raise ValueError(_message(error.read(), error.code)) from None
         except OSError as error:
             raise ValueError(f"no answer from {self.url}: {error}") from None
+
+    def _request(self, path: str, body: dict[str, Any]) -> urllib.request.Request:
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key or 'none'}"}
+        return urllib.request.Request(f"{self.url}{path}", json.dumps(body).encode(), headers)
 
     def client(self) -> Any:
         """The official client for this server."""
@@ -74,13 +78,8 @@ class Server:
 
     def has(self, path: str) -> bool:
         """Whether the server has a path: an empty POST gives another status than 404."""
-        request = urllib.request.Request(
-            f"{self.url}{path}",
-            b"{}",
-            {"Content-Type": "application/json", "Authorization": f"Bearer {self.key or 'none'}"},
-        )
         try:
-            urllib.request.urlopen(request, timeout=10)
+            urllib.request.urlopen(self._request(path, {}), timeout=10)
         except urllib.error.HTTPError as error:
             return error.code not in (404, 405)
         except OSError:
@@ -93,13 +92,6 @@ def _message(body: bytes, status: int) -> str:
         return str(json.loads(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return f"the server answered {status}"
-
-
-def data_url(picture: Image.Image) -> str:
-    """A picture as a PNG `data:` URL."""
-    file = io.BytesIO()
-    picture.convert("RGB").save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def from_data_url(url: str) -> Image.Image:
