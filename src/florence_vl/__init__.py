@@ -15,11 +15,13 @@ from florence_vl.import_hook import register_when_possible
 if TYPE_CHECKING:
     from florence_vl import convert, evaluate, train
     from florence_vl.data.collate import FlorenceVLCollator
-    from florence_vl.model import FlorenceVLConfig, FlorenceVLForConditionalGeneration, FlorenceVLModel
     from florence_vl.model.assemble import build_model
     from florence_vl.model.build_config import BuildConfig
+    from florence_vl.model.configuration import FlorenceVLConfig
+    from florence_vl.model.image_processing import FlorenceVLImageProcessor
     from florence_vl.model.loading import load_model as load
-    from florence_vl.model.processing import FlorenceVLImageProcessor, FlorenceVLProcessor
+    from florence_vl.model.modeling import FlorenceVLForConditionalGeneration, FlorenceVLModel
+    from florence_vl.model.processing import FlorenceVLProcessor
     from florence_vl.serve.session import ChatSession, GenerationOptions
 
 __version__ = "0.1.0"

@@ -14,7 +14,7 @@ from florence_vl.cli.main import main
 from florence_vl.data.encode import RecordEncoder
 from florence_vl.data.inspect import collect_stats, histogram, html_page, inspect_records, plain_text, rich_text
 from florence_vl.data.readers import open_reader
-from florence_vl.model.tiny import tiny_processor
+from florence_vl.model.tiny import tiny_model, tiny_processor
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +170,22 @@ def test_stats_say_what_trees_would_save(data, tmp_path, monkeypatch, capsys):
     assert code == 0
     assert "the first 4 records" in out
     assert "records as trees" in out
+
+
+def test_a_recipe_counts_tokens_at_its_own_resolution(data, tmp_path, monkeypatch, capsys):
+    for part in tiny_model():
+        part.save_pretrained(tmp_path / "model")
+    source = f"{{path: {data}, image_root: {data.parent}}}"
+    recipe = f"steps: 1\nmodel: {{path: {tmp_path / 'model'}}}\ndata: {{sources: [{source}]}}"
+    (tmp_path / "r.yaml").write_text(recipe)
+    found = []
+    for override in ("model.image_size=64", "model.image_size=32"):
+        code, out, _ = call(monkeypatch, capsys, "stats", tmp_path / "r.yaml", override, "--json", "--trees", 0)
+        assert code == 0
+        found.append(json.loads(out))
+    images = found[0]["images"]["total"]
+    assert images > 0
+    assert found[0]["tokens"]["total"] - found[1]["tokens"]["total"] == (4 - 1) * images
 
 
 def test_sources_command(monkeypatch, capsys):

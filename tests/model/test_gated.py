@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from florence_vl.model import FlorenceVLForConditionalGeneration
 from florence_vl.model.fusion import build_fusion
+from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
 from florence_vl.model.tiny import tiny_config, tiny_model
 
 GATES = [{"context": "none"}, {"context": "image"}, {"context": "question"}, {"context": "question", "per_token": True}]

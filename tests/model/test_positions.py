@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from florence_vl.model import FlorenceVLForConditionalGeneration
+from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
 from florence_vl.model.tiny import TINY_IMAGE_TOKEN_ID, tiny_config, tiny_model
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from florence_vl.model import FlorenceVLForConditionalGeneration
+from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
 from florence_vl.model.tiny import tiny_config, tiny_model
 
 VIEWS = {"glance": {"size": 32, "features": ["davit"]}, "read": {"features": ["davit", "ocr"]}}
