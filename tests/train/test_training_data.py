@@ -165,3 +165,5 @@ def test_warm_up_without_captions_is_refused(data: Path, tmp_path: Path) -> None
         train(settings, *tiny_model())
     with pytest.raises(ValueError, match=r"`warm_up.pairs` must be 2 or more, found 1"):
         load_recipe({**settings, "warm_up": {"pairs": 1}}).check()
+    with pytest.raises(ValueError, match=r"`warm_up.pairs: 0` needs `warm_up.regions`"):
+        load_recipe({**settings, "warm_up": {"pairs": 0}}).check()

@@ -1,5 +1,7 @@
 """The warm-up moves image tokens toward their captions' word vectors and changes only the projector."""
 
+import itertools
+
 import pytest
 import torch
 from PIL import Image
@@ -7,9 +9,13 @@ from PIL import Image
 from florence_vl.analyze.alignment import recall_at
 from florence_vl.model.features import tower_features
 from florence_vl.model.tiny import tiny_model
-from florence_vl.train.warm_up import caption_vectors, parse_regions, tokens_in_boxes, warm_up
+from florence_vl.train.warm_up import parse_regions, region_phrases, text_tokens, text_vectors, tokens_in_boxes, warm_up
 
 COLOURS = ("red", "green", "blue", "black", "white", "yellow")
+
+
+def vectors(model, processor, texts):
+    return text_vectors(model, [text_tokens(processor.tokenizer, text) for text in texts])
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +23,7 @@ def setting():
     model, processor = tiny_model()
     images = [Image.new("RGB", (64, 64), colour) for colour in COLOURS]
     features = tower_features(model, processor, images, batch_size=4)
-    return model, processor, images, features, caption_vectors(model, processor, COLOURS)
+    return model, processor, images, features, vectors(model, processor, COLOURS)
 
 
 def test_cached_features_are_the_towers(setting):
@@ -57,11 +63,39 @@ def test_regions_are_read_from_florence2s_format():
     answer = (
         "two dogs<loc_0><loc_111><loc_999><loc_222>EXIT<loc_0><loc_0><loc_333><loc_0><loc_333><loc_999><loc_0><loc_999>"
     )
-    (dogs, box), (exit_, quad) = parse_regions(answer)
+    (dogs, corners), (exit_, quad) = parse_regions(answer)
     assert (dogs, exit_) == ("two dogs", "EXIT")
-    assert box == pytest.approx((0, 1 / 9, 1, 2 / 9))
-    assert quad == pytest.approx((0, 0, 1 / 3, 1))
+    assert corners == [(0, pytest.approx(1 / 9)), (1, pytest.approx(2 / 9))]
+    assert quad == [(0, 0), (pytest.approx(1 / 3), 0), (pytest.approx(1 / 3), 1), (0, 1)]
     assert parse_regions("no regions here") == []
+
+
+def test_each_token_of_written_text_has_its_part_of_the_line(setting):
+    processor = setting[1]
+    tokenizer = processor.tokenizer
+    line = [(0.2, 0.1), (0.8, 0.4), (0.8, 0.6), (0.2, 0.3)]  # descends to the right
+    phrases = region_phrases(tokenizer, "red blue", line, image=3)
+    assert tokenizer.decode([token for phrase in phrases for token in phrase.tokens]) == "red blue"
+    assert len(phrases) > 1
+    assert {phrase.image for phrase in phrases} == {3}
+    for before, after in itertools.pairwise(phrases):
+        assert before.box[2] == pytest.approx(after.box[0])  # in order of reading, without gaps
+        assert before.box[1] < after.box[1]
+    assert phrases[0].box[:2] == pytest.approx((0.2, 0.1))
+    assert phrases[-1].box[2:] == pytest.approx((0.8, 0.6))
+    (whole,) = region_phrases(tokenizer, "red blue", [(0.2, 0.1), (0.8, 0.6)], image=0)  # an object
+    assert whole.box == (0.2, 0.1, 0.8, 0.6)
+    assert whole.tokens == text_tokens(tokenizer, "red blue")
+
+
+def test_a_trained_projector_is_not_standardized(setting):
+    model, _, _, features, targets = setting
+    first = model.model.multi_modal_projector.layers[0]
+    before = first.weight.detach().clone()
+    warm_up(model, features, targets, steps=1, lr=0.0, new=False)
+    assert torch.equal(first.weight, before)
+    warm_up(model, features, targets, steps=1, lr=0.0)
+    assert not torch.equal(first.weight, before)
 
 
 def test_tokens_in_boxes():
@@ -88,14 +122,14 @@ def test_regions_teach_what_lies_where():
             boxes += [(0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)]
             images.append(image)
     features = tower_features(model, processor, images)
-    targets = caption_vectors(model, processor, texts)
+    targets = vectors(model, processor, texts)
     inside = tokens_in_boxes(boxes, model.model.vision_tower.grid_size(64, 64), model.num_image_tokens(64, 64))
     rows = warm_up(model, features, targets, torch.tensor(shown), inside, steps=150, batch_size=48, lr=3e-3)
     assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
     with torch.no_grad():
         tokens = model.model.multi_modal_projector(model.model.fusion(features))[torch.tensor(shown)]
     pooled = torch.einsum("pn,pnh->ph", inside / inside.sum(1, keepdim=True), tokens)
-    known = caption_vectors(model, processor, COLOURS)
+    known = vectors(model, processor, COLOURS)
     nearest = torch.nn.functional.cosine_similarity(
         pooled[:, None] - known.mean(0), known[None] - known.mean(0), dim=-1
     ).argmax(1)

@@ -441,12 +441,13 @@ class EvaluateConfig:
 
 @dataclass
 class WarmUpConfig:
-    """Contrastive warm-up of a new projector, before the first step (`florence_vl.train.warm_up`).
+    """Contrastive warm-up of the projector, before the first step (`florence_vl.train.warm_up`).
 
     Attributes:
-        pairs: Number of images with captions from `data.sources`; their features are held in memory.
+        pairs: Number of images with captions from `data.sources`; their features are held in memory. 0: only `regions`.
         regions: Sources with answers in Florence-2's region format, `dog<loc_102><loc_31><loc_500><loc_877>`. The same
-            number of images is taken from them, and each text is aligned with the tokens in its box.
+            number of images is taken from them (all, if `pairs` is 0), and each text is aligned with the tokens in its
+            box. Texts with four points are written in the image: each token of the LLM has its own part of the line.
         steps: Number of optimizer steps.
         batch_size: Pairs per step, which are each other's negatives.
         lr: Peak learning rate of AdamW.
@@ -562,6 +563,8 @@ class Recipe:
                 for key in ("pairs", "batch_size")
                 if (value := getattr(self.warm_up, key)) == 1
             ]
+            if not self.warm_up.pairs and not self.warm_up.regions:
+                problems.append("`warm_up.pairs: 0` needs `warm_up.regions`")
             if self.data.stream is not None:
                 problems.append("`warm_up` needs the pairs of `data.sources`: a stream has none")
         if self.data.template_options and self.data.template is None:

@@ -301,7 +301,8 @@ def warm_up(recipe: Recipe, world: World, model: FlorenceVLForConditionalGenerat
     assert recipe.warm_up is not None
     say = None
     if recipe.logging.progress != "none":
-        print(f"warm-up of the projector on {recipe.warm_up.pairs} pairs ...", file=sys.stderr, flush=True)
+        what = f"{recipe.warm_up.pairs} pairs" if recipe.warm_up.pairs else "regions"
+        print(f"warm-up of the projector on {what} ...", file=sys.stderr, flush=True)
         say = Notices(sys.stderr)
     rows = warm_up_for(recipe, model, processor, data.mixture, world.device, say)
     if say is not None:

@@ -3,7 +3,8 @@
 A randomly initialized projector costs most of a short first stage. Contrastive warm-up on cached features takes seconds
 and does not run the LLM: averaged image tokens against the averaged input embeddings of a text. The text is the whole
 image's caption or, with annotated regions, the text of a box against the tokens in that box (as RegionCLIP aligns
-regions, arXiv 2112.09106), so the LLM finds words at their locations from its first step.
+regions, arXiv 2112.09106), so the LLM finds words at their locations from its first step. Of text written in the image
+(regions of four points), each of the LLM's tokens is aligned with its own part of the line.
 Shape letters: I images, P texts (captions and regions), N tokens of an image, D features, H width of the LLM.
 """
 
@@ -16,7 +17,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,26 +41,27 @@ TEMPERATURE = 0.07  # CLIP's initial temperature (arXiv 2103.00020)
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 REGION = re.compile(r"([^<>]+)((?:<loc_\d+>){4,})")  # Florence-2's format: two corners, or four points
 
+Point = tuple[float, float]  # x and y, as fractions of the image
 Box = tuple[float, float, float, float]  # left, top, right, bottom, as fractions of the image
 
 
 @dataclass(frozen=True)
 class Phrase:
-    """A text and the part of an image that shows it.
+    """Tokens of the LLM and the part of an image that shows their text.
 
     Attributes:
-        text: The words.
+        tokens: Token ids.
         image: Number of the image.
         box: Location; the whole image for a caption.
     """
 
-    text: str
+    tokens: tuple[int, ...]
     image: int
     box: Box = WHOLE
 
 
-def parse_regions(answer: str) -> list[tuple[str, Box]]:
-    """Texts and boxes of an answer in Florence-2's region format, `dog<loc_102><loc_31><loc_500><loc_877>`.
+def parse_regions(answer: str) -> list[tuple[str, list[Point]]]:
+    """Texts and points of an answer in Florence-2's region format, `dog<loc_102><loc_31><loc_500><loc_877>`.
 
     Args:
         answer: Two corners or four points follow each text, in thousandths of width and height, in turn.
@@ -67,10 +69,40 @@ def parse_regions(answer: str) -> list[tuple[str, Box]]:
     found = []
     for text, places in REGION.findall(answer):
         numbers = [int(n) / 999 for n in re.findall(r"\d+", places)]
-        xs, ys = numbers[0::2], numbers[1::2]
         if text.strip():
-            found.append((text.strip(), (min(xs), min(ys), max(xs), max(ys))))
+            found.append((text.strip(), list(zip(numbers[0::2], numbers[1::2], strict=False))))
     return found
+
+
+def region_phrases(tokenizer: Any, text: str, points: Sequence[Point], image: int) -> list[Phrase]:
+    """The phrases of a region: one, or for four points (a line of written text) one for each token of the text.
+
+    Args:
+        tokenizer: The LLM's tokenizer; without character offsets (slow tokenizers) a region is always one phrase.
+        text: Text of the region.
+        points: Two corners, or the corners of a line of text, clockwise from the first letter's upper corner. All
+            characters are taken to be equally wide.
+        image: Number of the image.
+    """
+    if len(points) != 4 or not tokenizer.is_fast:
+        return [Phrase(text_tokens(tokenizer, text), image, _bounds(points))]
+    first_top, last_top, last_bottom, first_bottom = points
+    sides = ((first_top, last_top), (first_bottom, last_bottom))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    phrases = []
+    for token, span in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        corners = [_between(*side, index / len(text)) for index in span for side in sides]
+        phrases.append(Phrase((token,), image, _bounds(corners)))
+    return phrases
+
+
+def _between(start: Point, end: Point, share: float) -> Point:
+    return start[0] + share * (end[0] - start[0]), start[1] + share * (end[1] - start[1])
+
+
+def _bounds(points: Sequence[Point]) -> Box:
+    xs, ys = zip(*points, strict=True)
+    return min(xs), min(ys), max(xs), max(ys)
 
 
 def tokens_in_boxes(boxes: Sequence[Box], grid: tuple[int, int], num_tokens: int) -> Tensor:
@@ -100,14 +132,16 @@ def tokens_in_boxes(boxes: Sequence[Box], grid: tuple[int, int], num_tokens: int
     return cells_PRC.flatten(1).repeat(1, num_tokens // (rows * columns))
 
 
+def text_tokens(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Token ids of a text inside a sentence."""
+    return tuple(tokenizer(" " + text.strip(), add_special_tokens=False)["input_ids"])
+
+
 @torch.inference_mode()
-def caption_vectors(
-    model: FlorenceVLForConditionalGeneration, processor: FlorenceVLProcessor, captions: Sequence[str]
-) -> Tensor:
+def text_vectors(model: FlorenceVLForConditionalGeneration, texts: Sequence[tuple[int, ...]]) -> Tensor:
     """Mean input embedding of each text's tokens, (P, H)."""
     table: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-    rows = [processor.tokenizer(" " + text.strip(), add_special_tokens=False)["input_ids"] for text in captions]
-    return torch.stack([table[torch.tensor(ids, device=table.device)].mean(0) for ids in rows]).clone()
+    return torch.stack([table[torch.tensor(ids, device=table.device)].mean(0) for ids in texts]).clone()
 
 
 @torch.no_grad()
@@ -173,11 +207,12 @@ def warm_up(
     batch_size: int = 256,
     lr: float = 1e-3,
     seed: int = 0,
+    new: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, float]]:
     """Train fusion and projector; other parts are unchanged, and trainable flags are restored.
 
-    The projector's first layer is standardized first. The loss is InfoNCE over the batch in both directions, half for
+    A new projector's first layer is standardized first. The loss is InfoNCE over the batch in both directions, half for
     an image's mean token and half for one of its tokens at random (so that each becomes informative), plus the squared
     distance to the target relative to the targets' variance, plus the squared log ratio of the mean squared norms of
     image tokens and word embeddings: an LLM responds with noise to larger vectors than in its training.
@@ -185,7 +220,7 @@ def warm_up(
     Args:
         model: Its fusion and projector are changed.
         features: Result of `tower_features`, merged (`FlorenceVLModel.merge_features`).
-        targets_PH: Result of `caption_vectors`.
+        targets_PH: Result of `text_vectors`.
         images_P: Index of each text's image; by default the texts are the images' captions in their order.
         inside_PN: `tokens_in_boxes` of each text; by default all tokens.
         steps: Number of steps.
@@ -193,13 +228,15 @@ def warm_up(
             negatives unless they are equal.
         lr: Peak learning rate of AdamW, after ten steps of linear warm-up; cosine to zero.
         seed: Seed of the order and of the drawn tokens.
+        new: Whether the projector was never trained.
         progress: Called with a progress message after every step.
 
     Returns:
         One row per step: `step`, `loss` (InfoNCE), `seconds`.
     """
     projector = nn.ModuleList([model.model.fusion, model.model.multi_modal_projector])
-    standardize_input(model, features)
+    if new:
+        standardize_input(model, features)
     wanted = {name: parameter.requires_grad for name, parameter in projector.named_parameters()}
     projector.requires_grad_(True)
     optimizer = torch.optim.AdamW(projector.parameters(), lr=lr, weight_decay=0.01)
@@ -262,16 +299,18 @@ def warm_up_for(
 
     config = recipe.warm_up
     assert config is not None
+    tokenizer = processor.tokenizer
     pairs = list(itertools.islice(_pairs(records), config.pairs))
-    if len(pairs) < 2:
+    if config.pairs and len(pairs) < 2:
         raise ValueError(f"warm_up: of {len(records)} records {len(pairs)} show one image and have a caption; 2 needed")
     images = [source for source, _ in pairs]
-    phrases = [Phrase(caption, number) for number, (_, caption) in enumerate(pairs)]
+    phrases = [Phrase(text_tokens(tokenizer, caption), number) for number, (_, caption) in enumerate(pairs)]
     if config.regions:
         annotated = build_mixture(config.regions, recipe.data, recipe.seed)
-        for source, answer in itertools.islice(_pairs(annotated), config.pairs):
+        for source, answer in itertools.islice(_pairs(annotated), config.pairs or len(annotated)):
             if found := parse_regions(answer):
-                phrases += [Phrase(text, len(images), box) for text, box in found]
+                for text, points in found:
+                    phrases += region_phrases(tokenizer, text, points, len(images))
                 images.append(source)
         if len(images) < len(pairs) + 2:
             raise ValueError(
@@ -294,7 +333,7 @@ def warm_up_for(
             features = tower_features(model, processor, _opened(images, sizes), progress=count)
             side = processor.image_processor.size
             features = model.model.merge_features(features, (side["height"], side["width"]))
-            targets = caption_vectors(model, processor, [phrase.text for phrase in phrases])
+            targets = text_vectors(model, [phrase.tokens for phrase in phrases])
             images_P = torch.tensor([phrase.image for phrase in phrases])
             inside_PN = _inside(model, processor, phrases, sizes) if config.regions else None
             return warm_up(
@@ -307,6 +346,7 @@ def warm_up_for(
                 batch_size=config.batch_size,
                 lr=config.lr,
                 seed=recipe.seed,
+                new=recipe.model.path is None,
                 progress=progress,
             )
         finally:
