@@ -105,10 +105,15 @@ def mini_llm() -> Path:
 
 
 def mini_base(vision: Path) -> tuple[FlorenceVLForConditionalGeneration, FlorenceVLProcessor]:
-    """The mini Florence-VL before training: a mini Florence-2 and SmolLM2 with all four features, float32."""
+    """The mini Florence-VL before training: a mini Florence-2 and SmolLM2 with all four features, float32.
+
+    Images are squashed to the square: bars beside a wide image would leave its text fewer of the 256 px.
+    """
     from florence_vl.model.assemble import build_model
 
-    return build_model(vision, smollm2(), dtype="float32", seed=0)
+    model, processor = build_model(vision, smollm2(), dtype="float32", seed=0)
+    processor.image_processor.image_aspect_ratio = "squash"
+    return model, processor
 
 
 # Entry points of pyproject.toml.
