@@ -24,9 +24,11 @@ for part in ${*:-alignment features pca headroom bill tables}; do
       # shellcheck disable=SC2086
       florence-vl analyze pca $scenes --encoder florence2_mini dinov2_small_focus:layer6+last@448 --out $out/pca-scenes ;;
     headroom)
-      florence-vl analyze headroom --model mini --suite mini --size 256 128 --limit ${LIMIT:-16} --dtype ${DTYPE:-auto} --out $out/headroom ;;
+      florence-vl analyze headroom --model mini --suite mini --size 256 128 --limit ${LIMIT:-16} --dtype ${DTYPE:-auto} --out $out/headroom
+      florence-vl analyze headroom --model mini --suite mini_drawings --size 256 128 --limit ${DRAWINGS:-90} --dtype ${DTYPE:-auto} \
+        --out $out/headroom_drawings ;;
     bill)
-      florence-vl analyze bill --model mini --suite mini --size 256 192 128 --limit ${LIMIT:-16} --dtype ${DTYPE:-auto} \
+      florence-vl analyze bill --model mini --suite mini_drawings --size 256 192 128 --limit ${DRAWINGS:-60} --dtype ${DTYPE:-auto} \
         --out $out/bill ;;
     tables)
       florence-vl ablate --scale mini --seeds ${SEEDS:-8} --out $out/ablations

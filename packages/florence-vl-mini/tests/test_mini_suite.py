@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -148,11 +150,22 @@ def test_both_routes_give_the_same_score(mini_small: Path, tmp_path: Path, monke
     assert 0 < ours < 100
 
 
-def test_the_plugin_is_found_by_lmms_eval() -> None:
+@pytest.mark.parametrize("first", ["lmms_eval.models", "florence_vl.evaluate.lmms_eval_plugin"])
+def test_the_plugin_is_found_by_lmms_eval_in_any_order_of_imports(first: str) -> None:
+    pytest.importorskip("lmms_eval")
+    code = (
+        f"import {first}\nfrom lmms_eval.models import MODEL_REGISTRY_V2\n"
+        "assert 'florence_vl' in MODEL_REGISTRY_V2.list_model_names()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_lmms_eval_gets_the_adapter_and_its_options_are_checked() -> None:
     pytest.importorskip("lmms_eval")
     from lmms_eval.models import MODEL_REGISTRY_V2
 
-    from florence_vl.evaluate.lmms_eval_plugin import FlorenceVLAdapter, manifest
+    from florence_vl.evaluate.lmms_eval_manifest import manifest
+    from florence_vl.evaluate.lmms_eval_plugin import FlorenceVLAdapter
 
     assert manifest().model_id == "florence_vl"
     assert "florence_vl" in MODEL_REGISTRY_V2.list_model_names()

@@ -1,4 +1,4 @@
-"""Florence-VL as a model of lmms-eval (entry point `lmms_eval.models`): chat interface, batched, images encoded once.
+"""Florence-VL as a model of lmms-eval (`lmms_eval_manifest` registers it): chat interface, batched, images encoded once.
 
     lmms-eval --model florence_vl --model_args pretrained=FOLDER,batch_size=16 --tasks pope
 
@@ -12,7 +12,6 @@ from typing import Any
 
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
-from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 
 from florence_vl.evaluate.benchmark import Generation
@@ -21,11 +20,6 @@ from florence_vl.evaluate.metrics import METRICS
 from florence_vl.evaluate.question import IMAGE, ImagePicture, Question
 
 DEFAULT_NEW_TOKENS = 1024  # default of lmms-eval's adapters for tasks without a limit
-
-
-def manifest() -> ModelManifest:
-    """The manifest that lmms-eval's registry loads from the entry point."""
-    return ModelManifest(model_id="florence_vl", chat_class_path=f"{__name__}.FlorenceVLAdapter")
 
 
 class FlorenceVLAdapter(lmms):
