@@ -1,4 +1,4 @@
-"""Florence-VL as a model of lmms-eval (`lmms_eval_manifest` registers it): chat interface, batched, images encoded once.
+"""Florence-VL as a model of lmms-eval (see `lmms_eval_manifest`): chat interface, batched, images encoded once.
 
     lmms-eval --model florence_vl --model_args pretrained=FOLDER,batch_size=16 --tasks pope
 
