@@ -22,12 +22,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from common import peak_memory, return_freed_memory, side_by_side
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from data import llava_665k_lengths
 from florence_vl.data.collate import PackedCollator, PaddedCollator
@@ -272,27 +274,22 @@ def bench_frozen(tokens: int, rounds: int, overrides: list[str]) -> None:
 
 def bench_attention(lengths: list[int], rounds: int) -> None:
     """Print CPU milliseconds of a forward and backward pass for one sample of a packed row."""
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 3, True  # type: ignore[assignment]
+    passes = 20
+
+    def run(attend: Callable[..., Any], states: list[torch.Tensor], gradient: torch.Tensor) -> None:
+        for _ in range(passes):
+            attend(module, *states, None, scaling=0.125)[0].backward(gradient)
+
     print(f"{'tokens':>6}{'kernel ms':>12}{'products ms':>13}")
     for length in lengths:
-        query, gradient = torch.randn(1, 9, length, 64).bfloat16().requires_grad_(), torch.randn(1, 9, length, 64)
-        key, value = (torch.randn(1, 3, length, 64).bfloat16().requires_grad_() for _ in range(2))
-        module = torch.nn.Module()
-        module.num_key_value_groups, module.is_causal = 3, True  # type: ignore[assignment]
-
-        def passes(
-            attend: Callable[..., Any],
-            inputs: tuple[Any, ...] = (module, query, key, value, None),
-            gradient: torch.Tensor = gradient.transpose(1, 2).bfloat16(),
-        ) -> None:
-            for _ in range(20):
-                attend(*inputs, scaling=0.125)[0].backward(gradient)
-
-        alternatives = {
-            "kernel": lambda run=passes: run(varlen_attention.sdpa_attention_forward),
-            "products": lambda run=passes: run(varlen_attention._bf16_attention),
-        }
-        kernel, products = side_by_side(alternatives, rounds).values()
-        print(f"{length:>6}{kernel * 50:>12.2f}{products * 50:>13.2f}  {kernel / products:.2f}x")
+        states = [torch.randn(1, heads, length, 64).bfloat16().requires_grad_() for heads in (9, 3, 3)]
+        gradient = torch.randn(1, length, 9, 64).bfloat16()
+        kinds = {"kernel": sdpa_attention_forward, "products": varlen_attention._bf16_attention}
+        alternatives = {name: partial(run, attend, states, gradient) for name, attend in kinds.items()}
+        kernel, products = (1000 * seconds / passes for seconds in side_by_side(alternatives, rounds).values())
+        print(f"{length:>6}{kernel:>12.2f}{products:>13.2f}  {kernel / products:.2f}x")
 
 
 def mini_step(tokens: int, images: int, overrides: list[str]) -> Callable[[], None]:

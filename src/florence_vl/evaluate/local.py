@@ -425,7 +425,14 @@ def load_answerer(
         ValueError: The folder contains no such model, it has no chat template, or it does not support the resolution.
     """
     from florence_vl.model.contract import load_whole
-    from florence_vl.model.loading import ORIGINAL_TYPES, check_folder, choose_device, load_model, saved_type
+    from florence_vl.model.loading import (
+        ORIGINAL_TYPES,
+        check_folder,
+        choose_device,
+        choose_dtype,
+        load_model,
+        saved_type,
+    )
 
     folder, routing = Path(model).expanduser(), None
     kind = saved_type(folder)
@@ -443,7 +450,7 @@ def load_answerer(
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         place = choose_device(device)
-        wanted = dtype if dtype != "auto" else ("float32" if place == "cpu" else "auto")
+        wanted = choose_dtype(dtype, place)
         try:
             loaded = load_whole(AutoModelForImageTextToText, folder, dtype=wanted).to(place).eval()
         except ValueError as error:

@@ -47,6 +47,21 @@ def choose_device(name: str = "auto") -> str:
     return name
 
 
+def choose_dtype(name: str, device: str) -> str:
+    """The data type to load a model in: the named one; for `auto` float32 on the CPU, otherwise the saved one (`auto`).
+
+    Args:
+        name: `auto`, `float32`, `bfloat16` or `float16`.
+        device: Result of `choose_device`.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}. {did_you_mean(name, DTYPES)}")
+    return "float32" if name == "auto" and device == "cpu" else name
+
+
 def check_folder(model: str | os.PathLike[str]) -> Path | str:
     """The folder of a saved Florence-VL (`mini` is the packaged one), or an id on the Hugging Face Hub.
 
@@ -160,15 +175,13 @@ def load_model(
         ValueError: The folder contains no Florence-VL or a damaged one, or the device or dtype is unavailable.
     """
     folder = check_folder(model)
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}. {did_you_mean(dtype, DTYPES)}")
     place = choose_device(device)
+    wanted = choose_dtype(dtype, place)
 
     from florence_vl.model.contract import load_whole
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
     from florence_vl.model.processing import FlorenceVLProcessor
 
-    wanted = dtype if dtype != "auto" else ("float32" if place == "cpu" else "auto")
     with _explain(folder):
         processor = FlorenceVLProcessor.from_pretrained(folder)
         loaded = load_whole(FlorenceVLForConditionalGeneration, folder, dtype=wanted, **options)
