@@ -70,6 +70,18 @@ def test_cached_features_answer_several_questions(parts):
         assert torch.equal(cached, model.generate(**options, pixel_values=pixels()))
 
 
+def test_cached_features_answer_several_questions_with_beams(parts):
+    """transformers repeats image tokens for the beams in place; the caller's own features stay as they are."""
+    model, _ = parts
+    features = model.get_image_features(pixels(2))
+    for beams in (2, 2, 1):
+        ids = torch.cat([prompt(), prompt((30, 31, 32))])
+        options = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "num_beams": beams}
+        cached = model.generate(**options, mm_encoder_outputs={"image": features})
+        assert torch.equal(cached, model.generate(**options, pixel_values=pixels(2)))
+    assert features.pooler_output.shape[0] == 2
+
+
 def test_sampling_is_reproducible_and_beams_return_the_better_sequence(parts):
     model, _ = parts
     ids = prompt()

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from florence_vl.model.loading import check_folder, choose_device, load_model
+from florence_vl.model.resolution import set_resolution
 from florence_vl.model.tiny import tiny_model
 from florence_vl.serve.session import ChatSession, GenerationOptions
 
@@ -187,6 +188,20 @@ def test_a_conversation_beyond_the_context_is_refused_with_both_numbers(session)
     assert "".join(session.stream("word " * 250)) != ""  # the longest answer is what the context leaves
 
 
+def test_another_resolution_takes_effect_in_an_open_session():
+    model, processor = tiny_model()
+    options = GenerationOptions(max_new_tokens=4)
+    session = ChatSession(model, processor, options=options)
+    session.show(picture(size=(300, 200)))
+    for change in ({}, {"image_size": 128}, {"image_size": 96}, {"aspect": "squash"}, {"positions": "absolute"}):
+        set_resolution(model, processor, **change)
+        fresh = ChatSession(model, processor, options=options)
+        fresh.show(picture(size=(300, 200)))
+        assert session.ask("What is shown?") == fresh.ask("What is shown?")
+        assert session.cached_tokens < 6  # what comes before the picture
+        session.reset(keep_images=True)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -194,7 +209,9 @@ def test_a_conversation_beyond_the_context_is_refused_with_both_numbers(session)
         ({"temperature": -1}, "temperature"),
         ({"temperature": 1, "top_p": 0}, "top_p"),
         ({"temperature": 1, "top_k": 0}, "top_k"),
-        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-30}, "repetition_penalty"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty"),
+        ({"logprobs": -1}, "logprobs"),
         ({"stop": ("",)}, "stop text is empty"),
     ],
 )

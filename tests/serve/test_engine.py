@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from florence_vl.model.tiny import tiny_model
+from florence_vl.serve.cache import RowBatch
 from florence_vl.serve.engine import ContextTooLong, Engine, EngineConfig, OutOfMemory, QueueFull
-from florence_vl.serve.sampling import GenerationOptions
+from florence_vl.serve.sampling import GenerationOptions, Sampler
 
 COLORS = ("red", "green", "blue", "gold", "white", "black")
 
@@ -159,6 +160,93 @@ def test_limits_and_failures_leave_the_engine_alive(parts, monkeypatch):
         answer = engine.submit(prompt, GenerationOptions(4))
         answer.result()
         assert answer.ids == reference(parts, chat, [picture("red")], GenerationOptions(4))
+
+
+def submit_together(engine, requests):
+    """Answers to requests that the engine finds in its queue at the same time."""
+    return engine.call(lambda: [engine.submit(*request) for request in requests]).result()
+
+
+def test_a_failing_answer_leaves_those_beside_it(parts, monkeypatch):
+    chats = [[turn("user", text, 1)] for text in ("What is shown?", "Why is it shown?")]
+    options = GenerationOptions(8)
+    real = Sampler.__call__
+
+    def fail(self, logits_X, ids):
+        if self.options.seed is not None and next(left) == 0:
+            raise RuntimeError("no next token")
+        return real(self, logits_X, ids)
+
+    monkeypatch.setattr(Sampler, "__call__", fail)
+    with Engine(*parts) as engine:
+        prompts = [engine.prepare(chat, [picture("red")]) for chat in chats]
+        for at in (0, 3):  # the first token, from the prefill, and a later one
+            left = iter(range(at, -1, -1))
+            asked = [(prompts[0], GenerationOptions(8, seed=1)), (prompts[1], options)]
+            failing, going = submit_together(engine, asked)
+            with pytest.raises(RuntimeError, match="no next token"):
+                failing.result()
+            going.result()
+            assert len(failing.ids) == at
+            assert going.ids == reference(parts, chats[1], [picture("red")], options)
+        assert engine.load == 0
+
+
+def test_extreme_options_leave_the_answer_defined(parts):
+    chat = [turn("user", "What is shown?", 1)]
+    with Engine(*parts) as engine:
+        prompt = engine.prepare(chat, [picture("red")])
+
+        def ids(**settings):
+            answer = engine.submit(prompt, GenerationOptions(6, seed=1, **settings))
+            answer.result()
+            return answer.ids
+
+        assert ids(temperature=1e-40) == ids(temperature=1e-5) == ids()
+        assert ids(temperature=2, repetition_penalty=2) == ids(temperature=2.0, repetition_penalty=2.0)
+        assert ids(logprobs=10**6) == ids()
+        assert len(ids(temperature=1.0, repetition_penalty=0.01)) > 0
+
+
+def test_a_cancelled_call_is_not_made_and_ends_no_answer(parts):
+    made = []
+    with Engine(*parts) as engine:
+        prompt = engine.prepare([turn("user", "What is shown?", 1)], [picture("red")])
+
+        def cancel():
+            waiting = engine.call(lambda: made.append("cancelled"))
+            return waiting.cancel()
+
+        answer = engine.submit(prompt, GenerationOptions(6))
+        assert engine.call(cancel).result()
+        engine.call(lambda: made.append("last")).result()
+        answer.result()
+        assert answer.ids == reference(
+            parts, [turn("user", "What is shown?", 1)], [picture("red")], GenerationOptions(6)
+        )
+    assert made == ["last"]
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_no_memory_for_a_prefix_only_empties_the_caches(parts, monkeypatch, which):
+    """Of two answers, at the end of the prefill and at the end of the answer."""
+    chats = [[turn("user", text, 1)] for text in ("What is shown?", "Why is it shown?")]
+    options = GenerationOptions(5)
+    real, left = RowBatch.segment, iter(range(which, -1, -1))
+
+    def short(*args):
+        if next(left, 1) == 0:
+            raise MemoryError
+        return real(*args)
+
+    monkeypatch.setattr(RowBatch, "segment", short)
+    with Engine(*parts) as engine:
+        prompts = [engine.prepare(chat, [picture(color)]) for chat, color in zip(chats, ("red", "blue"), strict=True)]
+        answers = submit_together(engine, [(prompt, options) for prompt in prompts])
+        for answer, chat, color in zip(answers, chats, ("red", "blue"), strict=True):
+            answer.result()
+            assert answer.ids == reference(parts, chat, [picture(color)], options)
+        assert engine.stats.out_of_memory == 1
 
 
 def alternate(parts, count):

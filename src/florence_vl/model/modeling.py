@@ -7,6 +7,7 @@ H width of the LLM, K supervised positions, X vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -518,6 +519,14 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
+
+    def _expand_inputs_for_generation(
+        self, *args: Any, mm_encoder_outputs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        # transformers writes the repeated tokens into the outputs that it is given, which belong to the caller
+        if mm_encoder_outputs is not None:
+            kwargs["mm_encoder_outputs"] = {name: copy.copy(output) for name, output in mm_encoder_outputs.items()}
+        return super()._expand_inputs_for_generation(*args, **kwargs)
 
     def suppress_image_token(self) -> None:
         """Prevent `generate` from choosing an image placeholder, with any `generation_config`."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from florence_vl.model.processing import pad_questions
 from florence_vl.model.repetition import RepetitionStop
+from florence_vl.model.resolution import resolution_settings
 from florence_vl.serve.answer import Answer, Event
 from florence_vl.serve.cache import ByteLRU, PrefixCache, RowBatch, Segment, common_length
 from florence_vl.serve.prompt import ContextTooLong, PreparedImage, Prompt, PromptBuilder
@@ -143,7 +144,7 @@ class Engine:
         question = model.model.fusion.uses_context
         kept = self.features.__contains__
         route = None if routing is None else self._route
-        self._prompts = PromptBuilder(processor, self.context, question, self.adapters, kept, route)
+        self._prompts = PromptBuilder(processor, self._settings, self.context, question, self.adapters, kept, route)
         self._wake = threading.Condition()
         self._waiting: deque[Answer] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
@@ -153,6 +154,10 @@ class Engine:
         self._thread: threading.Thread | None = None
 
     # ------------------------------------------------------------ callers' threads
+
+    def _settings(self) -> list[Any]:
+        """See `PromptBuilder`: `set_resolution` may change them while the engine exists."""
+        return [self.processor.image_processor.to_dict(), resolution_settings(self.model, self.processor)]
 
     def _route(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
         routing = self.routing
@@ -285,8 +290,10 @@ class Engine:
         """Admit waiting requests, then generate one token for every row."""
         while self._calls:
             function, future = self._calls.popleft()
-            self._use(None)
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
+                self._use(None)
                 future.set_result(function())
             except Exception as error:
                 future.set_exception(error)
@@ -308,7 +315,8 @@ class Engine:
         for answer in [*waiting, *(row for batch in running for row in batch.rows)]:
             answer._end("error", error)
         for _, future in calls:
-            future.set_exception(error)
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
 
     def _drop_cancelled(self) -> None:
         for answer in [answer for answer in self._waiting if answer._cancelled]:
@@ -338,7 +346,12 @@ class Engine:
     def _keep(self, batch: RowBatch, index: int, answer: Answer) -> None:
         start, end = batch.spans[index]
         tokens = [*answer.prompt.tokens, *answer.ids][: end - start]
-        self.prefixes.insert(tokens, lambda a, b: batch.segment(index, a, b), answer.prompt.adapter)
+        try:
+            self.prefixes.insert(tokens, lambda a, b: batch.segment(index, a, b), answer.prompt.adapter)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._forget_caches()  # which no answer needs
 
     def _use(self, adapter: str | None) -> None:
         if not self.adapters or (adapter == self._adapter and adapter is not None):
@@ -356,7 +369,6 @@ class Engine:
         fresh: list[tuple[RowBatch, int, Answer]] = []
         while self._waiting and self.running + len(fresh) < self.config.max_batch:
             group = self._choose(self.config.max_batch - self.running - len(fresh))
-            self._use(group[0][0].prompt.adapter)
             fresh += self._prefill_or_fail(group)
         for adapter in {answer.prompt.adapter for _, _, answer in fresh}:
             rows = [(batch, row, answer) for batch, row, answer in fresh if answer.prompt.adapter == adapter]
@@ -365,11 +377,10 @@ class Engine:
             try:
                 batch = RowBatch.gather([*sources, *((batch, row) for batch, row, _ in rows)])
             except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                self._forget_caches()
+                if is_out_of_memory(error):
+                    self._forget_caches()
                 for _, _, answer in rows:
-                    self._finish(answer, "error", OutOfMemory("no memory for this request: try again later"))
+                    self._finish(answer, "error", _failure(error))
                 continue
             kept = running.rows if running else []
             self._running[adapter] = _Running(batch, [*kept, *(answer for _, _, answer in rows)])
@@ -408,9 +419,8 @@ class Engine:
             return self._prefill(answers)
         except Exception as error:
             if not is_out_of_memory(error):
-                logger.exception("a prefill failed")
                 for answer in answers:
-                    self._finish(answer, "error", error)
+                    self._finish(answer, "error", _failure(error))
                 return []
         self._forget_caches()
         done: list[tuple[RowBatch, int, Answer]] = []
@@ -418,11 +428,11 @@ class Engine:
             try:
                 done += self._prefill([answer])
             except Exception as error:
-                failure = OutOfMemory("no memory for this request: try again later, or with fewer images")
-                self._finish(answer, "error", failure if is_out_of_memory(error) else error)
+                self._finish(answer, "error", _failure(error))
         return done
 
     def _prefill(self, answers: list[Answer]) -> list[tuple[RowBatch, int, Answer]]:
+        self._use(answers[0].prompt.adapter)
         matches = [self._match(answer) for answer in answers]
         known = [length for length, _ in matches]
         features = self._encode(answers, known)
@@ -464,8 +474,8 @@ class Engine:
             self.stats.prompt_tokens += len(answer.prompt.ids)
             self.stats.cached_tokens += known[row]
             self._keep(batch, row, answer)
-            if reason := self._advance(answer, logits_BX[row]):
-                self._finish(answer, reason)
+            if end := self._advance(answer, logits_BX[row]):
+                self._finish(answer, *end)
             else:
                 going.append((batch, row, answer))
         return going
@@ -522,22 +532,22 @@ class Engine:
             except Exception as error:
                 running.batch.rewind(length)
                 if not is_out_of_memory(error):
-                    logger.exception("a step failed")
+                    failure = _failure(error)
                     for index in reversed(range(len(running.rows))):
-                        self._remove(running, index, "error", error)
+                        self._remove(running, index, "error", failure)
                     return
                 if self.prefixes.bytes or self.features.bytes:
                     self._forget_caches()
                 else:  # the youngest row is removed
                     self.stats.out_of_memory += 1
-                    self._remove(running, len(running.rows) - 1, "error", OutOfMemory("no memory for this request"))
+                    self._remove(running, len(running.rows) - 1, "error", _failure(error))
         else:
             return
         running.batch.spans = [(start, length + 1) for start, _ in running.batch.spans]
-        reasons = [self._advance(answer, logits_X) for answer, logits_X in zip(running.rows, logits_BX, strict=True)]
-        for index in reversed(range(len(reasons))):
-            if reason := reasons[index]:
-                self._remove(running, index, reason)
+        ends = [self._advance(answer, logits_X) for answer, logits_X in zip(running.rows, logits_BX, strict=True)]
+        for index in reversed(range(len(ends))):
+            if end := ends[index]:
+                self._remove(running, index, *end)
 
     def _forward_one(self, running: _Running) -> Tensor:
         batch, device = running.batch, self.model.device
@@ -553,8 +563,15 @@ class Engine:
         )
         return output.logits[:, -1].float()
 
-    def _advance(self, answer: Answer, logits_X: Tensor) -> str | None:
-        """Choose the next token of a row and send it to its caller; returns why the answer ends, if it does."""
+    def _advance(self, answer: Answer, logits_X: Tensor) -> tuple[str, Exception | None] | None:
+        """Choose the next token of a row and send it to its caller; why the answer ends, and the error, if it does."""
+        try:
+            reason = self._choose_token(answer, logits_X)
+        except Exception as error:  # ends this answer only; those beside it go on
+            return "error", _failure(error)
+        return None if reason is None else (reason, None)
+
+    def _choose_token(self, answer: Answer, logits_X: Tensor) -> str | None:
         sampler = answer._sampler
         assert sampler is not None
         token, logprob = sampler(logits_X, [*answer.prompt.ids, *answer.ids] if sampler.reads_ids else ())
@@ -577,6 +594,14 @@ class Engine:
         self.features.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _failure(error: Exception) -> Exception:
+    """What the caller of a failed answer is told; errors other than too little memory are logged."""
+    if is_out_of_memory(error):
+        return OutOfMemory("no memory for this request: try again later, or with fewer images")
+    logger.error("an answer failed", exc_info=error)
+    return error
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -31,8 +31,8 @@ class PreparedImage:
     cached.
 
     Attributes:
-        key: Hash of the decoded pixels, the processor's settings, the adapter, the view, and the question where the
-            fusion uses it: equal keys have equal features.
+        key: Hash of the decoded pixels, the settings of processor and tower, the adapter, the view, and the question
+            where the fusion uses it: equal keys have equal features.
         view: Chosen by the router; None is the processor's own.
         start: First position in the prompt.
         end: One past the last.
@@ -73,6 +73,7 @@ class PromptBuilder:
 
     Args:
         processor: The model's processor.
+        settings: What decides about an image's features beside its pixels, as JSON values; it may change.
         context: Context length of the LLM in tokens.
         uses_question: Whether the model's fusion depends on the question.
         adapters: Names of the LoRA adapters.
@@ -83,18 +84,17 @@ class PromptBuilder:
     def __init__(
         self,
         processor: FlorenceVLProcessor,
+        settings: Callable[[], Any],
         context: int,
         uses_question: bool,
         adapters: Sequence[str],
         is_kept: Callable[[bytes], bool],
         route: Route | None = None,
     ) -> None:
-        self.processor, self.context, self.uses_question = processor, context, uses_question
+        self.processor, self.settings = processor, settings
+        self.context, self.uses_question = context, uses_question
         self.adapters, self.is_kept, self.route = adapters, is_kept, route
         self._views: OrderedDict[bytes, str] = OrderedDict()
-        self._settings = hashlib.sha256(
-            json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str).encode()
-        ).digest()
 
     def __call__(
         self, messages: Sequence[Mapping[str, Any]], images: Sequence[Image.Image], adapter: str | None
@@ -112,7 +112,8 @@ class PromptBuilder:
         questions: list[list[int] | None] = [None] * len(images)
         if images and self.uses_question:
             questions = [*processor.question_rows([messages])]
-        digests = [self._digest(image) for image in images]
+        settings = json.dumps(self.settings(), sort_keys=True, default=str).encode() if images else b""
+        digests = [_digest(image, settings) for image in images]
         views: Sequence[str | None] = [None] * len(images)
         if self.route is not None:
             views = self._choose_views(self.route, images, digests, processor.question_texts([messages]))
@@ -155,14 +156,15 @@ class PromptBuilder:
             self._views = OrderedDict([*self._views.items(), *fresh.items()][-_MAX_VIEWS:])  # other threads read it
         return [known[key] for key in keys]
 
-    def _digest(self, image: Image.Image) -> bytes:
-        """Hash of the decoded pixels and the processor's settings."""
-        head = f"{image.mode} {image.width}x{image.height} "
-        return hashlib.sha256(self._settings + head.encode() + image.tobytes()).digest()
-
     def process(self, image: PreparedImage) -> Mapping[str, Tensor]:
         """What the tower takes for a picture."""
         return self.processor.image_processor([image.picture], view=image.view, return_tensors="pt")
+
+
+def _digest(image: Image.Image, settings: bytes) -> bytes:
+    """Hash of the decoded pixels and of the settings with which they are encoded."""
+    head = f"{image.mode} {image.width}x{image.height} "
+    return hashlib.sha256(settings + head.encode() + image.tobytes()).digest()
 
 
 def _key(digest: bytes, *settings: object) -> bytes:

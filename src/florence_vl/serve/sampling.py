@@ -20,6 +20,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+_LEAST_TEMPERATURE = 1e-5  # logits divided by less overflow
+
 
 @dataclass(frozen=True)
 class GenerationOptions:
@@ -27,10 +29,11 @@ class GenerationOptions:
 
     Attributes:
         max_new_tokens: Maximum number of tokens; None for the rest of the context.
-        temperature: 0 is greedy, regardless of `top_p`, `top_k` and `seed`; above 0 samples.
+        temperature: 0 is greedy, regardless of `top_p`, `top_k` and `seed`; above 0 samples. Below 1e-5, where only the
+            most likely token has a probability, is greedy too.
         top_p: Sample from the most likely tokens with this cumulative probability; None for all.
         top_k: Sample from this number of most likely tokens; None for all.
-        repetition_penalty: Above 1 makes repeated tokens less likely (arXiv 1909.05858).
+        repetition_penalty: Above 1 makes repeated tokens less likely (arXiv 1909.05858); 0.01 to 100.
         seed: Makes sampling reproducible, regardless of concurrent requests; None draws one.
         stop: Texts that end the answer; the answer does not contain them.
         logprobs: Report each token's log-probability, and those of this number of most likely tokens; None disables it.
@@ -61,8 +64,10 @@ class GenerationOptions:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}; it must be at least 1")
-        if self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be 0.01 to 100")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise ValueError(f"logprobs is {self.logprobs}; it must be 0 or more")
         if any(not text for text in self.stop):
             raise ValueError("a stop text is empty")
 
@@ -130,14 +135,14 @@ class Sampler:
         self.reads_ids = options.repetition_penalty != 1.0
         self._processors = LogitsProcessorList()
         if self.reads_ids:
-            self._processors.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
+            self._processors.append(RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty)))
         # Not transformers' processor, which would search the whole vocabulary for these ids at every token.
         self._suppressed = torch.tensor(list(suppressed), dtype=torch.long, device=device)
         self._warpers = LogitsProcessorList()
         self._generator: torch.Generator | None = None
-        if options.temperature > 0:
+        if options.temperature >= _LEAST_TEMPERATURE:
             if options.temperature != 1.0:
-                self._warpers.append(TemperatureLogitsWarper(options.temperature))
+                self._warpers.append(TemperatureLogitsWarper(float(options.temperature)))
             if options.top_k is not None:
                 self._warpers.append(TopKLogitsWarper(options.top_k))
             if options.top_p is not None and options.top_p < 1.0:
@@ -173,7 +178,7 @@ class Sampler:
         if self.options.logprobs is None:
             return token, None
         logprobs_X = logits_X.log_softmax(-1)
-        top = logprobs_X.topk(self.options.logprobs)
+        top = logprobs_X.topk(min(self.options.logprobs, len(logprobs_X)))
         pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
         return token, TokenLogprob(token, float(logprobs_X[token]), pairs)
 
