@@ -409,6 +409,12 @@ def test_parquet_captions_filters_and_templates(tmp_path):
     assert reader[0].text("user") == "What?"
     assert open_image(reader[1].images[0]).getpixel((0, 0)) == (4, 4, 4)
     assert pickle.loads(pickle.dumps(reader))[1].id == "u4"
+    # as a recipe writes them
+    written = [{"column": "status", "test": "==", "value": "success"}, {"column": "vlm_caption", "test": "filled"}]
+    plain = open_reader(path, filters=written, **{**options, "strip_prefixes": "This image displays"})
+    assert [plain[i].text("assistant") for i in range(len(plain))] == ["A dog.", "Two cats.", "Plain"]
+    with pytest.raises(ValueError, match=r"keys column, test and value, found \{'colum': 'status'"):
+        open_reader(path, filters=[{"colum": "status", "test": "=="}], **options)
     with pytest.raises(BadRecord, match="no caption in 'vlm_caption'"):
         open_reader(path, **options)[3]
     with pytest.raises(ValueError, match=r"no column 'vlm_captions'.*'vlm_caption'"):

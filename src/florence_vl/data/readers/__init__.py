@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def open_reader(path: str | Path, reader: str | None = None, **options: Any) -> 
     Args:
         path: File, folder, glob or fsspec URL.
         reader: Name in `READERS`; None detects it.
-        options: Arguments of that reader, e.g. `image_root`.
+        options: Arguments of that reader, e.g. `image_root`. Filters may be mappings, as in a recipe.
 
     Raises:
         FileNotFoundError: The path does not exist.
@@ -94,7 +95,20 @@ def open_reader(path: str | Path, reader: str | None = None, **options: Any) -> 
         if option not in known:
             name = reader or guess_reader(path)
             raise ValueError(f"reader {name!r} has no option {option!r}. {did_you_mean(option, known)}")
+    if "filters" in options:
+        options["filters"] = [_as_filter(value) for value in options["filters"]]
+    if isinstance(prefix := options.get("strip_prefixes"), str):
+        options["strip_prefixes"] = [prefix]
     return kind(path, **options)
+
+
+def _as_filter(value: Any) -> Filter:
+    """A filter, perhaps as a recipe writes it."""
+    if isinstance(value, Filter):
+        return value
+    if not isinstance(value, Mapping) or not {"column", "test"} <= set(value) <= {"column", "test", "value"}:
+        raise ValueError(f"a filter has the keys column, test and value, found {value!r}")
+    return Filter(**value)
 
 
 __all__ = [
