@@ -26,6 +26,7 @@ from florence_vl.train.parallel import (
     part_blocks,
     resolve_strategy,
 )
+from florence_vl.train.setup import refuse_early
 from florence_vl.train.step import count_pixels, tower_calls
 from florence_vl.train.world import World
 
@@ -60,6 +61,15 @@ TILED: dict[str, Any] = {
     "options": {"tiles": {"max": 4, "global": True, "size": 64}},
     "micro_batch_size": 1,
     "parts": {"tower": {"train": False}, "projector": {"lr": 0.03}},
+}
+
+
+# A whole backbone trains, of which the last block has no gradient: the feature is from the one before.
+BACKBONE: dict[str, Any] = {
+    "tiny_data": True,
+    "options": {"tower": "backbone"},
+    "micro_batch_size": 1,
+    "parts": {},
 }
 
 
@@ -128,6 +138,7 @@ def two(tiny_run: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     case("ddp-tiles", parallel={"strategy": "ddp"}, **TILED, data=tiled_data(folder))
     case("fsdp-tiles", parallel={"strategy": "fsdp"}, **TILED, data=tiled_data(folder), checkpoint=exported)
+    case("ddp-backbone", parallel={"strategy": "ddp"}, **BACKBONE, data=tiled_data(folder))
     torchrun(str(tiny_run.__file__), cases)
     return folder
 
@@ -192,6 +203,11 @@ def test_images_with_and_without_tiles_train_alike_on_one_and_two_processes(
         assert tiny_run.losses(two / name) == pytest.approx(one, abs=2e-5), name
     trained = load_file(two / "fsdp-tiles" / "model" / "model.safetensors")["model.row_end.vector"]
     assert not torch.allclose(trained, tiny_model(**TILED["options"])[0].model.row_end.vector, atol=1e-3)
+
+
+def test_a_backbone_trains_although_its_last_block_is_not_used(tiny_run: ModuleType, two: Path, tmp_path: Path) -> None:
+    one = tiny_run.run(tmp_path / "one", **BASE | BACKBONE | {"data": tiled_data(tmp_path)})
+    assert tiny_run.losses(two / "ddp-backbone") == pytest.approx(one, abs=2e-5)
 
 
 def test_everything_trains_sharded_with_activation_checkpointing_and_in_bf16(tiny_run: ModuleType, two: Path) -> None:
@@ -280,6 +296,8 @@ def test_impossible_strategies_are_refused() -> None:
         resolve_strategy(ParallelConfig(strategy="none"), several)
     with pytest.raises(ValueError, match="torchrun"):
         resolve_strategy(ParallelConfig(strategy="ddp"), alone)
+    with pytest.raises(ValueError, match=r"`batch_size` 12 makes 6 micro-batches .* 4 processes cannot share them"):
+        refuse_early(load_recipe({"steps": 1, "batch_size": 12, "micro_batch_size": 2}), several)
 
 
 def test_an_unknown_compiler_is_refused(tiny_run: ModuleType) -> None:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from florence_vl.data.layout import FULL_PREFIX
+from florence_vl.model.towers import BackboneTower
 from florence_vl.registry import did_you_mean
 from florence_vl.train.config import ActivationCheckpointingConfig, CompileConfig, ParallelConfig, Precision, Recipe
 from florence_vl.train.first_rank import FirstRankWeights
@@ -339,6 +340,8 @@ def parallelize(
                 module,
                 device_ids=[world.device] if world.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
+                # A backbone's layers behind its last feature have no gradient.
+                find_unused_parameters=recipe.parts.tower.train and isinstance(model.model.vision_tower, BackboneTower),
             )
     return Parallelized(module, model, strategy, float(world.size))
 

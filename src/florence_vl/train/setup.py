@@ -211,12 +211,12 @@ def prepare_run(
     if checkpoint is not None:
         state, data_state = _restore(recipe, checkpoints.load(checkpoint), digests)
         checkpoints.last_saved_step = state.step
-    # Written only now, so that a failed resume does not change the description of the run.
-    world.decide(lambda: describe_run(recipe, model, processor))
     evaluation = None
     if recipe.evaluate is not None:
         evaluation = RunEvaluation(recipe, processor, world, suite)
     stream = batches(state.step, world.rank, world.size, data_state)
+    # Written only now, so that a failed resume does not change the description of the run.
+    world.decide(lambda: describe_run(recipe, model, processor))
     return Run(
         recipe,
         world,
@@ -256,9 +256,16 @@ def refuse_early(recipe: Recipe, world: World, batches: BatchFactory | None = No
     """Raise errors that can be detected before a model is loaded.
 
     Raises:
-        ValueError: The strategy does not fit the processes, a package is missing, or the attention cannot train here.
+        ValueError: The strategy or the batch does not fit the processes, a package is missing, or the attention cannot
+            train here.
     """
     resolve_strategy(recipe.parallel, world)
+    per_step = recipe.batch_size // recipe.micro_batch_size
+    if batches is None and per_step % world.size:
+        raise ValueError(
+            f"`batch_size` {recipe.batch_size} makes {per_step} micro-batches of `micro_batch_size` "
+            f"{recipe.micro_batch_size}; {world.size} processes cannot share them evenly"
+        )
     if recipe.data.stream is not None and batches is None:
         from florence_vl.train.data import require_energon
 
