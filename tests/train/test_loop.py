@@ -16,6 +16,7 @@ import yaml
 from florence_vl.train import TrainingError, train
 from florence_vl.train.checkpoint import latest_checkpoint, list_checkpoints
 from florence_vl.train.export import export_run
+from florence_vl.train.loop import TrainResult
 from florence_vl.train.metrics import MetricsFile, read_metrics
 
 CUTS = {
@@ -147,15 +148,22 @@ def test_signals_save_and_leave_and_the_run_goes_on_exactly(tiny_run: ModuleType
 
 
 def test_a_time_budget_ends_run_and_schedule(tiny_run: ModuleType, tmp_path: Path) -> None:
-    result = train(
-        tiny_run.recipe(tmp_path, steps=100_000, max_minutes=0.02, checkpoint={"export": False}),
-        model=tiny_run.tiny(),
-        batches=lambda step, rank, size, state: tiny_run.SyntheticBatches(step, rank, size),
-    )
+    def run(resume: str) -> TrainResult:
+        return train(
+            tiny_run.recipe(tmp_path, steps=100_000, max_minutes=0.02, checkpoint={"export": False}),
+            model=tiny_run.tiny(),
+            batches=lambda step, rank, size, state: tiny_run.SyntheticBatches(step, rank, size),
+            resume=resume,
+        )
+
+    result = run("never")
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert result.finished
     assert 3 < len(rows) < 10_000
     assert rows[-1]["lr/llm"] < 0.2 * max(row["lr/llm"] for row in rows)
+    again = run("auto")  # a finished run trains no further step
+    assert again.finished
+    assert again.steps == result.steps == len(read_metrics(tmp_path / "metrics.jsonl"))
 
 
 def test_metrics_of_lost_steps_are_dropped_on_resume(tmp_path: Path) -> None:

@@ -40,6 +40,8 @@ def test_values_reach_the_typed_recipe() -> None:
         ({"steps": 1, "parts": {k: {"train": False} for k in ("tower", "projector", "llm")}}, "every part is frozen"),
         ({"steps": 1, "parts": {"llm": {"last_layers": 1, "lora": {}}}}, "only one of `parts.llm.last_layers`"),
         ({"steps": 1, "parts": {"llm": {"train": False, "lora": {}}}}, "`parts.llm.train` is false but"),
+        ({"steps": 1, "logging": {"profile_steps": [0, 3]}}, "`logging.profile_steps` [0, 3] must be a first and"),
+        ({"steps": 1, "logging": {"profile_steps": [5, 3]}}, "counted from 1"),
         ({"steps": 1, "output": "runs/{nam}"}, "may contain only the field {name}"),
         (
             {"steps": 1, "data": {"max_length": 9000, "packing": {"mode": "packed", "tokens_per_row": 4096}}},

@@ -93,7 +93,7 @@ def test_held_out_loss_is_a_mean_over_supervised_tokens(data: Path, tmp_path: Pa
     model, processor = tiny_model()
     held_out = {"every_steps": 2, "samples": 5, "sources": [{"path": str(data / "data.json")}]}
     values = recipe(data, tmp_path, packed=False, evaluate=held_out, steps=3)
-    values["logging"] |= {"profile_steps": [2, 3]}
+    values["logging"] |= {"profile_steps": [2, 9]}  # the run ends before
     train(values, model=model, processor=processor)
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert ["eval/loss" in row for row in rows] == [False, True, True]
@@ -113,6 +113,19 @@ def test_held_out_loss_is_a_mean_over_supervised_tokens(data: Path, tmp_path: Pa
         losses, tokens = losses + float(one.loss) * count, tokens + count
     assert mean == pytest.approx(losses / tokens, rel=1e-4)
     assert (tmp_path / "profile" / "rank-0.json").stat().st_size > 1000
+    lost = json.loads((data / "data.json").read_text())[-1:]
+    (data / "lost.json").write_text(json.dumps(lost))
+    loaded.evaluate.sources[0].path = str(data / "lost.json")
+    with pytest.raises(ValueError, match=r"none of the first 1 records can be used; the last: .*missing\.png"):
+        HeldOut(loaded, loaded.evaluate, processor, world)
+
+
+def test_other_rows_than_those_of_the_checkpoint_leave_the_description_of_the_run(data: Path, tmp_path: Path) -> None:
+    train({**recipe(data, tmp_path / "run", packed=True), "steps": 1}, *tiny_model())
+    described = (tmp_path / "run" / "recipe.yaml").read_text()
+    with pytest.raises(ValueError, match=r"packing.mode was packed at the checkpoint and is padded now"):
+        train(recipe(data, tmp_path / "run", packed=False), *tiny_model(), resume="auto")
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == described
 
 
 def test_sources_are_limited_and_named(data: Path) -> None:
@@ -135,7 +148,8 @@ def test_a_recipe_without_data_or_model_says_what_to_set(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("merge", [1, 2])
 def test_warm_up_places_the_projector_once(data: Path, tmp_path: Path, merge: int) -> None:
-    warm = {"warm_up": {"pairs": 6, "steps": 30, "batch_size": 6, "lr": 3e-3}, "parts": {"projector": {"lr": 0.0}}}
+    # nine records name an image, one of which is missing
+    warm = {"warm_up": {"pairs": 9, "steps": 30, "batch_size": 6, "lr": 3e-3}, "parts": {"projector": {"lr": 0.0}}}
     model, processor = tiny_model(merge=merge)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     settings = recipe(data, tmp_path / "run", packed=False, **warm)
@@ -154,6 +168,12 @@ def test_warm_up_places_the_projector_once(data: Path, tmp_path: Path, merge: in
 
 
 def test_warm_up_without_captions_is_refused(data: Path, tmp_path: Path) -> None:
+    lost = recipe(data, tmp_path / "lost", packed=False, warm_up={"pairs": 4})
+    records = json.loads((data / "data.json").read_text())
+    (tmp_path / "lost.json").write_text(json.dumps([{**record, "image": "missing.png"} for record in records[1:3]]))
+    lost["data"] = {**lost["data"], "sources": [{"path": str(tmp_path / "lost.json")}]}
+    with pytest.raises(ValueError, match="0 of 2 images can be opened"):
+        train(lost, *tiny_model())
     (tmp_path / "text.json").write_text(
         json.dumps(
             [{"id": "a", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}]

@@ -387,7 +387,7 @@ class LoggingConfig:
         project: Name of the project in trackio and wandb.
         progress: `rich` bar, `plain` lines, `none`; `auto` is `rich` on a terminal.
         peak_tflops: Peak of one device at the run's precision, for MFU; None uses a table of known devices.
-        profile_steps: First and last step that torch.profiler records into RUN/profile.
+        profile_steps: First and last step that torch.profiler records into RUN/profile, counted from 1.
     """
 
     __pydantic_config__ = STRICT
@@ -567,6 +567,11 @@ class Recipe:
                 problems.append("`warm_up.pairs: 0` needs `warm_up.regions`")
             if self.data.stream is not None:
                 problems.append("`warm_up` needs the pairs of `data.sources`: a stream has none")
+        first, last = self.logging.profile_steps or (1, 1)
+        if not 1 <= first <= last:
+            problems.append(
+                f"`logging.profile_steps` [{first}, {last}] must be a first and a last step, counted from 1"
+            )
         if self.data.template_options and self.data.template is None:
             problems.append("`data.template_options` needs `data.template`")
         if self.model.path is not None and self.model.build is not None:

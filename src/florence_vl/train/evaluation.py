@@ -36,6 +36,9 @@ class HeldOut:
         config: The held-out sources.
         processor: The model's processor, with the recipe's chat template.
         world: The processes; each evaluates its share.
+
+    Raises:
+        ValueError: No record can be used.
     """
 
     def __init__(self, recipe: Recipe, config: EvaluateConfig, processor: Any, world: World) -> None:
@@ -46,6 +49,18 @@ class HeldOut:
         self.collate = PaddedCollator(processor.tokenizer.pad_token_id)
         self.size = recipe.micro_batch_size
         self.varies = processor.image_processor.varies  # images differ in size
+        self.total = min(config.samples, len(self.mixture))
+        world.decide(self._check_usable)
+
+    def _check_usable(self) -> None:
+        for position in range(self.total):
+            try:
+                self.encoder(self.mixture[position])
+            except BadRecord as error:
+                reason = error
+            else:
+                return
+        raise ValueError(f"evaluate.sources: none of the first {self.total} records can be used; the last: {reason}")
 
     def _batch(self, positions: range) -> dict[str, torch.Tensor]:
         """The good records at these positions; if there are none, a batch with zero weight.
@@ -66,19 +81,18 @@ class HeldOut:
     @torch.no_grad()
     def loss(self, module: nn.Module) -> float:
         """Mean loss per supervised token, in eval mode."""
-        total = min(self.config.samples, len(self.mixture))
         per_round = self.size * self.world.size
         loss, count = 0.0, 0.0
         with eval_mode(module):
-            for first in range(0, total, per_round):
-                start = min(total, first + self.world.rank * self.size)
-                batch = self._batch(range(start, min(total, start + self.size)))
+            for first in range(0, self.total, per_round):
+                start = min(self.total, first + self.world.rank * self.size)
+                batch = self._batch(range(start, min(self.total, start + self.size)))
                 own = tower_calls(batch)
                 calls = self.world.gather([float(n) for n in own]).max(0).values.tolist() if self.varies else own
                 loss += module(to_device(batch, self.world.device), 1, tuple(map(int, calls))).item()
                 count += count_supervised(batch)
         sums = self.world.gather([loss, count]).sum(0)
-        return float(sums[0] / sums[1].clamp(min=1))
+        return float(sums[0] / sums[1])
 
 
 # (model, processor) -> scores by name, as `eval/<benchmark>`

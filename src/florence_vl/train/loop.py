@@ -171,8 +171,9 @@ class Trainer:
         self.profiler = StepProfiler(run.recipe.logging.profile_steps, trace)
         self.signals = StopSignals()
         self.stop_requested: str | None = None
-        self.time_fraction = 0.0  # of the time budget, as the main process sees it; the same on every process
         self._began, self._minutes_before = time.monotonic(), run.state.minutes
+        # Of the time budget, as the main process sees it; the same on every process.
+        self.time_fraction = run.state.minutes / self.recipe.max_minutes if self.recipe.max_minutes else 0.0
 
     @property
     def step(self) -> int:
@@ -191,6 +192,7 @@ class Trainer:
                 while not self._is_done() and self.stop_requested is None:
                     self.train_step()
                 finished = self._is_done()
+                self.profiler.close()
                 if self.stop_requested:
                     self.reporter.message(f"{self.stop_requested}: saving step {self.step} and stopping")
                 if self.world.decide(lambda: self.checkpoints.last_saved_step != self.step):

@@ -195,6 +195,8 @@ def seed_everything(seed: int) -> None:
 class StepProfiler:
     """Records steps `first` to `last` with torch.profiler and writes a trace for chrome://tracing or Perfetto.
 
+    A session records those of these steps that it runs.
+
     Args:
         steps: First and last step, counted from 1; None records nothing.
         path: The trace, .json.
@@ -207,13 +209,18 @@ class StepProfiler:
 
     def before(self, step: int) -> None:
         """Called when a step begins."""
-        if step == self.first:
+        if self._profiler is None and self.first <= step <= self.last:
             self._profiler = torch.profiler.profile(record_shapes=True, profile_memory=True)
             self._profiler.start()
 
     def after(self, step: int) -> None:
         """Called when a step is done."""
-        if self._profiler is not None and step == self.last:
+        if step == self.last:
+            self.close()
+
+    def close(self) -> None:
+        """Write what was recorded, also if the run ends before the last step."""
+        if self._profiler is not None:
             self._profiler.stop()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._profiler.export_chrome_trace(str(self.path))

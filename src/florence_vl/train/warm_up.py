@@ -16,7 +16,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -292,8 +292,8 @@ def warm_up_for(
         One row per step, as in `warm_up`.
 
     Raises:
-        ValueError: Fewer than two records have an image and a caption, or an image and regions, or the images' tokens
-            do not form a grid.
+        ValueError: Fewer than two records have an image and a caption, or an image and regions, fewer than two images
+            can be opened, or the images' tokens do not form a grid.
     """
     from florence_vl.train.data import build_mixture
 
@@ -320,6 +320,7 @@ def warm_up_for(
     visitors = [model.model.vision_tower, model.model.fusion, model.model.multi_modal_projector]
     visitors.append(model.get_input_embeddings())
     home = next(visitors[0].parameters()).device
+    opened: list[int] = []
     sizes: list[tuple[int, int]] = []
 
     def count(done: int) -> None:
@@ -330,7 +331,11 @@ def warm_up_for(
         try:
             for module in visitors:
                 module.to(device)
-            features = tower_features(model, processor, _opened(images, sizes), progress=count)
+            features = tower_features(model, processor, _opened(images, opened, sizes), progress=count)
+            if len(opened) < 2:
+                raise ValueError(f"warm_up: {len(opened)} of {len(images)} images can be opened; 2 needed")
+            places = {number: place for place, number in enumerate(opened)}
+            phrases = [replace(one, image=places[one.image]) for one in phrases if one.image in places]
             side = processor.image_processor.size
             features = model.model.merge_features(features, (side["height"], side["width"]))
             targets = text_vectors(model, [phrase.tokens for phrase in phrases])
@@ -365,9 +370,14 @@ def _pairs(records: Mixture) -> Iterator[tuple[ImageSource, str]]:
             yield found
 
 
-def _opened(sources: Iterable[ImageSource], sizes: list[tuple[int, int]]) -> Iterator[Image.Image]:
-    for source in sources:
-        image = open_image(source)
+def _opened(sources: Iterable[ImageSource], numbers: list[int], sizes: list[tuple[int, int]]) -> Iterator[Image.Image]:
+    """The images that can be opened; adds their numbers, and their widths and heights."""
+    for number, source in enumerate(sources):
+        try:
+            image = open_image(source)
+        except (OSError, ValueError):
+            continue  # counted during training
+        numbers.append(number)
         sizes.append(image.size)
         yield image
 
