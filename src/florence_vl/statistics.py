@@ -171,6 +171,8 @@ class PairedComparison:
     """Comparison of two runs on the questions that both answered.
 
     Attributes:
+        first: Score of the first run on the common questions.
+        second: Score of the second.
         difference: Score of the second minus the first.
         interval: 95 % interval of the difference, both runs resampled with the same units.
         p_value: Two-sided: twice the fraction of resampled differences with the opposite sign.
@@ -181,6 +183,8 @@ class PairedComparison:
         questions: Number of common questions.
     """
 
+    first: float
+    second: float
     difference: float
     interval: tuple[float, float]
     p_value: float
@@ -231,12 +235,15 @@ def compare(
         half = {name: (count, np.split(values, 2, axis=1)[side]) for name, (count, values) in means.items()}
         halves.append(_scores(half, combine, draws)[key])
     drawn = halves[1] - halves[0]
-    difference = float(combine(second.means())[key] - combine(first.means())[key])
+    before, after = (float(combine(units.means())[key]) for units in (first, second))
+    difference = after - before
     other = min(float(np.mean(drawn <= 0)), float(np.mean(drawn >= 0)))
     low, high = np.percentile(drawn, (2.5, 97.5))
     won = sum(b > a for a, b in scores)
     lost = sum(b < a for a, b in scores)
     return PairedComparison(
+        first=before,
+        second=after,
         difference=difference,
         interval=(min(float(low), difference), max(float(high), difference)),
         p_value=min(1.0, 2 * max(other, 1 / (draws + 1))) if won or lost else 1.0,

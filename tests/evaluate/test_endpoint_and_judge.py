@@ -26,7 +26,7 @@ from florence_vl.evaluate.judge import Judge, fill
 from florence_vl.evaluate.metrics import Verdict
 from florence_vl.evaluate.question import IMAGE, BytesPicture, Question
 from florence_vl.evaluate.runner import judge_answers, open_results, plan, run
-from florence_vl.evaluate.scoring import score_folder
+from florence_vl.evaluate.scoring import compare_runs, score_folder
 from florence_vl.evaluate.store import ResultsFolder
 from florence_vl.evaluate.suites import choose
 
@@ -322,14 +322,20 @@ def test_judged_benchmarks_from_end_to_end(
     asked = Judge(client(server, retries=0))
     folder.write_description(folder.description | {"judge": asked.identity})
     metrics = {name: b.metric for name, b in made.benchmarks.items()}
-    judge_answers(asked, folder, metrics)
+    judged = judge_answers(asked, folder, metrics)
+    assert sum(line["verdict"] is None for line in judged.values()) == 3
     after = score_folder(folder.path, draws=10)
     assert after.benchmarks["mmvet"].scores["score"] == pytest.approx(30)
     assert after.benchmarks["llava_in_the_wild"].scores["all"] == pytest.approx(50)
     hallusion = after.benchmarks["hallusion_bench_image"]
     assert (hallusion.scores["aAcc"], hallusion.scores["without_judge/aAcc"]) == (100, 0)
     assert hallusion.judged_by == "judge-1"
-    assert after.benchmarks["mathvista_testmini"].scores["accuracy"] == 0  # its judge failed: the parsed answer counts
+    mathvista = after.benchmarks["mathvista_testmini"]
+    assert mathvista.scores["accuracy"] == 0  # its judge failed: the parsed answer counts
+    assert (mathvista.unjudged, mathvista.complete) == (3, False)
+    assert mathvista.note.startswith("incomplete: 3 answers not judged")
+    with pytest.raises(ValueError, match="'hallusion_bench_image' was scored by two judges: none in .*, judge-1 in "):
+        compare_runs(before, after)
     asked_before = len(server.seen)
     judge_answers(asked, folder, metrics)
     assert len(server.seen) == asked_before + 3  # only the three that failed

@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from florence_vl.cli.evaluate import app
+from florence_vl.cli.evaluate import _run_processes, app
 from florence_vl.evaluate.report import as_json, as_markdown, failures, write_reports
 from florence_vl.evaluate.runner import EvaluationPlan, open_results, plan
 from florence_vl.evaluate.scoring import compare_runs, score_folder
@@ -125,6 +125,48 @@ def test_comparing_runs(good_run: Path, made: EvaluationPlan, tmp_path: Path, be
     result = CliRunner().invoke(app, ["compare", str(worse), str(good_run), "--json", str(tmp_path / "c.json")])
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "c.json").read_text())["pope"]["difference"] == pytest.approx(100)
+
+
+def test_comparing_a_sample_is_about_its_questions(benchmark_folder: Path, tmp_path: Path) -> None:
+    made = [plan(choose("pope"), lambda b: b.questions(benchmark_folder), limit) for limit in (2, None)]
+    inside = {question.id for question in made[0].questions["pope"]}
+    sample = fake_run(tmp_path / "sample", made[0], lambda q: q.reference["answer"])
+    whole = fake_run(tmp_path / "whole", made[1], lambda q: q.reference["answer"] if q.id in inside else "?")
+    scores = score_folder(whole, 0)
+    assert scores.benchmarks["pope"].scores["accuracy"] == 50
+    arguments = ["compare", str(sample), str(whole), "--json", str(tmp_path / "c.json")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    pope = json.loads((tmp_path / "c.json").read_text())["pope"]
+    assert (pope["first"], pope["second"], pope["difference"], pope["questions"]) == (100, 100, 0, 2)
+    assert CliRunner().invoke(app, [*arguments, "--draws", "0"]).exit_code == 2
+
+
+@pytest.mark.parametrize(("visible", "wanted"), [(None, ["0", "1", "0"]), ("5,GPU-7", ["5", "GPU-7", "5"])])
+def test_processes_get_only_the_gpus_that_the_user_allows(
+    visible: str | None, wanted: list[str], made: EvaluationPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    used: list[str] = []
+
+    class Done:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+            used.append(env["CUDA_VISIBLE_DEVICES"])
+
+        def poll(self) -> int:
+            return 0
+
+        wait = poll
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(subprocess, "Popen", Done)
+    folder = ResultsFolder(tmp_path)
+    folder.write_description({})
+    assert _run_processes(3, made, folder) == {}
+    assert used == wanted
 
 
 def test_list_names_every_benchmark() -> None:

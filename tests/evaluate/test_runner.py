@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -293,6 +294,27 @@ def test_a_limit_is_extended_by_the_next_run(benchmark_folder: Path, tmp_path: P
     run(second, whole, folder)
     assert (len(first.asked), len(second.asked)) == (2, 2)
     assert score_folder(folder.path, draws=0).benchmarks["pope"].complete
+    # Answers to other questions would count, under the name of the smaller sample.
+    with pytest.raises(ValueError, match=r"'pope' for all questions \(seed 0\), .* for a sample of 2 \(seed 0\)"):
+        open_results(folder, Scripted(), small)
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "seed", "fits"),
+    [("pope", 2, 1, False), ("pope", 3, 1, False), ("pope", None, 1, True), ("pope", 3, 0, True), ("pope", 1, 0, False),
+     ("mmvet", None, 1, False), ("mmvet", None, 0, True)],
+)  # fmt: skip
+def test_only_a_larger_sample_extends_a_sample(
+    name: str, limit: int | None, seed: int, fits: bool, benchmark_folder: Path, tmp_path: Path
+) -> None:
+    chosen = choose(name, "authors")  # MM-Vet with sampled answers, which the seed changes
+    made = [
+        plan(chosen, lambda benchmark: benchmark.questions(benchmark_folder), *pair) for pair in ((2, 0), (limit, seed))
+    ]
+    folder = ResultsFolder(tmp_path / "run")
+    open_results(folder, Scripted(), made[0])
+    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="would be mixed"):
+        open_results(folder, Scripted(), made[1])
 
 
 def test_unanswered_questions_make_a_score_incomplete(small_plan: EvaluationPlan, tmp_path: Path) -> None:
@@ -336,7 +358,24 @@ def test_ranks_write_files_of_their_own(small_plan: EvaluationPlan, tmp_path: Pa
     assert total == small_plan.total == folder.count_answers()
     assert (tmp_path / "run" / "answers-1.jsonl").is_file()
     assert folder.unanswered() == {"pope": {"x0": "gone", "x1": "gone"}}
+    ResultsFolder(tmp_path / "run").forget_unanswered()  # of both, also if the next run has one process
+    assert folder.unanswered() == {}
     assert all(score.complete for score in score_folder(tmp_path / "run", draws=0).benchmarks.values())
+
+
+def test_a_line_that_another_process_is_writing_is_left_alone(small_plan: EvaluationPlan, tmp_path: Path) -> None:
+    folders = [ResultsFolder(tmp_path / "run", rank) for rank in range(2)]
+    for folder in folders:
+        open_results(folder, Scripted(), small_plan)
+    append_lines(folders[0].file, [{"benchmark": "pope", "id": "0"}])
+    whole = folders[0].file.read_bytes()
+    half = whole + b'{"benchmark": "pope", "id": "1", "ans'
+    folders[0].file.write_bytes(half)
+    assert list(folders[1].answers()) == [("pope", "0")]
+    open_results(folders[1], Scripted(), small_plan)
+    assert folders[0].file.read_bytes() == half
+    open_results(folders[0], Scripted(), small_plan)  # its own writer, after a kill
+    assert folders[0].file.read_bytes() == whole
 
 
 def test_damaged_files_are_named(tmp_path: Path, small_plan: EvaluationPlan) -> None:

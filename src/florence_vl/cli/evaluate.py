@@ -116,6 +116,7 @@ def run_command(
 
         judge_client = Judge(ChatEndpoint(judge, judge_model, retries=retries, key_variable=JUDGE_KEY_VARIABLE))
     if processes > 1:
+        folder.forget_unanswered()
         failed = _run_processes(processes, made, folder)
     else:
         answerer = answers()
@@ -123,13 +124,16 @@ def run_command(
             _store_features(answerer, feature_store)
         try:
             open_results(folder, answerer, made, data)
+            folder.forget_unanswered()
             failed = _run_here(answerer, made, folder)
         finally:
             answerer.close()
+    unjudged = []
     if judge_client is not None:
         description = folder.description
         folder.write_description(description | {"judge": judge_client.identity})
-        judge_answers(judge_client, folder, {name: b.metric for name, b in made.benchmarks.items()})
+        judgements = judge_answers(judge_client, folder, {name: b.metric for name, b in made.benchmarks.items()})
+        unjudged = [line["reply"] for line in judgements.values() if line["verdict"] is None]
     _report(out, paper_row, draws, made.questions)
     lost = sum(map(len, failed.values()))
     if lost:
@@ -137,6 +141,13 @@ def run_command(
         typer.echo(
             f"{lost} questions are unanswered, so these scores are incomplete. The first failure: {first}", err=True
         )
+    if unjudged:
+        typer.echo(
+            f"The judge failed on {len(unjudged)} answers, so these scores are incomplete; the same command asks it "
+            f"again. Its first reply: {unjudged[0]}",
+            err=True,
+        )
+    if lost or unjudged:
         raise typer.Exit(1)
 
 
@@ -189,7 +200,7 @@ def report_command(
 def compare_command(
     first: Path = typer.Argument(..., help="Results folder."),
     second: Path = typer.Argument(..., help="Results folder of the run to compare it with."),
-    draws: int = _DRAWS,
+    draws: int = typer.Option(1000, "--draws", min=1, help="Bootstrap samples of the intervals."),
     json_file: Path | None = typer.Option(None, "--json", help="Also write the comparison to this file."),
 ) -> None:
     """Compare two runs question by question: difference, interval, significance, questions won and lost."""
@@ -202,7 +213,7 @@ def compare_command(
     from florence_vl.files import write_text
 
     one, other = (score_folder(folder, draws=0) for folder in (first, second))
-    table, values = comparison_table(one, other, compare_runs(one, other, draws=draws or 1000))
+    table, values = comparison_table(one, other, compare_runs(one, other, draws=draws))
     Console(highlight=False).print(table)
     if json_file is not None:
         write_text(json_file, json.dumps(values, indent=2) + "\n")
@@ -326,7 +337,9 @@ def _run_processes(processes: int, made: EvaluationPlan, folder: ResultsFolder) 
 
     import torch
 
-    cuda = torch.cuda.device_count()
+    devices = list(map(str, range(torch.cuda.device_count())))
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        devices = visible.split(",")[: len(devices)]
     threads = max(1, (os.cpu_count() or 1) // processes)
     children: list[subprocess.Popen[bytes]] = []
     try:
@@ -338,8 +351,8 @@ def _run_processes(processes: int, made: EvaluationPlan, folder: ResultsFolder) 
                     rank = len(children)
                     command = [sys.executable, "-m", "florence_vl", *sys.argv[1:], "--shard", f"{rank}/{processes}"]
                     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
-                    if cuda:
-                        environment["CUDA_VISIBLE_DEVICES"] = str(rank % cuda)
+                    if devices:
+                        environment["CUDA_VISIBLE_DEVICES"] = devices[rank % len(devices)]
                     children.append(subprocess.Popen(command, env=environment))
                 elif any(child.poll() for child in children):
                     break

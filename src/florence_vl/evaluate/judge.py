@@ -46,7 +46,8 @@ class Judge:
         self.endpoint = endpoint
         self.identity = {"model": endpoint.model, "url": endpoint.url}
 
-    def wants(self, metric: str, strict: Verdict | None) -> bool:
+    @staticmethod
+    def wants(metric: str, strict: Verdict | None) -> bool:
         """Whether an answer goes to the judge: all answers of some benchmarks (MM-Vet ...), or unreadable ones."""
         return metric in _prompts() and (metric in _ALWAYS or (strict is not None and strict.kind == "unparsed"))
 

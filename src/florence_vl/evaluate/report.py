@@ -268,21 +268,15 @@ def comparison_table(
     for name, result in found.items():
         score: BenchmarkScore = first.benchmarks[name]
         key = headline(score.facts)
-        ours, theirs = score.scores[key], second.benchmarks[name].scores[key]
         word = "significant" if result.significant else "not significant"
         cells = [
             score.facts["title"],
-            f"{ours:.1f}",
-            f"{theirs:.1f}",
+            f"{result.first:.1f}",
+            f"{result.second:.1f}",
             f"{result.difference:+.1f}",
             _interval(result.interval),
         ]
         cells += [f"{result.p_value:.3f}", str(result.won), str(result.lost), str(result.tied), word]
         table.add_row(*map(Text, cells))
-        values[name] = asdict(result) | {
-            "score": key,
-            "first": ours,
-            "second": theirs,
-            "significant": result.significant,
-        }
+        values[name] = asdict(result) | {"score": key, "significant": result.significant}
     return table, values

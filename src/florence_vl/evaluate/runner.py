@@ -18,7 +18,7 @@ from florence_vl.evaluate.judge import Judge
 from florence_vl.evaluate.metrics import METRICS, Verdict
 from florence_vl.evaluate.metrics.judged import JudgedMetric
 from florence_vl.evaluate.question import Question
-from florence_vl.evaluate.store import ResultsFolder, append_lines, read_lines
+from florence_vl.evaluate.store import ResultsFolder, append_lines, drop_truncated_line, read_lines
 
 # Called with the number of questions that were just answered.
 Progress = Callable[[int], None]
@@ -220,6 +220,7 @@ def judge_answers(
         Judgements by benchmark and question: `verdict` (None if the judge failed) and `reply`.
     """
     file = folder.path / "judgements.jsonl"
+    drop_truncated_line(file)
     known = load_judgements(folder, judge.identity)
     todo = []
     for key, row in folder.answers().items():

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from florence_vl.evaluate.judge import Judge
 from florence_vl.evaluate.metrics import METRICS, Units, Verdict, stratify
 from florence_vl.evaluate.metrics.base import Judged
 from florence_vl.evaluate.metrics.judged import JudgedMetric
@@ -34,7 +35,7 @@ class BenchmarkScore:
         expected: Number of questions of the run.
         kinds: Number of answers of each kind (see `florence_vl.evaluate.metrics.KINDS`).
         judged_by: The judge's model, if there was one.
-        unjudged: Number of answers without a judgement.
+        unjudged: Number of answers without a judgement that need one. Where rules have a verdict, that one counts.
         note: Why there is no score, or what is incomplete; otherwise empty.
     """
 
@@ -111,7 +112,9 @@ def score_folder(path: Path, draws: int = 1000) -> Scores:
     scores, verdicts = {}, {}
     for name, facts in description["benchmarks"].items():
         mine = {key: line for (benchmark, key), line in judgements.items() if benchmark == name}
-        scores[name], verdicts[name] = _score(name, facts, by_name[name], mine, draws)
+        scores[name], verdicts[name] = _score(
+            name, facts, by_name[name], mine, draws, has_judge=description.get("judge") is not None
+        )
     return Scores(path, description, scores, verdicts, rows)
 
 
@@ -121,6 +124,7 @@ def _score(
     rows: Mapping[str, Mapping[str, Any]],
     judgements: Mapping[str, Mapping[str, Any]],
     draws: int,
+    has_judge: bool,
 ) -> tuple[BenchmarkScore, dict[str, Judged]]:
     metric = METRICS[facts["metric"]]
     needs = isinstance(metric, JudgedMetric)
@@ -135,6 +139,7 @@ def _score(
             word: Verdict | None = verdict_of(line)
         else:
             word = own
+            result.unjudged += own is not None and has_judge and Judge.wants(facts["metric"], own)
         if own is not None:
             strict[key] = (own, row["reference"])
         if word is None:
@@ -178,7 +183,7 @@ def compare_runs(first: Scores, second: Scores, draws: int = 1000) -> dict[str, 
     """Compare two runs by benchmark on the questions that both answered.
 
     Raises:
-        ValueError: They share no benchmark, or ran one under different protocols.
+        ValueError: They share no benchmark, or ran one under different protocols or with different judges.
     """
     shared = [name for name in first.benchmarks if name in second.benchmarks]
     if not shared:
@@ -197,6 +202,12 @@ def compare_runs(first: Scores, second: Scores, draws: int = 1000) -> dict[str, 
         ids = [key for key in first.verdicts[name] if key in second.verdicts[name]]
         if not ids:
             continue
+        judges = [(run.description.get("judge") or {}).get("model") for run in (first, second)]
+        if judges[0] != judges[1] and any(run.benchmarks[name].judged_by for run in (first, second)):
+            raise ValueError(
+                f"{name!r} was scored by two judges: {judges[0] or 'none'} in {first.folder}, {judges[1] or 'none'} in "
+                f"{second.folder}. Run evaluate again on both folders with the same --judge"
+            )
         sides = [_units(facts["metric"], {i: run.verdicts[name][i] for i in ids}) for run in (first, second)]
         if sides[0] is None or sides[1] is None or not sides[0].vectors:
             continue

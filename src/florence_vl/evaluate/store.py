@@ -16,7 +16,7 @@ class ResultsFolder:
     """Answers of one model under fixed protocols.
 
     `answers*.jsonl` have one line per answered question, written immediately; `run.json` describes the model and the
-    protocols. A line truncated by a kill is dropped when the folder is opened again.
+    protocols. A line truncated by a kill is dropped when its writer opens the folder again.
 
     Args:
         path: The folder, created if it does not exist.
@@ -56,8 +56,8 @@ class ResultsFolder:
             The description, with this run's benchmarks added.
 
         Raises:
-            ValueError: The folder has answers of another model, or of a benchmark under another protocol, or other
-            files.
+            ValueError: The folder has answers of another model, or of a benchmark under another protocol or from a
+                sample that is not part of this one, or other files.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         found = self.description
@@ -78,6 +78,12 @@ class ResultsFolder:
                     f"{known[name]['fingerprint']}; now {facts.get('protocol')}, {facts['fingerprint']}). Give another "
                     "folder with --out"
                 )
+            if name in known and not _extends(known[name], facts):
+                raise ValueError(
+                    f"{self.path} has answers to {name!r} for {_sample(known[name])}, which would be mixed with those "
+                    f"for {_sample(facts)}. Give another folder with --out"
+                )
+        drop_truncated_line(self.file)
         merged = {**found, "version": VERSION, "identity": dict(identity), "benchmarks": {**known, **benchmarks}}
         self.write_description(merged)
         return merged
@@ -98,13 +104,17 @@ class ResultsFolder:
         """Number of answers, without reading them."""
         return sum(file.read_bytes().count(b"\n") for file in self.path.glob("answers*.jsonl"))
 
+    def forget_unanswered(self) -> None:
+        """Remove what earlier runs stored with `write_unanswered`, also those with more processes."""
+        if (self.path / "run.json").is_file():
+            for file in self.path.glob("unanswered*.json"):
+                file.unlink()
+
     def write_unanswered(self, failed: Mapping[str, Mapping[str, str]]) -> None:
-        """Store the questions that this process could not get answered, with the reasons; none removes the file."""
-        file = self.path / self.file.name.replace("answers", "unanswered").replace(".jsonl", ".json")
+        """Store the questions that this process could not get answered, with the reasons, if there are any."""
         if failed:
+            file = self.path / self.file.name.replace("answers", "unanswered").replace(".jsonl", ".json")
             write_text(file, json.dumps(failed, indent=2, ensure_ascii=False) + "\n")
-        else:
-            file.unlink(missing_ok=True)
 
     def unanswered(self) -> dict[str, dict[str, str]]:
         """Unanswered questions of all processes: ids and reasons by benchmark."""
@@ -119,8 +129,21 @@ class ResultsFolder:
         append_lines(self.file, rows)
 
 
+def _extends(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether the sample of one description of a benchmark is part of another's (see `benchmark.select`)."""
+    same_seed = old.get("seed") == new.get("seed")
+    if new.get("limit") is None:
+        return same_seed or not new.get("generation", {}).get("temperature")  # the seed also samples answers
+    return same_seed and old.get("limit") is not None and old["limit"] <= new["limit"]
+
+
+def _sample(facts: Mapping[str, Any]) -> str:
+    limit = facts.get("limit")
+    return f"{'all questions' if limit is None else f'a sample of {limit}'} (seed {facts.get('seed')})"
+
+
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file; a truncated last line is removed from the file.
+    """The lines of a JSONL file; a truncated last line, which may still be being written, is left out.
 
     Raises:
         ValueError: A line other than the last is not a JSON object.
@@ -128,17 +151,22 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
     data = file.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with file.open("r+b") as out:
-            out.truncate(len(whole))
     rows = []
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
         try:
             rows.append(json.loads(line))
         except ValueError as error:
             raise ValueError(f"{file}, line {number} is damaged: {error}") from None
     return rows
+
+
+def drop_truncated_line(file: Path) -> None:
+    """Remove the last line of a JSONL file if a kill truncated it. Only for the file's only writer."""
+    if file.is_file():
+        data = file.read_bytes()
+        if not data.endswith(b"\n"):
+            with file.open("r+b") as out:
+                out.truncate(data.rfind(b"\n") + 1)
 
 
 def append_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
