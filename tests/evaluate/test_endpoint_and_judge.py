@@ -334,7 +334,7 @@ def test_judged_benchmarks_from_end_to_end(
     assert mathvista.scores["accuracy"] == 0  # its judge failed: the parsed answer counts
     assert (mathvista.unjudged, mathvista.complete) == (3, False)
     assert mathvista.note.startswith("incomplete: 3 answers not judged")
-    with pytest.raises(ValueError, match="'hallusion_bench_image' was scored by two judges: none in .*, judge-1 in "):
+    with pytest.raises(ValueError, match=r"'hallusion_bench_image' was scored by two judges: none in .*, judge-1 in "):
         compare_runs(before, after)
     asked_before = len(server.seen)
     judge_answers(asked, folder, metrics)
