@@ -73,6 +73,23 @@ def test_conversation_from_standard_input(model, photo, capsys, monkeypatch):
     assert len(errors) == 2
 
 
+def test_a_conversation_goes_on_after_too_little_memory(parts, capsys, monkeypatch):
+    real, calls = type(parts[0]).forward, []
+
+    def forward(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) <= 2:  # the engine tries again once, without its caches
+            raise MemoryError
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(parts[0]), "forward", forward)
+    lines = iter(("What is shown?", "What is shown?", "/quit"))
+    session = ChatSession(*parts, options=GenerationOptions(max_new_tokens=5))
+    chat.converse(session, lambda: next(lines))
+    assert "error: no memory for this request" in capsys.readouterr().err
+    assert len(session.messages) == 2
+
+
 def test_end_of_input_ends_the_conversation(model, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert run() == 0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from PIL import Image
-from transformers import TextIteratorStreamer, TextStreamer, pipeline
+from transformers import GenerationConfig, TextIteratorStreamer, TextStreamer, pipeline
 
 from florence_vl.model.tiny import TINY_IMAGE_TOKEN_ID as IMG
 from florence_vl.model.tiny import tiny_model
@@ -80,6 +80,17 @@ def test_cached_features_answer_several_questions_with_beams(parts):
         cached = model.generate(**options, mm_encoder_outputs={"image": features})
         assert torch.equal(cached, model.generate(**options, pixel_values=pixels(2)))
     assert features.pooler_output.shape[0] == 2
+
+
+def test_no_settings_bring_out_an_image_placeholder():
+    model, _ = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[IMG] *= 50  # often the most likely token
+    ids = torch.tensor([[1, 20, 21, 22]])
+    settings = {"max_new_tokens": 12, "suppress_tokens": [5]}
+    for options in (settings, {"generation_config": GenerationConfig(**settings)}):
+        said = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, 4:]
+        assert not {5, IMG} & set(said.tolist())
 
 
 def test_sampling_is_reproducible_and_beams_return_the_better_sequence(parts):

@@ -48,6 +48,25 @@ def test_bad_sizes_and_budgets(arguments):
         native_size(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"tiles": 2}, "no tiles"),
+        ({"image_size": 64 * 40}, "context"),
+        ({"aspect": "nativ"}, "Did you mean"),
+        ({"view": "glanse"}, "Did you mean"),
+        ({"positions": "relative"}, "unknown positions"),
+    ],
+)
+def test_a_refused_resolution_changes_nothing(wrong, message):
+    model, processor = tiny_model(views={"glance": {"features": ["davit"]}})
+    before = model.config.to_dict(), processor.image_processor.to_dict()
+    with pytest.raises(ValueError, match=message):
+        set_resolution(model, processor, **{"image_size": 96, "view": "glance", **wrong})
+    assert (model.config.to_dict(), processor.image_processor.to_dict()) == before
+    assert model.model.vision_tower.trained_grid == model.config.trained_grid
+
+
 def picture(height, width):
     rng = np.random.default_rng(height * width)
     return Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))

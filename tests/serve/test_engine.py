@@ -192,6 +192,27 @@ def test_a_failing_answer_leaves_those_beside_it(parts, monkeypatch):
         assert engine.load == 0
 
 
+@pytest.mark.parametrize(
+    ("messages", "images", "message"),
+    [
+        ([turn("user", "What?", 1)], 0, "1 image parts but 0 images"),
+        ([turn("user", "What?")], 1, "0 image parts but 1 images"),
+        ([{"role": "user", "content": ["What?"]}], 0, "unknown type None"),
+        (["What?"], 0, "must be a dict"),
+    ],
+)
+def test_malformed_conversations_are_refused(parts, messages, images, message):
+    with pytest.raises(ValueError, match=message):
+        Engine(*parts).prepare(messages, [picture("red")] * images)
+
+
+def test_a_picture_that_the_template_leaves_out_is_refused():
+    model, processor = tiny_model()
+    processor.chat_template = processor.chat_template.replace("~ image_token", "")
+    with pytest.raises(ValueError, match="0 image parts but 1 images"):
+        Engine(model, processor).prepare([turn("user", "What?", 1)], [picture("red")])
+
+
 def test_extreme_options_leave_the_answer_defined(parts):
     chat = [turn("user", "What is shown?", 1)]
     with Engine(*parts) as engine:

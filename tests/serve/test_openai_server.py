@@ -24,7 +24,7 @@ from PIL import Image
 from florence_vl.model.pictures import MediaPolicy
 from florence_vl.model.tiny import tiny_model
 from florence_vl.serve.answer import Answer
-from florence_vl.serve.engine import Engine, EngineConfig
+from florence_vl.serve.engine import Engine, EngineConfig, OutOfMemory
 from florence_vl.serve.openai_server import Server, ServerConfig, Tools, build_app
 
 QUESTION = "What is shown?"
@@ -357,6 +357,13 @@ def test_out_of_memory_is_503_and_the_server_lives_on(parts, monkeypatch):
             status, answer, _ = post(url, "/v1/chat/completions", {"messages": [user()]})
             assert (status, answer["error"]["code"]) == (503, "out_of_memory")
         assert type(parts[0]).forward is real
+        with monkeypatch.context() as patch:  # the same on the client's thread, and for another endpoint's function
+            patch.setattr(type(parts[1].image_processor), "preprocess", short)
+            body = {"messages": [user(QUESTION, data_url("purple"))]}
+            status, answer, _ = post(url, "/v1/chat/completions", body)
+            assert (status, answer["error"]["code"]) == (503, "out_of_memory")
+            with pytest.raises(OutOfMemory):
+                engine.call(lambda: short(None)).result()
         assert ask(client, user()).choices
         assert engine.load == 0
 

@@ -126,7 +126,7 @@ def converse(session: ChatSession, read: Callable[[], str]) -> None:
                 _print_answer(session.stream(line))
         except KeyboardInterrupt:
             typer.echo(" (interrupted)")
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: no memory, or generation failed
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)
 
 

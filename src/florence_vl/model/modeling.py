@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.models.florence2.modeling_florence2 import Florence2VisionPositionalEmbeddingCosine1D
@@ -528,11 +528,17 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
             kwargs["mm_encoder_outputs"] = {name: copy.copy(output) for name, output in mm_encoder_outputs.items()}
         return super()._expand_inputs_for_generation(*args, **kwargs)
 
-    def suppress_image_token(self) -> None:
-        """Prevent `generate` from choosing an image placeholder, with any `generation_config`."""
-        suppressed = self.generation_config.suppress_tokens or []
+    def suppress_image_token(self, settings: GenerationConfig | None = None) -> None:
+        """Prevent `generate` from choosing an image placeholder, in the model's own settings by default."""
+        settings = settings or self.generation_config
+        suppressed = settings.suppress_tokens or []
         if self.config.image_token_id not in suppressed:
-            self.generation_config.suppress_tokens = [*suppressed, self.config.image_token_id]
+            settings.suppress_tokens = [*suppressed, self.config.image_token_id]
+
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
+        settings, others = super()._prepare_generation_config(*args, **kwargs)
+        self.suppress_image_token(settings)  # the caller's own `suppress_tokens` would replace the model's
+        return settings, others
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> FlorenceVLImageFeatures:
         """See `FlorenceVLModel.get_image_features`."""

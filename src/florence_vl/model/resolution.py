@@ -22,7 +22,7 @@ def set_resolution(
     positions: str | None = None,
     view: str | None = None,
 ) -> None:
-    """Change the resolution at which a loaded model encodes images, without training.
+    """Change the resolution at which a loaded model encodes images, without training; an error changes nothing.
 
     Args:
         model: Its config is changed in place.
@@ -39,6 +39,30 @@ def set_resolution(
     Raises:
         ValueError: A choice or view is unknown, or the tower or the LLM's context does not support a size or budget.
     """
+    images, config = processor.image_processor, model.config
+    before = dict(vars(images)), config.positions, config.position_grid, config.tiles
+    try:
+        _change(model, processor, image_size, aspect, token_budget, tiles, positions, view)
+    except ValueError:
+        vars(images).clear()
+        vars(images).update(before[0])
+        config.positions, config.position_grid, config.tiles = before[1:]
+        if config.tower == "florence2":
+            tower: Any = model.model.vision_tower
+            tower.set_positions(config.positions)
+        raise
+
+
+def _change(
+    model: FlorenceVLForConditionalGeneration,
+    processor: FlorenceVLProcessor,
+    image_size: int | None,
+    aspect: str | None,
+    token_budget: int | None,
+    tiles: int | None,
+    positions: str | None,
+    view: str | None,
+) -> None:
     images: Any = processor.image_processor
     if token_budget is not None and (aspect or images.image_aspect_ratio) != "native":
         raise ValueError(f"a token budget is for the aspect 'native', found {aspect or images.image_aspect_ratio!r}")

@@ -48,6 +48,9 @@ class QueueFull(RuntimeError):
 class OutOfMemory(RuntimeError):
     """The device has too little memory for this request; the engine continues."""
 
+    def __init__(self) -> None:
+        super().__init__("no memory for this request: try again later, or with fewer images")
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -217,7 +220,10 @@ class Engine:
         return answer
 
     def call(self, function: Callable[[], Any]) -> Future[Any]:
-        """Run a function on the engine's thread between two steps, with the base model's weights."""
+        """Run a function on the engine's thread between two steps, with the base model's weights.
+
+        The result is the function's, or its error; `OutOfMemory` if the device has too little memory for it.
+        """
         future: Future[Any] = Future()
         with self._wake:
             if self._closing:
@@ -296,7 +302,9 @@ class Engine:
                 self._use(None)
                 future.set_result(function())
             except Exception as error:
-                future.set_exception(error)
+                if is_out_of_memory(error):
+                    self._forget_caches()
+                future.set_exception(OutOfMemory() if is_out_of_memory(error) else error)
         self._drop_cancelled()
         self._admit()
         for adapter in list(self._running):
@@ -599,7 +607,7 @@ class Engine:
 def _failure(error: Exception) -> Exception:
     """What the caller of a failed answer is told; errors other than too little memory are logged."""
     if is_out_of_memory(error):
-        return OutOfMemory("no memory for this request: try again later, or with fewer images")
+        return OutOfMemory()
     logger.error("an answer failed", exc_info=error)
     return error
 

@@ -21,7 +21,16 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from starlette.exceptions import HTTPException
 
 from florence_vl.model.pictures import UPLOADS, MediaPolicy, open_image
-from florence_vl.serve.engine import Answer, ContextTooLong, Engine, Event, OutOfMemory, Prompt, QueueFull
+from florence_vl.serve.engine import (
+    Answer,
+    ContextTooLong,
+    Engine,
+    Event,
+    OutOfMemory,
+    Prompt,
+    QueueFull,
+    is_out_of_memory,
+)
 from florence_vl.serve.openai_types import (
     AttributionRequest,
     ChatRequest,
@@ -103,8 +112,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(429, str(error), "queue_full", retry_after=1)
     if isinstance(error, ContextTooLong):
         return ApiError(400, str(error), "context_length_exceeded", "messages")
-    if isinstance(error, OutOfMemory):
-        return ApiError(503, str(error), "out_of_memory", retry_after=5)
+    if isinstance(error, OutOfMemory) or is_out_of_memory(error):
+        return ApiError(503, str(OutOfMemory()), "out_of_memory", retry_after=5)
     if isinstance(error, (ValueError, FileNotFoundError)):
         return ApiError(400, str(error))
     logger.error("a request failed", exc_info=error)

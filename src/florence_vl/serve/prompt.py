@@ -102,13 +102,12 @@ class PromptBuilder:
         """See `Engine.prepare`."""
         if adapter is not None and adapter not in self.adapters:
             raise ValueError(f"no adapter {adapter!r}; loaded: {', '.join(self.adapters) or 'none'}")
-        contents = [message["content"] for message in messages if isinstance(message.get("content"), (list, tuple))]
-        parts = sum(part.get("type") in ("image", "image_url") for content in contents for part in content)
-        if parts != len(images):
-            raise ValueError(f"the conversation has {parts} image parts but {len(images)} images were given")
         processor = self.processor
         text = processor.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
         ids, _ = processor.tokenize(text)
+        parts = ids.count(processor.image_token_id)
+        if parts != len(images):
+            raise ValueError(f"the conversation has {parts} image parts but {len(images)} images were given")
         questions: list[list[int] | None] = [None] * len(images)
         if images and self.uses_question:
             questions = [*processor.question_rows([messages])]
