@@ -152,7 +152,8 @@ def standardize_input(model: FlorenceVLForConditionalGeneration, features: dict[
     between images are not dominated by what all images have in common.
     """
     first = cast(nn.Linear, model.model.multi_modal_projector.layers[0])
-    fused_INC: Tensor = model.model.fusion(features)
+    images = len(next(iter(features.values())))
+    fused_INC: Tensor = model.model.fusion(features, model.model.no_question(images))
     mean_C, deviation_C = fused_INC.mean((0, 1)), fused_INC.std((0, 1))
     scale_C = 1 / (deviation_C + 1e-3 * deviation_C.max().clamp(min=1e-6))
     first.bias.sub_(first.weight @ (mean_C * scale_C))
@@ -254,7 +255,8 @@ def warm_up(
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, step / 10) * (0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps))
         texts = [of_image[int(i)] for i in chosen]
-        fused = model.model.fusion({name: value[numbers[chosen]] for name, value in features.items()})
+        drawn = {name: value[numbers[chosen]] for name, value in features.items()}
+        fused = model.model.fusion(drawn, model.model.no_question(len(chosen)))
         tokens_INH = model.model.multi_modal_projector(fused)
         rows_B = torch.repeat_interleave(torch.tensor([len(own) for own in texts]))
         loss, distance = objective(tokens_INH[rows_B], torch.cat(texts))
