@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -294,6 +295,31 @@ def test_the_table_stands_beside_the_paper(tmp_path):
     assert row[5:] == ["34.3", "-0.6"]  # the mean of what table 6a reports: 40.9 22.9 44.4 29.0 (it prints 34.2)
     assert any("minus caption" in note for note in made["notes"])
     assert made["seeds"] == {"full": [0, 1, 2], "minus OCR": [0, 1, 2]}
+
+
+def test_parts_of_a_table_without_scores_are_left_out(tmp_path):
+    table = table_of(6)
+    rows = [scores(table, "full", [50, 51, 52]), scores(table, "minus OCR", [40, 41, 42.5])]
+    for row in rows:  # as after --suite with one benchmark
+        row.seeds = {seed: {"Mini-OCR": values["Mini-OCR"]} for seed, values in row.seeds.items()}
+    rows[1].other_settings = [0, 2]
+    made = build_table(table, rows, AblationConfig("mini", tmp_path))
+    assert [part["title"] for part in made["parts"]] == ["(a) OCR & chart"]
+    assert any(note.startswith("Left out") and "(b)" in note for note in made["notes"])
+    assert any("other settings" in note and "minus OCR (seeds 0, 2)" in note for note in made["notes"])
+
+
+def test_results_of_other_settings_are_named(recipes, tmp_path, monkeypatch):
+    config = AblationConfig("mini", tmp_path / "out", seeds=1)
+    for step in plan(rows_of(4, "[V]", "all four"), config):
+        if step.kind == "evaluate":
+            step.folder.mkdir(parents=True)
+            identity = step.identity if step.variant == "davit" else "of --set steps=4"
+            step.marker.write_text(json.dumps({"identity": identity, "command": ""}))
+    run = SimpleNamespace(columns=dict, verdicts={}, benchmarks={})
+    monkeypatch.setattr("florence_vl.evaluate.scoring.score_folder", lambda *_, **__: run)
+    found = {row.row.name: row.other_settings for row in read_scores(table_of(4), config)}
+    assert found == {"[V]": [], "all four": [0]}
 
 
 def test_llava_scale_prints_the_papers_columns(tmp_path):

@@ -121,6 +121,27 @@ def test_alignment_pca_attribution_and_report(own_cache, llm_folder, data, tiny_
         (["analyze", "pca", "nowhere.png", "--encoder", "clip_base"], "nowhere.png"),
         (["analyze", "report", "nowhere"], "no such folder"),
         (["analyze", "attribution", "--model", "nowhere", "--image", "x", "--question", "?"], "no model 'nowhere'"),
+        (
+            ["analyze", "alignment", "-e", "clip_base", "--data", "x", "--out", "o", "--width-control", "pcs"],
+            "known: pca, random, none",
+        ),
+        (
+            [
+                "analyze",
+                "alignment",
+                "-e",
+                "clip_base",
+                "--data",
+                "x",
+                "--out",
+                "o",
+                "--width-control",
+                "none",
+                "--width",
+                "8",
+            ],
+            "--width is for --width-control pca or random",
+        ),
     ],
 )
 def test_wrong_usage_is_one_line(arguments, message, capsys, tmp_path, monkeypatch):

@@ -251,6 +251,7 @@ def test_the_bill_of_views(viewed, tmp_path, monkeypatch, capsys):
     assert len(rows) == 3 + 2 * 4
     assert rows["router, trade 0"]["latency"] > rows["chance, trade 0"]["latency"]
     assert "shuffled questions, trade 0.5" in capsys.readouterr().out
+    monkeypatch.setattr(command, "_measured", lambda *_: pytest.fail("measured for hours before the error"))
     assert main([*bill_of, "--subsets", "none", "--trade", "0"]) == 2
     assert "--trade needs --subsets views" in capsys.readouterr().err
 

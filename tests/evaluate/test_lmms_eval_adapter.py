@@ -52,6 +52,19 @@ def test_questions_of_several_tasks_about_one_picture_meet() -> None:
     assert [result.text for result in found] == [answer.text for answer in alone]
 
 
+def test_questions_without_an_answer_are_told() -> None:
+    from florence_vl.evaluate.lmms_eval_plugin import FlorenceVLAdapter
+
+    model, processor = tiny_model()
+    adapter = FlorenceVLAdapter(answerer=LocalAnswerer(model, processor, batch_size=4, identity={"model": "tiny"}))
+    long = "word " * model.config.get_text_config().max_position_embeddings
+    picture = Image.new("RGB", (64, 64), "red")
+    adapter.task_dict = {"ask": {"test": [{"image": picture, "prompt": text} for text in ("What?", long)]}}
+    with pytest.warns(UserWarning, match=r"1 of 2 questions have no answer .* ask: the prompt has \d+ tokens"):
+        found = adapter.generate_until(requests(adapter.task_dict))
+    assert found[1].text == ""
+
+
 def test_a_picture_is_known_by_its_size_and_pixels() -> None:
     wide, high = (ImagePicture(Image.new("RGB", size, "red")) for size in ((4, 2), (2, 4)))
     assert wide.key != high.key

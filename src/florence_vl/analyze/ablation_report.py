@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from florence_vl.analyze.ablation import STAGES, AblationConfig, AblationTable, TablePart, TableRow, read_marker
+from florence_vl.analyze.ablation import (
+    STAGES,
+    AblationConfig,
+    AblationTable,
+    TablePart,
+    TableRow,
+    plan,
+    read_marker,
+)
 from florence_vl.statistics import Difference, crossed, interval, paper_average
 
 
@@ -21,12 +29,14 @@ class RowScores:
         seeds: Seed -> column -> score.
         questions: Seed -> column -> question -> score of the answer, in percent.
         made_by: Seed -> commit, machine and time of each step, from its record.
+        other_settings: Seeds whose model or scores were made with other settings than those of the report.
     """
 
     row: TableRow
     seeds: dict[int, dict[str, float]] = field(default_factory=dict)
     questions: dict[int, dict[str, dict[str, float]]] = field(default_factory=dict)
     made_by: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    other_settings: list[int] = field(default_factory=list)
 
     def column(self, name: str) -> str:
         """Mean and interval over seeds of a column."""
@@ -51,13 +61,17 @@ def read_scores(table: AblationTable, config: AblationConfig) -> list[RowScores]
     """Scores of every evaluated row of a table, from the folders."""
     from florence_vl.evaluate.scoring import score_folder
 
+    identities = {step.folder: step.identity for step in plan(table.rows, config)}
     found = []
     for row in table.rows:
         scores = RowScores(row)
         for seed in range(config.seeds):
             folder = config.root / row.variant / f"seed-{seed}"
-            if read_marker(folder / "evaluate") is None:
+            marker = read_marker(folder / "evaluate")
+            if marker is None:
                 continue
+            if marker["identity"] != identities[folder / "evaluate"]:
+                scores.other_settings.append(seed)
             run = score_folder(folder / "evaluate", draws=0)
             scores.seeds[seed] = run.columns()
             scores.questions[seed] = {
@@ -65,8 +79,8 @@ def read_scores(table: AblationTable, config: AblationConfig) -> list[RowScores]
                 for name, score in run.benchmarks.items()
                 for column in score.facts["columns"]
             }
-            markers = [read_marker(folder / kind) for kind in (*STAGES, "evaluate")]
-            scores.made_by[seed] = [marker for marker in markers if marker is not None]
+            markers = [*(read_marker(folder / kind) for kind in STAGES), marker]
+            scores.made_by[seed] = [made for made in markers if made is not None]
         if scores.seeds:
             found.append(scores)
     return found
@@ -125,7 +139,11 @@ def build_table(table: AblationTable, scores: Sequence[RowScores], config: Ablat
         "title": f"{table.title} ({config.scale} scale{start})",
         "text": " ".join(table.text.split()),
         "notes": list(_notes(table, scores, config)),
-        "parts": [_part(table, part, scores, config.scale) for part in table.parts],
+        "parts": [
+            _part(table, part, scores, config.scale, columns)
+            for part in table.parts
+            if (columns := _columns(table, part, scores, config.scale))
+        ],
         "seeds": {row.row.name: sorted(row.seeds) for row in scores},
         "commits": sorted({str(m["git"]["commit"]) + ("+" if m["git"]["dirty"] else "") for m in markers}),
         "machines": sorted({m["machine"] for m in markers}),
@@ -133,10 +151,17 @@ def build_table(table: AblationTable, scores: Sequence[RowScores], config: Ablat
     }
 
 
-def _part(table: AblationTable, part: TablePart, scores: Sequence[RowScores], scale: str) -> dict[str, Any]:
+def _columns(table: AblationTable, part: TablePart, scores: Sequence[RowScores], scale: str) -> list[str]:
+    """The columns of a part that every row has; none if the evaluated suite has no benchmark of it."""
+    reported = (paper_scores(part, row) for row in table.rows)
+    wanted = list(part.mini) if scale == "mini" else list(next(iter(filter(None, reported))))
+    return [c for c in wanted if all(c in values for s in scores for values in s.seeds.values())]
+
+
+def _part(
+    table: AblationTable, part: TablePart, scores: Sequence[RowScores], scale: str, columns: list[str]
+) -> dict[str, Any]:
     reported = {row.name: paper_scores(part, row) for row in table.rows}
-    wanted = list(part.mini) if scale == "mini" else list(next(iter(filter(None, reported.values()))))
-    columns = [c for c in wanted if all(c in values for s in scores for values in s.seeds.values())]
     reference = next((s for s in scores if s.row.name == table.reference), None)
     base = reported[table.reference]
     header = ["row", *columns, "average", "difference to the full model", "verdict"]
@@ -173,6 +198,13 @@ def _notes(table: AblationTable, scores: Sequence[RowScores], config: AblationCo
     absent = [row.name for row in table.rows if row.name not in {s.row.name for s in scores}]
     if absent:
         yield f"Not evaluated yet: {', '.join(absent)}."
+    if empty := [p.title or p.paper for p in table.parts if not _columns(table, p, scores, config.scale)]:
+        yield f"Left out, because not every row has scores of their benchmarks: {', '.join(empty)}."
+    if odd := [f"{s.row.name} (seeds {', '.join(map(str, s.other_settings))})" for s in scores if s.other_settings]:
+        yield (
+            f"Made with other settings than this command's, which may differ between rows: {'; '.join(odd)}. "
+            "done.json in their folders has the commands."
+        )
     if config.scale == "mini":
         yield (
             "Mini scale: other data, other LLM, other benchmarks. The paper's numbers are from one run each, without "

@@ -109,7 +109,7 @@ def alignment_command(
 
     Features are pooled once and cached; only the projection is trained. Losses are on held-out pairs.
     """
-    from florence_vl.analyze.alignment import AlignmentConfig
+    from florence_vl.analyze.alignment import WIDTH_CONTROLS, AlignmentConfig
     from florence_vl.analyze.compare import collect, compare, feature_subsets
     from florence_vl.analyze.encoders import EncoderSpec, load_encoder
     from florence_vl.analyze.pairs import read_pairs
@@ -135,6 +135,10 @@ def alignment_command(
         raise ValueError(f"--ablate needs one encoder with several features, got {len(specs)} encoders")
     if not ablate and subsets != "leave-one-out":
         raise ValueError("--subsets needs --ablate")
+    if width_control not in (*WIDTH_CONTROLS, "none"):
+        raise ValueError(f"unknown --width-control {width_control!r}; known: {', '.join(WIDTH_CONTROLS)}, none")
+    if width is not None and width_control == "none":
+        raise ValueError("--width is for --width-control pca or random; leave it out")
     where = choose_device(device)
     options: dict[str, Any] = {"image_root": image_root} if image_root else {}
     found = read_pairs(data, pairs, **options)
@@ -350,11 +354,18 @@ def bill_command(
     from florence_vl.analyze.gates import gates_by_group
     from florence_vl.analyze.plots import bill_figure, save_figure
     from florence_vl.analyze.report import bill_table, gates_tables
+    from florence_vl.model.loading import check_folder
     from florence_vl.model.resolution import set_resolution
+    from florence_vl.model.router import ROUTER_CONFIG
 
+    router = Path(check_folder(model)) if subsets == "views" else None
+    if router is None or not (router / ROUTER_CONFIG).is_file():
+        if trades:  # told before hours of measuring
+            raise ValueError("--trade needs --subsets views and a router in the model's folder (train-router)")
+        router = None
     loaded, processor, measured = _measured(model, suite, sizes, subsets, limit, data, seed, device, dtype)
     latencies = time_options(loaded, processor, measured.options, measured.tokens_O, rounds, _every("latency: round"))
-    routed, router_latency = _routed(loaded, processor, measured, model, subsets, trades, seed, rounds)
+    routed, router_latency = _routed(loaded, processor, measured, router, trades, seed, rounds)
     rows = bill(measured, latencies, routed, router_latency)
     set_resolution(loaded, processor, image_size=measured.options[0].size)
     record = {
@@ -421,23 +432,19 @@ def _routed(
     loaded: Any,
     processor: Any,
     measured: Measurement,
-    model: str,
-    subsets: str,
+    folder: Path | None,
     trades: list[float] | None,
     seed: int,
     rounds: int,
 ) -> tuple[list[RoutedChoice], float]:
-    """The choices of the router in the model's folder with their rivals, and the router's own latency."""
-    from florence_vl.analyze.routed import TRADES, routed_choices, time_router
-    from florence_vl.model.loading import check_folder
-    from florence_vl.model.resolution import set_resolution
-    from florence_vl.model.router import ROUTER_CONFIG, Router, check_views_of
-
-    if subsets != "views" or not (Path(check_folder(model)) / ROUTER_CONFIG).is_file():
-        if trades:
-            raise ValueError("--trade needs --subsets views and a router in the model's folder (train-router)")
+    """The choices of the router in a folder with their rivals, and the router's own latency; none without a folder."""
+    if folder is None:
         return [], 0.0
-    router = Router.load(Path(check_folder(model))).to(loaded.device)
+    from florence_vl.analyze.routed import TRADES, routed_choices, time_router
+    from florence_vl.model.resolution import set_resolution
+    from florence_vl.model.router import Router, check_views_of
+
+    router = Router.load(folder).to(loaded.device)
     check_views_of(router, loaded)
     set_resolution(loaded, processor, image_size=measured.options[0].size)
     routed = routed_choices(loaded, processor, router, measured, trades or TRADES, seed)

@@ -54,6 +54,12 @@ def command(
         raise typer.BadParameter("missing; name the folder to write", param_hint="DESTINATION")
     if probe is None and (apply or device != "auto"):
         raise typer.BadParameter("only with --probe", param_hint="--apply" if apply else "--device")
+    if destination is None:
+        given = {"tower": tower, "decoder": decoder, "tokenizer": tokenizer, "template": template, "license": license}
+        given |= {"revision": revision, "overwrite": overwrite or None, "drop-decoder": None if keep_decoder else True}
+        given |= {"max-shard-size": None if max_shard_size == "5GB" else max_shard_size}
+        if wrong := [f"--{name}" for name, value in given.items() if value is not None]:
+            raise typer.BadParameter("only with DESTINATION, as nothing is converted", param_hint=", ".join(wrong))
     if probe is not None and to != "native":
         raise typer.BadParameter("only with --to native", param_hint="--probe")
     folder = Path(source).expanduser()

@@ -126,8 +126,11 @@ def convert(
         if to != "native":
             raise ValueError(f"a gguf can only be converted to 'native', not to {to!r}")
         _refuse("a gguf", tower=tower, decoder=decoder, tokenizer=tokenizer, template=template)
+        _refuse("a gguf", **{"drop-decoder": None if keep_decoder else True})
         convert_gguf(gguf, target, overwrite, license)
         return {"source": str(gguf), "source_layout": "gguf", "written": "transformers LLM, float32", "dropped": {}}
+    if to == "original":
+        _refuse("the original layout, which has no card", license=license)
     opened = open_source(path)
     plan = make_plan(opened, to, tower, decoder, tokenizer, template)
     plan.source = str(source)

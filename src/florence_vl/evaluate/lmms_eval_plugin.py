@@ -7,6 +7,7 @@ Install lmms-eval without its 54 requirements, some of which replace a CPU build
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,13 +74,22 @@ class FlorenceVLAdapter(lmms):
             )
             groups.setdefault(key, []).append(question_of(messages, str(position), task))
         found: dict[str, GenerationResult] = {}
+        errors: list[str] = []
         for (tokens, temperature, stops), questions in groups.items():
             answers = self.answerer.answer_all(questions, Generation(tokens, temperature))
             for question, answer in zip(questions, answers, strict=True):
+                if answer.error is not None:
+                    errors.append(f"{question.benchmark}: {answer.error}")
                 text = answer.text
                 for stop in stops:
                     text = text.split(stop)[0]
                 found[question.id] = GenerationResult(text, TokenCounts(output_tokens=answer.tokens))
+        if errors:
+            warnings.warn(
+                f"{len(errors)} of {len(requests)} questions have no answer and count as empty ones; the first is of "
+                f"{errors[0]}",
+                stacklevel=2,
+            )
         return [found[str(position)] for position in range(len(requests))]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
