@@ -39,13 +39,13 @@ def set_resolution(
     Raises:
         ValueError: A choice or view is unknown, or the tower or the LLM's context does not support a size or budget.
     """
-    images, config = processor.image_processor, model.config
+    images: Any = processor.image_processor
+    config = model.config
     before = dict(vars(images)), config.positions, config.position_grid, config.tiles
     try:
         _change(model, processor, image_size, aspect, token_budget, tiles, positions, view)
     except ValueError:
-        vars(images).clear()
-        vars(images).update(before[0])
+        images.__dict__ = before[0]
         config.positions, config.position_grid, config.tiles = before[1:]
         if config.tower == "florence2":
             tower: Any = model.model.vision_tower
