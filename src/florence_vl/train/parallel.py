@@ -120,6 +120,7 @@ class LossModule(nn.Module):
             with torch.no_grad():
                 full = {key.removeprefix(FULL_PREFIX): value for key, value in full.items()}
                 teacher_KX, _ = self.model.supervised_logits(self._states(full, calls[1]), full["labels"])
+            torch.clear_autocast_cache()  # of weights cast without gradient, which the student would use
             logits_KX, targets_K = self.model.supervised_logits(self._states(inputs, calls[0]), inputs["labels"])
             loss = nn.functional.cross_entropy(logits_KX, targets_K, reduction="sum")
             student_KX, teacher_KX = logits_KX.log_softmax(-1), teacher_KX.log_softmax(-1)
