@@ -17,7 +17,7 @@ from florence_vl.analyze.routed import routed_choices, view_options
 from florence_vl.evaluate.question import IMAGE, BytesPicture, Question
 from florence_vl.model.pictures import open_image
 from florence_vl.model.resolution import set_resolution
-from florence_vl.model.router import Router, RouterConfig, Routing, router_states
+from florence_vl.model.router import Router, RouterConfig, Routing, router_states, save_routers
 from florence_vl.model.tiny import tiny_model, tiny_processor
 
 
@@ -202,7 +202,7 @@ def viewed(asked, tmp_path_factory):
         router.layers[2].weight.mul_(20)
         seen = router_states(model, processor, pictures, [question.text for question in asked], "glance")
         router.layers[2].bias.sub_(router(*seen).mean(0))  # so that no view is best for all questions
-    router.save(folder)
+    save_routers(folder, [router])
     measured = measure(model, processor, asked, view_options(model, processor))
     set_resolution(model, processor, image_size=64)
     return folder, model, processor, router.eval(), measured
@@ -221,7 +221,7 @@ def test_views_are_options_of_their_own_sizes_and_features(viewed):
 
 def test_routed_choices_are_the_routers(viewed):
     _, model, processor, router, measured = viewed
-    found = {one.choice.name: one for one in routed_choices(model, processor, router, measured, trades=(0.0, 1e9))}
+    found = {one.choice.name: one for one in routed_choices(model, processor, [router], measured, trades=(0.0, 1e9))}
     pictures = [open_image(question.images[0].read()) for question in measured.questions]
     texts = [question.text for question in measured.questions]
     names = Routing(router, 0.0).views(model, processor, pictures, texts)
@@ -237,6 +237,20 @@ def test_routed_choices_are_the_routers(viewed):
     alone = found["image alone, trade 0"].share_O * 8
     assert not np.allclose(found["shuffled questions, trade 0"].choice.nll.mean, routed.choice.nll.mean)
     assert alone.sum() == pytest.approx(8)
+
+
+def test_scores_are_means_over_the_routers(viewed):
+    _, model, processor, router, measured = viewed
+    torch.manual_seed(5)
+    other = Router(router.config).eval()
+    other.layers[2].weight.data.mul_(20)
+    one, two, both = (
+        {c.choice.name: c for c in routed_choices(model, processor, routers, measured, trades=(0.0,))}
+        for routers in ([router], [other], [router, other])
+    )
+    for name in ("router, trade 0", "image alone, trade 0"):
+        assert both[name].choice.nll.mean == pytest.approx((one[name].choice.nll.mean + two[name].choice.nll.mean) / 2)
+        assert both[name].seeds == one[name].seeds + two[name].seeds
 
 
 def test_the_bill_of_views(viewed, tmp_path, monkeypatch, capsys):

@@ -24,14 +24,14 @@ def pair():
 
 def test_trained_model_comes_back(pair):
     model, base = pair
-    adapter, lost = extract_adapter(model, base, rank=2, dtype=torch.float32)
-    assert lost < 1e-8
-    assert {name.rpartition(".")[2] for name in adapter} == {"lora_A", "lora_B", "whole"}
+    adapter, lost = extract_adapter(model, base, rank=2)
+    assert lost < 5e-4
+    assert {name.rpartition(".")[2] for name in adapter} == {"lora_A", "lora_B", "scale", "whole"}
     factor = adapter["model.language_model.layers.0.mlp.up_proj.weight.lora_A"]
     assert factor.shape[0] == 2
     apply_adapter(base, adapter)
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(base.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(base.state_dict()[name], value, rtol=2e-3, atol=1e-2)
 
 
 def test_too_low_a_rank_says_what_is_lost(pair):
@@ -53,7 +53,7 @@ def test_adapter_of_another_model_is_refused(pair):
     with pytest.raises(ValueError, match="belongs to another"):
         apply_adapter(base, {"model.nowhere.weight.whole": torch.zeros(1)})
     halves = {name: value for name, value in adapter.items() if not name.endswith("lora_A")}
-    with pytest.raises(ValueError, match="without the other factor"):
+    with pytest.raises(ValueError, match="without the other factor or the scale"):
         apply_adapter(base, halves)
     wide = {name: torch.zeros(3) if name.endswith("whole") else value for name, value in adapter.items()}
     with pytest.raises(ValueError, match="of shape"):

@@ -14,7 +14,7 @@ from florence_vl.evaluate.local import LocalAnswerer, load_answerer
 from florence_vl.evaluate.question import IMAGE, BytesPicture, Question
 from florence_vl.model.loading import load_model
 from florence_vl.model.resolution import set_resolution
-from florence_vl.model.router import Router, RouterConfig, Routing, set_view
+from florence_vl.model.router import Router, RouterConfig, Routing, save_routers, set_view
 from florence_vl.model.tiny import tiny_model
 from florence_vl.serve.engine import GenerationOptions
 from florence_vl.serve.session import ChatSession
@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
     router = Router(RouterConfig(width, dim, COSTS, "glance"))
     with torch.no_grad():
         router.layers[2].weight.mul_(20)
-    router.save(folder)
+    save_routers(folder, [router])
     return folder
 
 

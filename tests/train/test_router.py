@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from florence_vl.data.records import Record
-from florence_vl.model.router import Router, RouterConfig, route
+from florence_vl.model.router import Router, RouterConfig, load_routers, route, save_routers
 from florence_vl.model.tiny import tiny_model
 from florence_vl.train.router import RouterData, collect, curve, fit_router, view_costs
 
@@ -85,7 +85,7 @@ def test_a_router_saves_cost_at_no_loss_and_shuffled_questions_lose():
 def test_save_load_and_route(parts, tmp_path):
     model, processor = parts
     data = collect(model, processor, [record(i) for i in range(4)])
-    fit_router(data, "glance", steps=5).save(tmp_path)
+    save_routers(tmp_path, [fit_router(data, "glance", steps=5)])
     router = Router.load(tmp_path)
     pictures = [record(i).images[0] for i in range(3)]
     questions = ["What?", "Where is the dog?", ""]
@@ -100,6 +100,17 @@ def test_save_load_and_route(parts, tmp_path):
         Router.load(tmp_path / "none")
     with pytest.raises(ValueError, match="trade must be 0 or more"):
         router.choose(data.questions_BH, data.images_BD, -1.0)
+
+
+def test_routers_of_several_seeds(tmp_path):
+    data = made_up(40)
+    routers = [fit_router(data, "glance", steps=5, seed=seed) for seed in range(3)]
+    save_routers(tmp_path, routers)
+    for saved, loaded in zip(routers, load_routers(tmp_path), strict=True):
+        assert torch.equal(saved.layers[0].weight, loaded.layers[0].weight)
+    assert torch.equal(Router.load(tmp_path).layers[0].weight, routers[0].layers[0].weight)
+    save_routers(tmp_path, routers[:1])
+    assert len(load_routers(tmp_path)) == 1, "the routers of an earlier call are removed"
 
 
 def test_costs_must_name_the_full_view():

@@ -52,6 +52,43 @@ def test_the_questions_are_those_of_the_first_release() -> None:
     assert digest.hexdigest() == "e6e507ea4d4c3a2cde9f96abfc2ee72d75ce5e78b9bcc4f526f40f61fbc6bc80"
 
 
+def test_drawings_are_the_same_at_every_size() -> None:
+    from io import BytesIO
+
+    from PIL import Image
+
+    from florence_vl_mini.suite import drawing_rows
+
+    small, wide = (drawing_rows(of_each=2, size=size)["mini_drawings"] for size in ((256, 256), (320, 192)))
+    for row, other in zip(small, wide, strict=True):
+        assert {**row, "image": None} == {**other, "image": None}
+        assert Image.open(BytesIO(row["image"]["bytes"])).size == (256, 256)
+        assert Image.open(BytesIO(other["image"]["bytes"])).size == (320, 192)
+
+
+def test_mini_suite_writes_a_suite_that_evaluate_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from florence_vl.cli.main import main
+    from florence_vl_mini import suite as mini
+
+    monkeypatch.setitem(mini.ROWS, "mini_drawings", lambda size: mini.drawing_rows(1, 1, size))
+    assert main(["mini", "suite", "mini_drawings", "--size", "320x192", "--out", str(tmp_path / "wide")]) == 0
+    (benchmark,) = choose("mini_drawings")
+    assert len(list(benchmark.questions(tmp_path / "wide"))) == 5
+
+    def command(*options: str) -> int:
+        return main(["mini", "suite", *options, "--out", str(tmp_path / "none")])
+
+    assert command("mini_drawing") == 2
+    assert "Did you mean 'mini_drawings'" in capsys.readouterr().err
+    assert command("mini", "--size", "32") == 2
+    assert "at least 64" in capsys.readouterr().err
+    assert command("mini", "--size", "1x2x3") == 2
+    assert "320x192" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_the_suite_for_tables_asks_more_and_begins_with_the_same() -> None:
     few, many = mini_rows(3, 4), mini_rows(9, 8, "mini_tables")
     assert set(many) == {benchmark.name for benchmark in choose("mini_tables")}
@@ -112,12 +149,11 @@ def test_both_routes_give_the_same_score(mini_small: Path, tmp_path: Path, monke
     from florence_vl.evaluate.lmms_eval_plugin import FlorenceVLAdapter
     from florence_vl_mini import lmms_tasks
 
-    def only_small(folder: Path) -> Path:
+    def only_small(folder: Path) -> None:
         for file in mini_small.glob("*.parquet"):
             (folder / file.name).write_bytes(file.read_bytes())
-        return folder
 
-    monkeypatch.setattr(lmms_tasks, "mini_folder", only_small)
+    monkeypatch.setattr(lmms_tasks, "write_suite", only_small)
     (tmp_path / "tasks").mkdir()
     names = lmms_tasks.write_tasks(tmp_path / "tasks")
     name = "florence_vl_mini_general"

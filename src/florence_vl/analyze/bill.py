@@ -28,15 +28,17 @@ class BillRow:
         choice: Its scores and FLOPs.
         latency: Median seconds of tower, fusion, projector and prefill for one question; options are measured in turn.
         on_front: Whether no other option has at least the same accuracy with fewer FLOPs.
+        seeds: Accuracy with each router; empty for a fixed option.
     """
 
     choice: Choice
     latency: float
     on_front: bool
+    seeds: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
-        return {**self.choice.to_dict(), "latency": self.latency, "on_front": self.on_front}
+        return {**self.choice.to_dict(), "latency": self.latency, "on_front": self.on_front, "seeds": self.seeds}
 
 
 @torch.inference_mode()
@@ -115,15 +117,15 @@ def bill(
         router_latency: Latency of the router, seconds.
     """
     eye, shape = np.eye(len(measured.options)), (len(measured.groups), 1)
-    priced = [
-        (score_choice(measured, option.name, np.tile(eye[i], shape)), latency)
+    priced: list[tuple[Choice, float, tuple[float, ...]]] = [
+        (score_choice(measured, option.name, np.tile(eye[i], shape)), latency, ())
         for i, (option, latency) in enumerate(zip(measured.options, latencies, strict=True))
     ]
     for one in routed:
         mean = float(one.share_O @ np.asarray(latencies))
-        priced.append((one.choice, mean + (router_latency if one.asks_router else 0.0)))
+        priced.append((one.choice, mean + (router_latency if one.asks_router else 0.0), one.seeds))
     rows = []
-    for choice, latency in priced:
-        better = [o for o, _ in priced if o.accuracy.mean >= choice.accuracy.mean and o.flops < choice.flops]
-        rows.append(BillRow(choice, latency, not better))
+    for choice, latency, seeds in priced:
+        better = [o for o, *_ in priced if o.accuracy.mean >= choice.accuracy.mean and o.flops < choice.flops]
+        rows.append(BillRow(choice, latency, not better, seeds))
     return sorted(rows, key=lambda row: row.choice.flops)

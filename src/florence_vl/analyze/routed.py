@@ -38,11 +38,13 @@ class RoutedChoice:
         choice: Its scores and FLOPs.
         share_O: How often it takes each option.
         asks_router: Whether the router runs for it.
+        seeds: Accuracy with each router.
     """
 
     choice: Choice
     share_O: np.ndarray
     asks_router: bool
+    seeds: tuple[float, ...]
 
 
 def view_options(model: FlorenceVLForConditionalGeneration, processor: FlorenceVLProcessor) -> list[Option]:
@@ -66,13 +68,15 @@ def view_options(model: FlorenceVLForConditionalGeneration, processor: FlorenceV
 def routed_choices(
     model: FlorenceVLForConditionalGeneration,
     processor: FlorenceVLProcessor,
-    router: Router,
+    routers: Sequence[Router],
     measured: Measurement,
     trades: Sequence[float] = TRADES,
     seed: int = 0,
     batch_size: int = 16,
 ) -> list[RoutedChoice]:
-    """The router's choices at each trade, and its rivals: shuffled questions, the image alone, and chance.
+    """The routers' choices at each trade, and their rivals: shuffled questions, the image alone, and chance.
+
+    Scores are means over the routers, which differ by their seeds.
 
     A router that only reweights the views loses nothing when each question is routed by another one's text; one that
     reads the image only loses nothing when all questions look alike to it.
@@ -80,44 +84,51 @@ def routed_choices(
     Args:
         model: With views, in eval mode.
         processor: The model's, at the full view's size.
-        router: Of the model.
+        routers: Of the model, of one config.
         measured: Of `view_options`.
         trades: See `Router.choose`.
         seed: Of the shuffled questions.
         batch_size: Questions whose thumbnails are encoded at a time.
     """
+    config = routers[0].config
     columns = {option.view: index for index, option in enumerate(measured.options)}
-    column_W = np.array([columns[name] for name in router.views])
+    column_W = np.array([columns[name] for name in routers[0].views])
     pictures, texts = _asked(measured.questions)
     states: list[tuple[Tensor, Tensor]] = []
     for start in range(0, len(texts), batch_size):
         part = slice(start, start + batch_size)
-        states.append(router_states(model, processor, pictures[part], texts[part], router.config.thumbnail))
+        states.append(router_states(model, processor, pictures[part], texts[part], config.thumbnail))
     question_QH, image_QD = (torch.cat([state[i] for state in states]) for i in (0, 1))
-    order_Q = torch.from_numpy(np.random.default_rng(seed).permutation(len(texts)))
-    views = {
-        "router": (question_QH, image_QD),
-        "shuffled questions": (question_QH[order_Q], image_QD),
-        "image alone": (question_QH.mean(0, keepdim=True).expand_as(question_QH), image_QD),
+    random = np.random.default_rng(seed)
+    orders = [torch.from_numpy(random.permutation(len(texts))) for _ in routers]
+    questions = {
+        "router": [question_QH] * len(routers),
+        "shuffled questions": [question_QH[order_Q] for order_Q in orders],
+        "image alone": [question_QH.mean(0, keepdim=True).expand_as(question_QH)] * len(routers),
     }
-    growth = {name: router(*seen).cpu() for name, seen in views.items()}
-    costs_W = router.costs.cpu()
-    settings = processor.image_processor.view_settings(router.config.thumbnail)
+    growth = {
+        name: [router(seen_QH, image_QD).cpu() for router, seen_QH in zip(routers, seen, strict=True)]
+        for name, seen in questions.items()
+    }
+    costs_W = routers[0].costs.cpu()
+    settings = processor.image_processor.view_settings(config.thumbnail)
     side = settings["size"] or processor.image_processor.size["height"]
     thumbnail = tower_flops(model, [model.config.features[0]], side, side)
     eye, found = np.eye(len(measured.options)), []
 
-    def add(name: str, share_QO: np.ndarray, asks_router: bool) -> None:
+    def add(name: str, shares: Sequence[np.ndarray], asks_router: bool) -> None:
+        share_QO = np.mean(shares, axis=0)
         choice = score_choice(measured, name, share_QO, thumbnail if asks_router else 0.0)
-        found.append(RoutedChoice(choice, share_QO.mean(0), asks_router))
+        seeds = tuple(float((share * measured.right_QO).sum(1).mean()) for share in shares)
+        found.append(RoutedChoice(choice, share_QO.mean(0), asks_router, seeds))
 
     for trade in trades:
-        for name, growth_QW in growth.items():
-            share_QO = eye[column_W[(growth_QW + trade * costs_W).argmin(-1).numpy()]]
-            add(f"{name}, trade {trade:g}", share_QO, asks_router=True)
+        for name, growths in growth.items():
+            shares = [eye[column_W[(growth_QW + trade * costs_W).argmin(-1).numpy()]] for growth_QW in growths]
+            add(f"{name}, trade {trade:g}", shares, asks_router=True)
             if name == "router":
-                own_QO = share_QO
-        add(f"chance, trade {trade:g}", np.tile(own_QO.mean(0), (len(texts), 1)), asks_router=False)
+                own = shares
+        add(f"chance, trade {trade:g}", [np.tile(s.mean(0), (len(texts), 1)) for s in own], asks_router=False)
     return found
 
 

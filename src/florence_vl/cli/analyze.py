@@ -437,18 +437,18 @@ def _routed(
     seed: int,
     rounds: int,
 ) -> tuple[list[RoutedChoice], float]:
-    """The choices of the router in a folder with their rivals, and the router's own latency; none without a folder."""
+    """The choices of the routers in a folder with their rivals, and a router's own latency; none without a folder."""
     if folder is None:
         return [], 0.0
     from florence_vl.analyze.routed import TRADES, routed_choices, time_router
     from florence_vl.model.resolution import set_resolution
-    from florence_vl.model.router import Router, check_views_of
+    from florence_vl.model.router import check_views_of, load_routers
 
-    router = Router.load(folder).to(loaded.device)
-    check_views_of(router, loaded)
+    routers = [router.to(loaded.device) for router in load_routers(folder)]
+    check_views_of(routers[0], loaded)
     set_resolution(loaded, processor, image_size=measured.options[0].size)
-    routed = routed_choices(loaded, processor, router, measured, trades or TRADES, seed)
-    return routed, time_router(loaded, processor, router, rounds)
+    routed = routed_choices(loaded, processor, routers, measured, trades or TRADES, seed)
+    return routed, time_router(loaded, processor, routers[0], rounds)
 
 
 def _every(what: str, share: float = 0.1) -> Callable[[int, int], None]:

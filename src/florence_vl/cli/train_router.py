@@ -24,6 +24,9 @@ def command(
     ),
     image_root: Optional[Path] = typer.Option(None, "--image-root", help="Folder or archive of the pictures."),  # noqa: UP045
     seed: int = typer.Option(0, "--seed", help="Seed of the router's initial weights."),
+    seeds: int = typer.Option(
+        1, "--seeds", min=1, help="Number of routers, with seeds from --seed on; `analyze bill` averages over them."
+    ),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, mps."),
 ) -> None:
     """Measure the loss of the correct answers under each view, and fit the router to it.
@@ -39,6 +42,7 @@ def command(
     from florence_vl.data.readers import open_reader
     from florence_vl.files import write_text
     from florence_vl.model.loading import load_model
+    from florence_vl.model.router import save_routers
     from florence_vl.train import router as training
 
     loaded, processor = load_model(model, device)
@@ -58,10 +62,11 @@ def command(
     held = count // 5
     train, test = _split(found, slice(0, count - held)), _split(found, slice(count - held, count))
     thumbnail = thumbnail or min(found.costs, key=found.costs.__getitem__)
-    fitted = training.fit_router(train, thumbnail, seed=seed)
+    routers = [training.fit_router(train, thumbnail, seed=seed + number) for number in range(seeds)]
+    fitted = routers[0]
     folder = out or Path(model)
     folder.mkdir(parents=True, exist_ok=True)
-    fitted.save(folder)
+    save_routers(folder, routers)
     rows = training.curve(fitted, test, (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0))
     fixed = {
         name: {"cost": test.costs[name], "loss": float(test.losses_BW[:, index].mean())}

@@ -29,6 +29,7 @@ TRADE = 0.1  # nats; a full view costs one
 
 ROUTER_FILE = "router.safetensors"
 ROUTER_CONFIG = "router.json"
+OTHER_ROUTERS = "router-*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -99,38 +100,62 @@ class Router(nn.Module):
         growth_BW = self(question_BH, image_BD) + trade * self.costs
         return [self.views[index] for index in growth_BW.argmin(-1).tolist()]
 
-    def save(self, folder: Path) -> None:
-        """Write the router to a model's folder: `router.safetensors` and `router.json`."""
-        import json
-
-        from safetensors.torch import save
-
-        from florence_vl.files import atomic_file
-
-        with atomic_file(folder / ROUTER_FILE) as path:
-            path.write_bytes(save(self.layers.state_dict()))
-        write_text(folder / ROUTER_CONFIG, json.dumps(asdict(self.config), indent=2) + "\n")
-
     @classmethod
     def load(cls, folder: Path) -> Router:
-        """Load a router written by `save`.
+        """Load the router that chooses with `auto`, the first that `save_routers` wrote.
 
         Raises:
             FileNotFoundError: The folder contains no router.
             ValueError: The files are inconsistent.
         """
-        import json
+        return load_routers(folder)[0]
 
-        from safetensors.torch import load_file
 
-        if not (folder / ROUTER_CONFIG).is_file():
-            raise FileNotFoundError(f"no router in {folder} ({ROUTER_CONFIG}): `florence-vl train-router` trains one")
-        router = cls(RouterConfig(**json.loads((folder / ROUTER_CONFIG).read_text(encoding="utf-8"))))
+def save_routers(folder: Path, routers: Sequence[Router]) -> None:
+    """Write a router to a model's folder: `router.safetensors` and `router.json`.
+
+    Args:
+        folder: Of the model; routers that are there are replaced.
+        routers: The first is used by `auto`. The others, of the same config but other seeds, show its spread; they are
+            written to `router-1.safetensors` and so on.
+    """
+    import json
+
+    from safetensors.torch import save
+
+    from florence_vl.files import atomic_file
+
+    for old in folder.glob(OTHER_ROUTERS):
+        old.unlink()
+    for number, router in enumerate(routers):
+        with atomic_file(folder / (f"router-{number}.safetensors" if number else ROUTER_FILE)) as path:
+            path.write_bytes(save(router.layers.state_dict()))
+    write_text(folder / ROUTER_CONFIG, json.dumps(asdict(routers[0].config), indent=2) + "\n")
+
+
+def load_routers(folder: Path) -> list[Router]:
+    """Load all routers written by `save_routers`.
+
+    Raises:
+        FileNotFoundError: The folder contains no router.
+        ValueError: The files are inconsistent.
+    """
+    import json
+
+    from safetensors.torch import load_file
+
+    if not (folder / ROUTER_CONFIG).is_file():
+        raise FileNotFoundError(f"no router in {folder} ({ROUTER_CONFIG}): `florence-vl train-router` trains one")
+    config = RouterConfig(**json.loads((folder / ROUTER_CONFIG).read_text(encoding="utf-8")))
+    routers = []
+    for path in (folder / ROUTER_FILE, *sorted(folder.glob(OTHER_ROUTERS))):
+        router = Router(config)
         try:
-            router.layers.load_state_dict(load_file(folder / ROUTER_FILE))
+            router.layers.load_state_dict(load_file(path))
         except RuntimeError as error:
-            raise ValueError(f"{folder / ROUTER_FILE} does not fit {ROUTER_CONFIG}: {error}") from None
-        return router.eval()
+            raise ValueError(f"{path} does not fit {ROUTER_CONFIG}: {error}") from None
+        routers.append(router.eval())
+    return routers
 
 
 @torch.no_grad()

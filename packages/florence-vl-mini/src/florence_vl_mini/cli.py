@@ -21,6 +21,8 @@ epilog = """[bold]Examples[/bold]
 
   florence-vl mini try --out runs/mini-try
 
+  florence-vl mini suite mini_drawings --size 320x192 --out data/drawings-320x192
+
   florence-vl mini eval runs/mini-florence2/model --out runs/mini-florence2/scores.json
 
   florence-vl mini release runs/mini-florence2 --out runs/mini/florence2
@@ -184,6 +186,25 @@ def release(
         typer.echo(publish(partial, report, model_card(report, known, parameters, note)))
 
 
+@app.command("suite")
+def suite(
+    out: Annotated[Path, typer.Option(help="Folder for the suite's parquet files, for `evaluate --data`.")],
+    name: Annotated[str, typer.Argument(help="mini, mini_tables or mini_drawings.")] = "mini",
+    size: Annotated[str, typer.Option(help="Pixels of the pictures: a side, or WIDTHxHEIGHT.")] = "256",
+    overwrite: Annotated[bool, typer.Option(help="Replace a folder that this command wrote earlier.")] = False,
+) -> None:
+    """Write a mini suite with pictures of another size, to compare resolutions on the same questions."""
+    from florence_vl.files import atomic_folder
+    from florence_vl_mini.suite import write_suite
+
+    sides = [int(side) if side.isdecimal() else 0 for side in size.split("x")]
+    if len(sides) > 2 or min(sides) < 64:
+        raise ValueError(f"--size is {size!r}; expected a side or WIDTHxHEIGHT of at least 64 pixels, e.g. 320x192")
+    with atomic_folder(out, overwrite=overwrite) as partial:
+        write_suite(partial, name, (sides[0], sides[-1]))
+    typer.echo(str(out))
+
+
 @app.command("start")
 def start(
     out: Annotated[Path, typer.Option(help="Folder for the model.")],
@@ -191,19 +212,15 @@ def start(
     adapter: Annotated[Path | None, typer.Option(help="adapter.safetensors of `mini pack`; the included one.")] = None,
 ) -> None:
     """Apply an adapter to another mini Florence-2: the model from which the recipe mini/newcomers continues."""
-    from safetensors.torch import load_file
-
     import florence_vl_mini
     from florence_vl.files import atomic_folder
-    from florence_vl.model.adapter import apply_adapter
     from florence_vl.model.packaged import resolve
-    from florence_vl_mini.models import mini_base
+    from florence_vl_mini.models import mini_with_adapter
 
     file = adapter or florence_vl_mini.florence_vl_path()
     if not file.is_file():
         raise FileNotFoundError(f"no adapter at {file}: pass the adapter.safetensors that `mini pack` wrote")
-    model, processor = mini_base(Path(resolve(vision, "vision")))
-    apply_adapter(model, load_file(file))
+    model, processor = mini_with_adapter(Path(resolve(vision, "vision")), file)
     with atomic_folder(out) as partial:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
@@ -213,15 +230,21 @@ def start(
 @app.command("pack")
 def pack(
     model: Annotated[Path, typer.Argument(help="Folder of the trained mini Florence-VL.")],
-    out: Annotated[Path, typer.Option(help="Folder for the adapter (float16), the scores and the card.")],
+    out: Annotated[Path, typer.Option(help="Folder for the adapter, the scores and the card.")],
     vision: Annotated[str, typer.Option(help="The Florence-2 of the model: a folder, or `mini`.")] = "mini",
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the LLM's change; the card states the omitted part.")] = 16,
+    rank: Annotated[
+        int, typer.Option(min=1, help="Mean rank of the LLM's change; the card states the omitted part.")
+    ] = 16,
     training: Annotated[str, typer.Option(help="Description of the training, for the card.")] = "See `recipes/mini`.",
     note: Annotated[str, typer.Option(help="Closing remark of the card.")] = "",
     limit: Annotated[int | None, typer.Option(min=1, help="Approximate questions per group; all by default.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
 ) -> None:
-    """Export the trained changes and score the model with and without pictures; replaces an earlier call's folder."""
+    """Export the trained changes and score the model with and without pictures; replaces an earlier call's folder.
+
+    The router in the model's folder, if there is one, is copied.
+    """
+    import json
     from dataclasses import asdict
 
     from safetensors.torch import save_file
@@ -232,12 +255,13 @@ def pack(
     from florence_vl.model.adapter import apply_adapter, extract_adapter
     from florence_vl.model.loading import load_model
     from florence_vl.model.packaged import resolve
+    from florence_vl.model.router import ROUTER_CONFIG, load_routers, save_routers
     from florence_vl_mini.card import model_card, publish
     from florence_vl_mini.models import mini_base
 
     trained, _ = load_model(model, device, "float32")
     tower = Path(resolve(vision, "vision"))
-    built, processor = mini_base(tower)
+    built, processor = mini_base(tower, trained.config.views)
     built.to(trained.device).eval()
     adapter, lost = extract_adapter(trained, built, rank)
     llm, _ = mini_base(tower)
@@ -265,7 +289,9 @@ def pack(
         note=note,
     )
     with atomic_folder(out, overwrite=True, sources=[model]) as partial:
-        save_file(adapter, partial / "adapter.safetensors")
+        save_file(adapter, partial / "adapter.safetensors", {"views": json.dumps(trained.config.views)})
+        if (model / ROUTER_CONFIG).is_file():
+            save_routers(partial, load_routers(model))
         typer.echo(publish(partial, plain, card))
 
 

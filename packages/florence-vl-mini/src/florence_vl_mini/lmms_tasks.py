@@ -8,7 +8,7 @@ import yaml
 
 from florence_vl.evaluate.suites import choose
 from florence_vl.files import write_text
-from florence_vl_mini.suite import mini_folder
+from florence_vl_mini.suite import write_suite
 
 _UTILS = '''"""Functions of the tasks beside this file."""
 
@@ -26,7 +26,7 @@ def write_tasks(folder: Path) -> list[str]:
         ValueError: The package florence-vl-mini is not installed.
     """
     folder = folder.resolve()
-    mini_folder(folder)
+    write_suite(folder)
     write_text(folder / "utils.py", _UTILS)
     names = []
     for benchmark in choose("mini"):

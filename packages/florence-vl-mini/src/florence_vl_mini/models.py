@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import florence_vl_mini
 from florence_vl.files import cache_dir, sha256
@@ -61,19 +62,19 @@ def mini_florence_vl() -> Path:
     """
     tower = mini_florence2()
     adapter = florence_vl_mini.florence_vl_path()
-    sources = [SMOLLM2.sha256, *(sha256(p) for p in (adapter, tower / "model.safetensors"))]
+    files = (adapter, *sorted(adapter.parent.glob("router*")), tower / "model.safetensors")
+    sources = [SMOLLM2.sha256, *(sha256(path) for path in files)]
     sources.append(CHAT_TEMPLATES["chatml"].source)
     digest = hashlib.sha256(" ".join(sources).encode()).hexdigest()
 
     def make(scratch: Path) -> None:
-        from safetensors.torch import load_file
+        from florence_vl.model.router import ROUTER_CONFIG, load_routers, save_routers
 
-        from florence_vl.model.adapter import apply_adapter
-
-        model, processor = mini_base(tower)
-        apply_adapter(model, load_file(adapter))
+        model, processor = mini_with_adapter(tower, adapter)
         model.save_pretrained(scratch)
         processor.save_pretrained(scratch)
+        if (adapter.parent / ROUTER_CONFIG).is_file():
+            save_routers(scratch, load_routers(adapter.parent))
 
     about = {"source": "florence-vl-mini and " + SMOLLM2.requirement, "license": "Apache-2.0"}
     return cached(cache_dir() / "parts" / "florence-vl-mini", digest, about, make)
@@ -104,14 +105,34 @@ def mini_llm() -> Path:
     return cached(cache_dir() / "parts" / "florence-vl-mini-llm", digest, about, make)
 
 
-def mini_base(vision: Path) -> tuple[FlorenceVLForConditionalGeneration, FlorenceVLProcessor]:
+def mini_with_adapter(vision: Path, adapter: Path) -> tuple[FlorenceVLForConditionalGeneration, FlorenceVLProcessor]:
+    """A mini Florence-VL from a mini Florence-2, SmolLM2 and an `adapter.safetensors` of `florence-vl mini pack`.
+
+    Raises:
+        ValueError: The adapter belongs to another model.
+    """
+    from safetensors import safe_open
+
+    from florence_vl.model.adapter import apply_adapter
+
+    with safe_open(adapter, "pt") as file:
+        views = json.loads((file.metadata() or {}).get("views", "null"))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    model, processor = mini_base(vision, views)
+    apply_adapter(model, tensors)
+    return model, processor
+
+
+def mini_base(
+    vision: Path, views: Mapping[str, Any] | None = None
+) -> tuple[FlorenceVLForConditionalGeneration, FlorenceVLProcessor]:
     """The mini Florence-VL before training: a mini Florence-2 and SmolLM2 with all four features, float32.
 
     Images are squashed to the square: bars beside a wide image would leave its text fewer of the 256 px.
     """
     from florence_vl.model.assemble import build_model
 
-    model, processor = build_model(vision, smollm2(), dtype="float32", seed=0)
+    model, processor = build_model(vision, smollm2(), dtype="float32", seed=0, views=views)
     processor.image_processor.image_aspect_ratio = "squash"
     return model, processor
 

@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from florence_vl.evaluate.suites import PackagedSuite
 from florence_vl.files import atomic_folder, cache_dir
+from florence_vl.registry import did_you_mean
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from florence_vl_mini.scenes.annotations import Question
 
 PICTURES = 260  # of the split `test`, whose sprites, fonts and words are in no training picture
@@ -27,11 +30,14 @@ TABLES_PICTURES, TABLES_QUESTIONS_PER_GROUP = 1400, 500
 DRAWINGS = ("drawing", "sign", "price_list", "plain_chart", "dialog")
 DRAWINGS_OF_EACH, QUESTIONS_PER_DRAWING = 20, 3
 SEED = 0
-SIZE = 256  # px
+SIZE = 256, 256  # px
 
 
 def mini_rows(
-    pictures: int = PICTURES, per_group: int = QUESTIONS_PER_GROUP, prefix: str = "mini"
+    pictures: int = PICTURES,
+    per_group: int = QUESTIONS_PER_GROUP,
+    prefix: str = "mini",
+    size: tuple[int, int] = SIZE,
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows of the suite by benchmark name; the same on every machine.
 
@@ -39,10 +45,11 @@ def mini_rows(
         pictures: How many pictures are asked about.
         per_group: At most that many questions of each group.
         prefix: Of the benchmarks' names.
+        size: Width and height of the pictures in pixels.
     """
     from florence_vl_mini.scenes import GROUPS, SceneGenerator
 
-    scenes = SceneGenerator(seed=SEED, split="test", size=SIZE)
+    scenes = SceneGenerator(seed=SEED, split="test", size=max(size))
     rows: dict[str, list[dict[str, Any]]] = {f"{prefix}_{group}": [] for group in GROUPS}
     for index in range(pictures):
         scene = scenes[index]
@@ -51,31 +58,32 @@ def mini_rows(
             group = rows[f"{prefix}_{question.group}"]
             if len(group) >= per_group:
                 continue
-            image = image or _png(scene.image)
+            image = image or _png(scene.image, size)
             group.append(_row(str(index), number, image, question))
     return rows
 
 
 def drawing_rows(
-    of_each: int = DRAWINGS_OF_EACH, per_drawing: int = QUESTIONS_PER_DRAWING
+    of_each: int = DRAWINGS_OF_EACH, per_drawing: int = QUESTIONS_PER_DRAWING, size: tuple[int, int] = SIZE
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows of `mini_drawings`: questions of different skills about each picture; the same on every machine.
 
     Args:
         of_each: Pictures of each kind.
         per_drawing: Questions about a picture, at most.
+        size: Width and height of the pictures in pixels.
     """
     from florence_vl_mini.scenes import SceneGenerator
 
     rows = []
     for kind in DRAWINGS:
-        scenes = SceneGenerator(seed=SEED, split="test", size=SIZE, mix={kind: 1.0})
+        scenes = SceneGenerator(seed=SEED, split="test", size=max(size), mix={kind: 1.0})
         for index in range(of_each):
             scene = scenes[index]
             asked = list(enumerate(scene.questions))
             Random(index).shuffle(asked)
             by_skill = {question.skill: (number, question) for number, question in reversed(asked)}
-            image = _png(scene.image)
+            image = _png(scene.image, size)
             chosen = list(by_skill.values())[:per_drawing]
             rows += [_row(f"{kind}-{index}", number, image, question) for number, question in chosen]
     return {"mini_drawings": rows}
@@ -87,38 +95,54 @@ def _row(picture: str, number: int, image: bytes, question: Question) -> dict[st
     return row | {"choices": list(question.choices or ())}
 
 
-def _png(image: Any) -> bytes:
+def _png(image: Image, size: tuple[int, int]) -> bytes:
     file = io.BytesIO()
+    if image.size != size:
+        image = image.resize(size)
     image.save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
-def mini_folder(folder: Path | None = None) -> Path:
-    """A folder with the suite's parquet files, made when it isn't there; in the cache unless named."""
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder, mini_rows())
-        return folder
-    return _cached("mini-suite", mini_rows)
+def write_suite(folder: Path, name: str = "mini", size: tuple[int, int] = SIZE) -> None:
+    """Write a suite's parquet files.
+
+    Args:
+        folder: To write to; created if it does not exist.
+        name: mini, mini_tables or mini_drawings.
+        size: Width and height of the pictures in pixels. A scene is drawn as a square of the longer side. The pages of
+            `mini_drawings` are the same at every size; of the other scenes some arrangements differ.
+
+    Raises:
+        ValueError: No such suite.
+    """
+    if name not in ROWS:
+        raise ValueError(f"no mini suite {name!r}. {did_you_mean(name, ROWS)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder, ROWS[name](size))
+
+
+def mini_folder() -> Path:
+    """A folder in the cache with the parquet files of `mini`, made when it isn't there."""
+    return _cached("mini-suite", "mini")
 
 
 def tables_folder() -> Path:
     """A folder in the cache with the parquet files of `mini_tables`, made when it isn't there."""
-    return _cached("mini-tables", lambda: mini_rows(TABLES_PICTURES, TABLES_QUESTIONS_PER_GROUP, "mini_tables"))
+    return _cached("mini-tables", "mini_tables")
 
 
 def drawings_folder() -> Path:
     """A folder in the cache with the parquet file of `mini_drawings`, made when it isn't there."""
-    return _cached("mini-drawings", drawing_rows)
+    return _cached("mini-drawings", "mini_drawings")
 
 
-def _cached(name: str, make: Callable[[], dict[str, list[dict[str, Any]]]]) -> Path:
+def _cached(name: str, suite: str) -> Path:
     folder = cache_dir() / name / _version()
     if folder.is_dir():
         return folder
     try:
         with atomic_folder(folder) as partial:
-            _write(partial, make())
+            write_suite(partial, suite)
     except (OSError, ValueError):
         if not folder.is_dir():  # else another process was first
             raise
@@ -156,6 +180,11 @@ def _write(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
         pq.write_table(pa.Table.from_pylist(group, schema=schema), folder / f"{name}.parquet", row_group_size=128)
 
 
+ROWS: dict[str, Callable[[tuple[int, int]], dict[str, list[dict[str, Any]]]]] = {
+    "mini": lambda size: mini_rows(size=size),
+    "mini_tables": lambda size: mini_rows(TABLES_PICTURES, TABLES_QUESTIONS_PER_GROUP, "mini_tables", size),
+    "mini_drawings": lambda size: drawing_rows(size=size),
+}
 SUITE = PackagedSuite(Path(__file__).parent / "suites", "florence-vl-mini", mini_folder)
 TABLES_SUITE = PackagedSuite(Path(__file__).parent / "suites_tables", "florence-vl-mini-tables", tables_folder)
 DRAWINGS_SUITE = PackagedSuite(Path(__file__).parent / "suites_drawings", "florence-vl-mini-drawings", drawings_folder)
