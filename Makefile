@@ -117,7 +117,7 @@ mini-train: export FLORENCE_VL_MINI_DATA := data/mini$(TRIED)
 data/mini$(TRIED)/%/data.jsonl: | setup
 	$(BIN)/florence-vl mini data --set $* --out data/mini$(TRIED)/$* $(if $(TRY),--samples 200)
 
-mini-data: $(addsuffix /data.jsonl,$(addprefix data/mini$(TRIED)/,captions regions questions newcomers described places))  ## Write the data sets of the mini stages to data/mini.
+mini-data: $(addsuffix /data.jsonl,$(addprefix data/mini$(TRIED)/,captions regions questions newcomers described places routing))  ## Write the data sets of the mini stages to data/mini.
 
 mini-train: mini-data  ## Train the mini Florence-2 and the mini Florence-VL (hours; every part resumes), with scores and cards.
 	$(MINI_PROCESSES) mini train $(FLORENCE2_ARGS) out=$(RUNS)/florence2-run
@@ -129,7 +129,9 @@ mini-train: mini-data  ## Train the mini Florence-2 and the mini Florence-VL (ho
 	$(BIN)/florence-vl mini release $(RUNS)/florence2-v2-run --out $(RUNS)/florence2-v2 $(if $(TRY),--scenes 20 --pictures 40)
 	[ -d $(RUNS)/v2-start ] || $(BIN)/florence-vl mini start --vision $(RUNS)/florence2-v2 --adapter $(RUNS)/florence-vl-v1/adapter.safetensors --out $(RUNS)/v2-start
 	$(MINI_PROCESSES) train mini/newcomers $(STAGE_ARGS) output=$(RUNS)/newcomers model.path=$(RUNS)/v2-start $(if $(TRY),warm_up.steps=4)
-	$(BIN)/florence-vl mini pack $(RUNS)/newcomers/model --rank 96 --vision $(RUNS)/florence2-v2 --out $(RUNS)/florence-vl $(if $(TRY),--limit 2)
+	$(MINI_PROCESSES) train mini/sizes $(STAGE_ARGS) output=$(RUNS)/sizes model.path=$(RUNS)/newcomers/model
+	$(BIN)/florence-vl train-router $(RUNS)/sizes/model data/mini$(TRIED)/routing/data.jsonl --seeds 3 --records $(if $(TRY),20,1200)
+	$(BIN)/florence-vl mini pack $(RUNS)/sizes/model --rank 96 --vision $(RUNS)/florence2-v2 --out $(RUNS)/florence-vl $(if $(TRY),--limit 2)
 
 clean:  ## Remove caches and build outputs (not runs/, not .venv).
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

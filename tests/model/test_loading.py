@@ -88,7 +88,9 @@ def test_heads_of_siglip_towers_saved_by_earlier_versions_are_left_out(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["vision_config"].pop("vision_use_head")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    FlorenceVLForConditionalGeneration.from_pretrained(tmp_path)
+    loaded = FlorenceVLForConditionalGeneration.from_pretrained(tmp_path).state_dict()
+    assert loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"

@@ -11,6 +11,8 @@ epilog = """[bold]Examples[/bold]
 
   florence-vl train-router runs/views/model data/mini/questions/data.jsonl
 
+  florence-vl train-router runs/views/model questions.jsonl --seeds 3 --dtype bfloat16
+
   florence-vl train-router runs/views/model questions.jsonl --records 2000 --thumbnail glance --out runs/router"""
 
 
@@ -28,6 +30,7 @@ def command(
         1, "--seeds", min=1, help="Number of routers, with seeds from --seed on; `analyze bill` averages over them."
     ),
     device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, mps."),
+    dtype: str = typer.Option("auto", "--dtype", help="auto, float32, bfloat16, float16."),
 ) -> None:
     """Measure the loss of the correct answers under each view, and fit the router to it.
 
@@ -45,7 +48,7 @@ def command(
     from florence_vl.model.router import save_routers
     from florence_vl.train import router as training
 
-    loaded, processor = load_model(model, device)
+    loaded, processor = load_model(model, device, dtype)
     reader = open_reader(data, **({"image_root": str(image_root)} if image_root else {}))
     with Progress(transient=True) as bar:
         task = bar.add_task("losses under each view", total=min(records, len(reader)))
