@@ -124,14 +124,14 @@ mini-train: mini-data  ## Train the mini Florence-2 and the mini Florence-VL (ho
 	$(BIN)/florence-vl mini release $(RUNS)/florence2-run --out $(RUNS)/florence2 $(if $(TRY),--scenes 20 --pictures 40)
 	$(MINI_PROCESSES) train mini/pretrain $(STAGE_ARGS) output=$(RUNS)/pretrain model.build.vision=$(RUNS)/florence2 $(if $(TRY),warm_up.pairs=100 warm_up.steps=4)
 	$(MINI_PROCESSES) train mini/finetune $(STAGE_ARGS) output=$(RUNS)/finetune model.path=$(RUNS)/pretrain/model
-	$(BIN)/florence-vl mini pack $(RUNS)/finetune/model --rank 96 --vision $(RUNS)/florence2 --out $(RUNS)/florence-vl-v1 --limit 2
+	$(BIN)/florence-vl mini pack $(RUNS)/finetune/model --rank 176 --vision $(RUNS)/florence2 --out $(RUNS)/florence-vl-v1 --limit 2
 	$(MINI_PROCESSES) mini train $(FLORENCE2_V2) $(FLORENCE2_ARGS) out=$(RUNS)/florence2-v2-run start_from=$(RUNS)/florence2
 	$(BIN)/florence-vl mini release $(RUNS)/florence2-v2-run --out $(RUNS)/florence2-v2 $(if $(TRY),--scenes 20 --pictures 40)
 	[ -d $(RUNS)/v2-start ] || $(BIN)/florence-vl mini start --vision $(RUNS)/florence2-v2 --adapter $(RUNS)/florence-vl-v1/adapter.safetensors --out $(RUNS)/v2-start
 	$(MINI_PROCESSES) train mini/newcomers $(STAGE_ARGS) output=$(RUNS)/newcomers model.path=$(RUNS)/v2-start $(if $(TRY),warm_up.steps=4)
 	$(MINI_PROCESSES) train mini/sizes $(STAGE_ARGS) output=$(RUNS)/sizes model.path=$(RUNS)/newcomers/model
 	$(BIN)/florence-vl train-router $(RUNS)/sizes/model data/mini$(TRIED)/routing/data.jsonl --seeds 3 --records $(if $(TRY),20,1200)
-	$(BIN)/florence-vl mini pack $(RUNS)/sizes/model --rank 96 --vision $(RUNS)/florence2-v2 --out $(RUNS)/florence-vl $(if $(TRY),--limit 2)
+	$(BIN)/florence-vl mini pack $(RUNS)/sizes/model --rank 176 --vision $(RUNS)/florence2-v2 --out $(RUNS)/florence-vl $(if $(TRY),--limit 2)
 
 clean:  ## Remove caches and build outputs (not runs/, not .venv).
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

