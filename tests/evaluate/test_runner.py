@@ -264,6 +264,11 @@ def test_other_models_protocols_and_data_are_refused(
     fewer = plan([pope], lambda benchmark: benchmark.questions(benchmark_folder)[:2])
     with pytest.raises(ValueError, match="another protocol"):
         open_results(folder, Scripted(), fewer)
+    pictures = {name: [replace(q, images=[]) for q in asked] for name, asked in small_plan.questions.items()}
+    redrawn = plan(list(small_plan.benchmarks.values()), lambda benchmark: pictures[benchmark.name])
+    assert redrawn.fingerprints == small_plan.fingerprints
+    with pytest.raises(ValueError, match="about other pictures"):
+        open_results(folder, Scripted(), redrawn)
     assert folder.description == before
     moved = ResultsFolder(tmp_path / "moved")
     for name in ("first", "renamed"):  # the same weights elsewhere

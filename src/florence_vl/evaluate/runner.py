@@ -35,6 +35,7 @@ class EvaluationPlan:
         seed: The seed of the sample.
         available: Number of questions of each benchmark without a limit.
         fingerprints: Digest of each benchmark's protocol and questions, under which answers are stored.
+        pictures: Digest of each benchmark's picture keys.
     """
 
     questions: dict[str, list[Question]]
@@ -43,6 +44,7 @@ class EvaluationPlan:
     seed: int = 0
     available: dict[str, int] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
+    pictures: dict[str, str] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -73,6 +75,8 @@ def plan(
         everything = load(benchmark)
         made.available[benchmark.name] = len(everything)
         made.fingerprints[benchmark.name] = _fingerprint(benchmark, everything)
+        keys = "\n".join(sorted({question.picture_key for question in everything}))
+        made.pictures[benchmark.name] = hashlib.sha256(keys.encode()).hexdigest()[:16]
         made.questions[benchmark.name] = select(everything, benchmark.scorer, limit, seed)
     return made
 
@@ -102,6 +106,7 @@ def describe(made: EvaluationPlan) -> dict[str, dict[str, Any]]:
         facts = asdict(benchmark)
         found[name] = {
             "fingerprint": made.fingerprints[name],
+            "pictures": made.pictures.get(name),
             "questions": len(made.questions[name]),
             "available": made.available.get(name, len(made.questions[name])),
             "size": benchmark.size,

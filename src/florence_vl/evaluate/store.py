@@ -56,8 +56,8 @@ class ResultsFolder:
             The description, with this run's benchmarks added.
 
         Raises:
-            ValueError: The folder has answers of another model, or of a benchmark under another protocol or from a
-                sample that is not part of this one, or other files.
+            ValueError: The folder has answers of another model, or of a benchmark under another protocol, about other
+                pictures or from a sample that is not part of this one, or other files.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         found = self.description
@@ -77,6 +77,11 @@ class ResultsFolder:
                     f"{self.path} has answers to {name!r} under another protocol ({known[name].get('protocol')}, "
                     f"{known[name]['fingerprint']}; now {facts.get('protocol')}, {facts['fingerprint']}). Give another "
                     "folder with --out"
+                )
+            if name in known and known[name].get("pictures", facts.get("pictures")) != facts.get("pictures"):
+                raise ValueError(
+                    f"{self.path} has answers to {name!r} about other pictures (of another --data folder). Give "
+                    "another folder with --out"
                 )
             if name in known and not _extends(known[name], facts):
                 raise ValueError(
