@@ -107,6 +107,8 @@ def test_large_jpegs_are_reduced_while_decoding(monkeypatch):
     monkeypatch.setattr(pictures, "REDUCED_PIXELS", 81 * 43 - 1)
     half = open_image(file.getvalue())
     assert (whole.size, half.size) == ((81, 43), (41, 22))
+    assert image_size(file.getvalue()) == (22, 41), "the planned number of tokens is that of the decoded image"
+    assert image_size(half) == (22, 41)
     assert np.abs(np.asarray(half, dtype=int) - (200, 10, 10)).max() < 6
 
 

@@ -164,7 +164,7 @@ def open_image(source: ImageInput, name: str | None = None, policy: MediaPolicy 
         _check_size(image)
         if _is_jpeg(image):
             _check_scans(image)
-            if image.width * image.height > REDUCED_PIXELS:
+            if _is_reduced(image):
                 image.draft(None, (image.width // 2, image.height // 2))
         with _refuse_truncated():
             image.load()
@@ -188,7 +188,7 @@ def _refuse_truncated() -> Iterator[None]:
 
 
 def image_size(source: ImageInput, policy: MediaPolicy | None = None) -> tuple[int, int]:
-    """(height, width) in pixels of the upright image, read from its header if the source is encoded.
+    """(height, width) in pixels of the image that `open_image` returns, read from its header if the source is encoded.
 
     Raises:
         FileNotFoundError, ValueError: As in `open_image`.
@@ -198,6 +198,8 @@ def image_size(source: ImageInput, policy: MediaPolicy | None = None) -> tuple[i
         image = _open_header(source, policy or _policy.get())
         _check_size(image)
         width, height = image.size
+        if _is_jpeg(image) and _is_reduced(image):
+            width, height = (width + 1) // 2, (height + 1) // 2
         # Pillow decodes a PNG without an EXIF chunk in its header to look for one behind the pixels.
         if image.format != "PNG" or "exif" in image.info:
             with contextlib.suppress(Exception):  # unreadable EXIF says nothing about the pixels
@@ -241,6 +243,10 @@ def _check_size(image: Image.Image) -> None:
 
 def _is_jpeg(image: Image.Image) -> bool:
     return image.format in ("JPEG", "MPO") and getattr(image, "fp", None) is not None  # None: it was decoded before
+
+
+def _is_reduced(jpeg: Image.Image) -> bool:
+    return jpeg.width * jpeg.height > REDUCED_PIXELS
 
 
 def _check_scans(image: Any) -> None:

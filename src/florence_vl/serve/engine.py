@@ -617,5 +617,5 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(
-        sign in str(error) for sign in ("can't allocate memory", "out of memory", "not enough memory")
+        sign in str(error) for sign in ("can't allocate memory", "out of memory", "not enough memory", "_ALLOC_FAILED")
     )
