@@ -1,6 +1,6 @@
 #!/bin/sh
 # Recreates the results at mini scale; run it from the repository's root:
-#   docs/results/make.sh [alignment] [features] [pca] [headroom] [bill] [tables]
+#   docs/results/make.sh [alignment] [features] [pca] [headroom] [bill] [views] [resolution] [tables]
 # Needs florence-vl[analyze], florence-vl-mini, and the packages that `florence-vl analyze encoders` names. An
 # interrupted run resumes: features are cached, and training runs continue from their checkpoints.
 set -eu
@@ -8,7 +8,7 @@ data=data/mini/test-captions
 out=${OUT:-runs/mini-results}
 photos=$(python -c 'import florence_vl_mini as m; print(" ".join(p["file"] for p in m.photos() if p["id"] in ("astronaut", "chelsea", "coffee")))')
 for set in test-captions known; do [ -f data/mini/$set/data.jsonl ] || florence-vl mini data --set $set; done
-for part in ${*:-alignment features pca headroom bill tables}; do
+for part in ${*:-alignment features pca headroom bill views resolution tables}; do
   case $part in
     alignment)
       florence-vl analyze alignment --encoders dinov2_small_focus:layer6+last dinov2_small_focus efficientnet_lite0 \
@@ -30,10 +30,26 @@ for part in ${*:-alignment features pca headroom bill tables}; do
     bill)
       florence-vl analyze bill --model mini --suite mini_drawings --size 256 192 128 --limit ${DRAWINGS:-60} --dtype ${DTYPE:-auto} \
         --out $out/bill ;;
+    views)
+      florence-vl analyze bill --model mini --suite mini_drawings --subsets views --limit ${DRAWINGS:-300} --dtype ${DTYPE:-auto} \
+        --out $out/views ;;
+    resolution)
+      evaluate() { florence-vl evaluate --model mini --suite mini_drawings --dtype ${DTYPE:-auto} --out $out/resolution/"$@"; }
+      evaluate 256
+      for size in 320 320x192; do
+        [ -d data/drawings-$size ] || florence-vl mini suite mini_drawings --size $size --out data/drawings-$size
+      done
+      for positions in absolute resampled; do
+        evaluate 320-$positions --data data/drawings-320 --image-size 320 --positions $positions
+        evaluate 320x192-$positions --data data/drawings-320x192 --aspect native --positions $positions
+      done
+      for run in 320-absolute 320-resampled 320x192-absolute 320x192-resampled; do
+        florence-vl evaluate compare $out/resolution/256 $out/resolution/$run
+      done ;;
     tables)
       florence-vl ablate --scale mini --seeds ${SEEDS:-8} --out $out/ablations
       florence-vl ablate --scale mini --seeds ${SEEDS:-8} --table 5 --start mini --out $out/ablations ;;
-    *) echo "unknown part: $part (alignment, features, pca, headroom, bill, tables)" >&2; exit 2 ;;
+    *) echo "unknown part: $part (alignment, features, pca, headroom, bill, views, resolution, tables)" >&2; exit 2 ;;
   esac
 done
 florence-vl analyze report $out
