@@ -18,7 +18,7 @@ from florence_vl.evaluate.metrics.short import short_normalize
 from florence_vl.evaluate.runner import open_results, plan, run
 from florence_vl.evaluate.scoring import score_folder
 from florence_vl.evaluate.store import ResultsFolder
-from florence_vl.evaluate.suites import choose
+from florence_vl.evaluate.suites import choose, data_folder
 from florence_vl.model.tiny import tiny_model
 from florence_vl_mini.suite import mini_rows
 
@@ -75,7 +75,10 @@ def test_mini_suite_writes_a_suite_that_evaluate_reads(
     monkeypatch.setitem(mini.ROWS, "mini_drawings", lambda size: mini.drawing_rows(1, 1, size))
     assert main(["mini", "suite", "mini_drawings", "--size", "320x192", "--out", str(tmp_path / "wide")]) == 0
     (benchmark,) = choose("mini_drawings")
+    assert data_folder(benchmark, tmp_path / "wide") == tmp_path / "wide"
     assert len(list(benchmark.questions(tmp_path / "wide"))) == 5
+    (other,) = choose("mini_general")
+    assert data_folder(other, tmp_path / "wide") == mini.mini_folder()
 
     def command(*options: str) -> int:
         return main(["mini", "suite", *options, "--out", str(tmp_path / "none")])

@@ -52,13 +52,14 @@ def _load() -> dict[str, list[str]]:
 
 
 def data_folder(benchmark: Benchmark, data: Path | None) -> Path:
-    """Folder of a benchmark's parquet files: in the package that provides them, otherwise `data`.
+    """Folder of a benchmark's parquet files: `data`, or the package that provides them if `data` does not have them.
 
     Raises:
         ValueError: No package provides them and `data` is None; the message gives the download command.
     """
     packaged = packaged_suites().get(benchmark.source.dataset)
-    if packaged is not None:
+    own = data is not None and ((data / f"{benchmark.name}.parquet").is_file() or (data / benchmark.name).is_dir())
+    if packaged is not None and not own:
         return packaged.make()
     if data is None:
         raise ValueError(
