@@ -32,7 +32,7 @@ for part in ${*:-alignment features pca headroom bill views resolution tables}; 
         --out $out/bill ;;
     views)
       florence-vl analyze bill --model mini --suite mini_drawings --subsets views --limit ${DRAWINGS:-300} --dtype ${DTYPE:-auto} \
-        --out $out/views ;;
+        --trade 0 --trade 0.1 --trade 0.3 --trade 1 --trade 2 --out $out/views ;;
     resolution)
       evaluate() { florence-vl evaluate --model mini --suite mini_drawings --dtype ${DTYPE:-auto} --out $out/resolution/"$@"; }
       evaluate 256

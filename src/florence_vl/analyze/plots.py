@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,25 +153,42 @@ def headroom_figure(found: Headroom) -> Any:
 
 
 def bill_figure(rows: Sequence[BillRow]) -> Any:
-    """Accuracy against FLOPs and latency, with the Pareto front; a matplotlib `Figure`."""
+    """Accuracy against FLOPs and latency, with the Pareto front of the fixed options; a matplotlib `Figure`.
+
+    A router and each of its rivals are one line over the trades.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes: Any = figure.subplots(1, 2, sharey=True)
-    for ax, costs, label in (
-        (axes[0], [row.choice.flops / 1e9 for row in rows], "GFLOPs of tower and prefill"),
-        (axes[1], [1000 * row.latency for row in rows], "ms to the first token"),
+    fixed = [row for row in rows if not row.seeds]
+    lines: dict[str, list[BillRow]] = {}
+    for row in rows:
+        if row.seeds:
+            lines.setdefault(row.choice.name.rpartition(", trade ")[0], []).append(row)
+    for ax, cost, label in (
+        (axes[0], lambda row: row.choice.flops / 1e9, "GFLOPs of tower and prefill"),
+        (axes[1], lambda row: 1000 * row.latency, "ms to the first token"),
     ):
-        accuracy = [100 * row.choice.accuracy.mean for row in rows]
-        halves = [100 * (row.choice.accuracy.half or 0) for row in rows]
-        ax.errorbar(costs, accuracy, yerr=halves, fmt="o", color=COLORS[0], markersize=4, linewidth=0.7)
-        for cost, height, row in zip(costs, accuracy, rows, strict=True):
-            ax.annotate(row.choice.name, (cost, height), fontsize=5, xytext=(3, 3), textcoords="offset points")
+
+        def draw(shown: Sequence[BillRow], ax: Any = ax, cost: Callable[[BillRow], float] = cost, **style: Any) -> None:
+            accuracy = [100 * row.choice.accuracy.mean for row in shown]
+            halves = [100 * (row.choice.accuracy.half or 0) for row in shown] if shown is fixed else None
+            ax.errorbar([cost(row) for row in shown], accuracy, yerr=halves, linewidth=0.7, markersize=4, **style)
+
+        draw(fixed, fmt="o", color=COLORS[0], label="fixed" if lines else None)
+        for row in fixed:
+            point = (cost(row), 100 * row.choice.accuracy.mean)
+            ax.annotate(row.choice.name, point, fontsize=5, xytext=(3, 3), textcoords="offset points")
+        for index, (name, shown) in enumerate(lines.items()):
+            draw(sorted(shown, key=cost), marker="sv^x"[index % 4], color=COLORS[(index + 2) % len(COLORS)], label=name)
         ax.set_xlabel(label)
         ax.grid(alpha=0.2)
-    front = [row for row in rows if row.on_front]
+    front = [row for row in fixed if row.on_front]
     axes[0].plot(
         [row.choice.flops / 1e9 for row in front], [100 * row.choice.accuracy.mean for row in front], color=COLORS[1]
     )
     axes[0].set_ylabel("right answers, %")
+    if lines:
+        axes[1].legend(fontsize=7, loc="lower right")
     return figure
