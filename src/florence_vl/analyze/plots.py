@@ -153,7 +153,7 @@ def headroom_figure(found: Headroom) -> Any:
 
 
 def bill_figure(rows: Sequence[BillRow]) -> Any:
-    """Accuracy against FLOPs and latency, with the Pareto front of the fixed options; a matplotlib `Figure`.
+    """Accuracy against FLOPs and latency, with the fixed options of the Pareto front; a matplotlib `Figure`.
 
     A router and each of its rivals are one line over the trades.
     """

@@ -223,14 +223,14 @@ def bill_table(record: dict[str, Any]) -> dict[str, Any]:
             f"{row['flops'] / 1e9:.2f}",
             f"{1000 * row['latency']:.0f}",
             "yes" if row["on_front"] else "",
-            " ".join(f"{100 * accuracy:.1f}" for accuracy in row.get("seeds", ())),
         ]
         for row in record["rows"]
     ]
     header = ["option", "correct %", "difference to the full model", "GFLOPs", "ms to the first token", "Pareto front"]
-    header += ["correct % of each router"]
-    if not any(cell[-1] for cell in cells):
-        header, cells = header[:-1], [cell[:-1] for cell in cells]
+    if any(row.get("seeds") for row in record["rows"]):
+        header.append("correct % of each router")
+        for cell, row in zip(cells, record["rows"], strict=True):
+            cell.append(" ".join(f"{100 * accuracy:.1f}" for accuracy in row["seeds"]))
     title = f"Cost of accuracy, {record['questions']} questions on {record['pictures']} pictures, {record['device']}"
     return {"title": title, "header": header, "cells": cells}
 

@@ -6,7 +6,7 @@ changes made by training are sufficient: `extract_adapter` computes them, `apply
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -126,21 +126,21 @@ def apply_adapter(model: FlorenceVLForConditionalGeneration, adapter: Mapping[st
     state = model.state_dict()
     for key, value in adapter.items():
         name, _, kind = key.rpartition(".")
-        kind = "." + kind
-        if name not in state or kind not in (UP, DOWN, SCALE, WHOLE):
+        if name not in state or f".{kind}" not in (UP, DOWN, SCALE, WHOLE):
             raise ValueError(f"the adapter changes {name!r}, which is not in this model: it belongs to another model")
-        if kind in (DOWN, SCALE):
-            continue
         target = state[name]
-        if kind == UP:
-            factors = {kind: adapter[name + kind] for kind in (UP, DOWN, SCALE) if name + kind in adapter}
+        if f".{kind}" == WHOLE:
+            _check_shape(name, value.shape, target.shape, target.shape)
+            target.copy_(value)
+        elif f".{kind}" == UP:
+            factors = {part: adapter[name + part] for part in (UP, DOWN, SCALE) if name + part in adapter}
             if len(factors) < 3:
                 raise ValueError(f"the adapter contains {key!r} without the other factor or the scale")
-            found = tuple(2 * factors[kind].shape[1] for kind in (UP, DOWN))
-        else:
-            found = tuple(value.shape)
-        expected = tuple(side + side % 2 for side in target.shape) if kind == UP else tuple(target.shape)
-        if found != expected:
-            raise ValueError(f"the adapter has {name} of shape {found}, the model {tuple(target.shape)}")
-        change = target.float() + _product(factors, target.shape).to(target.device) if kind == UP else value
-        target.copy_(change)
+            found = tuple(2 * factors[part].shape[1] for part in (UP, DOWN))
+            _check_shape(name, found, tuple(side + side % 2 for side in target.shape), target.shape)
+            target.copy_(target.float() + _product(factors, target.shape).to(target.device))
+
+
+def _check_shape(name: str, found: Sequence[int], expected: Sequence[int], model: Sequence[int]) -> None:
+    if tuple(found) != tuple(expected):
+        raise ValueError(f"the adapter has {name} of shape {tuple(found)}, the model {tuple(model)}")

@@ -133,6 +133,12 @@ def save_routers(folder: Path, routers: Sequence[Router]) -> None:
     write_text(folder / ROUTER_CONFIG, json.dumps(asdict(routers[0].config), indent=2) + "\n")
 
 
+def copy_routers(source: Path, target: Path) -> None:
+    """Copy the routers of a model's folder to another folder, if there are any."""
+    if (source / ROUTER_CONFIG).is_file():
+        save_routers(target, load_routers(source))
+
+
 def load_routers(folder: Path) -> list[Router]:
     """Load all routers written by `save_routers`.
 

@@ -255,7 +255,7 @@ def pack(
     from florence_vl.model.adapter import apply_adapter, extract_adapter
     from florence_vl.model.loading import load_model
     from florence_vl.model.packaged import resolve
-    from florence_vl.model.router import ROUTER_CONFIG, load_routers, save_routers
+    from florence_vl.model.router import copy_routers
     from florence_vl_mini.card import model_card, publish
     from florence_vl_mini.models import mini_base
 
@@ -290,8 +290,7 @@ def pack(
     )
     with atomic_folder(out, overwrite=True, sources=[model]) as partial:
         save_file(adapter, partial / "adapter.safetensors", {"views": json.dumps(trained.config.views)})
-        if (model / ROUTER_CONFIG).is_file():
-            save_routers(partial, load_routers(model))
+        copy_routers(model, partial)
         typer.echo(publish(partial, plain, card))
 
 

@@ -68,13 +68,12 @@ def mini_florence_vl() -> Path:
     digest = hashlib.sha256(" ".join(sources).encode()).hexdigest()
 
     def make(scratch: Path) -> None:
-        from florence_vl.model.router import ROUTER_CONFIG, load_routers, save_routers
+        from florence_vl.model.router import copy_routers
 
         model, processor = mini_with_adapter(tower, adapter)
         model.save_pretrained(scratch)
         processor.save_pretrained(scratch)
-        if (adapter.parent / ROUTER_CONFIG).is_file():
-            save_routers(scratch, load_routers(adapter.parent))
+        copy_routers(adapter.parent, scratch)
 
     about = {"source": "florence-vl-mini and " + SMOLLM2.requirement, "license": "Apache-2.0"}
     return cached(cache_dir() / "parts" / "florence-vl-mini", digest, about, make)

@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from florence_vl.evaluate.benchmark import Benchmark, read_benchmark
+from florence_vl.evaluate.tables import find_files
 from florence_vl.registry import Registry, did_you_mean, plugins
 
 BENCHMARKS: Registry[Benchmark] = Registry("benchmark")
@@ -58,9 +59,14 @@ def data_folder(benchmark: Benchmark, data: Path | None) -> Path:
         ValueError: No package provides them and `data` is None; the message gives the download command.
     """
     packaged = packaged_suites().get(benchmark.source.dataset)
-    own = data is not None and ((data / f"{benchmark.name}.parquet").is_file() or (data / benchmark.name).is_dir())
-    if packaged is not None and not own:
-        return packaged.make()
+    if packaged is not None:
+        if data is None:
+            return packaged.make()
+        try:
+            find_files(data, benchmark.name, benchmark.source.split, benchmark.source.config)
+        except FileNotFoundError:
+            return packaged.make()
+        return data
     if data is None:
         raise ValueError(
             f"{benchmark.name!r} needs a folder with its parquet files in {benchmark.name}/ (--data; in a recipe, "
