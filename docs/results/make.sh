@@ -12,10 +12,10 @@ for part in ${*:-alignment features pca headroom bill views resolution tables}; 
   case $part in
     alignment)
       florence-vl analyze alignment --encoders dinov2_small_focus:layer6+last dinov2_small_focus efficientnet_lite0 \
-        florence2_mini --data $data/data.jsonl --seeds ${FIGURE_SEEDS:-10} --out $out/alignment ;;
+        florence2_mini --data $data/data.jsonl --dtype bfloat16 --seeds ${FIGURE_SEEDS:-10} --out $out/alignment ;;
     features)
       florence-vl analyze alignment --encoders florence2_mini --ablate --temperature 0.07 --center --data data/mini/known/data.jsonl \
-        --seeds ${FIGURE_SEEDS:-10} --out $out/features ;;
+        --dtype bfloat16 --seeds ${FIGURE_SEEDS:-10} --out $out/features ;;
     pca)
       # shellcheck disable=SC2086
       florence-vl analyze pca $photos --encoder florence2_mini dinov2_small_focus:layer6+last@448 \

@@ -99,6 +99,16 @@ def test_split_cuts_no_caption_and_no_image(seed):
         assert not sets[1] & sets[2]
 
 
+def test_bfloat16_steps_find_the_same_loss():
+    text = torch.randn(200, 16)
+    vision = text @ torch.randn(16, 24) + torch.randn(200, 24)
+    exact, rounded = (
+        train_alignment(vision, text, AlignmentConfig(steps=60, dtype=dtype)) for dtype in ("float32", "bfloat16")
+    )
+    assert rounded.heldout_loss != exact.heldout_loss
+    assert rounded.loss == pytest.approx(exact.loss, rel=5e-3) and exact.loss < 0.97 * exact.chance
+
+
 def test_recall_counts_ties_as_misses():
     same = torch.ones(20, 4) / 2
     assert recall_at(same, same, None) == {1: 0.0, 5: 0.0, 10: 0.0}
@@ -138,6 +148,7 @@ def test_equal_width_keeps_the_directions_that_vary_most():
     ("settings", "message"),
     [
         ({"projection": "lineer"}, "Did you mean 'linear'"),
+        ({"dtype": "bfloat"}, "Did you mean 'bfloat16'"),
         ({"duplicates": "shared"}, "Did you mean 'share'"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"batch_size": 1}, "at least 2 pairs"),

@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 
 from florence_vl.model.tiny import tiny_model
 from florence_vl.train import load_recipe
+from florence_vl.train.casts import keep_casts
 from florence_vl.train.config import ActivationCheckpointingConfig, CompileConfig, ParallelConfig
 from florence_vl.train.data import TrainingData
 from florence_vl.train.parallel import (
+    LossModule,
     apply_activation_checkpointing,
     apply_compile,
     blocks,
@@ -224,6 +226,45 @@ def test_in_bf16_the_loss_is_divided_by_the_very_number_of_tokens(
     assert abs(float(torch.tensor(float(supervised), dtype=torch.bfloat16)) / supervised - 1) > 2e-3
     exact = tiny_run.run(tmp_path, parts=FROZEN_TOWER, **BASE | HALF | {"precision": "fp32"})
     assert tiny_run.losses(two / name) == pytest.approx(exact, rel=1e-3)
+
+
+def test_frozen_weights_are_cast_once_and_give_the_same_step(
+    tiny_run: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def steps(keep: bool) -> tuple[list[torch.Tensor], list[torch.Tensor], int]:
+        model = tiny_run.tiny()
+        model.model.language_model.requires_grad_(False)
+        model.lm_head.requires_grad_(False)
+        if keep:
+            keep_casts(model, torch.bfloat16)
+        module, casts = LossModule(model, (64, 64), autocast=torch.bfloat16), 0
+        frozen = {p.data_ptr() for p in model.parameters() if p.ndim == 2 and not p.requires_grad}
+        own = torch.Tensor.to
+
+        def to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            nonlocal casts
+            casts += tensor.data_ptr() in frozen and torch.bfloat16 in args
+            return own(tensor, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, "to", to)
+        batch = tiny_run.collate([tiny_run.make_sample(1), tiny_run.make_sample(2)], packed=False)
+        losses = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            losses.append(module(batch, 10))
+            losses[-1].backward()
+        with torch.no_grad():  # as a checkpoint that is loaded
+            model.lm_head.weight.mul_(0.5)
+        losses.append(module(batch, 10))
+        monkeypatch.undo()
+        assert all(p.dtype == torch.float32 for p in model.state_dict().values() if p.is_floating_point())
+        return losses, [p.grad for p in model.parameters() if p.grad is not None], casts
+
+    (plain, gradients, of_head), (kept, kept_gradients, casts) = steps(False), steps(True)
+    assert torch.equal(torch.stack(plain), torch.stack(kept)) and plain[1] != plain[2]
+    assert len(gradients) and all(map(torch.equal, gradients, kept_gradients))
+    frozen_layers = sum(isinstance(m, torch.nn.Linear) for m in tiny_run.tiny().model.language_model.modules())
+    assert of_head == 3 and casts == frozen_layers + 2  # the head's again after its weights had changed
 
 
 def test_a_sharded_run_resumes_on_two_processes_and_on_one(tiny_run: ModuleType, two: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ CHUNK = 65_536  # rows of a table that are processed at a time
 PROJECTIONS = ("linear", "mlp")
 DUPLICATES = ("share", "first")
 WIDTH_CONTROLS = ("pca", "random")
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class AlignmentConfig:
         duplicates: Pairs with the same caption or the same image break identity targets. `share` spreads the target
             over all of them; `first` keeps one pair of each caption and of each image.
         evaluations: Number of points of the curve.
+        dtype: Type of the matrix products of optimizer steps, `float32` or `bfloat16` (by autocast). Held-out losses
+            are computed in float32 in any case.
 
     Raises:
         ValueError: A setting is out of range.
@@ -70,12 +73,15 @@ class AlignmentConfig:
     max_heldout: int = 2500
     duplicates: str = "share"
     evaluations: int = 25
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if self.projection not in PROJECTIONS:
             raise ValueError(f"unknown projection {self.projection!r}. {did_you_mean(self.projection, PROJECTIONS)}")
         if self.duplicates not in DUPLICATES:
             raise ValueError(f"unknown duplicates {self.duplicates!r}. {did_you_mean(self.duplicates, DUPLICATES)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {self.dtype!r}. {did_you_mean(self.dtype, DTYPES)}")
         for name in ("steps", "learning_rate", "temperature", "max_heldout", "evaluations"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
@@ -406,9 +412,10 @@ def train_alignment(
     evaluate(0)
     for step in range(1, config.steps + 1):
         batch = next(batches)
-        vectors = normalize(projection(batch.vision), dim=1)
-        leaf = vectors.detach().requires_grad_(True)
-        loss_of(leaf, batch, backward=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            vectors = normalize(projection(batch.vision).float(), dim=1)
+            leaf = vectors.detach().requires_grad_(True)
+            loss_of(leaf, batch, backward=True)
         optimizer.zero_grad(set_to_none=True)
         vectors.backward(leaf.grad)
         optimizer.step()

@@ -103,6 +103,9 @@ def alignment_command(
     width: int | None = typer.Option(None, "--width", help="The equal width; the narrowest encoder's by default."),
     fit: str = typer.Option("squash", "--fit", help=FIT_HELP),
     encode_batch: int = typer.Option(16, "--encode-batch", help="Images in one forward of an encoder."),
+    dtype: str = typer.Option(
+        "float32", "--dtype", help="Of the optimizer steps' products: float32 or bfloat16. Losses use float32."
+    ),
     device: str = typer.Option("auto", "--device", help="cpu, cuda, cuda:1, mps or auto."),
 ) -> None:
     """Alignment loss of encoders, or of one encoder's features (paper section 4, Figures 4 and 5).
@@ -128,6 +131,7 @@ def alignment_command(
         center=center,
         heldout=heldout,
         duplicates=duplicates,
+        dtype=dtype,
     )
     specs = [EncoderSpec.parse(text) for text in encoders]
     labels = unique_labels(specs)

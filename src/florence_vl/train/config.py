@@ -299,7 +299,7 @@ class OptimizerConfig:
         betas: Decay of the moments.
         eps: Added to the denominator.
         max_grad_norm: The gradient over all parts is clipped to this norm; None disables clipping.
-        fused: Use one kernel for the whole step; None depends on the device.
+        fused: Use one kernel for the whole step; None: on CPUs and CUDA GPUs.
     """
 
     __pydantic_config__ = STRICT

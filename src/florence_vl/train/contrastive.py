@@ -133,7 +133,7 @@ def contrastive_loss(
             loss.backward()
         total = total + loss.detach() if backward else total + loss
         for start in range(0, count, chunk):
-            logits_MN = queries_ND[start : start + chunk] @ keys_ND.T / temperature
+            logits_MN = (queries_ND[start : start + chunk] / temperature) @ keys_ND.T
             loss = logits_MN.logsumexp(dim=1).sum() * scale
             if backward:
                 loss.backward()

@@ -145,7 +145,7 @@ def build_optimizer(groups: list[Group], config: OptimizerConfig, device: torch.
         ],
         betas=config.betas,
         eps=config.eps,
-        fused=device.type == "cuda" if config.fused is None else config.fused,
+        fused=device.type in ("cpu", "cuda") if config.fused is None else config.fused,
     )
 
 

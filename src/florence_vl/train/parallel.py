@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from florence_vl.data.layout import FULL_PREFIX
 from florence_vl.model.towers import BackboneTower
 from florence_vl.registry import did_you_mean
+from florence_vl.train.casts import keep_casts
 from florence_vl.train.config import ActivationCheckpointingConfig, CompileConfig, ParallelConfig, Precision, Recipe
 from florence_vl.train.first_rank import FirstRankWeights
 from florence_vl.train.step import TowerCalls, tower_calls
@@ -336,6 +337,8 @@ def parallelize(
     else:
         assert not weights_on_first
         model.to(world.device)
+        if autocast is not None and not (recipe.compile.tower or recipe.compile.llm):
+            keep_casts(model, autocast)
         if strategy == "ddp":
             module = nn.parallel.DistributedDataParallel(
                 module,

@@ -369,7 +369,8 @@ class MemoryPlan:
         self.head, self.head_trains = int(head.numel()), bool(head.requires_grad)
         own_units = 0 if head is embeddings else int(embeddings.numel()) + self.head
         self.root = self.total - sum(map(sum, found)) - own_units
-        self.cast = self.total - int(embeddings.numel()) - self.head  # what autocast keeps a copy of
+        # what a copy in the compute type is kept of: all but embeddings and a trained head, see `keep_casts`
+        self.cast = self.total - (own_units or self.head) + (0 if self.head_trains else self.head)
 
     def at(self, images: int, tokens: int, supervised: int) -> dict[str, float]:
         """GiB by kind at a micro-batch of a step that accumulates.
