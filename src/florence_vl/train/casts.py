@@ -43,7 +43,7 @@ class _Forward:
         try:
             return self._own(*args, **kwargs)
         finally:
-            parameters["weight"] = weight
+            parameters["weight"] = weight  # type: ignore[assignment]
 
 
 __all__ = ["keep_casts"]
