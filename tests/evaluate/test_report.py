@@ -230,6 +230,10 @@ def test_processes_share_the_questions(saved_model: Path, benchmark_folder: Path
     [
         (["--suite", "pope"], "missing --model and --out"),
         (["--model", "x", "--out", "o", "--suite", "popee"], "Did you mean 'pope'"),
+        (
+            ["--model", "x", "--out", "o", "--suite", "mini", "--processes", "2", "--device", "cuda:1"],
+            "use --device cuda",
+        ),
         (["--model", "x", "--out", "o", "--suite", "pope"], "needs a folder with its parquet files"),
         (["--model", "x", "--out", "o", "--suite", "pope", "--data", "nowhere"], "is not a folder"),
         (["--model", "x", "--out", "o", "--paper-row", "LLaVA"], "the paper has no row 'LLaVA'"),

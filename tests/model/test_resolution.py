@@ -165,3 +165,9 @@ def test_a_view_as_the_default_of_a_processor():
         set_resolution(model, processor, view="glanse")
     with pytest.raises(ValueError, match="token budget is for the aspect 'native'"):
         set_resolution(model, processor, token_budget=2)
+
+
+def test_a_budget_of_no_tokens_is_refused():
+    _, processor = tiny_model()
+    with pytest.raises(ValueError, match="token_budget and stride must be at least 1, found 0"):
+        processor.image_processor(picture(64, 64), image_aspect_ratio="native", token_budget=0)

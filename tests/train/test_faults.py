@@ -247,6 +247,23 @@ def test_edited_data_is_noticed_on_resume(tmp_path: Path) -> None:
         train(recipe, model, processor, resume="auto")
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("data.max_length=100", "data.max_length was 2048 and is 100"),
+        ("data.on_long=error", "data.on_long was 'truncate_turns' and is 'error'"),
+        ("data.template=chatml", "data.template was None and is 'chatml'"),
+    ],
+)
+def test_changed_rows_are_noticed_on_resume(tmp_path: Path, setting: str, words: str) -> None:
+    _train(_records(tmp_path, present=8), tmp_path / "run")
+    model, processor = tiny_model()
+    with pytest.raises(ValueError, match=f"cannot resume at the same rows: {words}"):
+        train(load_recipe(tmp_path / "run" / "recipe.yaml", ["steps=4", setting]), model, processor, resume="auto")
+    recipe = load_recipe(tmp_path / "run" / "recipe.yaml", ["steps=4", "data.max_bad_share=0.5"])
+    assert train(recipe, model, processor, resume="auto").steps == 4
+
+
 def test_a_lost_peer_is_not_blamed_on_the_own_batch() -> None:
     lost = RuntimeError("[gloo/transport/tcp/pair.cc:525] Connection closed by peer [127.0.0.1]:2222")
     assert "another process" in str(blame(lost))

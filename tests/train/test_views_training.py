@@ -175,3 +175,13 @@ def test_distillation_in_bf16_recomputes_what_its_own_pass_computed(data: dict[s
         model, processor = tiny_model(views=VIEWS, positions="resampled", position_grid=(2, 2))
         losses.append(train(tiny_recipe(tmp_path / mode, **settings), model, processor).metrics["grad_norm"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+def test_the_teacher_of_distillation_has_no_dropout(data: dict[str, Any], tmp_path: Path) -> None:
+    model, processor = tiny_model(views=VIEWS, positions="resampled", position_grid=(2, 2))
+    modes: list[tuple[bool, bool]] = []
+    layer = model.model.language_model.layers[0]
+    layer.register_forward_pre_hook(lambda module, _: modes.append((torch.is_grad_enabled(), module.training)))
+    settings = {"steps": 1, "distill": 0.5, "data": data | {"views": {"full": 1, "glance": 1}}}
+    train(tiny_recipe(tmp_path, **settings), model, processor)
+    assert set(modes) == {(False, False), (True, True)}

@@ -108,6 +108,11 @@ def run_command(
         return
     if feature_store is not None and processes > 1:
         raise ValueError("--feature-store works with one process only; remove it or --processes")
+    if processes > 1 and ":" in device:
+        raise ValueError(
+            f"--processes gives each process a GPU of its own, but --device {device} names one: use --device cuda and "
+            "choose GPUs with CUDA_VISIBLE_DEVICES"
+        )
     folder = ResultsFolder(out)
     judge_client = None
     if judge is not None:

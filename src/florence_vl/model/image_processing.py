@@ -150,7 +150,9 @@ class FlorenceVLImageProcessor(PilBackend):
             return rows * size["height"], columns * size["width"]
         if setting("image_aspect_ratio") != "native":
             return size["height"], size["width"]
-        budget = setting("token_budget") or (size["height"] // stride) * (size["width"] // stride)
+        budget = setting("token_budget")
+        if budget is None:
+            budget = (size["height"] // stride) * (size["width"] // stride)
         return native_size(height, width, stride, budget, setting("max_upscale"))
 
     @staticmethod

@@ -1,13 +1,16 @@
-"""Digests of the training files, to detect changes between sessions of a run."""
+"""Digests of the training files, and settings of the rows, to detect changes between sessions of a run."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from florence_vl.train.config import SourceConfig
+from florence_vl.train.config import DataConfig, SourceConfig
 
 WHOLE = 1 << 30  # bytes; larger files are sampled
 _PIECES, _PIECE = 256, 1 << 16
@@ -29,6 +32,32 @@ def fingerprint(sources: Sequence[SourceConfig]) -> dict[str, str]:
         if files:
             found[source.path] = _digest(files)
     return found
+
+
+def row_settings(data: DataConfig) -> dict[str, Any]:
+    """The settings that determine which rows a step trains on, as JSON values by name: all but paths and workers."""
+    settings = {key: value for key, value in asdict(data).items() if key not in ("workers", "max_bad_share")}
+    for source in settings["sources"]:
+        for key in ("path", "image_root", "name"):
+            del source[key]
+    if settings["stream"] is not None:
+        settings["stream"] = True  # energon's own state identifies its shards
+    found: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return found
+
+
+def check_row_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Check that a run is resumed with the settings of its data.
+
+    Raises:
+        ValueError: Settings differ; the message names them with both values.
+    """
+    changed = [f"data.{k} was {v!r} and is {now[k]!r}" for k, v in saved.items() if k in now and now[k] != v]
+    if changed:
+        raise ValueError(
+            f"cannot resume at the same rows: {'; '.join(changed)}. Restore the settings, or start a new run from the "
+            "checkpoint's weights (florence-vl export, model.path)"
+        )
 
 
 def check_fingerprint(saved: Mapping[str, str], now: Mapping[str, str]) -> None:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from florence_vl.data.layout import FULL_PREFIX
+from florence_vl.model.frozen import eval_mode
 from florence_vl.model.towers import BackboneTower
 from florence_vl.registry import did_you_mean
 from florence_vl.train.casts import keep_casts
@@ -118,7 +119,7 @@ class LossModule(nn.Module):
         with context:
             if not self.distill or not torch.is_grad_enabled():
                 return self.model.supervised_loss(self._states(inputs, calls[0]), inputs["labels"], num_items)
-            with torch.no_grad():
+            with torch.no_grad(), eval_mode(self.model):  # the teacher has no dropout
                 full = {key.removeprefix(FULL_PREFIX): value for key, value in full.items()}
                 teacher_KX, _ = self.model.supervised_logits(self._states(full, calls[1]), full["labels"])
             torch.clear_autocast_cache()  # of weights cast without gradient, which the student would use

@@ -227,7 +227,10 @@ _MASKS = ("mask", "masked", "ignore", "skip")  # true: not supervised
 MEANING_KEYS = (*SYSTEM_KEYS, *_OTHER_MEDIA, *_TOOLS)
 """Keys of a row that change its meaning; tables are read with these columns."""
 # read, or known to contain nothing for training
-_KNOWN = ("id", "image", "images", "source", "url", "width", "height", "task_name", "model", "license")
+_KNOWN = (
+    *("id", "image", "images", "source", "url", "width", "height", "license", "model", "task_name"),
+    *("kind", "task"),  # of florence-vl-mini's data sets
+)
 
 
 def refuse_meaning(row: Mapping[str, Any], where: str, further: Sequence[str] = (), turn: bool = False) -> None:
