@@ -40,11 +40,12 @@ def test_caption_vector_is_the_mean_of_its_words(setting):
     torch.testing.assert_close(targets[0], model.get_input_embeddings().weight[ids].mean(0))
 
 
-def test_images_find_their_captions_and_nothing_else_changes(setting):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_images_find_their_captions_and_nothing_else_changes(setting, dtype):
     model, _, _, features, targets = setting
     model.set_trainable(tower=False, projector=False, llm=True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    rows = warm_up(model, features, targets, steps=60, lr=3e-3)
+    rows = warm_up(model, features, targets, steps=60, lr=3e-3, dtype=dtype)
     assert len(rows) == 60
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}

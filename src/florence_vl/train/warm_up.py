@@ -209,6 +209,7 @@ def warm_up(
     lr: float = 1e-3,
     seed: int = 0,
     new: bool = True,
+    dtype: torch.dtype = torch.float32,
     progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, float]]:
     """Train fusion and projector; other parts are unchanged, and trainable flags are restored.
@@ -230,6 +231,7 @@ def warm_up(
         lr: Peak learning rate of AdamW, after ten steps of linear warm-up; cosine to zero.
         seed: Seed of the order and of the drawn tokens.
         new: Whether the projector was never trained.
+        dtype: Type of the projector's matrix products; the losses are computed in float32.
         progress: Called with a progress message after every step.
 
     Returns:
@@ -256,8 +258,9 @@ def warm_up(
             group["lr"] = lr * min(1.0, step / 10) * (0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps))
         texts = [of_image[int(i)] for i in chosen]
         drawn = {name: value[numbers[chosen]] for name, value in features.items()}
-        fused = model.model.fusion(drawn, model.model.no_question(len(chosen)))
-        tokens_INH = model.model.multi_modal_projector(fused)
+        with torch.autocast(words_XH.device.type, dtype, enabled=dtype != torch.float32):
+            fused = model.model.fusion(drawn, model.model.no_question(len(chosen)))
+            tokens_INH = model.model.multi_modal_projector(fused).float()
         rows_B = torch.repeat_interleave(torch.tensor([len(own) for own in texts]))
         loss, distance = objective(tokens_INH[rows_B], torch.cat(texts))
         optimizer.zero_grad()
@@ -354,6 +357,7 @@ def warm_up_for(
                 lr=config.lr,
                 seed=recipe.seed,
                 new=recipe.model.path is None,
+                dtype=torch.float32 if recipe.precision == "fp32" else torch.bfloat16,
                 progress=progress,
             )
         finally:
