@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from florence_vl.model.tiny import tiny_model
 from florence_vl.train.config import (
     ActivationCheckpointingConfig,
     LLMPartConfig,
@@ -18,6 +19,7 @@ from florence_vl.train.config import (
     OptimizerConfig,
     PartConfig,
     PartsConfig,
+    ProjectorPartConfig,
     ScheduleConfig,
 )
 from florence_vl.train.guards import SpikeDetector, describe_sample, first_loss_warning
@@ -55,7 +57,7 @@ def test_each_part_has_its_own_rate_decay_and_schedule(tiny_run: ModuleType) -> 
     model = tiny_run.tiny()
     parts = PartsConfig(
         tower=PartConfig(lr=1e-5, weight_decay=0.0),
-        projector=PartConfig(schedule=ScheduleConfig(name="constant")),
+        projector=ProjectorPartConfig(schedule=ScheduleConfig(name="constant")),
     )
     apply_parts(model, parts)
     groups = groups_of(model, parts)
@@ -68,6 +70,19 @@ def test_each_part_has_its_own_rate_decay_and_schedule(tiny_run: ModuleType) -> 
         assert all((p.ndim >= 2) == decayed for p in group.parameters.values()) or group.part == "tower"
     names = [name for g in groups for name in g.parameters]
     assert len(names) == len(set(names)) == len(list(model.parameters()))
+
+
+def test_gates_have_a_rate_of_their_own() -> None:
+    parts = PartsConfig(projector=ProjectorPartConfig(lr=1e-5, gate_lr=3e-3))
+    model, _ = tiny_model(fusion="gated", gate={"context": "question"})
+    groups = parameter_groups(model, parts, OptimizerConfig(), ScheduleConfig())
+    rates = {name: group.lr for group in groups for name in group.parameters}
+    assert {rate for name, rate in rates.items() if name.startswith("model.fusion.")} == {3e-3}
+    assert {rate for name, rate in rates.items() if "multi_modal_projector" in name} == {1e-5}
+    assert len(rates) == sum(len(group.parameters) for group in groups) == len(list(model.parameters()))
+    ungated, _ = tiny_model()
+    with pytest.raises(ValueError, match="gate_lr is for `gated` fusion, but this model's fusion is `channel`"):
+        parameter_groups(ungated, parts, OptimizerConfig(), ScheduleConfig())
 
 
 def test_a_frozen_part_has_no_gradient_no_state_and_no_dropout(tiny_run: ModuleType) -> None:
@@ -120,7 +135,7 @@ def test_no_gradient_is_prepared_for_what_is_frozen_below(
 ) -> None:
     model = tiny_run.tiny()
     parts = PartsConfig(
-        tower=PartConfig(train=False), projector=PartConfig(train=projector), llm=LLMPartConfig(last_layers=1)
+        tower=PartConfig(train=False), projector=ProjectorPartConfig(train=projector), llm=LLMPartConfig(last_layers=1)
     )
     apply_parts(model, parts)
     apply_activation_checkpointing(model, ActivationCheckpointingConfig(checkpointing, checkpointing))

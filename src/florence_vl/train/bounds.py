@@ -8,9 +8,9 @@ from typing import Any
 # Any other number only has to be finite.
 # fmt: off
 POSITIVE = {
-    "alpha", "batch_size", "epochs", "eps", "every_steps", "image_size", "keep_every", "keep_last", "last_layers",
-    "limit", "lr", "max_grad_norm", "max_images_per_row", "max_length", "max_minutes", "micro_batch_size",
-    "peak_tflops", "projector_depth", "prompt_length", "rank", "samples", "shard_size", "steps", "threads",
+    "alpha", "batch_size", "epochs", "eps", "every_steps", "gate_lr", "image_size", "keep_every", "keep_last",
+    "last_layers", "limit", "lr", "max_grad_norm", "max_images_per_row", "max_length", "max_minutes",
+    "micro_batch_size", "peak_tflops", "projector_depth", "prompt_length", "rank", "samples", "shard_size", "steps", "threads",
     "token_budget", "tokens_per_row", "weight", "window",
 }
 NOT_NEGATIVE = {"distill", "pairs", "seed", "shuffle_buffer", "warmup_steps", "weight_decay", "workers"}

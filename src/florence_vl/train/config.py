@@ -264,6 +264,19 @@ class LoraConfig:
 
 
 @dataclass
+class ProjectorPartConfig(PartConfig):
+    """Training of the projector and of the fusion's own parameters, the gates of `gated` fusion.
+
+    Attributes:
+        gate_lr: Peak learning rate of the gates; None uses `lr`. New gates need more than a trained projector.
+    """
+
+    __pydantic_config__ = STRICT
+
+    gate_lr: float | None = None
+
+
+@dataclass
 class LLMPartConfig(PartConfig):
     """Training of the LLM: whole, its last layers only, or through low-rank adapters.
 
@@ -285,7 +298,7 @@ class PartsConfig:
     __pydantic_config__ = STRICT
 
     tower: PartConfig = field(default_factory=PartConfig)
-    projector: PartConfig = field(default_factory=PartConfig)
+    projector: ProjectorPartConfig = field(default_factory=ProjectorPartConfig)
     llm: LLMPartConfig = field(default_factory=LLMPartConfig)
 
 
