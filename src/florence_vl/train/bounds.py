@@ -10,8 +10,8 @@ from typing import Any
 POSITIVE = {
     "alpha", "batch_size", "epochs", "eps", "every_steps", "gate_lr", "image_size", "keep_every", "keep_last",
     "last_layers", "limit", "lr", "max_grad_norm", "max_images_per_row", "max_length", "max_minutes",
-    "micro_batch_size", "peak_tflops", "projector_depth", "prompt_length", "rank", "samples", "shard_size", "steps", "threads",
-    "token_budget", "tokens_per_row", "weight", "window",
+    "micro_batch_size", "peak_tflops", "projector_depth", "prompt_length", "rank", "samples", "shard_size", "steps",
+    "threads", "token_budget", "tokens_per_row", "weight", "window",
 }
 NOT_NEGATIVE = {"distill", "pairs", "seed", "shuffle_buffer", "warmup_steps", "weight_decay", "workers"}
 SHARES = {"decay_ratio", "dropout", "feature_dropout", "max_bad_share", "min_lr_ratio", "warmup_ratio"}
