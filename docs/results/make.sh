@@ -46,9 +46,14 @@ for part in ${*:-alignment features pca headroom bill views resolution tables}; 
       for run in 320-absolute 320-resampled 320x192-absolute 320x192-resampled; do
         florence-vl evaluate compare $out/resolution/256 $out/resolution/$run
       done ;;
-    tables)
-      florence-vl ablate --scale mini --seeds ${SEEDS:-8} --out $out/ablations
-      florence-vl ablate --scale mini --seeds ${SEEDS:-8} --table 5 --start mini --out $out/ablations ;;
+    tables)  # rows that are already in docs/results/tables.tar.xz are not trained again
+      [ -d $out/ablations ] || { mkdir -p $out && tar -xf docs/results/tables.tar.xz -C $out; }
+      for table in ${TABLES:-5 6 4 1}; do
+        florence-vl ablate --scale mini --start mini --table $table --seeds ${SEEDS:-8} --dtype bfloat16 \
+          --set pretrain:steps=10 --set finetune:steps=30 ${JOBS:+--jobs $JOBS} --out $out/ablations
+      done
+      (cd $out && find ablations -name done.json -o -path '*/evaluate/answers.jsonl' -o -path '*/evaluate/run.json' |
+        LC_ALL=C sort | tar -cJf tables.tar.xz --owner=0 --group=0 --mtime=2026-01-01 -T -) ;;
     *) echo "unknown part: $part (alignment, features, pca, headroom, bill, views, resolution, tables)" >&2; exit 2 ;;
   esac
 done

@@ -381,3 +381,7 @@ def test_the_result_is_part_of_the_report(tmp_path):
     path, found = write_report(tmp_path, tmp_path / "r.html", "title")
     assert found == {"ablation": 1}
     assert "Table 5: Breadth (mini scale, start smollm2)" in path.read_text()
+
+
+def test_unset_options_are_not_part_of_an_identity():
+    assert ablation._given({"a": None, "b": [{"c": None, "d": 1}], "e": 0}) == {"b": [{"d": 1}], "e": 0}

@@ -352,5 +352,12 @@ def _training(
     settings = (*row_settings(stage, variant, config), *fixed)
     recipe = load_recipe(name, settings).to_dict()
     command = ("train", name, *settings, "--resume", "auto")
-    identity = identity_digest(json.loads(json.dumps(recipe, default=str)))
+    identity = identity_digest(_given(json.loads(json.dumps(recipe, default=str))))
     return Step(stage, variant, seed, folder, command, identity, needs)
+
+
+def _given(value: Any) -> Any:
+    """A recipe without its unset options, so that a new option does not invalidate earlier results."""
+    if isinstance(value, dict):
+        return {key: _given(inner) for key, inner in value.items() if inner is not None}
+    return [_given(inner) for inner in value] if isinstance(value, list) else value
