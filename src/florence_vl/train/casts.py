@@ -19,8 +19,13 @@ def keep_casts(root: nn.Module, dtype: torch.dtype) -> None:
         dtype: Autocast's compute type.
     """
     for module in root.modules():
-        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad and _is_plain(module.weight):
             module.forward = _Forward(module, dtype)  # type: ignore[method-assign]
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether it is an ordinary float32 tensor; quantizers subclass linear layers and tensors."""
+    return weight.dtype == torch.float32 and type(weight.data) is Tensor
 
 
 class _Forward:
