@@ -4,6 +4,7 @@
     python benchmarks/train.py trees             the same for five questions a picture, with and without message trees
     python benchmarks/train.py plan [key=value]  memory of mini/pretrain, planned and measured
     python benchmarks/train.py frozen            a step of mini/pretrain with less and less to train
+    python benchmarks/train.py casts             a step in bfloat16 with and without kept casts of frozen weights
     python benchmarks/train.py attention         attention of one sample in bfloat16 on the CPU, and PyTorch's kernel
     python benchmarks/train.py mfu --recipe paper/3b-finetune-packed precision=bf16_pure compile.llm=true
 
@@ -272,6 +273,19 @@ def bench_frozen(tokens: int, rounds: int, overrides: list[str]) -> None:
         print(f"{name:34}{value / 4:>12.2f}{base / value:>9.2f}x{memory[name] / 2**30:>11.2f}")
 
 
+def bench_casts(tokens: int, rounds: int) -> None:
+    """Print CPU seconds of a row of mini/pretrain in bfloat16 with and without kept casts and AdamW's one kernel."""
+    runs = {
+        "weights cast at each use": mini_step(tokens, 4, ["precision=bf16", "optimizer.fused=false"]),
+        "frozen weights cast once": mini_step(tokens, 4, ["precision=bf16", "optimizer.fused=false"], keep=True),
+        "and AdamW as one kernel": mini_step(tokens, 4, ["precision=bf16", "optimizer.fused=true"], keep=True),
+    }
+    seconds = side_by_side(runs, rounds)
+    base = next(iter(seconds.values()))
+    for name, value in seconds.items():
+        print(f"{name:28}{value / 4:>8.3f}{base / value:>9.2f}x")
+
+
 def bench_attention(lengths: list[int], rounds: int) -> None:
     """Print CPU milliseconds of a forward and backward pass for one sample of a packed row."""
     module = torch.nn.Module()
@@ -292,8 +306,16 @@ def bench_attention(lengths: list[int], rounds: int) -> None:
         print(f"{length:>6}{kernel:>12.2f}{products:>13.2f}  {kernel / products:.2f}x")
 
 
-def mini_step(tokens: int, images: int, overrides: list[str]) -> Callable[[], None]:
-    """Two accumulated steps of mini/pretrain, so that optimizer state, gradients and activations meet, as in a run."""
+def mini_step(tokens: int, images: int, overrides: list[str], keep: bool = False) -> Callable[[], None]:
+    """Two accumulated steps of mini/pretrain, so that optimizer state, gradients and activations meet, as in a run.
+
+    Args:
+        tokens: Tokens of a row.
+        images: Images of a row.
+        overrides: Changes to the recipe.
+        keep: Keep casts of frozen weights.
+    """
+    from florence_vl.train.casts import keep_casts
     from florence_vl.train.model import choose_attention, load_model
 
     torch.set_num_threads(1)
@@ -302,7 +324,10 @@ def mini_step(tokens: int, images: int, overrides: list[str]) -> Callable[[], No
     model, _ = load_model(recipe)
     apply_parts(model, recipe.parts)
     choose_attention(model, recipe, device)
-    module = LossModule(model, (IMAGE_SIZE, IMAGE_SIZE))
+    autocast = torch.bfloat16 if recipe.precision == "bf16" else None
+    module = LossModule(model, (IMAGE_SIZE, IMAGE_SIZE), autocast=autocast)
+    if keep:
+        keep_casts(model, torch.bfloat16)
     groups = parameter_groups(model, recipe.parts, recipe.optimizer, recipe.schedule)
     optimizer = build_optimizer(groups, recipe.optimizer, device)
     lengths = [tokens // images] * images
@@ -427,6 +452,9 @@ def main() -> None:
     frozen.add_argument("--tokens", type=int, default=512)
     frozen.add_argument("--rounds", type=int, default=1)
     frozen.add_argument("overrides", nargs="*")
+    casts = commands.add_parser("casts")
+    casts.add_argument("--tokens", type=int, default=512)
+    casts.add_argument("--rounds", type=int, default=3)
     attention = commands.add_parser("attention")
     attention.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 210, 400, 800])
     attention.add_argument("--rounds", type=int, default=3)
@@ -445,6 +473,8 @@ def main() -> None:
     elif arguments.command == "attention":
         torch.set_num_threads(1)
         bench_attention(arguments.lengths, arguments.rounds)
+    elif arguments.command == "casts":
+        bench_casts(arguments.tokens, arguments.rounds)
     elif arguments.command == "plan":
         bench_plan(arguments.overrides)
     elif arguments.command == "frozen":
