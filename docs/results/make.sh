@@ -1,6 +1,6 @@
 #!/bin/sh
 # Recreates the results at mini scale; run it from the repository's root:
-#   docs/results/make.sh [alignment] [features] [pca] [headroom] [bill] [views] [resolution] [tables]
+#   docs/results/make.sh [alignment] [features] [pca] [headroom] [bill] [views] [resolution] [gates] [tables]
 # Needs florence-vl[analyze], florence-vl-mini, and the packages that `florence-vl analyze encoders` names. An
 # interrupted run resumes: features are cached, and training runs continue from their checkpoints.
 set -eu
@@ -8,7 +8,7 @@ data=data/mini/test-captions
 out=${OUT:-runs/mini-results}
 photos=$(python -c 'import florence_vl_mini as m; print(" ".join(p["file"] for p in m.photos() if p["id"] in ("astronaut", "chelsea", "coffee")))')
 for set in test-captions known; do [ -f data/mini/$set/data.jsonl ] || florence-vl mini data --set $set; done
-for part in ${*:-alignment features pca headroom bill views resolution tables}; do
+for part in ${*:-alignment features pca headroom bill views resolution gates tables}; do
   case $part in
     alignment)
       florence-vl analyze alignment --encoders dinov2_small_focus:layer6+last dinov2_small_focus efficientnet_lite0 \
@@ -46,6 +46,22 @@ for part in ${*:-alignment features pca headroom bill views resolution tables}; 
       for run in 320-absolute 320-resampled 320x192-absolute 320x192-resampled; do
         florence-vl evaluate compare $out/resolution/256 $out/resolution/$run
       done ;;
+    gates)
+      for set in newcomers questions; do [ -f data/mini/$set/data.jsonl ] || florence-vl mini data --set $set; done
+      data_of_gates='[{path: data/mini/newcomers/data.jsonl, name: newcomers}, {path: data/mini/questions/data.jsonl, name: questions}]'
+      set -- without=mini
+      for context in none image question; do
+        models=
+        for seed in 0 1 2; do
+          run=$out/gates/$context-$seed
+          [ -d $run/model ] || florence-vl train mini/gate model.path=mini model.gate.context=$context seed=$seed output=$run \
+            steps=100 batch_size=2 "data.sources=$data_of_gates" 'data.views={full: 1}' model.feature_store=$out/gates/features --resume auto
+          models=${models:+$models,}$run/model
+        done
+        set -- "$@" $context=$models
+      done
+      florence-vl analyze gates --model "$@" --suite ${GATES_SUITE:-mini_drawings,mini} --limit ${GATES:-300} --dtype ${DTYPE:-auto} \
+        --out $out/gates ;;
     tables)  # rows that are already in docs/results/tables.tar.xz are not trained again
       [ -d $out/ablations ] || { mkdir -p $out && tar -xf docs/results/tables.tar.xz -C $out; }
       for table in ${TABLES:-5 6 4 1}; do
@@ -54,7 +70,7 @@ for part in ${*:-alignment features pca headroom bill views resolution tables}; 
       done
       (cd $out && find ablations -name done.json -o -path '*/evaluate/answers.jsonl' -o -path '*/evaluate/run.json' |
         LC_ALL=C sort | tar -cJf tables.tar.xz --owner=0 --group=0 --mtime=2026-01-01 -T -) ;;
-    *) echo "unknown part: $part (alignment, features, pca, headroom, bill, views, resolution, tables)" >&2; exit 2 ;;
+    *) echo "unknown part: $part (alignment, features, pca, headroom, bill, views, resolution, gates, tables)" >&2; exit 2 ;;
   esac
 done
 florence-vl analyze report $out

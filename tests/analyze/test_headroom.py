@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from florence_vl.analyze.bill import bill, time_options
+from florence_vl.analyze.gates import compare_gates
 from florence_vl.analyze.headroom import choose_by_halves, headroom
 from florence_vl.analyze.options import Measurement, Option, answer_of, cluster_mean, make_options, measure
 from florence_vl.analyze.routed import routed_choices, view_options
@@ -290,3 +291,58 @@ def test_gates_by_group_of_questions(asked):
     assert table["header"] == ["group", "ocr"]
     assert table["cells"][0][0] == "s0"
     assert "1.20" in table["cells"][0][1]
+
+
+def _gated(context, open_gate):
+    torch.manual_seed(0)
+    model, _ = tiny_model(fusion="gated", gate={"context": context})
+    if open_gate:
+        torch.nn.init.normal_(model.model.fusion.gate.weight, std=3.0)
+    return model.eval(), tiny_processor(model.config)
+
+
+def test_gates_that_use_the_question_lose_it_by_shuffling(asked):
+    option = [make_options(["davit", "caption", "ocr", "grounding"], [64], "none")[0]]
+    kinds, shuffled = {}, {}
+    for name, context in (("start", "question"), ("image", "image"), ("question", "question")):
+        model, processor = _gated(context, name != "start")
+        kinds[name] = [measure(model, processor, asked, option) for _ in range(2)]
+        shuffled[name] = [measure(model, processor, asked, option, shuffle=seed) for seed in (1, 2)]
+    start, image, question_ = compare_gates(kinds, shuffled)
+    assert start.right_gain is None
+    assert start.shuffled_nll.mean == image.shuffled_nll.mean == 0.0, "they do not read the question"
+    assert question_.shuffled_nll.mean != 0.0
+    own, others = (np.stack([one.nll_QO[:, 0] for one in side["question"]]) for side in (kinds, shuffled))
+    assert question_.shuffled_nll.mean == pytest.approx(float((own - others).mean()))
+    first = np.stack([one.nll_QO[:, 0] for one in kinds["start"]])
+    assert question_.nll_gain.mean == pytest.approx(float((first - own).mean()))
+    one_reference = compare_gates({"start": kinds["start"][:1], "question": kinds["question"]}, {})[1]
+    assert one_reference.nll_gain.mean == pytest.approx(question_.nll_gain.mean)
+    assert one_reference.nll_gain.runs == 2
+    with pytest.raises(ValueError, match="'image' answered other questions"):
+        compare_gates({"a": kinds["start"], "image": [measure(*_gated("image", False), asked[:4], option)]}, {})
+
+
+def test_the_command_compares_kinds_of_gates(asked, tmp_path, monkeypatch, capsys):
+    from florence_vl.analyze.report import write_report
+    from florence_vl.cli import analyze as command
+    from florence_vl.cli.main import main
+
+    loaded = {"plain": _gated("none", False), "q0": _gated("question", True), "q1": _gated("question", True)}
+
+    def measured(path, *_):
+        model, processor = loaded[path]
+        return model, processor, measure(model, processor, asked, make_options(model.config.features, [64], "none"))
+
+    monkeypatch.setattr(command, "_measured", measured)
+    out = tmp_path / "gates"
+    assert main(["analyze", "gates", "--model", "without=plain", "question=q0,q1", "--out", str(out)]) == 0
+    record = json.loads((out / "gates.json").read_text())
+    assert [(row["name"], row["seeds"]) for row in record["rows"]] == [("without", 1), ("question", 2)]
+    assert record["rows"][0]["shuffled_nll"] is None
+    assert record["gates"]["question"]["s0"]["ocr"]["mean"] != record["gates"]["question"]["s1"]["ocr"]["mean"]
+    assert write_report(tmp_path, tmp_path / "page.html", "Results")[1] == {"gates": 1}
+    assert "Mean gate of each feature by group of questions: question" in (tmp_path / "page.html").read_text()
+    for wrong in (["plain"], ["a=plain", "a=q0"], ["=plain"]):
+        assert main(["analyze", "gates", "--model", *wrong, "--out", str(out)]) == 2
+        assert "is not NAME=MODEL" in capsys.readouterr().err

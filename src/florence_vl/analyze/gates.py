@@ -1,11 +1,13 @@
-"""The gates of `gated` fusion by group of questions: which features a kind of question asks for.
+"""The gates of `gated` fusion: what they gain, on which information, and which features a kind of question asks for.
 
-Shape letters: Q questions, F gated features.
+Shape letters: S seeds, Q questions, F gated features.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from florence_vl.analyze.options import Measurement, cluster_mean
 from florence_vl.model.fusion import GatedFusion
-from florence_vl.statistics import Interval
+from florence_vl.statistics import Interval, crossed, interval
 
 if TYPE_CHECKING:
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
@@ -59,3 +61,86 @@ def gates_by_group(
         pictures = [picture for picture, inside in zip(measured.pictures, here, strict=True) if inside]
         found[group] = {name: cluster_mean(gates_QF[here, i], pictures) for i, name in enumerate(names)}
     return found
+
+
+@dataclass(frozen=True)
+class GateRow:
+    """Results of one kind of gate, over its models (one per seed).
+
+    Attributes:
+        name: Its name.
+        seeds: Number of models.
+        right: Fraction of questions whose greedy answer is the correct one, token for token.
+        right_gain: The same minus that of the first kind; None for the first kind.
+        nll: Negative log-likelihood of the correct answer, nats.
+        nll_gain: The same of the first kind minus this one's; None for the first kind.
+        shuffled_right: For gates that see the question: gain in `right` if they see another question's text instead.
+        shuffled_nll: Likewise in `nll`.
+    """
+
+    name: str
+    seeds: int
+    right: float
+    nll: float
+    right_gain: Interval | None = None
+    nll_gain: Interval | None = None
+    shuffled_right: Interval | None = None
+    shuffled_nll: Interval | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
+def compare_gates(
+    kinds: Mapping[str, Sequence[Measurement]], shuffled: Mapping[str, Sequence[Measurement]]
+) -> list[GateRow]:
+    """Compare kinds of gates on the same questions.
+
+    Differences are paired by question and, if both kinds have several seeds, by seed. Their intervals treat questions
+    and seeds as random samples; with one seed they are over pictures.
+
+    Args:
+        kinds: Name of a kind -> the measurements of its models, of one option each; the first kind is the reference.
+        shuffled: The measurements with the gates of shuffled questions, for kinds that see the question.
+
+    Raises:
+        ValueError: The questions differ.
+    """
+    reference = next(iter(kinds.values()))
+    asked = [question.id for question in reference[0].questions]
+    for name, found in kinds.items():
+        if any([question.id for question in one.questions] != asked for one in found):
+            raise ValueError(f"the models of {name!r} answered other questions than the first kind's")
+
+    def gain(found: Sequence[Measurement], others: Sequence[Measurement]) -> tuple[Interval, Interval]:
+        """Gains of the first over the second, in correct answers and in nats."""
+        gains = []
+        for sign, what in ((1, "right"), (-1, "nll")):
+            found_SQ, others_SQ = (np.stack([_column(one, what) for one in side]) for side in (found, others))
+            if len(found_SQ) != len(others_SQ):
+                others_SQ = others_SQ.mean(0, keepdims=True)
+            gain_SQ = sign * (found_SQ - others_SQ)
+            several = len(gain_SQ) > 1
+            gains.append(crossed(gain_SQ).interval if several else reference[0].by_picture(gain_SQ[0]))
+        return gains[0], gains[1]
+
+    rows = []
+    for name, found in kinds.items():
+        right, nll = (float(np.mean([_column(one, what) for one in found])) for what in ("right", "nll"))
+        gains = (None, None) if found is reference else gain(found, reference)
+        lost = gain(shuffled[name], found) if name in shuffled else (None, None)
+        rows.append(GateRow(name, len(found), right, nll, *gains, *lost))
+    return rows
+
+
+def _column(measured: Measurement, what: str) -> np.ndarray:
+    return (measured.right_QO if what == "right" else measured.nll_QO)[:, 0].astype(np.float64)
+
+
+def mean_gates(found: Sequence[Mapping[str, Mapping[str, Interval]]]) -> dict[str, dict[str, Interval]]:
+    """`gates_by_group` of the models of one kind: means and 95 % intervals over the models."""
+    return {
+        group: {name: interval([one[group][name].mean for one in found]) for name in gates}
+        for group, gates in found[0].items()
+    }

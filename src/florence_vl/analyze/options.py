@@ -137,6 +137,7 @@ def measure(
     questions: Sequence[Question],
     options: Sequence[Option],
     progress: Callable[[int, int], None] | None = None,
+    shuffle: int | None = None,
 ) -> Measurement:
     """Measure every question under every option.
 
@@ -146,6 +147,7 @@ def measure(
         questions: Questions without exactly one picture or without a text answer are skipped and counted.
         options: From `make_options` or `florence_vl.analyze.routed.view_options`.
         progress: Called with the number of finished (question, size) pairs and the total.
+        shuffle: Seed of a permutation: a gate that depends on the question sees the text of another one.
 
     Raises:
         ValueError: No question is usable, or the model does not support a size.
@@ -167,6 +169,8 @@ def measure(
     if not used:
         raise ValueError(f"no question has one picture and a right answer: {dict(skipped) or 'the suite is empty'}")
     used.sort(key=lambda pair: pair[0].picture_key)
+    order_Q = range(len(used)) if shuffle is None else np.random.default_rng(shuffle).permutation(len(used))
+    gated_by = [used[i][0] for i in order_Q]
     shape = (len(used), len(options))
     nll_QO, right_QO = np.zeros(shape), np.zeros(shape, dtype=bool)
     lengths_O, flops_O = np.zeros(len(options)), np.zeros(len(options))
@@ -178,7 +182,8 @@ def measure(
         columns = [i for i, option in enumerate(options) if option.size == size]
         fill = feature_means(model, processor, [question for question, _ in used])
         lengths = 0
-        for row, (nll_O, right_O, length) in enumerate(_score(model, processor, used, options, columns, fill)):
+        scored = _score(model, processor, used, gated_by, options, columns, fill)
+        for row, (nll_O, right_O, length) in enumerate(scored):
             nll_QO[row, columns], right_QO[row, columns] = nll_O, right_O
             lengths += length
             if progress is not None:
@@ -219,6 +224,7 @@ def _score(
     model: FlorenceVLForConditionalGeneration,
     processor: FlorenceVLProcessor,
     used: Sequence[tuple[Question, str]],
+    gated_by: Sequence[Question],
     options: Sequence[Option],
     columns: Sequence[int],
     fill: Mapping[str, Tensor],
@@ -232,7 +238,7 @@ def _score(
     encode = RecordEncoder(processor)
     device = model.device
     shown, features, size = "", {}, (0, 0)
-    for question, answer in used:
+    for (question, answer), other in zip(used, gated_by, strict=True):
         picture = question.images[0]
         if question.picture_key != shown:
             name = f"the picture of {question.benchmark} question {question.id}"
@@ -247,7 +253,7 @@ def _score(
         ids_L, labels_L = encode.tokenize(Record(question.id, question.benchmark, messages, [picture.read()]))
         context = None
         if model.model.fusion.uses_context:
-            asked = processor.question_inputs([messages])
+            asked = processor.question_inputs([[{"role": "user", "content": other.content()}]])
             context = model.model.question_context(*(torch.tensor(asked[k], device=device) for k in asked))
         filled: dict[str, list[Tensor]] = {name: [] for name in features}
         for column in columns:

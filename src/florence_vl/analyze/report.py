@@ -235,6 +235,39 @@ def bill_table(record: dict[str, Any]) -> dict[str, Any]:
     return {"title": title, "header": header, "cells": cells}
 
 
+def gate_comparison_tables(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tables of `florence-vl analyze gates`."""
+    first = record["rows"][0]["name"]
+    header = ["gates", "models", "correct %", f"difference to {first}", "nats", "nats gained"]
+    header += ["other questions' text: difference", "nats gained"]
+    cells = []
+    for row in record["rows"]:
+        gains = [("right_gain", 1, 100), ("nll_gain", 3, 1), ("shuffled_right", 1, 100), ("shuffled_nll", 3, 1)]
+        right, nll, *shuffled = ("" if row[key] is None else _interval(row[key], *how) for key, *how in gains)
+        cells.append(
+            [row["name"], str(row["seeds"]), f"{100 * row['right']:.1f}", right, f"{row['nll']:.3f}", nll, *shuffled]
+        )
+    title = f"Gates, {record['questions']} questions on {record['pictures']} pictures"
+    tables = [{"title": title, "header": header, "cells": cells}]
+    for name, groups in record["gates"].items():
+        tables += [table | {"title": f"{table['title']}: {name}"} for table in gates_tables({"gates": groups})]
+    return tables
+
+
+def gates_section(record: dict[str, Any], folder: Path) -> Section:
+    """Tables of `florence-vl analyze gates`."""
+    tables = gate_comparison_tables(record)
+    return Section(
+        title="Gates of the prompted features",
+        text=(
+            "Differences are paired by question and seed. Gates that use the question lose accuracy if they see the "
+            "text of another one; otherwise they only reweight the features."
+        ),
+        command=record.get("command", ""),
+        tables=[ReportTable(t["title"], t["header"], [TableRow(cells) for cells in t["cells"]]) for t in tables],
+    )
+
+
 def gates_tables(record: dict[str, Any]) -> list[dict[str, Any]]:
     """The table of mean gates by group of questions; none for a model without gates."""
     groups = record.get("gates") or {}
@@ -266,6 +299,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any], Path], Section]] = {
     "ablation": ablation_section,
     "headroom": headroom_section,
     "bill": bill_section,
+    "gates": gates_section,
 }
 
 

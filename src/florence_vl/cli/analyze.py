@@ -392,6 +392,68 @@ def bill_command(
     say(f"wrote {out / 'bill.json'}, " + ", ".join(map(str, files)))
 
 
+@app.command("gates", cls=SeveralValues)
+def gates_command(
+    models: list[str] = typer.Option(
+        ..., "--model", "-m", help="NAME=MODEL, or NAME=MODEL,MODEL,... for one per seed. The first is the reference."
+    ),
+    suite: str = typer.Option("mini", "--suite", "-s", help=SUITE_HELP),
+    out: Path = typer.Option(Path("gates"), "--out", help="Folder for the numbers (JSON)."),
+    limit: int | None = typer.Option(None, "--limit", "-n", min=1, help=LIMIT_HELP),
+    data: Path | None = typer.Option(None, "--data", "-d", help="Folder with the benchmarks' parquet files."),
+    seed: int = typer.Option(0, "--seed", help="Seed of the sample that --limit draws, and of the shuffled questions."),
+    device: str = typer.Option("auto", "--device", help="cpu, cuda, cuda:1, mps or auto."),
+    dtype: str = typer.Option("auto", "--dtype", help="auto, float32, bfloat16, float16."),
+) -> None:
+    """Compare kinds of gates: learned constants, gates that see the image, and gates that see the question.
+
+    Gates that see the question are also measured with the text of other questions.
+    """
+    from florence_vl.analyze.gates import compare_gates, gates_by_group, mean_gates
+    from florence_vl.analyze.options import measure
+    from florence_vl.analyze.report import gate_comparison_tables
+
+    chosen: dict[str, list[str]] = {}
+    for word in models:
+        name, _, listed = word.partition("=")
+        if not (name and listed) or name in chosen:
+            raise ValueError(f"--model {word!r} is not NAME=MODEL[,MODEL...] with a name of its own")
+        chosen[name] = listed.split(",")
+    kinds: dict[str, list[Measurement]] = {}
+    shuffled: dict[str, list[Measurement]] = {}
+    gates: dict[str, list[dict[str, dict[str, Any]]]] = {}
+    for name, paths in chosen.items():
+        for path in paths:
+            say(f"{name}: {path}")
+            loaded, processor, measured = _measured(path, suite, None, "none", limit, data, seed, device, dtype)
+            kinds.setdefault(name, []).append(measured)
+            if loaded.model.fusion.uses_context:
+                again = measure(loaded, processor, measured.questions, measured.options, _every("shuffled"), seed)
+                shuffled.setdefault(name, []).append(again)
+            if found := gates_by_group(loaded, processor, measured):
+                gates.setdefault(name, []).append(found)
+    rows = compare_gates(kinds, shuffled)
+    record = {
+        "type": "gates",
+        "command": called(),
+        "questions": len(measured.groups),
+        "pictures": len(set(measured.pictures)),
+        "skipped": dict(measured.skipped),
+        "rows": [row.to_dict() for row in rows],
+        "gates": {
+            name: {
+                group: {feature: asdict(gate) for feature, gate in means.items()}
+                for group, means in mean_gates(found).items()
+            }
+            for name, found in gates.items()
+        },
+    }
+    write_text(out / "gates.json", json.dumps(record, indent=1) + "\n")
+    for table in gate_comparison_tables(record):
+        print_table(table["title"], table["header"], table["cells"])
+    say(f"wrote {out / 'gates.json'}")
+
+
 def _as_one_tile(loaded: Any, processor: Any) -> None:
     from florence_vl.model.resolution import set_resolution
 
