@@ -60,8 +60,8 @@ for part in ${*:-alignment features pca headroom bill views resolution gates tab
         done
         set -- "$@" $context=$models
       done
-      florence-vl analyze gates --model "$@" --suite ${GATES_SUITE:-mini_drawings,mini} --limit ${GATES:-300} --dtype ${DTYPE:-auto} \
-        --out $out/gates ;;
+      florence-vl analyze gates --model "$@" --suite mini_drawings --dtype ${DTYPE:-auto} --out $out/gates/drawings
+      florence-vl analyze gates --model "$@" --suite mini --limit ${GATES:-75} --dtype ${DTYPE:-auto} --out $out/gates/mini ;;
     tables)  # rows that are already in docs/results/tables.tar.xz are not trained again
       [ -d $out/ablations ] || { mkdir -p $out && tar -xf docs/results/tables.tar.xz -C $out; }
       for table in ${TABLES:-5 6 4 1}; do
