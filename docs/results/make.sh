@@ -36,15 +36,21 @@ for part in ${*:-alignment features pca headroom bill views resolution gates tab
     resolution)
       evaluate() { florence-vl evaluate --model mini --suite mini_drawings --dtype ${DTYPE:-auto} --out $out/resolution/"$@"; }
       evaluate 256
-      for size in 320 320x192; do
+      for size in 320 320x192 448x256; do
         [ -d data/drawings-$size ] || florence-vl mini suite mini_drawings --size $size --out data/drawings-$size
       done
       for positions in absolute resampled; do
         evaluate 320-$positions --data data/drawings-320 --image-size 320 --positions $positions
         evaluate 320x192-$positions --data data/drawings-320x192 --aspect native --positions $positions
+        evaluate 448x256-$positions --data data/drawings-448x256 --aspect native --token-budget 112 --positions $positions
       done
-      for run in 320-absolute 320-resampled 320x192-absolute 320x192-resampled; do
+      for size in 320x192 448x256; do evaluate $size-squash --data data/drawings-$size --aspect squash; done
+      for run in 320-absolute 320-resampled 320x192-absolute 320x192-resampled 320x192-squash 448x256-absolute 448x256-resampled \
+          448x256-squash; do
         florence-vl evaluate compare $out/resolution/256 $out/resolution/$run
+      done
+      for size in 320x192 448x256; do
+        florence-vl evaluate compare $out/resolution/$size-squash $out/resolution/$size-resampled
       done ;;
     gates)
       for set in newcomers questions; do [ -f data/mini/$set/data.jsonl ] || florence-vl mini data --set $set; done

@@ -49,7 +49,7 @@ def mini_rows(
     """
     from florence_vl_mini.scenes import GROUPS, SceneGenerator
 
-    scenes = SceneGenerator(seed=SEED, split="test", size=max(size))
+    scenes = SceneGenerator(seed=SEED, split="test", size=min(size))
     rows: dict[str, list[dict[str, Any]]] = {f"{prefix}_{group}": [] for group in GROUPS}
     for index in range(pictures):
         scene = scenes[index]
@@ -77,7 +77,7 @@ def drawing_rows(
 
     rows = []
     for kind in DRAWINGS:
-        scenes = SceneGenerator(seed=SEED, split="test", size=max(size), mix={kind: 1.0})
+        scenes = SceneGenerator(seed=SEED, split="test", size=min(size), mix={kind: 1.0})
         for index in range(of_each):
             scene = scenes[index]
             asked = list(enumerate(scene.questions))
@@ -96,9 +96,11 @@ def _row(picture: str, number: int, image: bytes, question: Question) -> dict[st
 
 
 def _png(image: Image, size: tuple[int, int]) -> bytes:
+    from PIL import ImageOps
+
     file = io.BytesIO()
     if image.size != size:
-        image = image.resize(size)
+        image = ImageOps.pad(image, size, color=image.getpixel((0, 0)))
     image.save(file, "PNG", compress_level=1)
     return file.getvalue()
 
@@ -109,8 +111,9 @@ def write_suite(folder: Path, name: str = "mini", size: tuple[int, int] = SIZE) 
     Args:
         folder: To write to; created if it does not exist.
         name: mini, mini_tables or mini_drawings.
-        size: Width and height of the pictures in pixels. A scene is drawn as a square of the longer side. The pages of
-            `mini_drawings` are the same at every size; of the other scenes some arrangements differ.
+        size: Width and height of the pictures in pixels. A scene is drawn as a square of the shorter side, in the middle
+            of a canvas of its corner's color. The pages of `mini_drawings` are the same at every size; of the other
+            scenes some arrangements differ.
 
     Raises:
         ValueError: No such suite.
