@@ -59,11 +59,14 @@ def test_drawings_are_the_same_at_every_size() -> None:
 
     from florence_vl_mini.suite import drawing_rows
 
-    small, wide = (drawing_rows(of_each=2, size=size)["mini_drawings"] for size in ((256, 256), (320, 192)))
+    small, wide = (drawing_rows(of_each=2, size=size)["mini_drawings"] for size in ((256, 256), (320, 256)))
     for row, other in zip(small, wide, strict=True):
         assert {**row, "image": None} == {**other, "image": None}
-        assert Image.open(BytesIO(row["image"]["bytes"])).size == (256, 256)
-        assert Image.open(BytesIO(other["image"]["bytes"])).size == (320, 192)
+        square, page = (Image.open(BytesIO(one["image"]["bytes"])) for one in (row, other))
+        assert square.size == (256, 256)
+        assert page.size == (320, 256)
+        assert page.crop((32, 0, 288, 256)).tobytes() == square.tobytes(), "letters keep their shape"
+        assert page.getpixel((0, 255)) == square.getpixel((0, 0))
 
 
 def test_mini_suite_writes_a_suite_that_evaluate_reads(

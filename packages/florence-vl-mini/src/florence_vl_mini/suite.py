@@ -111,9 +111,9 @@ def write_suite(folder: Path, name: str = "mini", size: tuple[int, int] = SIZE) 
     Args:
         folder: To write to; created if it does not exist.
         name: mini, mini_tables or mini_drawings.
-        size: Width and height of the pictures in pixels. A scene is drawn as a square of the shorter side, in the middle
-            of a canvas of its corner's color. The pages of `mini_drawings` are the same at every size; of the other
-            scenes some arrangements differ.
+        size: Width and height of the pictures in pixels. A scene is drawn as a square of the shorter side, in the
+            middle of a canvas of its corner's color. The pages of `mini_drawings` are the same at every size; of the
+            other scenes some arrangements differ.
 
     Raises:
         ValueError: No such suite.
