@@ -15,14 +15,17 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import openai
 import pytest
 import uvicorn
 from PIL import Image
+from starlette.requests import ClientDisconnect
 
 from florence_vl.model.pictures import MediaPolicy
 from florence_vl.model.tiny import tiny_model
+from florence_vl.serve import openai_server
 from florence_vl.serve.answer import Answer
 from florence_vl.serve.engine import Engine, EngineConfig, OutOfMemory
 from florence_vl.serve.openai_server import Server, ServerConfig, Tools, build_app
@@ -180,6 +183,22 @@ def test_key_and_size(parts):
         assert post(url, "/v1/chat/completions", {"messages": [user("x" * 3000)]}, "secret")[0] == 413
         with urllib.request.urlopen(url + "/health") as answer:
             assert answer.status == 200
+
+
+def test_a_client_that_leaves_before_the_first_event_cancels_its_answers():
+    cancelled = []
+
+    async def events():
+        yield "data: never sent"
+
+    async def gone(_message):
+        raise OSError("connection lost")
+
+    answer = SimpleNamespace(answer=SimpleNamespace(cancel=lambda: cancelled.append(True)))
+    scope = {"type": "http", "asgi": {"spec_version": "2.4"}}
+    with pytest.raises(ClientDisconnect):
+        asyncio.run(openai_server._EventStream(events(), [answer])(scope, None, gone))
+    assert cancelled == [True]
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -19,6 +19,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from florence_vl.model.pictures import UPLOADS, MediaPolicy, open_image
 from florence_vl.serve.engine import (
@@ -244,7 +245,7 @@ class Server:
             if first[1].error is not None:
                 _cancel(answers)
                 raise first[1].error
-            return StreamingResponse(self._stream(body, head, answers, events, first), media_type="text/event-stream")
+            return _EventStream(self._stream(body, head, answers, events, first), answers)
         return await self._or_gone(request, self._collect(head, answers, events), answers)
 
     async def _or_gone(self, request: Request, work: Any, answers: list[_Choice]) -> Any:
@@ -300,31 +301,28 @@ class Server:
             data = {**head, "object": "chat.completion.chunk", "choices": listed, **extra, **more}
             return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
 
-        try:
-            for index in range(len(choices)):
-                delta = {"role": "assistant", "content": ""}
-                yield chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
-            open_choices = len(choices)
-            index, event = first
-            while True:
-                if event.error is not None:
-                    yield f"data: {json.dumps(as_api_error(event.error).body)}\n\n"
-                    return
-                if event.text or event.logprobs:
-                    logprobs = self._logprobs(choices[index].answer, event.logprobs)
-                    delta = {"content": event.text}
-                    yield chunk([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}])
-                if event.finish is not None:
-                    yield chunk([{"index": index, "delta": {}, "logprobs": None, "finish_reason": event.finish}])
-                    open_choices -= 1
-                if not open_choices:
-                    break
-                index, event = await events.get()
-            if with_usage:
-                yield chunk([], usage=usage(choices))
-            yield "data: [DONE]\n\n"
-        finally:  # the client disconnected, or the answer is complete
-            _cancel(choices)
+        for index in range(len(choices)):
+            delta = {"role": "assistant", "content": ""}
+            yield chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
+        open_choices = len(choices)
+        index, event = first
+        while True:
+            if event.error is not None:
+                yield f"data: {json.dumps(as_api_error(event.error).body)}\n\n"
+                return
+            if event.text or event.logprobs:
+                logprobs = self._logprobs(choices[index].answer, event.logprobs)
+                delta = {"content": event.text}
+                yield chunk([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}])
+            if event.finish is not None:
+                yield chunk([{"index": index, "delta": {}, "logprobs": None, "finish_reason": event.finish}])
+                open_choices -= 1
+            if not open_choices:
+                break
+            index, event = await events.get()
+        if with_usage:
+            yield chunk([], usage=usage(choices))
+        yield "data: [DONE]\n\n"
 
     def _logprobs(self, answer: Answer, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if answer.options.logprobs is None:
@@ -445,6 +443,20 @@ def usage(choices: Sequence[_Choice]) -> dict[str, Any]:
             "image_tokens": answers[0].prompt.image_tokens,
         },
     }
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events; at their end, or if the client disconnects at any time, the answers are cancelled."""
+
+    def __init__(self, events: AsyncIterator[str], answers: Sequence[_Choice]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._answers = answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            _cancel(self._answers)
 
 
 def _cancel(choices: Sequence[_Choice]) -> None:

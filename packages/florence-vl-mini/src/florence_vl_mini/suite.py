@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from florence_vl.evaluate.suites import PackagedSuite
 from florence_vl.files import atomic_folder, cache_dir
@@ -100,7 +100,7 @@ def _png(image: Image, size: tuple[int, int]) -> bytes:
 
     file = io.BytesIO()
     if image.size != size:
-        image = ImageOps.pad(image, size, color=image.getpixel((0, 0)))
+        image = ImageOps.pad(image, size, color=cast(tuple[int, ...], image.getpixel((0, 0))))
     image.save(file, "PNG", compress_level=1)
     return file.getvalue()
 
