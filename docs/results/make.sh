@@ -42,11 +42,10 @@ for part in ${*:-alignment features pca headroom bill views resolution gates tab
       for positions in absolute resampled; do
         evaluate 320-$positions --data data/drawings-320 --image-size 320 --positions $positions
         evaluate 320x192-$positions --data data/drawings-320x192 --aspect native --positions $positions
-        evaluate 448x256-$positions --data data/drawings-448x256 --aspect native --token-budget 112 --positions $positions
       done
+      evaluate 448x256-resampled --data data/drawings-448x256 --aspect native --token-budget 112 --positions resampled
       for size in 320x192 448x256; do evaluate $size-squash --data data/drawings-$size --aspect squash; done
-      for run in 320-absolute 320-resampled 320x192-absolute 320x192-resampled 320x192-squash 448x256-absolute 448x256-resampled \
-          448x256-squash; do
+      for run in 320-absolute 320-resampled 320x192-absolute 320x192-resampled 320x192-squash 448x256-resampled 448x256-squash; do
         florence-vl evaluate compare $out/resolution/256 $out/resolution/$run
       done
       for size in 320x192 448x256; do
