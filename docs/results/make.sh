@@ -44,12 +44,17 @@ for part in ${*:-alignment features pca headroom bill views resolution gates tab
         evaluate 320x192-$positions --data data/drawings-320x192 --aspect native --positions $positions
       done
       evaluate 448x256-resampled --data data/drawings-448x256 --aspect native --token-budget 112 --positions resampled
-      for size in 320x192 448x256; do evaluate $size-squash --data data/drawings-$size --aspect squash; done
-      for run in 320-absolute 320-resampled 320x192-absolute 320x192-resampled 320x192-squash 448x256-resampled 448x256-squash; do
+      for size in 320x192 448x256; do
+        for aspect in squash pad; do evaluate $size-$aspect --data data/drawings-$size --aspect $aspect; done
+      done
+      for run in 320-absolute 320-resampled 320x192-absolute 320x192-resampled 320x192-squash 320x192-pad 448x256-resampled \
+          448x256-squash 448x256-pad; do
         florence-vl evaluate compare $out/resolution/256 $out/resolution/$run
       done
       for size in 320x192 448x256; do
-        florence-vl evaluate compare $out/resolution/$size-squash $out/resolution/$size-resampled
+        for aspect in squash pad; do
+          florence-vl evaluate compare $out/resolution/$size-$aspect $out/resolution/$size-resampled
+        done
       done ;;
     gates)
       for set in newcomers questions; do [ -f data/mini/$set/data.jsonl ] || florence-vl mini data --set $set; done
