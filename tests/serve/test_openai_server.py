@@ -29,6 +29,7 @@ from florence_vl.serve import openai_server
 from florence_vl.serve.answer import Answer
 from florence_vl.serve.engine import Engine, EngineConfig, OutOfMemory
 from florence_vl.serve.openai_server import Server, ServerConfig, Tools, build_app
+from florence_vl.serve.sampling import Grammars
 
 QUESTION = "What is shown?"
 
@@ -124,8 +125,25 @@ def test_seed_n_logprobs_stop_and_schema(served):
     schema = {"type": "object", "properties": {"a": {"enum": ["red", "blue"]}}, "required": ["a"]}
     schema["additionalProperties"] = False
     form = {"type": "json_schema", "json_schema": {"name": "color", "schema": schema}}
-    made = ask(client, user(), max_tokens=60, response_format=form)
-    assert json.loads(made.choices[0].message.content)["a"] in ("red", "blue")
+    for _ in range(2):  # the second one has the compiled schema, at its start again
+        made = ask(client, user(), max_tokens=60, response_format=form)
+        assert json.loads(made.choices[0].message.content)["a"] in ("red", "blue")
+
+
+def test_a_schema_is_compiled_once_and_not_on_the_event_loop(parts, monkeypatch):
+    compiled = []
+    compile_ = Grammars._compile
+
+    def note(self, json_schema):
+        compiled.append(threading.current_thread().name)
+        return compile_(self, json_schema)
+
+    monkeypatch.setattr(Grammars, "_compile", note)
+    with serving(parts) as (_, client, _, _):
+        for _ in range(2):
+            ask(client, user(), max_tokens=60, response_format={"type": "json_object"})
+    assert len(compiled) == 1
+    assert compiled[0].startswith("asyncio_"), "a thread of the event loop's pool"
 
 
 def test_models_tokenize_health_metrics_and_tools(served):

@@ -186,6 +186,14 @@ class Engine:
         """
         return self._prompts(messages, images, adapter)
 
+    def compile_schema(self, json_schema: str) -> None:
+        """Compile a JSON schema, which takes time the first time; `submit` then finds it compiled.
+
+        Raises:
+            ValueError: The schema is invalid.
+        """
+        self._grammars.matcher(json_schema)
+
     def submit(self, prompt: Prompt, options: GenerationOptions, sink: Callable[[Event], None] | None = None) -> Answer:
         """Queue a request.
 

@@ -213,6 +213,8 @@ class Server:
         self._preparing += choices
         try:
             prompt = await self.prompt(body, adapter)
+            if (schema := body.answer_schema()) is not None:
+                await asyncio.to_thread(self.engine.compile_schema, schema)
             events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
             loop = asyncio.get_running_loop()
 

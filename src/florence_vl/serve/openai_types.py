@@ -164,6 +164,13 @@ class ChatRequest(Conversation):
         """The texts that end the answer."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    def answer_schema(self) -> str | None:
+        """The JSON schema of the answer as text, if it has one."""
+        if self.response_format is None or self.response_format.type == "text":
+            return None
+        given = self.response_format.json_schema
+        return json.dumps(given.schema_ if given else {"type": "object"})
+
     def options(self, choice: int, longest: int) -> GenerationOptions:
         """Settings of one of the `n` choices.
 
@@ -171,10 +178,6 @@ class ChatRequest(Conversation):
             choice: Its index; each has its own seed, and the first has the given one.
             longest: The server's limit of an answer in tokens, if the client sets none.
         """
-        schema = None
-        if self.response_format is not None and self.response_format.type != "text":
-            given = self.response_format.json_schema
-            schema = json.dumps(given.schema_ if given else {"type": "object"})
         temperature = 1.0 if self.temperature is None else self.temperature
         seed = None if self.seed is None else (self.seed + choice + (1 << 63)) % (1 << 64) - (1 << 63)
         return GenerationOptions(
@@ -186,7 +189,7 @@ class ChatRequest(Conversation):
             seed=seed,
             stop=self.stop_texts(),
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
-            json_schema=schema,
+            json_schema=self.answer_schema(),
         )
 
 

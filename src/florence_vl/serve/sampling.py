@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+SCHEMAS = 32  # compiled JSON schemas that are kept
 _LEAST_TEMPERATURE = 1e-5  # logits divided by less overflow
 
 
@@ -82,7 +84,7 @@ class TokenLogprob:
 
 
 class Grammars:
-    """Compiles JSON schemas for one tokenizer (llguidance; its tables are built once).
+    """Compiles JSON schemas for one tokenizer (llguidance; its tables are built once), and keeps the last ones.
 
     Args:
         tokenizer: A fast tokenizer.
@@ -92,13 +94,17 @@ class Grammars:
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._tables: Any = None
+        self._compiled = lru_cache(maxsize=SCHEMAS)(self._compile)
 
     def matcher(self, json_schema: str) -> Any:
-        """A matcher at the start of an answer.
+        """A matcher at the start of an answer; the first one of a schema takes time.
 
         Raises:
             ValueError: llguidance is missing, or does not support the schema.
         """
+        return self._compiled(json_schema).deep_copy()
+
+    def _compile(self, json_schema: str) -> Any:
         try:
             from llguidance import LLMatcher
             from llguidance.hf import from_tokenizer
