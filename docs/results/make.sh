@@ -78,8 +78,11 @@ for part in ${*:-alignment features pca headroom bill views resolution gates tab
         florence-vl ablate --scale mini --start mini --table $table --seeds ${SEEDS:-8} --dtype bfloat16 \
           --set pretrain:steps=10 --set finetune:steps=30 ${JOBS:+--jobs $JOBS} --out $out/ablations
       done
-      (cd $out && find ablations -name done.json -o -path '*/evaluate/answers.jsonl' -o -path '*/evaluate/run.json' |
-        LC_ALL=C sort | tar -cJf tables.tar.xz --owner=0 --group=0 --mtime=2026-01-01 -T -) ;;
+      (cd $out && find ablations -path '*/evaluate/done.json' | sed 's#/evaluate/done.json$##' | LC_ALL=C sort | while read -r run; do
+        for file in pretrain/done.json finetune/done.json evaluate/done.json evaluate/run.json evaluate/answers.jsonl; do
+          echo $run/$file
+        done
+      done | tar -cJf tables.tar.xz --owner=0 --group=0 --mtime=2026-01-01 -T -) ;;
     *) echo "unknown part: $part (alignment, features, pca, headroom, bill, views, resolution, gates, tables)" >&2; exit 2 ;;
   esac
 done

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -187,6 +188,20 @@ def test_tables_share_their_runs_and_go_on_where_they_stopped(recipes, tmp_path,
     assert marker["machine"] == ablation_run.machine_class()
     assert marker["seconds"] >= 0
     assert marker["cpu_seconds"] >= 0
+
+
+def test_a_stage_whose_model_is_gone_runs_again_only_if_it_is_needed(recipes, tmp_path, commands):
+    started, _, _ = commands
+    config = AblationConfig("mini", tmp_path / "out", seeds=1)
+    steps = plan(rows_of(4, "[V]"), config)
+    execute(steps, config, lambda _: None)
+    for step in steps[:2]:
+        shutil.rmtree(step.folder / "model")
+    execute(steps, config, lambda _: None)
+    assert len(started) == 3, "the answers are there, so no model is needed"
+    steps[2].marker.unlink()
+    execute(steps, config, lambda _: None)
+    assert len(started) == 6, "the answers need the second stage's model, and that the first's"
 
 
 def test_two_jobs_run_at_a_time_and_a_stage_waits_for_the_one_before(recipes, tmp_path, commands):

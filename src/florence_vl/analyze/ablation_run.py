@@ -42,14 +42,25 @@ def machine_class() -> str:
     return f"{name or platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
+def unfinished(steps: Sequence[Step]) -> list[Step]:
+    """Steps to run: those that are not done, and finished stages whose model is gone but needed by one of these."""
+    todo = {step.folder for step in steps if not step.done}
+    while True:
+        needed = {folder for step in steps if step.folder in todo for folder in step.needs}
+        gone = {
+            s.folder for s in steps if s.kind in STAGES and s.folder in needed and not (s.folder / "model").is_dir()
+        }
+        if gone <= todo:
+            return [step for step in steps if step.folder in todo]
+        todo |= gone
+
+
 def remaining(steps: Sequence[Step], jobs: int) -> tuple[list[Step], float | None]:
     """The remaining steps and their approximate time in seconds; None until a step of each kind was timed."""
     times: dict[str, list[float]] = defaultdict(list)
-    todo = []
+    todo = unfinished(steps)
     for step in steps:
-        if not step.done:
-            todo.append(step)
-        elif (found := read_marker(step.folder)) is not None:
+        if step.done and (found := read_marker(step.folder)) is not None:
             times[step.kind].append(found["seconds"])
     kinds = [step.kind for step in todo if step.kind != "data"]
     if not all(times[kind] for kind in kinds):
@@ -136,10 +147,10 @@ def execute(steps: Sequence[Step], config: AblationConfig, log: Callable[[str], 
 
     environment = describe_environment()
     about = {"machine": machine_class(), "git": environment["git"], "versions": environment["versions"]}
-    waiting = [step for step in steps if not step.done]
+    waiting = unfinished(steps)
     if waiting:
         log(describe_remaining(steps, config.jobs))
-    unfinished = {step.folder for step in waiting}
+    left = {step.folder for step in waiting}
     running: list[_Running] = []
 
     def stop(*_: object) -> None:
@@ -153,7 +164,7 @@ def execute(steps: Sequence[Step], config: AblationConfig, log: Callable[[str], 
             for step in list(waiting):
                 alone = step.kind == "data" or config.jobs == 1
                 room = not running if alone else len(running) < config.jobs
-                if room and not unfinished.intersection(step.needs):
+                if room and not left.intersection(step.needs):
                     waiting.remove(step)
                     running.append(_Running(step, config))
                     log(f"started {step.title}")
@@ -161,7 +172,7 @@ def execute(steps: Sequence[Step], config: AblationConfig, log: Callable[[str], 
             for run in ended:
                 running.remove(run)
                 run.finish(about)
-                unfinished.discard(run.step.folder)
+                left.discard(run.step.folder)
                 log(f"finished {run.step.title}: {describe_remaining(steps, config.jobs)}")
             if not ended:
                 time.sleep(POLL_SECONDS)
