@@ -255,10 +255,10 @@ def test_edited_data_is_noticed_on_resume(tmp_path: Path) -> None:
         ("data.template=chatml", "data.template was None and is 'chatml'"),
     ],
 )
-def test_changed_rows_are_noticed_on_resume(tmp_path: Path, setting: str, words: str) -> None:
+def test_changed_encoding_is_noticed_on_resume(tmp_path: Path, setting: str, words: str) -> None:
     _train(_records(tmp_path, present=8), tmp_path / "run")
     model, processor = tiny_model()
-    with pytest.raises(ValueError, match=f"cannot resume at the same rows: {words}"):
+    with pytest.raises(ValueError, match=f"cannot resume at the same data: {words}"):
         train(load_recipe(tmp_path / "run" / "recipe.yaml", ["steps=4", setting]), model, processor, resume="auto")
     recipe = load_recipe(tmp_path / "run" / "recipe.yaml", ["steps=4", "data.max_bad_share=0.5"])
     assert train(recipe, model, processor, resume="auto").steps == 4

@@ -1,12 +1,10 @@
-"""Digests of the training files, and settings of the rows, to detect changes between sessions of a run."""
+"""Digests of the training files, and settings of their encoding, to detect changes between sessions of a run."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +32,16 @@ def fingerprint(sources: Sequence[SourceConfig]) -> dict[str, str]:
     return found
 
 
-def row_settings(data: DataConfig) -> dict[str, Any]:
-    """The settings that determine which rows a step trains on, as JSON values by name: all but paths and workers."""
-    settings = {key: value for key, value in asdict(data).items() if key not in ("workers", "max_bad_share")}
-    for source in settings["sources"]:
-        for key in ("path", "image_root", "name"):
-            del source[key]
-    if settings["stream"] is not None:
-        settings["stream"] = True  # energon's own state identifies its shards
-    found: dict[str, Any] = json.loads(json.dumps(settings, default=str))
-    return found
+def encoding_settings(data: DataConfig) -> dict[str, Any]:
+    """The settings that determine a record's tokens and labels, as JSON values by name.
+
+    Those of order and packing are in the state of the data, which checks them (`florence_vl.data.packing`).
+    """
+    return {key: getattr(data, key) for key in ("template", "template_options", "max_length", "on_long")}
 
 
-def check_row_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Check that a run is resumed with the settings of its data.
+def check_encoding(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Check that a run is resumed with records encoded as before.
 
     Raises:
         ValueError: Settings differ; the message names them with both values.
@@ -55,7 +49,7 @@ def check_row_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None
     changed = [f"data.{k} was {v!r} and is {now[k]!r}" for k, v in saved.items() if k in now and now[k] != v]
     if changed:
         raise ValueError(
-            f"cannot resume at the same rows: {'; '.join(changed)}. Restore the settings, or start a new run from the "
+            f"cannot resume at the same data: {'; '.join(changed)}. Restore the settings, or start a new run from the "
             "checkpoint's weights (florence-vl export, model.path)"
         )
 

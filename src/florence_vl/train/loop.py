@@ -24,7 +24,7 @@ from florence_vl.model.tiles import overview_pixels
 from florence_vl.train.checkpoint import find_checkpoint
 from florence_vl.train.config import Recipe
 from florence_vl.train.evaluation import SuiteReader, describe_scores, read_suite
-from florence_vl.train.fingerprint import row_settings
+from florence_vl.train.fingerprint import encoding_settings
 from florence_vl.train.gradients import clip_gradients, fill_missing_gradients, loss_and_norms
 from florence_vl.train.guards import (
     BadRecordNotices,
@@ -391,7 +391,7 @@ class Trainer:
             "seed": self.recipe.seed,
             "precision": self.recipe.precision,
             "world_size": self.world.size,
-            "rows": row_settings(self.recipe.data),
+            "encoding": encoding_settings(self.recipe.data),
             "digests": self.digests,
             "data": self.world.gather_objects(self.stream.state()),
         }

@@ -22,7 +22,7 @@ from florence_vl.train.checkpoint import CheckpointManager
 from florence_vl.train.checkpoint_files import read_trainer_state
 from florence_vl.train.config import Precision, Recipe
 from florence_vl.train.evaluation import RunEvaluation, Scorer
-from florence_vl.train.fingerprint import check_fingerprint, check_row_settings, fingerprint, row_settings
+from florence_vl.train.fingerprint import check_encoding, check_fingerprint, encoding_settings, fingerprint
 from florence_vl.train.guards import SpikeDetector
 from florence_vl.train.model import check_attention, choose_attention, estimate_fill, load_model
 from florence_vl.train.optimizer import Group, apply_parts, build_optimizer, parameter_groups
@@ -288,7 +288,7 @@ def _restore(
             f"the checkpoint is of a run with seed {saved['seed']}, the recipe has {recipe.seed}: the data's order "
             "would differ. Restore the seed"
         )
-    check_row_settings(saved.get("rows", {}), row_settings(recipe.data))
+    check_encoding(saved.get("encoding", {}), encoding_settings(recipe.data))
     check_fingerprint(saved.get("digests", {}), digests)
     states = [state for state in saved["data"] if state]
     return RunState.from_dict(saved), merge_states(states) if states else None
