@@ -250,9 +250,9 @@ def test_edited_data_is_noticed_on_resume(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("data.max_length=100", "data.max_length was 2048 and is 100"),
-        ("data.on_long=error", "data.on_long was 'truncate_turns' and is 'error'"),
-        ("data.template=chatml", "data.template was None and is 'chatml'"),
+        ("data.max_length=100", "data.max_length was 2048 at the checkpoint and is 100 now"),
+        ("data.on_long=error", "data.on_long was truncate_turns at the checkpoint and is error now"),
+        ("data.template=chatml", "data.template was None at the checkpoint and is chatml now"),
     ],
 )
 def test_changed_encoding_is_noticed_on_resume(tmp_path: Path, setting: str, words: str) -> None:

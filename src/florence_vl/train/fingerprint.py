@@ -35,23 +35,9 @@ def fingerprint(sources: Sequence[SourceConfig]) -> dict[str, str]:
 def encoding_settings(data: DataConfig) -> dict[str, Any]:
     """The settings that determine a record's tokens and labels, as JSON values by name.
 
-    Those of order and packing are in the state of the data, which checks them (`florence_vl.data.packing`).
+    Those of order and packing are in the state of the data; `florence_vl.data.packing.check_fingerprint` checks both.
     """
-    return {key: getattr(data, key) for key in ("template", "template_options", "max_length", "on_long")}
-
-
-def check_encoding(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Check that a run is resumed with records encoded as before.
-
-    Raises:
-        ValueError: Settings differ; the message names them with both values.
-    """
-    changed = [f"data.{k} was {v!r} and is {now[k]!r}" for k, v in saved.items() if k in now and now[k] != v]
-    if changed:
-        raise ValueError(
-            f"cannot resume at the same data: {'; '.join(changed)}. Restore the settings, or start a new run from the "
-            "checkpoint's weights (florence-vl export, model.path)"
-        )
+    return {f"data.{key}": getattr(data, key) for key in ("template", "template_options", "max_length", "on_long")}
 
 
 def check_fingerprint(saved: Mapping[str, str], now: Mapping[str, str]) -> None:

@@ -120,24 +120,22 @@ def parameter_groups(
         ValueError: Every parameter is frozen, or gates have a learning rate and there are none.
     """
     groups = []
-    gates = {name for name, _ in model.named_parameters() if name.startswith("model.fusion.")}
-    if parts.projector.gate_lr is not None and not gates:
+    gate_lr = parts.projector.gate_lr
+    gates = {name for name, _ in model.named_parameters() if gate_lr and name.startswith("model.fusion.")}
+    if gate_lr and not gates:
         raise ValueError(
             f"parts.projector.gate_lr is for `gated` fusion, but this model's fusion is `{model.config.fusion}`"
         )
     for part in PARTS:
         config: PartConfig = getattr(parts, part)
+        named = [(name, p) for name, p in model.part_parameters(part) if p.requires_grad]
         lr = optimizer.lr if config.lr is None else config.lr
         decay = optimizer.weight_decay if config.weight_decay is None else config.weight_decay
-        named = {name: p for name, p in model.part_parameters(part) if p.requires_grad}
-        rates = [(lr, named)]
-        if part == "projector" and parts.projector.gate_lr is not None:
-            rates = [(lr, {name: p for name, p in named.items() if name not in gates})]
-            rates.append((parts.projector.gate_lr, {name: p for name, p in named.items() if name in gates}))
-        for rate, some in rates:
+        for rate, of_gates in ((lr, False), (gate_lr or lr, True)):
+            own = [(name, p) for name, p in named if (name in gates) == of_gates]
             for weight_decay, chosen in (
-                (decay, {name: p for name, p in some.items() if p.ndim >= 2}),
-                (0.0, {name: p for name, p in some.items() if p.ndim < 2}),
+                (decay, {name: p for name, p in own if p.ndim >= 2}),
+                (0.0, {name: p for name, p in own if p.ndim < 2}),
             ):
                 if chosen:
                     groups.append(Group(part, rate, weight_decay, config.schedule or schedule, chosen))

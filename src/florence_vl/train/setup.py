@@ -22,7 +22,7 @@ from florence_vl.train.checkpoint import CheckpointManager
 from florence_vl.train.checkpoint_files import read_trainer_state
 from florence_vl.train.config import Precision, Recipe
 from florence_vl.train.evaluation import RunEvaluation, Scorer
-from florence_vl.train.fingerprint import check_encoding, check_fingerprint, encoding_settings, fingerprint
+from florence_vl.train.fingerprint import check_fingerprint, encoding_settings, fingerprint
 from florence_vl.train.guards import SpikeDetector
 from florence_vl.train.model import check_attention, choose_attention, estimate_fill, load_model
 from florence_vl.train.optimizer import Group, apply_parts, build_optimizer, parameter_groups
@@ -281,17 +281,18 @@ def _restore(
     recipe: Recipe, saved: Mapping[str, Any], digests: Mapping[str, str]
 ) -> tuple[RunState, Mapping[str, Any] | None]:
     """The state of a checkpoint, and the position of its data."""
-    from florence_vl.data.packing import merge_states
+    from florence_vl.data import packing
 
     if saved["seed"] != recipe.seed:
         raise ValueError(
             f"the checkpoint is of a run with seed {saved['seed']}, the recipe has {recipe.seed}: the data's order "
             "would differ. Restore the seed"
         )
-    check_encoding(saved.get("encoding", {}), encoding_settings(recipe.data))
+    if "encoding" in saved:
+        packing.check_fingerprint(saved["encoding"], encoding_settings(recipe.data))
     check_fingerprint(saved.get("digests", {}), digests)
     states = [state for state in saved["data"] if state]
-    return RunState.from_dict(saved), merge_states(states) if states else None
+    return RunState.from_dict(saved), packing.merge_states(states) if states else None
 
 
 def warm_up(recipe: Recipe, world: World, model: FlorenceVLForConditionalGeneration, processor: Any, data: Any) -> None:
