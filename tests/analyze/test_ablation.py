@@ -237,7 +237,7 @@ def test_a_signal_stops_what_runs_and_nothing_is_marked_done(recipes, tmp_path, 
 def test_what_is_left_is_told_from_what_was_measured(recipes, tmp_path, commands):
     config = AblationConfig("mini", tmp_path / "out", seeds=2)
     steps = plan(rows_of(4, "[V]"), config)
-    assert describe_remaining(steps, 1) == "0 of 6 steps done, time unknown until the first row is done left"
+    assert describe_remaining(steps, 1) == "0 of 6 steps done, time left unknown until a row is done"
     execute(steps[:3], config, lambda _: None)
     for step in steps[:3]:
         step.marker.write_text(json.dumps({**json.loads(step.marker.read_text()), "seconds": 120}))
@@ -254,6 +254,19 @@ def test_other_settings_do_not_go_into_the_same_folder(recipes, tmp_path, comman
     changed = AblationConfig("mini", tmp_path / "out", seeds=1, overrides=("steps=4",))
     with pytest.raises(ValueError, match="other settings"):
         execute(plan(rows, changed), changed, lambda _: None)
+
+
+def test_a_seed_keeps_its_data_type_on_another_machine(recipes, tmp_path, commands):
+    begun = AblationConfig("mini", tmp_path / "out", seeds=1, dtype="bfloat16")
+    rows = table_of(5).choose(["full", "minus OCR"])
+    execute(plan(rows[:1], begun), begun, lambda _: None)
+    elsewhere = AblationConfig("mini", tmp_path / "out", seeds=2, dtype="float32")
+    steps = plan(rows, elsewhere)
+    assert [step.dtype for step in steps if step.seed == 0 and step.kind != "data"] == ["bfloat16"] * 6
+    assert [step.dtype for step in steps if step.seed == 1] == ["float32"] * 6
+    assert [step.done for step in steps if step.seed == 0 and step.variant == "all"] == [True] * 3
+    texts = [" ".join(step.command) for step in steps if step.variant == "minus-ocr"]
+    assert ["bf16" in t or "bfloat16" in t for t in texts] == [True] * 3 + [False] * 3
 
 
 def test_a_failed_command_names_its_log(recipes, tmp_path, commands):
@@ -318,10 +331,13 @@ def test_parts_of_a_table_without_scores_are_left_out(tmp_path):
     for row in rows:  # as after --suite with one benchmark
         row.seeds = {seed: {"Mini-OCR": values["Mini-OCR"]} for seed, values in row.seeds.items()}
     rows[1].other_settings = [0, 2]
+    about = {"git": {"commit": "abc", "dirty": False}, "machine": "CPU", "cpu_seconds": 1}
+    rows[1].made_by = {seed: [{"dtype": dtype, **about}] for seed, dtype in ((0, "bfloat16"), (2, "float32"))}
     made = build_table(table, rows, AblationConfig("mini", tmp_path))
     assert [part["title"] for part in made["parts"]] == ["(a) OCR & chart"]
     assert any(note.startswith("Left out") and "(b)" in note for note in made["notes"])
     assert any("other settings" in note and "minus OCR (seeds 0, 2)" in note for note in made["notes"])
+    assert any("bfloat16: seeds 0; float32: seeds 2" in note for note in made["notes"])
 
 
 def test_results_of_other_settings_are_named(recipes, tmp_path, monkeypatch):

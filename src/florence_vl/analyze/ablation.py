@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -122,7 +122,8 @@ class AblationConfig:
         limit: Approximate number of questions per benchmark.
         launcher: Command before the sub-command of training, e.g. `torchrun --nproc-per-node 8 -m florence_vl`.
         jobs: Number of parallel commands; at mini scale each gets its share of the cores.
-        dtype: Data type of training and evaluation at mini scale: `float32` or `bfloat16`.
+        dtype: Data type of training and evaluation at mini scale: `float32` or `bfloat16`. A seed that was begun with
+            the other one continues with it, so that all rows of a seed have the same.
 
     Raises:
         ValueError: The scale or start is unknown, there are no seeds or jobs, or `llava15` has no benchmark files.
@@ -173,6 +174,11 @@ class AblationConfig:
         """The suite, or comma-separated benchmarks."""
         return self.suite or self.about.get("suite") or _columns_of_the_tables()
 
+    def of_seed(self, seed: int) -> AblationConfig:
+        """The settings of a seed: with the data type of its finished steps, of any row."""
+        markers = map(read_marker, sorted(path.parent for path in self.root.glob(f"*/seed-{seed}/*/done.json")))
+        return replace(self, dtype=next((m["dtype"] for m in markers if m and m.get("dtype")), self.dtype))
+
 
 @dataclass(frozen=True)
 class Step:
@@ -186,6 +192,7 @@ class Step:
         command: Arguments of the command, without the launcher.
         identity: Hash of everything that determines its result; a finished step with another hash is an error.
         needs: Folders of the steps that must be finished before.
+        dtype: Data type of the settings, None for data.
     """
 
     kind: str
@@ -194,7 +201,8 @@ class Step:
     folder: Path
     command: tuple[str, ...]
     identity: str
-    needs: tuple[Path, ...] = field(default=())
+    needs: tuple[Path, ...] = ()
+    dtype: str | None = None
 
     @property
     def title(self) -> str:
@@ -245,25 +253,27 @@ def plan(rows: Sequence[TableRow], config: AblationConfig) -> list[Step]:
     written = tuple(step.folder for step in data)
     steps = list(data)
     for seed in range(config.seeds):
+        own = config.of_seed(seed)
         for variant in variants:
             folder = config.root / variant / f"seed-{seed}"
             first = folder if not config.share_pretraining else config.root / variant / "seed-0"
             if first == folder:
-                steps.append(_training("pretrain", variant, seed, folder / "pretrain", config, (), written))
+                steps.append(_training("pretrain", variant, seed, folder / "pretrain", own, (), written))
             start = (f"model.path={first / 'pretrain' / 'model'}",)
             needs = (first / "pretrain", *written)
-            steps.append(_training("finetune", variant, seed, folder / "finetune", config, start, needs))
+            steps.append(_training("finetune", variant, seed, folder / "finetune", own, start, needs))
             command = ["evaluate", "--model", str(folder / "finetune" / "model"), "--suite", config.benchmarks]
             command += ["--out", str(folder / "evaluate"), "--paper-row", "", "--draws", "0"]
             command += ["--data", str(config.data)] if config.data else []
             command += ["--limit", str(config.limit)] if config.limit else []
             if config.scale == "mini":
-                command += ["--dtype", config.dtype, "--feature-store", str(_store(config))]
+                command += ["--dtype", own.dtype, "--feature-store", str(_store(config))]
             protocol = {b.name: b.fingerprint for b in choose(config.benchmarks)}
-            facts = {"of": steps[-1].identity, "benchmarks": protocol, "limit": config.limit, "dtype": config.dtype}
+            facts = {"of": steps[-1].identity, "benchmarks": protocol, "limit": config.limit, "dtype": own.dtype}
             identity = identity_digest(facts)
             needs = (folder / "finetune",)
-            steps.append(Step("evaluate", variant, seed, folder / "evaluate", tuple(command), identity, needs))
+            evaluate = Step("evaluate", variant, seed, folder / "evaluate", tuple(command), identity, needs, own.dtype)
+            steps.append(evaluate)
     return steps
 
 
@@ -353,7 +363,7 @@ def _training(
     recipe = load_recipe(name, settings).to_dict()
     command = ("train", name, *settings, "--resume", "auto")
     identity = identity_digest(_given(json.loads(json.dumps(recipe, default=str))))
-    return Step(stage, variant, seed, folder, command, identity, needs)
+    return Step(stage, variant, seed, folder, command, identity, needs, config.dtype)
 
 
 def _given(value: Any) -> Any:

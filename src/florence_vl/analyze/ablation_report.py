@@ -186,6 +186,12 @@ def _part(
     return {"title": part.title or table.title, "header": header, "rows": rows}
 
 
+def _seeds_by_dtype(scores: Sequence[RowScores]) -> dict[str, list[int]]:
+    by_seed = [(seed, made.get("dtype")) for row in scores for seed, steps in row.made_by.items() for made in steps]
+    found = {(dtype, seed) for seed, dtype in by_seed if dtype}
+    return {dtype: sorted(seed for of, seed in found if of == dtype) for dtype in sorted({dtype for dtype, _ in found})}
+
+
 def _notes(table: AblationTable, scores: Sequence[RowScores], config: AblationConfig) -> Iterator[str]:
     counts = sorted({len(s.seeds) for s in scores})
     words = "1 seed" if counts == [1] else f"{' to '.join(map(str, counts))} seeds"
@@ -205,6 +211,9 @@ def _notes(table: AblationTable, scores: Sequence[RowScores], config: AblationCo
             f"Made with other settings than this command's, which may differ between rows: {'; '.join(odd)}. "
             "done.json in their folders has the commands."
         )
+    if len(dtypes := _seeds_by_dtype(scores)) > 1:
+        each = "; ".join(f"{dtype}: seeds {', '.join(map(str, seeds))}" for dtype, seeds in dtypes.items())
+        yield f"Seeds have different data types, all rows of a seed the same one ({each})."
     if config.scale == "mini":
         yield (
             "Mini scale: other data, other LLM, other benchmarks. The paper's numbers are from one run each, without "

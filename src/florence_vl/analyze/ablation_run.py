@@ -71,8 +71,8 @@ def remaining(steps: Sequence[Step], jobs: int) -> tuple[list[Step], float | Non
 def describe_remaining(steps: Sequence[Step], jobs: int) -> str:
     """One line: finished steps, remaining steps and time."""
     todo, seconds = remaining(steps, jobs)
-    left = "time unknown until the first row is done" if seconds is None else f"about {_duration(seconds)}"
-    return f"{len(steps) - len(todo)} of {len(steps)} steps done" + (f", {left} left" if todo else "")
+    left = "time left unknown until a row is done" if seconds is None else f"about {_duration(seconds)} left"
+    return f"{len(steps) - len(todo)} of {len(steps)} steps done" + (f", {left}" if todo else "")
 
 
 def _duration(seconds: float) -> str:
@@ -124,7 +124,7 @@ class _Running:
             shutil.rmtree(step.folder / "checkpoints", ignore_errors=True)
         command = shlex.join(["florence-vl", *step.command])
         times = {"seconds": round(time.monotonic() - self.began, 1), "cpu_seconds": round(self.cpu_seconds, 1)}
-        done = {"identity": step.identity, "command": command, **times, **about}
+        done = {"identity": step.identity, "command": command, "dtype": step.dtype, **times, **about}
         write_text(step.marker, json.dumps(done, indent=1) + "\n")
 
 

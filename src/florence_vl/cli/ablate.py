@@ -93,6 +93,9 @@ def command(
         dtype=dtype,
     )
     if not report:
+        for seed in range(seeds):
+            if (begun := config.of_seed(seed).dtype) != dtype:
+                say(f"seed {seed} was begun in {begun} and continues in it")
         steps = plan([row for table in chosen for row in table.choose(names)], config)
         if dry_run:
             for step in steps:
