@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -256,6 +257,46 @@ def test_other_settings_do_not_go_into_the_same_folder(recipes, tmp_path, comman
         execute(plan(rows, changed), changed, lambda _: None)
 
 
+def test_a_change_of_the_first_stage_reaches_the_later_ones(recipes, tmp_path, commands):
+    rows = rows_of(4, "[V]")
+    config = AblationConfig("mini", tmp_path / "out", seeds=1)
+    steps = plan(rows, config)
+    execute(steps, config, lambda _: None)
+    changed = plan(rows, replace(config, overrides=("pretrain:steps=4",)))
+    for step in changed:
+        with pytest.raises(ValueError, match="other settings"):
+            print(step.done)
+    shutil.rmtree(steps[0].folder)
+    assert not changed[0].done
+    with pytest.raises(ValueError, match="other settings"):
+        print(changed[1].done)
+
+
+def test_a_step_that_was_stopped_does_not_continue_with_other_settings(recipes, tmp_path, commands):
+    _, codes, _ = commands
+    rows = rows_of(4, "[V]")
+    config = AblationConfig("mini", tmp_path / "out", seeds=1, dtype="bfloat16")
+    codes["davit/seed-0/pretrain"] = ablation_run.STOPPED
+    with pytest.raises(Stopped):
+        execute(plan(rows, config), config, lambda _: None)
+    codes.clear()
+    with pytest.raises(ValueError, match="other settings"):
+        execute(plan(rows, replace(config, overrides=("steps=4",))), config, lambda _: None)
+    elsewhere = plan(rows, replace(config, dtype="float32"))
+    assert {step.dtype for step in elsewhere} == {"bfloat16"}
+    execute(elsewhere, config, lambda _: None)
+    assert all(step.done for step in elsewhere)
+    assert not list((tmp_path / "out").rglob("begun.json"))
+
+
+def test_results_can_be_moved(recipes, tmp_path, commands):
+    rows = rows_of(4, "[V]")
+    config = AblationConfig("mini", tmp_path / "out", seeds=1)
+    execute(plan(rows, config), config, lambda _: None)
+    shutil.move(tmp_path / "out", tmp_path / "elsewhere")
+    assert all(step.done for step in plan(rows, replace(config, out=tmp_path / "elsewhere")))
+
+
 def test_a_seed_keeps_its_data_type_on_another_machine(recipes, tmp_path, commands):
     begun = AblationConfig("mini", tmp_path / "out", seeds=1, dtype="bfloat16")
     rows = table_of(5).choose(["full", "minus OCR"])
@@ -301,7 +342,7 @@ def test_verdicts_respect_the_interval_and_say_what_could_be_seen():
     assert words([48.0, 49.1, 49.9], paper=-1.0).endswith("the paper's direction is confirmed")
     assert words([52.0, 53.1, 53.9], paper=-1.0).endswith("the paper's direction is contradicted")
     assert words([48.0, 53.0, 52.0]).startswith("not significant (80 % power to detect ")
-    assert words([40.0]) == "no verdict: one seed"
+    assert words([40.0]) == "no verdict: fewer than two seeds or questions"
     few, many = (
         difference(scores(table, "minus OCR", [49, 50, 51], 30, q), scores(table, "full", [50, 51, 52], 30, q), COLUMNS)
         for q in (20, 500)
@@ -353,16 +394,56 @@ def test_results_of_other_settings_are_named(recipes, tmp_path, monkeypatch):
     assert found == {"[V]": [], "all four": [0]}
 
 
-def test_llava_scale_prints_the_papers_columns(tmp_path):
-    from florence_vl.evaluate.scoring import reported_results
+def llava_table(tmp_path, number, leave_out=()):
+    """A table whose scores are the paper's."""
+    table = table_of(number)
+    ours = []
+    for row in table.choose([row.name for row in table.rows if row.paper]):
+        reported = paper_scores(table.parts[0], row)
+        ours.append(RowScores(row, {0: {c: score for c, score in reported.items() if c not in leave_out}}))
+    return build_table(table, ours, AblationConfig("llava15", tmp_path, data=tmp_path))
 
-    table = table_of(4)
-    reported = {row["name"]: row["scores"] for row in reported_results()["table_4"]["rows"]}
-    ours = [RowScores(table.choose(["all four"])[0], {0: dict(reported["all four"])})]
-    made = build_table(table, ours, AblationConfig("llava15", tmp_path, data=tmp_path))["parts"][0]
+
+def test_averages_are_over_the_same_columns_as_the_papers(tmp_path):
+    made = llava_table(tmp_path, 1, leave_out=("MM-Vet", "LLaVA-W"))
+    for row in made["parts"][0]["rows"]:
+        average = row["cells"][made["parts"][0]["header"].index("average")]
+        assert row["paper"] or average == row["cells"][-2], "our scores are the paper's"
+    assert any("not every row has scores: LLaVA-W, MM-Vet." in note for note in made["notes"])
+    assert len(llava_table(tmp_path, 1)["notes"]) == len(made["notes"]) - 1
+
+
+def test_benchmarks_with_a_judge_are_asked_only_if_there_is_one(tmp_path):
+    config = AblationConfig("llava15", tmp_path / "out", data=tmp_path)
+    assert "mmvet" not in config.benchmarks.split(",")
+    judged = replace(config, judge="http://localhost:9")
+    assert {"mmvet", "llava_in_the_wild"} <= set(judged.benchmarks.split(","))
+    command = plan(rows_of(4, "[V]"), replace(judged, seeds=1))[-1].command
+    assert command[command.index("--judge") + 1] == "http://localhost:9"
+
+
+def test_a_question_counts_for_its_own_column(tmp_path):
+    from florence_vl.evaluate.metrics import METRICS
+
+    mme = METRICS["mme"]
+    found = {
+        (key, c): mme.counts_for(key, {"category": c})
+        for key in ("perception", "cognition")
+        for c in ("OCR", "code_reasoning")
+    }
+    assert [pair for pair, counts in found.items() if counts] == [
+        ("perception", "OCR"),
+        ("cognition", "code_reasoning"),
+    ]
+    assert mme.counts_for("accuracy", {"category": "OCR"})
+
+
+def test_llava_scale_prints_the_papers_columns(tmp_path):
+    made = llava_table(tmp_path, 4)["parts"][0]
     assert made["header"][1:4] == ["MMB-EN", "POPE", "MM-Vet"]
-    assert made["rows"][1]["paper"]
-    assert made["rows"][0]["cells"][1] == made["rows"][1]["cells"][1] == "66.1"
+    ours, paper = made["rows"][-2:]
+    assert paper["paper"]
+    assert ours["cells"][1] == paper["cells"][1] == "66.1"
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from florence_vl.model.features import identity_digest
 from florence_vl.registry import did_you_mean
 
 STAGES = ("pretrain", "finetune")
+MARKERS = DONE, BEGUN = ("done.json", "begun.json")  # the record of a step: what it is, and once done how it ran
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,8 @@ class AblationConfig:
         data: Folder with the benchmarks' files, for `llava15`.
         suite: Benchmarks; the scale's own if None.
         limit: Approximate number of questions per benchmark.
+        judge: URL of a judge for the benchmarks that need one; without it they are left out.
+        judge_model: Its model, if the server has several.
         launcher: Command before the sub-command of training, e.g. `torchrun --nproc-per-node 8 -m florence_vl`.
         jobs: Number of parallel commands; at mini scale each gets its share of the cores.
         dtype: Data type of training and evaluation at mini scale: `float32` or `bfloat16`. A seed that was begun with
@@ -138,6 +141,8 @@ class AblationConfig:
     data: Path | None = None
     suite: str | None = None
     limit: int | None = None
+    judge: str | None = None
+    judge_model: str | None = None
     launcher: tuple[str, ...] = ("python", "-m", "florence_vl")
     jobs: int = 1
     dtype: str = "float32"
@@ -172,11 +177,12 @@ class AblationConfig:
     @property
     def benchmarks(self) -> str:
         """The suite, or comma-separated benchmarks."""
-        return self.suite or self.about.get("suite") or _columns_of_the_tables()
+        return self.suite or self.about.get("suite") or _columns_of_the_tables(self.judge is not None)
 
     def of_seed(self, seed: int) -> AblationConfig:
-        """The settings of a seed: with the data type of its finished steps, of any row."""
-        markers = map(read_marker, sorted(path.parent for path in self.root.glob(f"*/seed-{seed}/*/done.json")))
+        """The settings of a seed: with the data type in which its first step was begun, of any row."""
+        paths = (path for name in MARKERS for path in sorted(self.root.glob(f"*/seed-{seed}/*/{name}")))
+        markers = (read_marker(path.parent, path.name) for path in paths if self.scale == "mini")
         return replace(self, dtype=next((m["dtype"] for m in markers if m and m.get("dtype")), self.dtype))
 
 
@@ -190,9 +196,10 @@ class Step:
         seed: The seed.
         folder: Output folder.
         command: Arguments of the command, without the launcher.
-        identity: Hash of everything that determines its result; a finished step with another hash is an error.
+        identity: Hash of everything that determines its result, with that of the step before; a folder begun with
+            another hash is an error.
         needs: Folders of the steps that must be finished before.
-        dtype: Data type of the settings, None for data.
+        dtype: Its data type at mini scale, otherwise None.
     """
 
     kind: str
@@ -212,29 +219,30 @@ class Step:
     @property
     def marker(self) -> Path:
         """Written when the step is done."""
-        return self.folder / "done.json"
+        return self.folder / DONE
 
     @property
     def done(self) -> bool:
         """Whether the step is done.
 
         Raises:
-            ValueError: It was done with other settings.
+            ValueError: It was begun or done with other settings.
         """
         if self.kind == "data":
             return (self.folder / "data.jsonl").is_file()
         found = read_marker(self.folder)
-        if found is not None and found["identity"] != self.identity:
+        known = found or read_marker(self.folder, BEGUN)
+        if known is not None and known["identity"] != self.identity:
             raise ValueError(
-                f"{self.folder} contains the result of other settings ({found['command']}); delete it or change --out"
+                f"{self.folder} contains the result of other settings ({known['command']}); delete it or change --out"
             )
         return found is not None
 
 
-def read_marker(folder: Path) -> dict[str, Any] | None:
-    """The record of a finished step in its folder; None if it is not finished."""
+def read_marker(folder: Path, name: str = DONE) -> dict[str, Any] | None:
+    """The record of a finished step in its folder, or with `BEGUN` of an unfinished one; None if there is none."""
     try:
-        return json.loads((folder / "done.json").read_text())
+        return json.loads((folder / name).read_text())
     except (FileNotFoundError, ValueError):
         return None
 
@@ -251,29 +259,27 @@ def plan(rows: Sequence[TableRow], config: AblationConfig) -> list[Step]:
     variants = list(dict.fromkeys(row.variant for row in rows))
     data = list(_data(config)) if variants and config.scale == "mini" else []
     written = tuple(step.folder for step in data)
-    steps = list(data)
+    protocol = {b.name: b.fingerprint for b in choose(config.benchmarks)}
+    steps, pretrained = list(data), {}
     for seed in range(config.seeds):
         own = config.of_seed(seed)
         for variant in variants:
-            folder = config.root / variant / f"seed-{seed}"
-            first = folder if not config.share_pretraining else config.root / variant / "seed-0"
-            if first == folder:
-                steps.append(_training("pretrain", variant, seed, folder / "pretrain", own, (), written))
-            start = (f"model.path={first / 'pretrain' / 'model'}",)
-            needs = (first / "pretrain", *written)
-            steps.append(_training("finetune", variant, seed, folder / "finetune", own, start, needs))
-            command = ["evaluate", "--model", str(folder / "finetune" / "model"), "--suite", config.benchmarks]
-            command += ["--out", str(folder / "evaluate"), "--paper-row", "", "--draws", "0"]
+            if seed == 0 or not config.share_pretraining:
+                pretrained[variant] = _training("pretrain", variant, seed, own, None, written)
+                steps.append(pretrained[variant])
+            trained = _training("finetune", variant, seed, own, pretrained[variant], written)
+            folder = trained.folder.with_name("evaluate")
+            command = ["evaluate", "--model", str(trained.folder / "model"), "--suite", config.benchmarks]
+            command += ["--out", str(folder), "--paper-row", "", "--draws", "0"]
             command += ["--data", str(config.data)] if config.data else []
             command += ["--limit", str(config.limit)] if config.limit else []
+            command += ["--judge", config.judge] if config.judge else []
+            command += ["--judge-model", config.judge_model] if config.judge_model else []
+            facts = {"of": trained.identity, "benchmarks": protocol, "limit": config.limit, "judge": config.judge_model}
             if config.scale == "mini":
                 command += ["--dtype", own.dtype, "--feature-store", str(_store(config))]
-            protocol = {b.name: b.fingerprint for b in choose(config.benchmarks)}
-            facts = {"of": steps[-1].identity, "benchmarks": protocol, "limit": config.limit, "dtype": own.dtype}
-            identity = identity_digest(facts)
-            needs = (folder / "finetune",)
-            evaluate = Step("evaluate", variant, seed, folder / "evaluate", tuple(command), identity, needs, own.dtype)
-            steps.append(evaluate)
+            identity, needs = identity_digest(facts), (trained.folder,)
+            steps += [trained, Step("evaluate", variant, seed, folder, tuple(command), identity, needs, trained.dtype)]
     return steps
 
 
@@ -301,8 +307,8 @@ def _data(config: AblationConfig) -> Iterator[Step]:
                 yield Step("data", source.name, 0, path.parent, words, "")
 
 
-def _columns_of_the_tables() -> str:
-    """The benchmarks with the columns of the four tables."""
+def _columns_of_the_tables(judged: bool) -> str:
+    """The benchmarks with the columns of the four tables; those that need a judge only if there is one."""
     from florence_vl.evaluate.scoring import reported_results
     from florence_vl.evaluate.suites import choose
 
@@ -313,7 +319,8 @@ def _columns_of_the_tables() -> str:
         for row in reported_results()[part.paper]["rows"]
         for column in row["scores"]
     }
-    return ",".join(b.name for b in choose("paper") if wanted.intersection(b.columns))
+    known = (b for b in choose("paper") if judged or b.judge != "required")
+    return ",".join(b.name for b in known if wanted.intersection(b.columns))
 
 
 def stage_of(override: str) -> str | None:
@@ -347,23 +354,26 @@ def row_settings(stage: str, variant: str, config: AblationConfig) -> list[str]:
 
 
 def _training(
-    stage: str,
-    variant: str,
-    seed: int,
-    folder: Path,
-    config: AblationConfig,
-    start: tuple[str, ...],
-    needs: tuple[Path, ...],
+    stage: str, variant: str, seed: int, config: AblationConfig, start: Step | None, needs: tuple[Path, ...]
 ) -> Step:
     from florence_vl.train.recipes import load_recipe
 
     name = config.about["recipes"][stage]
-    fixed = (*start, f"seed={seed}", f"output={folder}", "checkpoint.keep_last=1")
-    settings = (*row_settings(stage, variant, config), *fixed)
-    recipe = load_recipe(name, settings).to_dict()
-    command = ("train", name, *settings, "--resume", "auto")
-    identity = identity_digest(_given(json.loads(json.dumps(recipe, default=str))))
-    return Step(stage, variant, seed, folder, command, identity, needs, config.dtype)
+
+    def settings(config: AblationConfig) -> tuple[str, ...]:
+        folder = config.root / variant
+        path = (f"model.path={folder / f'seed-{start.seed}' / start.kind / 'model'}",) if start else ()
+        output = f"output={folder / f'seed-{seed}' / stage}"
+        return (*row_settings(stage, variant, config), *path, f"seed={seed}", output, "checkpoint.keep_last=1")
+
+    # The identity is that of the same settings in a folder `out`, so results can be moved.
+    recipe = load_recipe(name, settings(replace(config, out=Path("out")))).to_dict()
+    facts = {"recipe": _given(json.loads(json.dumps(recipe, default=str))), "of": start.identity if start else None}
+    command = ("train", name, *settings(config), "--resume", "auto")
+    needs = (start.folder, *needs) if start else needs
+    dtype = config.dtype if config.scale == "mini" else None
+    folder = config.root / variant / f"seed-{seed}" / stage
+    return Step(stage, variant, seed, folder, command, identity_digest(facts), needs, dtype)
 
 
 def _given(value: Any) -> Any:

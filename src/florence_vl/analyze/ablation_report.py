@@ -59,6 +59,7 @@ def paper_scores(part: TablePart, row: TableRow) -> dict[str, float]:
 
 def read_scores(table: AblationTable, config: AblationConfig) -> list[RowScores]:
     """Scores of every evaluated row of a table, from the folders."""
+    from florence_vl.evaluate.metrics import METRICS
     from florence_vl.evaluate.scoring import score_folder
 
     identities = {step.folder: step.identity for step in plan(table.rows, config)}
@@ -75,9 +76,12 @@ def read_scores(table: AblationTable, config: AblationConfig) -> list[RowScores]
             run = score_folder(folder / "evaluate", draws=0)
             scores.seeds[seed] = run.columns()
             scores.questions[seed] = {
-                column: {key: 100 * judged[0].score for key, judged in run.verdicts[name].items()}
+                column: {
+                    q: 100 * v.score for q, (v, wanted) in run.verdicts[name].items() if of.counts_for(key, wanted)
+                }
                 for name, score in run.benchmarks.items()
-                for column in score.facts["columns"]
+                for of in [METRICS[score.facts["metric"]]]
+                for column, key in score.facts["columns"].items()
             }
             markers = [*(read_marker(folder / kind) for kind in STAGES), marker]
             scores.made_by[seed] = [made for made in markers if made is not None]
@@ -90,12 +94,12 @@ def difference(row: RowScores, reference: RowScores, columns: Sequence[str]) -> 
     """Difference of the averages of a row and the reference, over the seeds and questions of both.
 
     Returns:
-        The difference; None if they share fewer than two seeds.
+        The difference; None if they share fewer than two seeds, or fewer than two questions of a column.
     """
     seeds = [seed for seed in row.questions if seed in reference.questions]
     sides = [scores.questions[seed] for scores in (row, reference) for seed in seeds]
     keys = [(c, key) for c in columns for key in sides[0][c] if all(key in side[c] for side in sides)] if sides else []
-    if len(seeds) < 2 or not keys:
+    if len(seeds) < 2 or any(sum(of == c for of, _ in keys) < 2 for c in columns):
         return None
     values_SQ = np.array(
         [[row.questions[seed][c][k] - reference.questions[seed][c][k] for c, k in keys] for seed in seeds]
@@ -106,7 +110,7 @@ def difference(row: RowScores, reference: RowScores, columns: Sequence[str]) -> 
 def verdict(found: Difference | None, paper: float | None = None) -> str:
     """The verdict on a row and on the paper's claim, from the interval of the difference."""
     if found is None:
-        return "no verdict: one seed"
+        return "no verdict: fewer than two seeds or questions"
     gap = found.interval
     if not gap.excludes_zero:
         return f"not significant (80 % power to detect a difference of {found.detectable:.1f} points)"
@@ -169,7 +173,7 @@ def _part(
     rows: list[dict[str, Any]] = []
     for entry in scores:
         theirs = reported[entry.row.name]
-        shared = [c for c in theirs if c in base]
+        shared = [c for c in theirs if c in base and (scale == "mini" or c in columns)]
         paper = paper_average(theirs, shared) if theirs else None
         gap = None if paper is None or entry is reference else paper - paper_average(base, shared)
         found, words = None, ""
@@ -206,6 +210,10 @@ def _notes(table: AblationTable, scores: Sequence[RowScores], config: AblationCo
         yield f"Not evaluated yet: {', '.join(absent)}."
     if empty := [p.title or p.paper for p in table.parts if not _columns(table, p, scores, config.scale)]:
         yield f"Left out, because not every row has scores of their benchmarks: {', '.join(empty)}."
+    wanted = {c for part in table.parts for c in paper_scores(part, table.choose([table.reference])[0])}
+    scored = {c for part in table.parts for c in _columns(table, part, scores, config.scale)}
+    if config.scale != "mini" and (unscored := sorted(wanted - scored)):
+        yield f"Not part of our averages nor of the paper's, as not every row has scores: {', '.join(unscored)}."
     if odd := [f"{s.row.name} (seeds {', '.join(map(str, s.other_settings))})" for s in scores if s.other_settings]:
         yield (
             f"Made with other settings than this command's, which may differ between rows: {'; '.join(odd)}. "

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from florence_vl.analyze.ablation import STAGES, AblationConfig, Step, read_marker
+from florence_vl.analyze.ablation import BEGUN, STAGES, AblationConfig, Step, read_marker
 from florence_vl.files import write_text
 
 STOPPED = 75  # exit code of `florence-vl train` that was stopped by a signal with everything saved
@@ -89,6 +89,10 @@ class _Running:
         launcher = config.launcher if step.kind in STAGES else AblationConfig.launcher
         words = [sys.executable if word == "python" else word for word in (*launcher, *step.command)]
         self.log = step.folder.parent / f"{step.kind}.log"
+        command = shlex.join(["florence-vl", *step.command])
+        self.about = {"identity": step.identity, "command": command, "dtype": step.dtype}
+        if step.kind != "data":
+            write_text(step.folder / BEGUN, json.dumps(self.about, indent=1) + "\n")
         environment = dict(os.environ)
         if config.jobs > 1:
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // config.jobs))
@@ -122,10 +126,9 @@ class _Running:
             return
         if step.kind in STAGES:  # the model is written, and checkpoints of many runs would fill the disk
             shutil.rmtree(step.folder / "checkpoints", ignore_errors=True)
-        command = shlex.join(["florence-vl", *step.command])
         times = {"seconds": round(time.monotonic() - self.began, 1), "cpu_seconds": round(self.cpu_seconds, 1)}
-        done = {"identity": step.identity, "command": command, "dtype": step.dtype, **times, **about}
-        write_text(step.marker, json.dumps(done, indent=1) + "\n")
+        write_text(step.marker, json.dumps(self.about | times | about, indent=1) + "\n")
+        (step.folder / BEGUN).unlink()
 
 
 def _children_seconds() -> float:

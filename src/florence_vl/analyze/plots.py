@@ -30,9 +30,9 @@ def save_figure(figure: Any, path: Path, formats: Sequence[str] = ("png", "svg")
             buffer = io.BytesIO()
             metadata = {"Date": None} if ending == "svg" else {"Software": None}
             figure.savefig(buffer, format=ending, dpi=dpi, metadata=metadata)
-            with atomic_file(path.with_suffix(f".{ending}")) as temporary:
+            written.append(path.with_name(f"{path.name}.{ending}"))
+            with atomic_file(written[-1]) as temporary:
                 temporary.write_bytes(buffer.getvalue())
-            written.append(path.with_suffix(f".{ending}"))
     return written
 
 

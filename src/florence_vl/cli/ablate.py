@@ -43,6 +43,12 @@ def command(
     data: Path | None = typer.Option(None, "--data", help="Folder with the benchmarks' files (llava15)."),
     suite: str | None = typer.Option(None, "--suite", help="Benchmarks instead of the scale's own."),
     limit: int | None = typer.Option(None, "--limit", min=1, help="Approximate number of questions per benchmark."),
+    judge: str | None = typer.Option(
+        None, "--judge", help="URL of a judge, as of evaluate (llava15); without it MM-Vet and LLaVA-W are left out."
+    ),
+    judge_model: str | None = typer.Option(
+        None, "--judge-model", help="Model of the judge, if its server has several."
+    ),
     launcher: str = typer.Option(
         "python -m florence_vl", "--launcher", help="Command that starts training, e.g. torchrun ..."
     ),
@@ -88,6 +94,8 @@ def command(
         data=data,
         suite=suite,
         limit=limit,
+        judge=judge,
+        judge_model=judge_model,
         launcher=tuple(shlex.split(launcher)),
         jobs=jobs if jobs is not None else (os.cpu_count() or 1) if scale == "mini" else 1,
         dtype=dtype,

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -277,13 +278,11 @@ def test_unknown_key_of_set_is_said_at_once(tmp_path, capsys):
     assert not (tmp_path / "demo").exists()
 
 
-def test_files_of_the_user_in_an_earlier_demo_are_not_deleted(tmp_path):
+def test_an_earlier_demo_is_replaced_but_not_files_of_the_user(run, tmp_path):
     from florence_vl_mini.demo.pipeline import OWNED, prepare_folder
 
     folder = tmp_path / "demo"
-    prepare_folder(folder)
-    (folder / OWNED).write_text("{}")
-    (folder / "report.html").write_text("old")
+    shutil.copytree(run, folder)
     assert list(prepare_folder(folder).iterdir()) == []
     (folder / OWNED).write_text("{}")
     (folder / "thesis.txt").write_text("mine")

@@ -98,6 +98,10 @@ class Metric(ABC):
         """The category within which units are averaged."""
         return ""
 
+    def counts_for(self, key: str, reference: Reference) -> bool:
+        """Whether a question is part of the score `key`; all questions by default."""
+        return True
+
     def complete(self, judged: Sequence[Judged]) -> bool:
         """Whether all questions of a unit are present, as far as the benchmark's rules determine it."""
         return True

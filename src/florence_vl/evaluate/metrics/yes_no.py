@@ -14,6 +14,7 @@ MME_PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
 )  # fmt: skip
 MME_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+_MME_PARTS = {"perception": MME_PERCEPTION, "cognition": MME_COGNITION}
 
 _WORDS = {
     "yes": "yes yeah yep yup yea affirmative 是 是的 有 对 对的",
@@ -132,6 +133,9 @@ class MME(_YesNo):
             raise ValueError(f"MME has no category {category!r}; it has {', '.join((*MME_PERCEPTION, *MME_COGNITION))}")
         return category
 
+    def counts_for(self, key: str, reference: Reference) -> bool:
+        return key not in _MME_PARTS or reference["category"] in _MME_PARTS[key]
+
     def complete(self, judged: Sequence[Judged]) -> bool:
         return len(judged) == 2
 
@@ -145,8 +149,7 @@ class MME(_YesNo):
         points = {name: 100 * float(mean[0] + mean[1]) for name, (_, mean) in strata.items()}
         accuracy, plus = (100 * float(value) for value in pooled(strata))
         scores = {
-            "perception": sum(points.get(name, 0.0) for name in MME_PERCEPTION),
-            "cognition": sum(points.get(name, 0.0) for name in MME_COGNITION),
+            **{part: sum(points.get(name, 0.0) for name in names) for part, names in _MME_PARTS.items()},
             "accuracy": accuracy,
             "accuracy_plus": plus,
         }

@@ -27,7 +27,8 @@ Say = Callable[[str], None]
 
 RECIPE = "demo/finetune"
 OWNED = "demo-settings.json"  # a folder that contains it and no foreign file was written by the demo: replaceable
-_WRITTEN = (OWNED, "data", "run", "model", "held-out", "answers.jsonl", "demo.json", "report.html")
+_RUN = "finetune"
+_WRITTEN = (OWNED, "data", _RUN, "model", "held-out", "answers.jsonl", "demo.json", "report.html")
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def fine_tune(
     from florence_vl.train.loop import train
     from florence_vl.train.recipes import load_recipe
 
-    run = folder / "finetune"
+    run = folder / _RUN
     values = load_recipe(RECIPE).to_dict()
     values["data"]["sources"] = [{"path": str(data.train), "reader": "llava", "image_root": str(data.images)}]
     values["parts"]["llm"]["last_layers"] = max(1, model.config.get_text_config().num_hidden_layers // 3)
