@@ -176,11 +176,11 @@ class PairedComparison:
         difference: Score of the second minus the first.
         interval: 95 % interval of the difference, both runs resampled with the same units.
         p_value: Two-sided: twice the fraction of resampled differences with the opposite sign.
-        won: Questions on which the second scored higher.
-        lost: Questions on which it scored lower.
-        tied: All other questions.
+        won: Units (questions, or questions that are scored together) on which the second scored higher.
+        lost: Units on which it scored lower.
+        tied: All other units.
         sign_test: Exact two-sided binomial test that won and lost are equally likely (McNemar's test for correctness).
-        questions: Number of common questions.
+        questions: Number of common units.
     """
 
     first: float
@@ -216,7 +216,7 @@ def compare(
         second: Units of the second run, with the same keys in the same order.
         combine: Computes the scores from the means of the strata.
         key: The score to compare.
-        scores: Score of each question in the two runs, for the counts.
+        scores: Score of each unit in the two runs, for the counts.
         draws: Number of resampled differences.
         seed: Seed of the draws.
 

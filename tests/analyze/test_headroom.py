@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 
@@ -149,10 +150,32 @@ def test_latencies_and_the_front(loaded, asked):
     assert [row.choice.flops for row in rows] == sorted(row.choice.flops for row in rows)
     assert any(row.on_front for row in rows)
     for row in rows:
-        dominated = any(
-            o.choice.accuracy.mean >= row.choice.accuracy.mean and o.choice.flops < row.choice.flops for o in rows
-        )
-        assert row.on_front == (not dominated)
+        mine = (row.choice.accuracy.mean, -row.choice.flops)
+        others = ((o.choice.accuracy.mean, -o.choice.flops) for o in rows)
+        assert row.on_front == (not any(o != mine and o[0] >= mine[0] and o[1] >= mine[1] for o in others))
+
+
+def test_the_answer_is_what_the_model_should_say():
+    def question(benchmark, **reference):
+        return answer_of(Question("1", benchmark, (), (), reference))
+
+    assert question("hallusion_bench_image", answer="0") == "No"
+    choices = {"question_type": "multi_choice", "choices": ["a cat", "a dog"]}
+    assert question("mathvista_testmini", answer="a dog", **choices) == "B"
+    assert question("mathvista_testmini", answer="12", question_type="free_form", choices=None) == "12"
+    assert question("vqav2_val", answers=["red", "blue", "red"]) == "red"
+    assert question("of a user", answer="x") == "x"
+    assert question("of a user") is None
+
+
+def test_of_options_of_equal_cost_only_the_most_accurate_is_on_the_front(loaded, asked):
+    model, processor = loaded
+    measured = measure(model, processor, asked, make_options(model.config.features, [64], "leave-one-out"))
+    flops_O, right_QO = np.full_like(measured.flops_O, 1e9), np.zeros_like(measured.right_QO)
+    right_QO[:2, 0] = right_QO[0, 1] = True
+    same = dataclasses.replace(measured, flops_O=flops_O, right_QO=right_QO)
+    rows = bill(same, [0.1] * len(measured.options))
+    assert [row.choice.name for row in rows if row.on_front] == [measured.options[0].name]
 
 
 def test_commands_write_tables_figures_and_a_report(tmp_path, monkeypatch, capsys, asked, loaded):
@@ -176,6 +199,12 @@ def test_commands_write_tables_figures_and_a_report(tmp_path, monkeypatch, capsy
     page = (tmp_path / "report.html").read_text()
     assert "Headroom: the gain of choosing features per question" in page
     assert "Cost: accuracy against FLOPs and latency" in page
+    assert page.count("data:image/png") == 2
+    for file in ("b/bill.json", "b/bill.png"):
+        (tmp_path / file).rename(tmp_path / file.replace("bill", "views"))
+    (tmp_path / "h/headroom.png").unlink()
+    assert main(["analyze", "report", str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").read_text().count("data:image/png") == 1, "figures have their result's name"
     monkeypatch.undo()
     nowhere = ["--model", str(tmp_path / "nowhere"), "--out", str(tmp_path / "n")]
     assert main(["analyze", "headroom", *nowhere]) == 2

@@ -8,9 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from florence_vl.analyze.alignment import AlignmentConfig, split_pairs
 from florence_vl.analyze.compare import collect, compare, default_width, feature_subsets
 from florence_vl.analyze.encoders import load_encoder
 from florence_vl.analyze.pairs import read_pairs
+from florence_vl.analyze.plots import save_figure
 from florence_vl.analyze.pooling import image_key, pool_images
 from florence_vl.analyze.text import TextEncoder, pool_texts
 from florence_vl.model.features import FeatureStore
@@ -142,14 +144,16 @@ def test_pairs_and_comparison_end_to_end(encoder, llm, tmp_path):
     assert features.pairs == 59
     assert features.skipped == {"unreadable image": 1}
     assert features.duplicates["pairs with a caption that others have"] == 8
-    from florence_vl.analyze.alignment import AlignmentConfig
-
     result = compare(
         features, AlignmentConfig(steps=4), subsets=feature_subsets(["layer1", "last"]), seeds=(0, 1), width=5
     )
     assert [row.name for row in result.rows] == ["all", "minus layer1", "minus last"]
     assert [row.runs[0].width for row in result.rows] == [48, 24, 24]
     assert {row.runs[0].width for row in result.equal_width} == {5}
+    few = AlignmentConfig(steps=1, heldout=0.8)
+    narrow = compare(features, few, subsets=feature_subsets(["layer1", "last"]), seeds=(0, 1))
+    training = min(len(split_pairs(features.groups, few, seed).train) for seed in (0, 1))
+    assert {row.runs[0].width for row in narrow.equal_width} == {training // 4}
     record = json.loads(json.dumps(result.to_dict()))
     assert record["rows"][0]["difference"] is None
     assert record["rows"][1]["difference"]["runs"] == 2
@@ -178,6 +182,14 @@ def test_feature_subsets():
         feature_subsets(["davit"])
     assert default_width([768, 192], 10_000) == 192
     assert default_width([768], 100) == 25
+
+
+def test_figures_of_files_with_a_dot_in_the_name_stay_apart(tmp_path):
+    from matplotlib.figure import Figure
+
+    files = [file for name in ("at 10.15.30", "at 10.15.45") for file in save_figure(Figure(), tmp_path / name)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(file.name for file in files)
+    assert len(set(files)) == 4
 
 
 def test_features_of_an_input_may_come_from_several_shards(tmp_path):

@@ -262,6 +262,9 @@ LENGTH = {"query": "How long?", "question_type": "free_form", "answer_type": "in
         ("hallusion_bench", HALLUSION, "unclear", 1.0),
         ("hallusion_bench", {**HALLUSION, "figure_id": "1"}, "unclear", 0.0),
         ("hallusion_bench", HALLUSION, "I can't say", None),
+        ("hallusion_bench", HALLUSION, "not correct", None),
+        ("hallusion_bench", HALLUSION, "<think>it is not incorrect</think>correct", 1.0),
+        ("mmvet", MMVET, "<think>half of it</think>\n0.5", 0.5),
         ("circular_choice", OPTIONS, "B", 1.0),
         ("circular_choice", OPTIONS, "E", 0.0),
         ("circular_choice", OPTIONS, "A or B", None),
@@ -281,6 +284,17 @@ def test_replies_are_read_strictly(
     empty = asked.decide(metric, "  ", reference)
     assert empty.verdict is not None
     assert empty.verdict.score == 0
+    assert len(server.seen) == 1
+
+
+def test_a_reply_that_was_cut_is_no_verdict_and_reasoning_is_not_judged(serve: Callable[..., Server]) -> None:
+    server = serve(lambda body: said("correct or", finish="length"))
+    cut = Judge(client(server)).decide("hallusion_bench", "<think>Is it? Yes.</think>No.", HALLUSION)
+    assert (cut.verdict, cut.reply) == (None, "correct or")
+    assert "Is it? Yes." not in server.seen[0]["messages"][0]["content"]
+    unclosed = Judge(client(server)).decide("hallusion_bench", "<think>Is it? Yes", HALLUSION)
+    assert unclosed.verdict is not None
+    assert unclosed.verdict.kind == "empty"
     assert len(server.seen) == 1
 
 

@@ -115,6 +115,13 @@ def test_comparing_runs(good_run: Path, made: EvaluationPlan, tmp_path: Path, be
     assert (found["pope"].won, found["pope"].lost, found["pope"].tied) == (2, 0, 2)
     assert found["gqa"].won == 2
     assert "mmvet" not in found
+    assert (found["MME-P"].first, found["MME-P"].second) == (0, 200)
+    assert {"MME-C", "mmvp"} <= set(found)
+    assert "mme" not in found
+    only = fake_run(tmp_path / "only", made, lambda q: "no" if q.reference.get("category") == "code_reasoning" else "?")
+    mixed = compare_runs(score_folder(worse, 0), score_folder(only, 0), draws=50)
+    assert (mixed["MME-P"].won, mixed["MME-P"].lost) == (0, 0), "the questions of another column do not count"
+    assert mixed["MME-C"].won == 1, "the two questions of a picture are one sample"
     other = plan(choose("mmmu_val", "authors"), lambda benchmark: benchmark.questions(benchmark_folder))
     authors = fake_run(tmp_path / "authors", other, lambda q: "B")
     with pytest.raises(ValueError, match="'mmmu_val' was run under two protocols"):

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -269,6 +270,13 @@ def test_other_models_protocols_and_data_are_refused(
     assert redrawn.fingerprints == small_plan.fingerprints
     with pytest.raises(ValueError, match="about other pictures"):
         open_results(folder, Scripted(), redrawn)
+    shutil.copytree(benchmark_folder, tmp_path / "data")
+    for file in (tmp_path / "data").rglob("*.parquet"):
+        pq.write_table(pq.read_table(file), file, compression="none", use_dictionary=False)
+    resaved = plan([pope], lambda benchmark: benchmark.questions(tmp_path / "data"))
+    first = plan([pope], lambda benchmark: benchmark.questions(benchmark_folder))
+    assert resaved.fingerprints == first.fingerprints
+    assert resaved.pictures != first.pictures, "POPE's keys are names, so files of another size are other pictures"
     assert folder.description == before
     moved = ResultsFolder(tmp_path / "moved")
     for name in ("first", "renamed"):  # the same weights elsewhere
@@ -427,6 +435,10 @@ def test_another_models_answers_are_not_taken(small_plan: EvaluationPlan, tmp_pa
     folder = ResultsFolder(tmp_path / "run")
     open_results(folder, LocalAnswerer(model, processor), small_plan)
     open_results(folder, LocalAnswerer(tiny_model()[0], processor), small_plan)
+    other = tiny_model()[1]
+    other.chat_template += " "
+    with pytest.raises(ValueError, match="answers of another model: fingerprint"):
+        open_results(folder, LocalAnswerer(model, other), small_plan)
     with torch.no_grad():
         next(model.model.multi_modal_projector.parameters())[0, 0] += 1e-3
     with pytest.raises(ValueError, match="answers of another model: fingerprint"):

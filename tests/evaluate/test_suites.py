@@ -17,6 +17,7 @@ from florence_vl.evaluate.benchmark import Benchmark, select
 from florence_vl.evaluate.metrics import METRICS, score_all
 from florence_vl.evaluate.metrics.judged import JudgedMetric
 from florence_vl.evaluate.question import IMAGE, Question
+from florence_vl.evaluate.runner import plan
 from florence_vl.evaluate.suites import benchmark_names, choose, suites
 
 PAPER = suites()["paper"]
@@ -213,6 +214,32 @@ def test_a_benchmark_of_ones_own_is_one_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("metric", "reference", "message"),
+    [
+        ("multiple_choice", "{answer: key}", "'choices' is missing"),
+        ("multiple_choice", "{answer: key, choices: \"['a', 'b']\"}", "the letter of one of them, found 'a'"),
+        ("yes_no", "{answer: animal}", "needs the answer yes or no, found 'zebra'"),
+    ],
+)
+def test_a_reference_that_the_metric_cannot_use(tmp_path: Path, metric: str, reference: str, message: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    rows = [{"key": "a", "animal": "zebra", "photo": {"bytes": None, "path": "a.png"}}]
+    name = f"zoo_{metric}_{len(reference)}"
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+    own = (
+        OWN.replace("name: zoo", f"name: {name}")
+        .replace("exact_match", metric)
+        .replace('{answer: "animal"}', reference)
+    )
+    (tmp_path / "own_zoo.yaml").write_text(own)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan(choose(str(tmp_path / "own_zoo.yaml")), lambda benchmark: benchmark.questions(tmp_path))
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (("metric: exact_match", "metric: exact_mach"), "unknown metric 'exact_mach'. Did you mean 'exact_match'"),
@@ -220,6 +247,7 @@ def test_a_benchmark_of_ones_own_is_one_file(tmp_path: Path) -> None:
         (("max_new_tokens: 8", "max_new_tokens: 0"), "max_new_tokens must be at least 1"),
         (("images: [photo]", "image: [photo]"), "unknown field 'image'. Did you mean"),
         (("prompt:", "prompt: [a"), "not valid YAML"),
+        (("metric:", "authors: {generation: {max_tokens: 5}}\nmetric:"), "max_tokens"),
     ],
 )
 def test_a_bad_benchmark_file(tmp_path: Path, change: tuple[str, str], message: str) -> None:

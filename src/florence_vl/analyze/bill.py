@@ -27,7 +27,7 @@ class BillRow:
     Attributes:
         choice: Its scores and FLOPs.
         latency: Median seconds of tower, fusion, projector and prefill for one question; options are measured in turn.
-        on_front: Whether no other option has at least the same accuracy with fewer FLOPs.
+        on_front: Whether no other option is more accurate for at most the same FLOPs, or as accurate for fewer.
         seeds: Accuracy with each router; empty for a fixed option.
     """
 
@@ -124,8 +124,10 @@ def bill(
     for one in routed:
         mean = float(one.share_O @ np.asarray(latencies))
         priced.append((one.choice, mean + (router_latency if one.asks_router else 0.0), one.seeds))
-    rows = []
-    for choice, latency, seeds in priced:
-        better = [o for o, *_ in priced if o.accuracy.mean >= choice.accuracy.mean and o.flops < choice.flops]
-        rows.append(BillRow(choice, latency, not better, seeds))
+
+    def dominates(one: Choice, other: Choice) -> bool:
+        gain, saved = one.accuracy.mean - other.accuracy.mean, other.flops - one.flops
+        return gain >= 0 and saved >= 0 and (gain > 0 or saved > 0)
+
+    rows = [BillRow(c, latency, not any(dominates(o, c) for o, *_ in priced), seeds) for c, latency, seeds in priced]
     return sorted(rows, key=lambda row: row.choice.flops)

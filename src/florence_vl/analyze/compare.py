@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from florence_vl.analyze.alignment import AlignmentConfig, AlignmentRun, train_alignment
+from florence_vl.analyze.alignment import AlignmentConfig, AlignmentRun, split_pairs, train_alignment
 from florence_vl.analyze.pairs import Pairs
 from florence_vl.analyze.pooling import image_keys, pool_images
 from florence_vl.analyze.text import TextEncoder, pool_texts
@@ -240,7 +240,7 @@ def _row_dict(row: Row, comparison: AlignmentComparison) -> dict[str, Any]:
 
 
 def default_width(widths: Iterable[int], pairs: int) -> int:
-    """Width of the control: the narrowest row's, at most 256 and a quarter of the pairs (PCA must be well posed)."""
+    """Width of the control: the narrowest row's, at most 256 and a quarter of the training pairs (for PCA)."""
     return max(1, min([*widths, 256, pairs // 4]))
 
 
@@ -313,7 +313,8 @@ def compare(
     widths = {label: sum(features.dims[source][name] for name in names) for label, (source, names) in chosen.items()}
     controls: list[tuple[str, int | None]] = [("none", None)]
     if width_control != "none":
-        controls.append((width_control, default_width(widths.values(), features.pairs) if width is None else width))
+        pairs = min(len(split_pairs(features.groups, config, seed).train) for seed in seeds)
+        controls.append((width_control, default_width(widths.values(), pairs) if width is None else width))
     made: dict[str, list[Row]] = {control: [] for control, _ in controls}
     for label, (source, names) in chosen.items():
         table = features.table(source, names)

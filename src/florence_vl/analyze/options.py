@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from florence_vl.evaluate.metrics import METRICS
+from florence_vl.evaluate.suites import BENCHMARKS, benchmark_names
 from florence_vl.model.geometry import DAVIT
 from florence_vl.statistics import Interval, interval
 
@@ -122,12 +124,9 @@ def cluster_mean(values_Q: np.ndarray, clusters: Sequence[str]) -> Interval:
 
 
 def answer_of(question: Question) -> str | None:
-    """The correct answer as text: the reference's `answer`, or the most common of its `answers`."""
-    reference = question.reference
-    if isinstance(reference.get("answer"), str):
-        return reference["answer"]
-    answers = [answer for answer in reference.get("answers") or () if isinstance(answer, str)]
-    return Counter(answers).most_common(1)[0][0] if answers else None
+    """The correct answer as the model should say it, by the benchmark's metric; None if it is not a text."""
+    known = question.benchmark in benchmark_names()
+    return (BENCHMARKS[question.benchmark].scorer if known else METRICS["exact_match"]).target(question.reference)
 
 
 @torch.inference_mode()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -62,11 +62,21 @@ def picture(path: Path, alt: str) -> Figure:
     return Figure(alt, f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}")
 
 
+def _figures(path: Path, titles: Mapping[str, str]) -> list[Figure]:
+    """The figures beside a result that exist, by what follows the result's name in theirs."""
+    files = ((path.with_name(f"{path.stem}{ending}.png"), title) for ending, title in titles.items())
+    return [picture(file, title) for file, title in files if file.is_file()]
+
+
+def _tables(made: Sequence[Mapping[str, Any]]) -> list[ReportTable]:
+    return [ReportTable(t["title"], t["header"], [TableRow(cells) for cells in t["cells"]]) for t in made]
+
+
 def _interval(record: dict[str, Any] | None, digits: int = 3, scale: float = 1.0) -> str:
     return "" if record is None else Interval(**record).text(digits, scale)
 
 
-def alignment_section(record: dict[str, Any], folder: Path) -> Section:
+def alignment_section(record: dict[str, Any], path: Path) -> Section:
     """Curves and table of `analyze alignment`."""
     encoders = record["type"] == "alignment"
     about = record["about"]
@@ -101,18 +111,11 @@ def alignment_section(record: dict[str, Any], folder: Path) -> Section:
         ]
         if rows:
             section.tables.append(ReportTable(f"{title}: {about['pairs']} pairs", header, rows))
-    section.figures = [
-        picture(path, title)
-        for path, title in (
-            (folder / f"{record['type']}.png", "Curves, own width"),
-            (folder / f"{record['type']}_equal_width.png", "Curves, equal width"),
-        )
-        if path.is_file()
-    ]
+    section.figures = _figures(path, {"": "Curves, own width", "_equal_width": "Curves, equal width"})
     return section
 
 
-def pca_section(record: dict[str, Any], folder: Path) -> Section:
+def pca_section(record: dict[str, Any], path: Path) -> Section:
     """Sheets of `analyze pca`."""
     fit = "all images" if record["settings"]["joint"] else "each image"
     return Section(
@@ -122,11 +125,11 @@ def pca_section(record: dict[str, Any], folder: Path) -> Section:
             "the first component (paper Figure 3). Below each map is its overlay on the image."
         ),
         command=record.get("command", ""),
-        figures=[picture(folder / sheet["file"], sheet["image"]) for sheet in record["sheets"]],
+        figures=[picture(path.with_name(sheet["file"]), sheet["image"]) for sheet in record["sheets"]],
     )
 
 
-def attribution_section(record: dict[str, Any], folder: Path) -> Section:
+def attribution_section(record: dict[str, Any], path: Path) -> Section:
     """Figures and tables of `analyze attribution`."""
     section = Section(
         title="Attribution to features",
@@ -148,11 +151,11 @@ def attribution_section(record: dict[str, Any], folder: Path) -> Section:
         section.tables.append(
             ReportTable(f"{result['image']}: {result['question']} → {result['answer']}", header, rows)
         )
-        section.figures.append(picture(folder / result["file"], result["image"]))
+        section.figures.append(picture(path.with_name(result["file"]), result["image"]))
     return section
 
 
-def ablation_section(record: dict[str, Any], folder: Path) -> Section:
+def ablation_section(record: dict[str, Any], path: Path) -> Section:
     """Table of `florence-vl ablate`."""
     table = record["table"]
     return Section(
@@ -194,7 +197,7 @@ def headroom_tables(record: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def headroom_section(record: dict[str, Any], folder: Path) -> Section:
+def headroom_section(record: dict[str, Any], path: Path) -> Section:
     """Tables and figure of `florence-vl analyze headroom`."""
     return Section(
         title="Headroom: the gain of choosing features per question",
@@ -205,11 +208,8 @@ def headroom_section(record: dict[str, Any], folder: Path) -> Section:
         ),
         command=record.get("command", ""),
         notes=[f"Cheapest option, accuracy not significantly below the full model's: {record['cheapest_equal']}."],
-        tables=[
-            ReportTable(t["title"], t["header"], [TableRow(cells) for cells in t["cells"]])
-            for t in headroom_tables(record)
-        ],
-        figures=[picture(folder / "headroom.png", "accuracy and likelihood by cost")],
+        tables=_tables(headroom_tables(record)),
+        figures=_figures(path, {"": "accuracy and likelihood by cost"}),
     )
 
 
@@ -254,7 +254,7 @@ def gate_comparison_tables(record: dict[str, Any]) -> list[dict[str, Any]]:
     return tables
 
 
-def gates_section(record: dict[str, Any], folder: Path) -> Section:
+def gates_section(record: dict[str, Any], path: Path) -> Section:
     """Tables of `florence-vl analyze gates`."""
     tables = gate_comparison_tables(record)
     return Section(
@@ -264,7 +264,7 @@ def gates_section(record: dict[str, Any], folder: Path) -> Section:
             "text of another one; otherwise they only reweight the features."
         ),
         command=record.get("command", ""),
-        tables=[ReportTable(t["title"], t["header"], [TableRow(cells) for cells in t["cells"]]) for t in tables],
+        tables=_tables(tables),
     )
 
 
@@ -278,7 +278,7 @@ def gates_tables(record: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"title": "Mean gate of each feature by group of questions", "header": header, "cells": cells}]
 
 
-def bill_section(record: dict[str, Any], folder: Path) -> Section:
+def bill_section(record: dict[str, Any], path: Path) -> Section:
     """Table and figure of `florence-vl analyze bill`."""
     tables = [bill_table(record), *gates_tables(record)]
     return Section(
@@ -286,8 +286,8 @@ def bill_section(record: dict[str, Any], folder: Path) -> Section:
         text="FLOPs are those of tower and prefill for one question; latency is the time to the first token.",
         command=record.get("command", ""),
         notes=[],
-        tables=[ReportTable(t["title"], t["header"], [TableRow(cells) for cells in t["cells"]]) for t in tables],
-        figures=[picture(folder / "bill.png", "accuracy by cost")],
+        tables=_tables(tables),
+        figures=_figures(path, {"": "accuracy by cost"}),
     )
 
 
@@ -330,7 +330,7 @@ def write_report(folder: Path, out: Path, title: str) -> tuple[Path, dict[str, i
             continue
         kind = record.get("type") if isinstance(record, dict) else None
         if kind in SECTIONS and isinstance(kind, str):
-            found.append((kind, SECTIONS[kind](record, path.parent)))
+            found.append((kind, SECTIONS[kind](record, path)))
     if not found:
         raise ValueError(
             f"{folder} contains no result of `florence-vl analyze` or `florence-vl ablate` "

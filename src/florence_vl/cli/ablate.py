@@ -69,12 +69,13 @@ def command(
     from florence_vl.analyze.ablation import STAGES, AblationConfig, load_tables, plan, table_of
     from florence_vl.analyze.ablation_report import build_table, read_scores
     from florence_vl.analyze.ablation_run import Stopped, describe_remaining, execute
-    from florence_vl.cli.common import called, print_table, say
+    from florence_vl.cli.common import called, print_table, refuse, say
     from florence_vl.files import write_text
     from florence_vl.model.loading import choose_device
     from florence_vl.model.precision import bf16_is_faster
     from florence_vl.registry import did_you_mean
 
+    refuse({"--judge-model": judge_model and judge is None}, "needs --judge, the URL of the judge's server")
     chosen = [table_of(number) for number in tables or load_tables()]
     if rows and len(chosen) != 1:
         raise ValueError("--rows needs --table, as rows belong to one table")

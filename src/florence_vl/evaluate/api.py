@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from florence_vl.evaluate.local import LocalAnswerer, load_answerer
+from florence_vl.evaluate.local import LocalAnswerer, load_answerer, state_fingerprint
 from florence_vl.evaluate.runner import open_results, plan, run
 from florence_vl.evaluate.scoring import Scores, score_folder
 from florence_vl.evaluate.store import ResultsFolder
 from florence_vl.evaluate.suites import choose, data_folder
-from florence_vl.model.features import state_hash
 
 if TYPE_CHECKING:
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
@@ -64,10 +63,10 @@ def evaluate(
         loaded, processor = model
         identity: dict[str, Any] = {
             "model": str(loaded.config.name_or_path or type(loaded).__name__),
-            "fingerprint": state_hash(loaded),
+            "fingerprint": state_fingerprint(loaded, processor),
             "dtype": str(loaded.dtype).removeprefix("torch."),
         }
-        answerer = LocalAnswerer(loaded.eval(), processor, batch_size, identity, seed=seed)
+        answerer = LocalAnswerer(loaded, processor, batch_size, identity, seed=seed)
     else:
         answerer = load_answerer(str(model), device, dtype, batch_size, seed=seed)
     folder = ResultsFolder(Path(out))

@@ -143,6 +143,10 @@ class Benchmark:
                 raise ValueError(f"{where}: unknown {what} {value!r}. {did_you_mean(str(value), options)}")
         if found.generation.max_new_tokens < 1:
             raise ValueError(f"{where}: max_new_tokens must be at least 1, found {found.generation.max_new_tokens}")
+        try:
+            found.with_protocol("authors")
+        except TypeError as error:
+            raise ValueError(f"{where}, authors: {error}") from None
         return found
 
     @property

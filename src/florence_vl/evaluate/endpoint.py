@@ -81,7 +81,9 @@ class ChatEndpoint:
         try:
             served = [str(item["id"]) for item in self._send("GET", "/models", None)["data"]]
         except (EndpointError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.url} doesn't say which models it serves ({error}); name one") from None
+            raise ValueError(
+                f"{self.url} doesn't say which models it serves: {error}. Check the URL and that the server runs"
+            ) from None
         if len(served) != 1:
             raise ValueError(f"{self.url} serves {len(served)} models ({', '.join(served)}); name one")
         return served[0]

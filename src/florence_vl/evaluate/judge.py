@@ -15,6 +15,7 @@ import yaml
 from florence_vl.evaluate.endpoint import ChatEndpoint, EndpointError
 from florence_vl.evaluate.metrics import METRICS, Verdict, parse_choice
 from florence_vl.evaluate.metrics.base import Reference
+from florence_vl.evaluate.metrics.final import without_reasoning
 
 
 @lru_cache(maxsize=1)
@@ -52,16 +53,19 @@ class Judge:
         return metric in _prompts() and (metric in _ALWAYS or (strict is not None and strict.kind == "unparsed"))
 
     def decide(self, metric: str, answer: str, reference: Reference) -> Judgement:
-        """The judgement of one answer; an empty answer is wrong without asking the judge."""
-        if not answer.strip():
+        """The judgement of one answer, without its reasoning; an empty answer is wrong without asking the judge."""
+        answer = without_reasoning(answer)
+        if not answer:
             details = {"model_points": 1.0, "reference_points": 10.0} if metric == "llava_bench" else None
             return Judgement(Verdict(None, 0.0, "empty", details), "")
         prompt = fill(_prompts()[metric], _fields(metric, answer, reference))
         try:
-            reply, _ = self.endpoint.chat([{"role": "user", "content": prompt}], _LIMITS.get(metric, 128))
+            reply, finished = self.endpoint.chat([{"role": "user", "content": prompt}], _LIMITS.get(metric, 128))
         except EndpointError as error:
             return Judgement(None, str(error))
-        return Judgement(_READERS[metric](reply, reference), reply)
+        if not finished and metric != "llava_bench":  # whose scores are in the first line, before an explanation
+            return Judgement(None, reply)
+        return Judgement(_READERS[metric](without_reasoning(reply), reference), reply)
 
 
 _ALWAYS = ("mmvet", "llava_bench", "hallusion_bench")
@@ -115,14 +119,11 @@ def _read_llava(reply: str, reference: Reference) -> Verdict | None:
 
 def _read_hallusion(reply: str, reference: Reference) -> Verdict | None:
     text = reply.lower()
-    if "incorrect" in text:
-        score = 0.0
-    elif "correct" in text:
-        score = 1.0
-    elif "unclear" in text:  # correct if no figure is shown and the model says that it cannot know
-        score = float(reference["category"] == "VS" and str(reference["figure_id"]) == "0")
-    else:
+    words = set(re.findall(r"\b(?:correct|incorrect|unclear)\b", text))
+    if len(words) != 1 or re.search(r"\bnot\b|n['’]t\b", text):
         return None
+    unseen = reference["category"] == "VS" and str(reference["figure_id"]) == "0"  # then nobody can know
+    score = {"correct": 1.0, "incorrect": 0.0, "unclear": float(unseen)}[words.pop()]
     return Verdict(text.strip(" .\"“”'"), score, _kind(score))
 
 

@@ -26,12 +26,18 @@ from florence_vl.evaluate.answer import Answer, Answerer
 from florence_vl.evaluate.benchmark import Generation
 from florence_vl.evaluate.question import ImagePicture, Question
 from florence_vl.files import cache_dir, sha256, write_text
-from florence_vl.model.features import encode_images, state_hash
+from florence_vl.model.features import encode_images, identity_digest, state_hash
 from florence_vl.model.frozen import eval_mode
 from florence_vl.model.pictures import open_image
 from florence_vl.model.resolution import resolution_settings
 from florence_vl.model.router import Routing, set_view
 from florence_vl.serve.sampling import stop_ids
+
+
+def state_fingerprint(model: Any, processor: Any) -> str:
+    """Hash of what answers depend on: weights, configs and chat template."""
+    configs = (model.config.to_json_string(), model.generation_config.to_json_string())
+    return identity_digest({"weights": state_hash(model), "configs": configs, "template": processor.chat_template})
 
 
 class LocalAnswerer(Answerer):
@@ -72,7 +78,10 @@ class LocalAnswerer(Answerer):
                 "(chat_template.jinja), for example from `florence-vl build`"
             )
         self.model, self.processor, self.batch_size = model, processor, batch_size
-        self.identity = identity or {"model": type(model).__name__, "fingerprint": state_hash(model)}
+        self.identity = identity or {
+            "model": type(model).__name__,
+            "fingerprint": state_fingerprint(model, processor),
+        }
         self.share_prefix = share_prefix
         self.seed = seed
         self.encoded_images = 0  # number of images encoded by the tower
@@ -460,6 +469,6 @@ def load_answerer(
     if folder.is_dir():
         fingerprint = folder_fingerprint(folder)
     else:
-        fingerprint = str(getattr(loaded.config, "_commit_hash", None) or state_hash(loaded))
+        fingerprint = str(getattr(loaded.config, "_commit_hash", None) or state_fingerprint(loaded, processor))
     identity = {"model": str(model), "fingerprint": fingerprint, "dtype": str(loaded.dtype).removeprefix("torch.")}
     return LocalAnswerer(loaded, processor, batch_size, identity, share_prefix, seed=seed, routing=routing)

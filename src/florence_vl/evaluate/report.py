@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from florence_vl.evaluate.benchmark import GROUPS
 from florence_vl.evaluate.metrics import KINDS
 from florence_vl.evaluate.question import Question
-from florence_vl.evaluate.scoring import BenchmarkScore, Scores, averages, headline, reported_row
+from florence_vl.evaluate.scoring import Scores, averages, headline, reported_row
 from florence_vl.files import write_text
 from florence_vl.statistics import PairedComparison
 
@@ -170,7 +170,7 @@ def as_terminal(scores: Scores, row: str | None = DEFAULT_ROW) -> RenderableType
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=f"{scores.description['identity'].get('model', '')}", title_justify="left")
+    table = Table(title=Text(str(scores.description["identity"].get("model", ""))), title_justify="left")
     table.add_column("benchmark", no_wrap=True)
     for name in ("score", "95 %", "paper", "asked"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -261,16 +261,20 @@ def comparison_table(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=f"{second.folder} minus {first.folder}", title_justify="left")
+    table = Table(title=Text(f"{second.folder} minus {first.folder}"), title_justify="left")
     for name in ("benchmark", "first", "second", "difference", "95 % interval", "p", "won", "lost", "tied", ""):
         table.add_column(name, justify="left" if name in ("benchmark", "") else "right")
     values = {}
+    columns = {
+        column: (f"{score.facts['title']}: {column}" if column != name else score.facts["title"], key)
+        for name, score in first.benchmarks.items()
+        for column, key in {name: headline(score.facts), **score.facts["columns"]}.items()
+    }
     for name, result in found.items():
-        score: BenchmarkScore = first.benchmarks[name]
-        key = headline(score.facts)
+        title, key = columns[name]
         word = "significant" if result.significant else "not significant"
         cells = [
-            score.facts["title"],
+            title,
             f"{result.first:.1f}",
             f"{result.second:.1f}",
             f"{result.difference:+.1f}",

@@ -19,6 +19,7 @@ from florence_vl.evaluate.metrics import METRICS, Verdict
 from florence_vl.evaluate.metrics.judged import JudgedMetric
 from florence_vl.evaluate.question import Question
 from florence_vl.evaluate.store import ResultsFolder, append_lines, drop_truncated_line, read_lines
+from florence_vl.evaluate.tables import TablePicture
 
 # Called with the number of questions that were just answered.
 Progress = Callable[[int], None]
@@ -75,10 +76,25 @@ def plan(
         everything = load(benchmark)
         made.available[benchmark.name] = len(everything)
         made.fingerprints[benchmark.name] = _fingerprint(benchmark, everything)
-        keys = "\n".join(sorted({question.picture_key for question in everything}))
-        made.pictures[benchmark.name] = hashlib.sha256(keys.encode()).hexdigest()[:16]
+        keys = {question.picture_key for question in everything}
+        if benchmark.rows.image_key:  # such keys name pictures; the files' sizes tell whether they are the same ones
+            paths = {p.path for q in everything for p in q.images if isinstance(p, TablePicture)}
+            keys |= {f"{Path(path).name}: {Path(path).stat().st_size} bytes" for path in paths}
+        made.pictures[benchmark.name] = hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:16]
         made.questions[benchmark.name] = select(everything, benchmark.scorer, limit, seed)
+        if not isinstance(benchmark.scorer, JudgedMetric):
+            _check_reference(benchmark, everything[0])
     return made
+
+
+def _check_reference(benchmark: Benchmark, question: Question) -> None:
+    """Judge one answer, so that a reference which the metric cannot use is found before anything is generated."""
+    try:
+        benchmark.scorer.judge("?", question.reference)
+    except (KeyError, TypeError, ValueError) as error:
+        detail = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        where = f"{benchmark.name}, question {question.id!r}"
+        raise ValueError(f"{where}: the metric {benchmark.metric!r} cannot use its reference: {detail}") from None
 
 
 def _fingerprint(benchmark: Benchmark, questions: Sequence[Question]) -> str:

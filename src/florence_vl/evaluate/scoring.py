@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
@@ -14,7 +14,7 @@ import yaml
 
 from florence_vl.evaluate.judge import Judge
 from florence_vl.evaluate.metrics import METRICS, Units, Verdict, stratify
-from florence_vl.evaluate.metrics.base import Judged
+from florence_vl.evaluate.metrics.base import Judged, Metric
 from florence_vl.evaluate.metrics.judged import JudgedMetric
 from florence_vl.evaluate.runner import load_judgements, strict_verdict, verdict_of
 from florence_vl.evaluate.store import ResultsFolder
@@ -169,6 +169,10 @@ def _score(
         parts.append(
             f"not the published benchmark: {facts['available']} questions in the data, {facts['size']} are published"
         )
+    unknown = [f"{column} ({key})" for column, key in facts["columns"].items() if key not in result.scores]
+    if unknown:
+        names = ", ".join(key for key in result.scores if "/" not in key)
+        parts.append(f"no such score: {', '.join(unknown)}; {facts['metric']} has {names}")
     result.note = "; ".join(parts)
     return result, found
 
@@ -180,7 +184,10 @@ def _units(metric: str, judged: Mapping[str, Judged]) -> Units | None:
 
 
 def compare_runs(first: Scores, second: Scores, draws: int = 1000) -> dict[str, PairedComparison]:
-    """Compare two runs by benchmark on the questions that both answered.
+    """Compare two runs on the questions that both answered.
+
+    Returns:
+        A comparison by benchmark, or by column if a benchmark has several.
 
     Raises:
         ValueError: They share no benchmark, or ran one under different protocols or with different judges.
@@ -208,13 +215,27 @@ def compare_runs(first: Scores, second: Scores, draws: int = 1000) -> dict[str, 
                 f"{name!r} was scored by two judges: {judges[0] or 'none'} in {first.folder}, {judges[1] or 'none'} in "
                 f"{second.folder}. Run evaluate again on both folders with the same --judge"
             )
-        sides = [_units(facts["metric"], {i: run.verdicts[name][i] for i in ids}) for run in (first, second)]
-        if sides[0] is None or sides[1] is None or not sides[0].vectors:
-            continue
-        pairs = [(first.verdicts[name][i][0].score, second.verdicts[name][i][0].score) for i in ids]
-        metric = METRICS[facts["metric"]]
-        found[name] = compare(sides[0], sides[1], metric.combine, headline(facts), pairs, draws)
+        columns = facts["columns"] if len(facts["columns"]) > 1 else {name: headline(facts)}
+        for column, key in columns.items():
+            compared = _compare(first.verdicts[name], second.verdicts[name], METRICS[facts["metric"]], ids, key, draws)
+            if compared is not None:
+                found[column] = compared
     return found
+
+
+def _compare(
+    first: Mapping[str, Judged], second: Mapping[str, Judged], metric: Metric, ids: list[str], key: str, draws: int
+) -> PairedComparison | None:
+    ids = [i for i in ids if metric.counts_for(key, first[i][1])]
+    sides = [_units(metric.name, {i: run[i] for i in ids}) for run in (first, second)]
+    if sides[0] is None or sides[1] is None or not sides[0].vectors:
+        return None
+    pairs: dict[Hashable, list[tuple[float, float]]] = defaultdict(list)
+    for i in ids:  # won and lost count units, as the questions of a unit are not independent
+        unit = metric.unit(first[i][1])
+        pairs[i if unit is None else ("unit", unit)].append((first[i][0].score, second[i][0].score))
+    scores = [(sum(a for a, _ in unit), sum(b for _, b in unit)) for unit in pairs.values()]
+    return compare(sides[0], sides[1], metric.combine, key, scores, draws)
 
 
 def headline(facts: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -97,6 +98,13 @@ class Metric(ABC):
     def stratum(self, reference: Reference) -> str:
         """The category within which units are averaged."""
         return ""
+
+    def target(self, reference: Reference) -> str | None:
+        """The correct answer as the model should say it: `answer`, or the most common of `answers`; None if unknown."""
+        if isinstance(reference.get("answer"), str):
+            return reference["answer"]
+        answers = [answer for answer in reference.get("answers") or () if isinstance(answer, str)]
+        return Counter(answers).most_common(1)[0][0] if answers else None
 
     def counts_for(self, key: str, reference: Reference) -> bool:
         """Whether a question is part of the score `key`; all questions by default."""

@@ -251,9 +251,12 @@ class _Choice(Metric):
     """Base of multiple-choice metrics: references contain `answer` (a letter) and `choices`."""
 
     def read(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
-        found = parse_choice(answer, reference["choices"], finished)
-        details = {"as_authors": float(substring_match(answer.strip(), reference["answer"]))}
-        return verdict(answer, found, float(found == reference["answer"]), finished, details)
+        wanted, choices = reference["answer"], reference["choices"]
+        if wanted not in tuple(ascii_uppercase[: len(choices)]):
+            raise ValueError(f"the answer to {len(choices)} choices is the letter of one of them, found {wanted!r}")
+        found = parse_choice(answer, choices, finished)
+        details = {"as_authors": float(substring_match(answer.strip(), wanted))}
+        return verdict(answer, found, float(found == wanted), finished, details)
 
 
 @metric("multiple_choice")

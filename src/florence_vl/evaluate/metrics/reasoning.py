@@ -6,6 +6,7 @@ import ast
 import math
 import re
 from collections.abc import Sequence
+from string import ascii_uppercase
 from typing import Any
 
 from florence_vl.evaluate.metrics.base import Metric, Reference, Strata, Verdict, metric, pooled, verdict
@@ -141,7 +142,14 @@ class MathVista(Metric):
 
     def read(self, answer: str, reference: Reference, finished: bool = True) -> Verdict:
         found = self.extract(answer, reference, finished)
-        return verdict(answer, found, float(found is not None and found == str(reference["answer"]).strip()), finished)
+        right = found is not None and found.strip() == str(reference["answer"]).strip()
+        return verdict(answer, found, float(right), finished)
+
+    def target(self, reference: Reference) -> str | None:
+        if reference["question_type"] != "multi_choice":
+            return super().target(reference)
+        choices = [choice.strip() for choice in reference["choices"]]
+        return ascii_uppercase[choices.index(reference["answer"].strip())]
 
     def extract(self, answer: str, reference: Reference, finished: bool = True) -> str | None:
         """The answer in MathVista's normal form (an option's text, an integer, a rounded number, a list), or None."""

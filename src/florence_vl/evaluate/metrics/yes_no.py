@@ -165,6 +165,9 @@ class HallusionBench(_YesNo):
 
     headline = "aAcc"
 
+    def target(self, reference: Reference) -> str | None:
+        return _wanted(reference).capitalize()
+
     def unit(self, reference: Reference) -> Hashable:
         return (reference["category"], reference["subcategory"], str(reference["set_id"]))
 
