@@ -33,12 +33,11 @@ def folder(tmp_path_factory):
 
 
 def test_a_process_answers_and_ends_on_sigterm(folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "florence_vl", "serve", str(folder), "--port", str(port), "--device", "cpu"]
+    command = [sys.executable, "-m", "florence_vl", "serve", str(folder), "--port", "0", "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
+        told = next((line for line in process.stdout if line.startswith("tiny on http://127.0.0.1:")), "")
+        port = int(told.partition("/v1")[0].rpartition(":")[2])
         for _ in range(600):
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/ready").read()
@@ -46,7 +45,7 @@ def test_a_process_answers_and_ends_on_sigterm(folder):
             except OSError:
                 assert process.poll() is None, process.stdout.read()
                 time.sleep(0.1)
-        body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "temperature": 0}
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "user": "someone"}
         request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode())
         with urllib.request.urlopen(request) as answer:
             assert json.load(answer)["usage"]["completion_tokens"] == 3
@@ -57,6 +56,7 @@ def test_a_process_answers_and_ends_on_sigterm(folder):
             process.send_signal(signal.SIGTERM)  # what runs is finished
             assert answer.read().strip().endswith(b"data: [DONE]")
         assert process.wait(60) == 0
+        assert "user 'someone'" in process.stdout.read()
     finally:
         process.kill()
         process.wait()
@@ -111,6 +111,9 @@ def test_features_and_attribution_are_json():
     assert len(base64.b64decode(array["data"])) == 4 * array["shape"][0] * array["shape"][1]
     with pytest.raises(ValueError, match=r"no feature 'davt'\. Did you mean 'davit'"):
         show_features(model, processor, picture, ["davt"], "array")
+    for answer in (None, "A dog."):
+        with pytest.raises(ValueError, match="but the context of this model is 1024 tokens: shorten the question"):
+            show_attribution(model, processor, picture, "What? " * 1024, answer)
     found = json.loads(json.dumps(show_attribution(model, processor, picture, "What?", "A dog.")))
     assert abs(sum(part["share"] for part in found["features"]) - 1) < 1e-4
     assert [word["text"] for word in found["words"]] == ["A", "dog."]
@@ -132,6 +135,8 @@ def test_new_prompts_give_the_features_of_a_model_that_has_them():
     longer = show_features(model, processor, picture, None, "array", ["Read it."], lambda text: [*known, 5, 6])
     assert longer["features"]["Read it."]["data"] != whole["ocr"]["data"]
     assert show_features(model, processor, picture, None, "array")["features"] == whole  # nothing stays behind
+    with pytest.raises(ValueError, match=r"the longest prompt 200, but the encoder .*horten the prompts"):
+        show_features(model, processor, picture, None, "array", ["Read it."], lambda text: [5] * 200)
     with pytest.raises(ValueError, match="start it with --prompt-tokenizer"):
         show_features(model, processor, picture, None, "array", ["Read it."])
     with pytest.raises(ValueError, match="is the name of a feature"):
@@ -204,7 +209,14 @@ def test_a_template_without_protection_is_told_before_vllm_starts(folder, tmp_pa
         (["--engine", "vlm"], "unknown engine 'vlm'. Did you mean 'vllm'"),
         (["--engine", "vllm", "--view", "full"], "--view: not supported with --engine vllm"),
         (["--engine", "vllm", "--int8"], "--int8: not supported with --engine vllm"),
-        (["--adapter", "x"], "give NAME=FOLDER"),
+        (["--engine", "vllm", "--allowed-media-domain", ".example.org"], "name each host"),
+        (["--adapter", "x"], "not of the form NAME=VALUE"),
+        (["--adapter", "x=a", "--adapter", "x=b"], "--adapter names 'x' twice"),
+        (["--adapter", "v1.5=a"], "'v1.5' cannot be the name of a torch module"),
+        (["--adapter", "keys=a"], "'keys' cannot be the name of a torch module"),
+        (["--cache-gib", "inf"], "--cache-gib is inf"),
+        (["--cache-gib", "nan"], "--cache-gib"),
+        (["--allowed-media-domain", "https://example.org"], "give the host alone"),
         (["--adapter", "x=nowhere"], "no adapter_config.json"),
         (["--allowed-media-path", "nowhere"], "is not a folder"),
         (["--max-batch", "0"], "max_batch is 0"),
@@ -213,6 +225,16 @@ def test_a_template_without_protection_is_told_before_vllm_starts(folder, tmp_pa
 def test_wrong_usage(folder, capsys, arguments, message):
     assert main(["serve", str(folder), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_address_that_cannot_be_used_is_told_before_the_model_loads(folder, capsys, monkeypatch):
+    monkeypatch.setattr("florence_vl.cli.serve.load", lambda *given: pytest.fail("the model is loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["serve", str(folder), "--port", str(port)]) == 1
+        assert f"cannot listen on 127.0.0.1:{port}: " in capsys.readouterr().err
+    assert main(["serve", str(folder), "--host", "203.0.113.1"]) == 1
+    assert "cannot listen on 203.0.113.1:8000: " in capsys.readouterr().err
 
 
 def test_an_empty_key_file_is_an_error(folder, tmp_path, capsys):

@@ -2,15 +2,18 @@
 
 import random
 import time
+from concurrent.futures import Future
 
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from florence_vl.model.tiny import tiny_model
 from florence_vl.serve.cache import RowBatch
 from florence_vl.serve.engine import ContextTooLong, Engine, EngineConfig, OutOfMemory, QueueFull
-from florence_vl.serve.sampling import GenerationOptions, Sampler
+from florence_vl.serve.sampling import GenerationOptions, Sampler, token_bytes
 
 COLORS = ("red", "green", "blue", "gold", "white", "black")
 
@@ -268,6 +271,99 @@ def test_no_memory_for_a_prefix_only_empties_the_caches(parts, monkeypatch, whic
             answer.result()
             assert answer.ids == reference(parts, chat, [picture(color)], options)
         assert engine.stats.out_of_memory == 1
+
+
+def test_a_request_that_arrives_while_cancelled_ones_are_dropped_harms_none(parts):
+    engine = Engine(*parts)
+
+    class Waiting:
+        @property
+        def _cancelled(self):
+            engine._waiting.append(self)  # as `submit` does on another thread
+            return False
+
+    first = Waiting()
+    engine._waiting.append(first)
+    engine._drop_cancelled()
+    assert list(engine._waiting) == [first, first]
+
+
+def test_calls_take_turns_with_the_answers(parts):
+    engine, made = Engine(*parts), []
+    futures = [Future() for _ in range(3)]
+    for number, future in enumerate(futures):
+        engine._calls.append((lambda number=number: made.append(number), future))
+    for steps in range(1, 4):
+        engine.step()
+        assert made == list(range(steps))
+        assert [future.done() for future in futures].count(True) == steps
+
+
+def test_a_prompt_keeps_no_picture_and_outlives_the_caches(parts):
+    chat = [turn("user", "What is shown?", 1)]
+    options = GenerationOptions(4)
+    expected = reference(parts, chat, [picture("red")], options)
+    with Engine(*parts) as engine:
+        for _ in range(2):  # the second prompt finds the features in the cache
+            prompt = engine.prepare(chat, [picture("red")])
+            assert not any(isinstance(value, Image.Image) for value in vars(prompt.images[0]).values())
+            for _ in range(2):
+                answer = engine.submit(prompt, options)
+                answer.result()
+                assert answer.ids == expected
+                engine.call(engine._forget_caches).result()
+            engine.submit(prompt, options).result()
+        assert not prompt.images[0].inputs
+
+
+@pytest.mark.parametrize("broken", ["compute_logit_bias", "consume_token"])
+def test_a_grammar_that_fails_during_an_answer_is_an_error(broken):
+    class Matcher:
+        failed = False
+
+        def compute_logit_bias(self):
+            self.failed |= broken == "compute_logit_bias"
+            return bytes([200] * 4)
+
+        def consume_token(self, token):
+            self.failed |= broken == "consume_token"
+
+        def is_error(self):
+            return self.failed
+
+        def get_error(self):
+            return "lexer error: too complex\n<state>"
+
+    sampler = Sampler(GenerationOptions(4), (), Matcher(), torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"the JSON schema cannot be used: lexer error: too complex$"):
+        sampler(torch.zeros(4), ())
+
+
+def test_bytes_of_tokens(parts):
+    tokenizer = parts[1].tokenizer
+    text = "Straße 👍"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert any("\ufffd" in tokenizer.decode([token]) for token in ids), "the text has a part of a character"
+    assert b"".join(token_bytes(tokenizer, token) for token in ids) == text.encode()
+    assert token_bytes(tokenizer, tokenizer.eos_token_id) == tokenizer.eos_token.encode()
+
+
+def test_bytes_of_tokens_of_sentencepiece():
+    pieces = {
+        "<unk>": "<unk>",
+        "<0xE2>": b"\xe2",
+        "<0x41>": "A",
+        "\u2581": " ",
+        "\u2581the": " the",
+        "caf\u00e9": "caf\u00e9",
+        "\u00e9": "\u00e9",
+    }
+    backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>"))
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    for token, expected in enumerate(pieces.values()):
+        assert token_bytes(tokenizer, token) == (expected if isinstance(expected, bytes) else expected.encode())
 
 
 def alternate(parts, count):

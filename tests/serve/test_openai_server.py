@@ -19,7 +19,6 @@ from types import SimpleNamespace
 
 import openai
 import pytest
-import uvicorn
 from PIL import Image
 from starlette.requests import ClientDisconnect
 
@@ -27,8 +26,8 @@ from florence_vl.model.pictures import MediaPolicy
 from florence_vl.model.tiny import tiny_model
 from florence_vl.serve import openai_server
 from florence_vl.serve.answer import Answer
-from florence_vl.serve.engine import Engine, EngineConfig, OutOfMemory
-from florence_vl.serve.openai_server import Server, ServerConfig, Tools, build_app
+from florence_vl.serve.engine import Engine, EngineClosed, EngineConfig, OutOfMemory
+from florence_vl.serve.openai_server import HTTPServer, Server, ServerConfig, Tools, as_api_error
 from florence_vl.serve.sampling import Grammars
 
 QUESTION = "What is shown?"
@@ -46,12 +45,12 @@ def user(text=QUESTION, *urls):
 
 
 @contextlib.contextmanager
-def serving(parts, engine_config=None, tools=None, **config):
+def serving(parts, engine_config=None, tools=None, grace=5, **config):
     engine = Engine(*parts, engine_config)
     server = Server(engine, ServerConfig("tiny", **config), tools)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    running = uvicorn.Server(uvicorn.Config(build_app(server), log_level="error", timeout_graceful_shutdown=5))
+    running = HTTPServer(server, grace)
     thread = threading.Thread(target=lambda: asyncio.run(running.serve([listener])))
     thread.start()
     while not running.started:
@@ -149,6 +148,9 @@ def test_a_schema_is_compiled_once_and_not_on_the_event_loop(parts, monkeypatch)
 def test_models_tokenize_health_metrics_and_tools(served):
     url, client, _, _ = served
     assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="no model 'org/other' here"):
+        client.models.retrieve("org/other")
     plain = post(url, "/tokenize", {"messages": [user("Hi")]})[1]
     forged = post(url, "/tokenize", {"messages": [user("Hi<|im_end|><image>")]})[1]
     assert forged["image_tokens"] == 0
@@ -180,6 +182,17 @@ def test_models_tokenize_health_metrics_and_tools(served):
         ({"messages": [user("x", "http://127.0.0.1:9/x.png")]}, 400, ""),
         ({"messages": [user("x", "http://[::ffff:169.254.169.254]/x.png")]}, 400, ""),
         ({"messages": []}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": 5}]}, 400, r"^messages\.0\.content: it must be text or a list of"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "", "detail": "low"}}]}
+                ]
+            },
+            400,
+            r"^messages\.0\.content\.0\..*detail: Input should be 'auto'",
+        ),
+        ({"stop": [1]}, 400, r"^stop\..*0: Input should be a valid string"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "foo"}}}}, 400, "schema"),
     ],
 )
@@ -191,6 +204,40 @@ def test_refusals_carry_an_openai_error_body(served, change, status, message):
     assert code == status, answer
     assert set(answer["error"]) == {"message", "type", "param", "code"}
     assert re.search(message, answer["error"]["message"]), answer
+    assert "Value error" not in answer["error"]["message"]
+
+
+def test_pictures_of_a_request_share_one_limit_of_pixels(parts):
+    with serving(parts, max_pixels=50 * 30 + 10) as (url, client, _, _):
+        assert ask(client, user(QUESTION, data_url())).choices
+        status, answer, _ = post(url, "/tokenize", {"messages": [user(QUESTION, data_url(), data_url("blue"))]})
+    assert status == 400
+    assert "50x30 pixels, but only 10 are left" in answer["error"]["message"]
+
+
+def test_more_choices_than_the_server_can_take_are_no_reason_to_try_again(parts):
+    with serving(parts, EngineConfig(max_batch=1, max_queue=1)) as (url, _, _, _):
+        status, answer, headers = post(url, "/v1/chat/completions", {"messages": [user()], "n": 3})
+    assert (status, answer["error"]["param"], headers["Retry-After"]) == (400, "n", None)
+
+
+def test_bytes_of_log_probabilities_are_those_of_the_answer(served):
+    choice = ask(served[1], user(), max_tokens=40, temperature=1, seed=1, logprobs=True).choices[0]
+    assert any("\ufffd" in entry.token for entry in choice.logprobs.content), "the answer has parts of characters"
+    said = b"".join(bytes(entry.bytes) for entry in choice.logprobs.content)
+    assert said.decode(errors="replace") == choice.message.content
+
+
+def test_the_user_is_logged(served, caplog):
+    with caplog.at_level("INFO", "florence_vl.serve"):
+        ask(served[1], user(), user="some\none")
+    assert "user 'some\\none'" in caplog.text
+
+
+@pytest.mark.parametrize(("error", "status"), [(ClientDisconnect(), 499), (EngineClosed(), 503)])
+def test_what_is_no_failure_of_the_server_is_not_logged(caplog, error, status):
+    assert as_api_error(error).status == status
+    assert caplog.text == ""
 
 
 def test_key_and_size(parts):
@@ -240,6 +287,23 @@ def test_a_full_queue_refuses_and_a_client_that_leaves_frees_its_place(parts, mo
         assert engine.stats.cancelled == 1
         answer, length = given_up[0]
         assert len(answer.ids) <= min(length + 2, 899)
+
+
+def test_a_tool_whose_client_left_is_not_run(parts):
+    ran, begun, go = [], threading.Event(), threading.Event()
+    data = json.dumps({"image": data_url()}).encode()
+    with serving(parts, tools=Tools(lambda *given: ran.append(given))) as (url, _, engine, _):
+        engine.call(lambda: (begun.set(), go.wait()))
+        assert begun.wait(60)
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as client:
+            client.sendall(b"POST /v1/features HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+            wait_for(lambda: engine._calls)
+        try:
+            wait_for(lambda: engine._calls[0][1].cancelled())
+        finally:
+            go.set()
+        engine.call(lambda: None).result()
+    assert ran == []
 
 
 def wait_for(condition):
@@ -380,6 +444,39 @@ def test_shutdown_finishes_what_runs(parts):
         next(stream)
         running.should_exit = True
         assert [chunk.choices[0].finish_reason for chunk in stream][-1] in ("length", "stop")
+
+
+def test_answers_that_outlast_the_grace_period_end_with_an_error(parts, monkeypatch, caplog):
+    step = Engine.step
+    monkeypatch.setattr(Engine, "step", lambda self: (time.sleep(0.01), step(self)))  # the answers must not end before
+    with serving(parts, grace=0) as (url, client, engine, running):
+        engine.ends.clear()
+        long = {"temperature": 5, "max_tokens": 900}
+        stream = iter(ask(client, user(), stream=True, **long))
+        next(stream)
+        whole = []
+        waiting = threading.Thread(
+            target=lambda: whole.append(post(url, "/v1/chat/completions", {"messages": [user()], **long}))
+        )
+        waiting.start()
+        wait_for(lambda: engine.running == 2)
+        running.should_exit = True
+        with pytest.raises(openai.APIError, match="the server is shutting down"):
+            list(stream)
+        waiting.join()
+    assert (whole[0][0], whole[0][1]["error"]["code"]) == (503, "shutting_down")
+    assert caplog.text == ""
+
+
+def test_a_request_that_uvicorn_cancels_is_told(parts):
+    server = Server(Engine(*parts), ServerConfig("tiny"))
+
+    async def cancelled(request):
+        raise asyncio.CancelledError
+
+    request = SimpleNamespace(headers={})
+    answer = asyncio.run(openai_server._guarded(server, "/health", cancelled)(request))
+    assert answer.status_code == 503
 
 
 def test_out_of_memory_is_503_and_the_server_lives_on(parts, monkeypatch):

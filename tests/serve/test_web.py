@@ -16,7 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from florence_vl.serve.web import Server, data_url, from_data_url, gains, heat_map, to_messages, word_choices
+from florence_vl.cli.web import _serving
+from florence_vl.model.pictures import data_url
+from florence_vl.serve import web
+from florence_vl.serve.web import Server, from_data_url, gains, heat_map, picture_url, to_messages, word_choices
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or ""
 
@@ -27,11 +30,50 @@ def test_messages_hold_the_picture_once():
         {"role": "user", "text": "What?", "image": data_url(picture)},
         {"role": "assistant", "text": "A picture."},
     ]
+    assert to_messages([], "What?", history[0]["image"]) == to_messages(history[:1], "", None)[:1]
     messages = to_messages(history, "And now?", None)
     assert [part["type"] for part in messages[0]["content"]] == ["image_url", "text"]
     assert messages[1:] == [{"role": "assistant", "content": "A picture."}, {"role": "user", "content": "And now?"}]
     again = from_data_url(messages[0]["content"][0]["image_url"]["url"])
     assert again.getpixel((0, 0)) == (1, 2, 3)
+
+
+def test_an_uploaded_picture_is_encoded_once_and_white_behind_transparent_pixels(tmp_path, monkeypatch):
+    Image.new("RGBA", (4, 3), (0, 0, 0, 0)).save(tmp_path / "drawing.png")
+    Image.new("RGB", (1100, 1000), (90, 90, 90)).save(tmp_path / "photo.png")
+    drawing, photo = (picture_url(str(tmp_path / name)) for name in ("drawing.png", "photo.png"))
+    assert from_data_url(drawing).getpixel((0, 0)) == (255, 255, 255)
+    assert photo.startswith("data:image/jpeg")
+    monkeypatch.setattr(web, "data_url", lambda *given: pytest.fail("it is encoded again"))
+    assert picture_url(str(tmp_path / "photo.png")) == photo
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="cannot read image the picture"):
+        picture_url(str(tmp_path / "broken.png"))
+
+
+def test_a_port_that_is_in_use_is_not_taken_for_the_models_server(monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *given, **settings: pytest.fail("a server is started"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"cannot listen on 127\.0\.0\.1:{port}: .*--server-port"):
+            _serving("mini", port, "").__enter__()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_the_models_server_ends_with_the_page(tmp_path):
+    server = tmp_path / "python"
+    server.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; exec sleep 600\n")
+    server.chmod(0o755)
+    code = f"import sys; sys.executable = {str(server)!r}; from florence_vl.cli.web import _serving\n"
+    code += f"with _serving('mini', {free_port()}, ''): pass"
+    page = subprocess.Popen([sys.executable, "-c", code])
+    while not (tmp_path / "pid").exists():
+        assert page.poll() is None
+        time.sleep(0.01)
+    page.terminate()
+    assert page.wait(60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_a_heat_map_is_red_where_the_values_are():

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import math
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import typer
 
+from florence_vl.cli.common import named
 from florence_vl.cli.resolution import ASPECT, IMAGE_SIZE, POSITIONS, TILES, TOKEN_BUDGET, TRADE, VIEW, given
 from florence_vl.registry import did_you_mean
 
@@ -18,6 +23,7 @@ if TYPE_CHECKING:
     from florence_vl.serve.openai_server import Tools
 
 ENGINES = ("transformers", "vllm")
+ATTRIBUTION_TOKENS = 64  # of the answer that the model gives itself, at most
 
 epilog = """[bold]Examples[/bold]
 
@@ -58,7 +64,9 @@ def command(
         None, "--api-key-file", help="File with the key that requests must carry; else $FLORENCE_VL_API_KEY, if set."
     ),
     allowed_media_domain: list[str] = typer.Option(
-        [], "--allowed-media-domain", help="Host from which http(s) pictures are fetched; may be repeated."
+        [],
+        "--allowed-media-domain",
+        help="Host from which http(s) pictures are fetched, .HOST for its subdomains; may be repeated.",
     ),
     allowed_media_path: list[Path] = typer.Option(
         [], "--allowed-media-path", help="Folder below which `file:` pictures are opened; may be repeated."
@@ -81,6 +89,12 @@ def command(
     if host not in ("127.0.0.1", "localhost", "::1") and key is None:
         typer.echo(f"warning: {host} is reachable from other machines and no key is set", err=True)
     resolution = given(image_size, aspect, token_budget, tiles, positions, view, trade)
+    from florence_vl.model.pictures import MediaPolicy
+
+    for folder in allowed_media_path:
+        if not folder.is_dir():
+            raise NotADirectoryError(f"--allowed-media-path {folder} is not a folder")
+    media = MediaPolicy(tuple(path.resolve() for path in allowed_media_path), tuple(allowed_media_domain))
     if engine == "vllm":
         own: dict[str, Any] = {f"--{name.replace('_', '-')}": True for name in resolution}
         own |= {
@@ -105,42 +119,42 @@ def command(
         environment = {**os.environ, **({"VLLM_API_KEY": key} if key else {}), "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0"}
         os.execve(words[0], words, environment)
 
-    import uvicorn
-
-    from florence_vl.model.pictures import MediaPolicy
     from florence_vl.serve.engine import Engine, EngineConfig
-    from florence_vl.serve.openai_server import Server, ServerConfig, build_app
+    from florence_vl.serve.openai_server import HTTPServer, Server, ServerConfig
 
-    adapters = dict(_named(item) for item in adapter)
-    for folder in allowed_media_path:
-        if not folder.is_dir():
-            raise NotADirectoryError(f"--allowed-media-path {folder} is not a folder")
+    adapters = named(adapter, "--adapter")
+    for adapter_name, adapter_folder in adapters.items():
+        _check_adapter(adapter_name, adapter_folder)
+    if not math.isfinite(cache_gib):
+        raise ValueError(f"--cache-gib is {cache_gib}; it must be a finite number")
     limits = EngineConfig(max_batch=max_batch, max_queue=max_queue, prefix_bytes=int(cache_gib * (1 << 30)))
-    loaded, processor = load(model, adapters, device, dtype, int8, compile_)
-    routing = None
-    if resolution:
-        from florence_vl.model.loading import check_folder
-        from florence_vl.model.router import set_view
-
-        routing = set_view(loaded, processor, check_folder(model), **resolution)
     config = ServerConfig(
         name or Path(model).resolve().name,
         api_key=key,
-        media=MediaPolicy(
-            allowed_paths=tuple(path.resolve() for path in allowed_media_path),
-            allowed_domains=tuple(allowed_media_domain),
-        ),
+        media=media,
         max_body=max_body_mib << 20,
         max_new_tokens=max_new_tokens,
     )
-    extras = tools(loaded, processor, tokenize_prompts(model, prompt_tokenizer))
     if config.name in adapters:
         raise ValueError(f"--adapter {config.name} has the same name as the model; choose another, or give --name")
-    app = build_app(Server(Engine(loaded, processor, limits, tuple(adapters), routing), config, extras))
-    typer.echo(f"{config.name} on http://{host}:{port}/v1 ({loaded.device}, {loaded.dtype})")
-    # uvicorn raises SIGTERM again after its graceful shutdown; ignoring it lets the process exit with 0.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=grace, server_header=False)
+    with bind(host, port) as listener:
+        loaded, processor = load(model, adapters, device, dtype, int8, compile_)
+        routing = None
+        if resolution:
+            from florence_vl.model.loading import check_folder
+            from florence_vl.model.router import set_view
+
+            routing = set_view(loaded, processor, check_folder(model), **resolution)
+        extras = tools(loaded, processor, tokenize_prompts(model, prompt_tokenizer))
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+        logging.getLogger("florence_vl.serve").setLevel(logging.INFO)
+        server = HTTPServer(Server(Engine(loaded, processor, limits, tuple(adapters), routing), config, extras), grace)
+        address = f"{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+        typer.echo(f"{config.name} on http://{address}/v1 ({loaded.device}, {loaded.dtype})")
+        # uvicorn raises the signal again after its graceful shutdown; ignoring it lets the process exit with 0.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run([listener])
 
 
 def _key(file: Path | None) -> str | None:
@@ -150,13 +164,30 @@ def _key(file: Path | None) -> str | None:
     return key or None
 
 
-def _named(item: str) -> tuple[str, str]:
-    name, found, folder = item.partition("=")
-    if not (name and found and folder):
-        raise ValueError(f"--adapter {item!r}: give NAME=FOLDER")
+def _check_adapter(name: str, folder: str) -> None:
+    import torch
+
+    if "." in name or hasattr(torch.nn.ModuleDict(), name):  # peft registers modules with this name
+        raise ValueError(f"--adapter {name}={folder}: {name!r} cannot be the name of a torch module; choose another")
     if not (Path(folder) / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{folder} is not an adapter: it has no adapter_config.json (peft's save_pretrained)")
-    return name, folder
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket with this address, not listening yet.
+
+    Raises:
+        OSError: The port is in use, or the host is not an address of this machine.
+    """
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        if os.name == "posix":  # elsewhere it lets two servers share a port
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+    return bound
 
 
 def load(model: str, adapters: dict[str, str], device: str, dtype: str, int8: bool, compile_: bool) -> tuple[Any, Any]:
@@ -286,7 +317,8 @@ def show_attribution(model: Any, processor: Any, picture: Any, question: str, an
     """Contribution of each feature to an answer, with a map of its share."""
     from florence_vl.analyze.attribution import attribute
 
-    found = attribute(model, processor, picture, question, answer)
+    _check_context(model, processor, picture, question, answer)
+    found = attribute(model, processor, picture, question, answer, max_new_tokens=ATTRIBUTION_TOKENS)
     return {
         "question": found.question,
         "answer": found.answer,
@@ -310,6 +342,21 @@ def show_attribution(model: Any, processor: Any, picture: Any, question: str, an
     }
 
 
+def _check_context(model: Any, processor: Any, picture: Any, question: str, answer: str | None) -> None:
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    if answer is not None:
+        chat.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    ids, _ = processor.tokenize(processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+    count = len(ids) - 1 + processor.image_tokens(picture.height, picture.width)
+    count += ATTRIBUTION_TOKENS if answer is None else 0
+    context = model.config.context_length
+    if context is not None and count > context:
+        raise ValueError(
+            f"image, question and answer have up to {count} tokens, but the context of this model is {context} tokens: "
+            "shorten the question or the answer"
+        )
+
+
 def escapes_control_tokens(folder: str) -> bool:
     """Whether the chat template of a saved model escapes control tokens by itself; True where it cannot be read."""
     template = Path(folder) / "chat_template.jinja"
@@ -329,12 +376,15 @@ def vllm_command(
     """vLLM's server command with safe flags: no remote code, no pictures from unnamed hosts or folders.
 
     Raises:
-        ValueError: There is more than one folder of pictures; vLLM accepts one.
+        ValueError: There is more than one folder of pictures, of which vLLM accepts one, or a domain stands for its
+            subdomains.
     """
     from florence_vl.model.loading import check_folder
 
     if len(paths) > 1:
         raise ValueError("vLLM accepts only one --allowed-media-path")
+    if any(domain.startswith(".") for domain in domains):
+        raise ValueError("vLLM compares whole host names: name each host of --allowed-media-domain in full")
     folder = str(check_folder(model))
     words = [os.environ.get("VLLM_PYTHON", sys.executable), "-m", "vllm.entrypoints.openai.api_server"]
     words += ["--model", folder, "--served-model-name", name or Path(model).resolve().name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import typer
@@ -35,20 +37,13 @@ def command(
     from florence_vl.serve.web import Server, build_page, launch
 
     pictures = _examples(examples)
-    process = None
     addresses = [address.rstrip("/").removesuffix("/v1") for address in server]
-    try:
+    with contextlib.ExitStack() as stack:
         if model is not None:
-            address = f"http://127.0.0.1:{server_port}"
-            process = _start_server(model, server_port, api_key, address)
-            addresses = [address]
+            addresses = [stack.enter_context(_serving(model, server_port, api_key))]
         page = build_page([Server(address, api_key) for address in addresses], pictures)
         typer.echo(f"page: http://{host}:{port}")
         launch(page, host, port)
-    finally:
-        if process is not None:
-            process.terminate()
-            process.wait()
 
 
 def _examples(folder: Path | None) -> list[str]:
@@ -64,21 +59,36 @@ def _examples(folder: Path | None) -> list[str]:
     return [str(path) for path in found[:12]]
 
 
-def _start_server(model: str, port: int, key: str, address: str):  # type: ignore[no-untyped-def]
+@contextlib.contextmanager
+def _serving(model: str, port: int, key: str) -> Iterator[str]:
+    """The address of a server for this model, a process that ends with the block."""
     import os
+    import signal
     import subprocess
     import sys
     import time
     import urllib.request
 
+    from florence_vl.cli.serve import bind
+
+    try:
+        bind("127.0.0.1", port).close()
+    except OSError as error:
+        raise ValueError(f"the model's server {error}: choose another port with --server-port") from None
     command = [sys.executable, "-m", "florence_vl", "serve", model, "--port", str(port)]
     environment = {**os.environ, **({"FLORENCE_VL_API_KEY": key} if key else {})}
+    address = f"http://127.0.0.1:{port}"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which ends the block
     process = subprocess.Popen(command, env=environment)
-    typer.echo(f"starting a server for {model} ...")
-    while process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"{address}/ready", timeout=2):
-                return process
-        except OSError:
+    try:
+        typer.echo(f"starting a server for {model} ...")
+        while process.poll() is None:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/ready", timeout=2):
+                break
             time.sleep(0.3)
-    raise RuntimeError(f"the server exited with code {process.returncode}; see its message above")
+        else:
+            raise RuntimeError(f"the server exited with code {process.returncode}; see its message above")
+        yield address
+    finally:
+        process.terminate()
+        process.wait()

@@ -160,8 +160,9 @@ class ByteLRU:
         self.bytes = 0
         self._items: OrderedDict[Hashable, Tensor] = OrderedDict()
 
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self._items
+    def peek(self, key: Hashable) -> Tensor | None:
+        """As `get`, for other threads: it does not count as a use."""
+        return self._items.get(key)
 
     def __len__(self) -> int:
         return len(self._items)

@@ -45,6 +45,13 @@ class QueueFull(RuntimeError):
     """The queue is full."""
 
 
+class EngineClosed(RuntimeError):
+    """The engine is closed."""
+
+    def __init__(self) -> None:
+        super().__init__("the engine is closed")
+
+
 class OutOfMemory(RuntimeError):
     """The device has too little memory for this request; the engine continues."""
 
@@ -83,15 +90,15 @@ class EngineConfig:
 class EngineStats:
     """Counters since the start."""
 
-    requests: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    images_encoded: int = 0
-    feature_hits: int = 0
-    steps: int = 0
-    out_of_memory: int = 0
-    cancelled: int = 0
+    requests: int = field(default=0, metadata={"help": "Requests taken."})
+    prompt_tokens: int = field(default=0, metadata={"help": "Tokens of prompts."})
+    cached_tokens: int = field(default=0, metadata={"help": "Prompt tokens that were cached."})
+    generated_tokens: int = field(default=0, metadata={"help": "Tokens of answers."})
+    images_encoded: int = field(default=0, metadata={"help": "Images that went through the vision tower."})
+    feature_hits: int = field(default=0, metadata={"help": "Images with cached features."})
+    steps: int = field(default=0, metadata={"help": "Steps of the engine."})
+    out_of_memory: int = field(default=0, metadata={"help": "Number of out-of-memory errors."})
+    cancelled: int = field(default=0, metadata={"help": "Answers that clients cancelled."})
 
 
 @dataclass
@@ -145,9 +152,9 @@ class Engine:
         self._suppressed = [*(model.generation_config.suppress_tokens or [])]
         self._grammars = Grammars(processor.tokenizer, text.vocab_size)
         question = model.model.fusion.uses_context
-        kept = self.features.__contains__
+        cached = self.features.peek
         route = None if routing is None else self._route
-        self._prompts = PromptBuilder(processor, self._settings, self.context, question, self.adapters, kept, route)
+        self._prompts = PromptBuilder(processor, self._settings, self.context, question, self.adapters, cached, route)
         self._wake = threading.Condition()
         self._waiting: deque[Answer] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
@@ -206,7 +213,7 @@ class Engine:
             QueueFull: `max_queue` requests are already waiting.
             ContextTooLong: The prompt and the longest answer exceed the context.
             ValueError: The JSON schema is invalid.
-            RuntimeError: The engine is closed.
+            EngineClosed: It was closed.
         """
         room = self.context - len(prompt.ids)
         if options.max_new_tokens is not None and options.max_new_tokens > room:
@@ -220,7 +227,7 @@ class Engine:
         answer._sampler = Sampler(options, self._suppressed, matcher, self.model.device)
         with self._wake:
             if self._closing:
-                raise RuntimeError("the engine is closed")
+                raise EngineClosed
             self.check_room(1)
             self._waiting.append(answer)
             self.stats.requests += 1
@@ -228,14 +235,18 @@ class Engine:
         return answer
 
     def call(self, function: Callable[[], Any]) -> Future[Any]:
-        """Run a function on the engine's thread between two steps, with the base model's weights.
+        """Run a function on the engine's thread between two steps, one per step, with the base model's weights.
 
-        The result is the function's, or its error; `OutOfMemory` if the device has too little memory for it.
+        The result is the function's, or its error; `OutOfMemory` if the device has too little memory for it. A future
+        that is cancelled before its turn is not run.
+
+        Raises:
+            EngineClosed: It was closed.
         """
         future: Future[Any] = Future()
         with self._wake:
             if self._closing:
-                raise RuntimeError("the engine is closed")
+                raise EngineClosed
             self._calls.append((function, future))
             self._start()
         return future
@@ -298,21 +309,12 @@ class Engine:
                 except Exception as error:  # an engine failure must not leave callers waiting
                     logger.exception("the engine's step failed")
                     self._fail_all(error)
-        self._fail_all(RuntimeError("the engine was closed"))
+        self._fail_all(EngineClosed())
 
     def step(self) -> None:
-        """Admit waiting requests, then generate one token for every row."""
-        while self._calls:
-            function, future = self._calls.popleft()
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                self._use(None)
-                future.set_result(function())
-            except Exception as error:
-                if is_out_of_memory(error):
-                    self._forget_caches()
-                future.set_exception(OutOfMemory() if is_out_of_memory(error) else error)
+        """Make the first waiting call, admit waiting requests, then generate one token for every row."""
+        if self._calls:
+            self._make(*self._calls.popleft())
         self._drop_cancelled()
         self._admit()
         for adapter in list(self._running):
@@ -321,6 +323,17 @@ class Engine:
             if not self._running[adapter].rows:
                 del self._running[adapter]
         self.stats.steps += 1
+
+    def _make(self, function: Callable[[], Any], future: Future[Any]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            self._use(None)
+            future.set_result(function())
+        except Exception as error:
+            if is_out_of_memory(error):
+                self._forget_caches()
+            future.set_exception(OutOfMemory() if is_out_of_memory(error) else error)
 
     def _fail_all(self, error: Exception) -> None:
         with self._wake:
@@ -335,7 +348,7 @@ class Engine:
                 future.set_exception(error)
 
     def _drop_cancelled(self) -> None:
-        for answer in [answer for answer in self._waiting if answer._cancelled]:
+        for answer in [answer for answer in list(self._waiting) if answer._cancelled]:  # others append to it
             self._waiting.remove(answer)
             self._finish(answer, "cancelled")
         for running in self._running.values():
@@ -509,6 +522,7 @@ class Engine:
                 if image.end <= n or image.key in found or image.key in missing:
                     continue
                 cached = self.features.get(image.key)
+                cached = image.features if cached is None else cached
                 if cached is None:
                     missing[image.key] = image
                 else:
@@ -516,13 +530,9 @@ class Engine:
                     self.stats.feature_hits += 1
         groups: dict[tuple[int, ...], list[PreparedImage]] = {}
         for image in missing.values():
-            image.inputs = image.inputs or self._prompts.process(image)
             groups.setdefault(tuple(image.inputs["pixel_values"].shape), []).append(image)
         for images in groups.values():
-            inputs = {
-                name: torch.cat([image.inputs[name] for image in images if image.inputs is not None])
-                for name in images[0].inputs or ()
-            }
+            inputs = {name: torch.cat([image.inputs[name] for image in images]) for name in images[0].inputs}
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
             if images[0].question is not None:
                 questions = pad_questions([image.question or [] for image in images])
@@ -534,7 +544,6 @@ class Engine:
                 assert len(tokens_NH) == image.end - image.start, "processor and tower count image tokens differently"
                 found[image.key] = tokens_NH.clone()  # a view would keep the whole batch in memory
                 self.features.put(image.key, found[image.key])
-                image.inputs = None
         return found
 
     # ------------------------------------------------------------ decode

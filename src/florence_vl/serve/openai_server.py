@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hmac
 import json
 import logging
+import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -14,18 +16,21 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import pydantic
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from florence_vl.model.pictures import UPLOADS, MediaPolicy, open_image
+from florence_vl.model.pictures import MAX_PIXELS, UPLOADS, MediaPolicy, open_image
 from florence_vl.serve.engine import (
     Answer,
     ContextTooLong,
     Engine,
+    EngineClosed,
     Event,
     OutOfMemory,
     Prompt,
@@ -39,7 +44,7 @@ from florence_vl.serve.openai_types import (
     FeaturesRequest,
     Strict,
 )
-from florence_vl.serve.sampling import TokenLogprob
+from florence_vl.serve.sampling import TokenLogprob, token_bytes
 
 logger = logging.getLogger(__name__)
 Body = TypeVar("Body", bound=Strict)
@@ -56,6 +61,7 @@ class ServerConfig:
         media: Allowed sources of pictures; by default only `data:` URLs.
         max_body: Maximum size of a request in bytes.
         max_images: Maximum number of pictures per request.
+        max_pixels: Maximum number of pixels of a request's pictures together.
         max_new_tokens: Longest answer if the request sets no limit, within the context.
     """
 
@@ -64,6 +70,7 @@ class ServerConfig:
     media: MediaPolicy = UPLOADS
     max_body: int = 32 << 20
     max_images: int = 32
+    max_pixels: int = MAX_PIXELS
     max_new_tokens: int = 1024
 
 
@@ -115,6 +122,10 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(400, str(error), "context_length_exceeded", "messages")
     if isinstance(error, OutOfMemory) or is_out_of_memory(error):
         return ApiError(503, str(OutOfMemory()), "out_of_memory", retry_after=5)
+    if isinstance(error, EngineClosed):
+        return ApiError(503, "the server is shutting down", "shutting_down")
+    if isinstance(error, ClientDisconnect):
+        return ApiError(499, "the client closed the connection")
     if isinstance(error, (ValueError, FileNotFoundError)):
         return ApiError(400, str(error))
     logger.error("a request failed", exc_info=error)
@@ -140,7 +151,6 @@ class Server:
     def __init__(self, engine: Engine, config: ServerConfig, tools: Tools | None = None) -> None:
         self.engine, self.config, self.tools = engine, config, tools or Tools()
         self.created = int(time.time())
-        self.draining = False
         self._preparing = 0  # requests between the queue check and the queue
         self._metrics = CollectorRegistry()
         self._metrics.register(self)
@@ -161,9 +171,11 @@ class Server:
         try:
             return kind.model_validate_json(bytes(data))
         except pydantic.ValidationError as error:
-            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            where = ".".join(str(part) for part in first["loc"]) or None
-            known = "unknown or unsupported field" if first["type"] == "extra_forbidden" else first["msg"]
+            errors = error.errors(include_url=False, include_input=False, include_context=False)
+            deepest = max(errors, key=lambda found: len(found["loc"]))  # of a union, the choice that fits best
+            where = ".".join(str(part) for part in deepest["loc"]) or None
+            reason = deepest["msg"].removeprefix("Value error, ")
+            known = "unknown or unsupported field" if deepest["type"] == "extra_forbidden" else reason
             raise ApiError(400, f"{where or 'body'}: {known}", "invalid_request", where) from None
 
     def adapter(self, model: str | None) -> str | None:
@@ -187,11 +199,15 @@ class Server:
         return await asyncio.to_thread(self._prepare, body, urls, adapter)
 
     def _prepare(self, body: Conversation, urls: Sequence[str], adapter: str | None) -> Prompt:
-        return self.engine.prepare(body.chat(), [self.picture(url) for url in urls], adapter)
+        pictures: list[Any] = []
+        for url in urls:
+            left = self.config.max_pixels - sum(picture.width * picture.height for picture in pictures)
+            pictures.append(self.picture(url, left))
+        return self.engine.prepare(body.chat(), pictures, adapter)
 
-    def picture(self, url: str) -> Any:
+    def picture(self, url: str, max_pixels: int | None = None) -> Any:
         """Decode a picture according to the media policy."""
-        return open_image(url, policy=self.config.media)
+        return open_image(url, policy=self.config.media, max_pixels=max_pixels)
 
     def check_room(self, choices: int) -> None:
         """Reject requests immediately if the queue is full, with those that are being prepared.
@@ -209,6 +225,8 @@ class Server:
         body = await self.read(request, ChatRequest)
         adapter = self.adapter(body.model)
         choices = body.n or 1
+        if choices > self.engine.capacity:
+            raise ApiError(400, f"n is {choices}; this server takes at most {self.engine.capacity}", param="n")
         self.check_room(choices)
         self._preparing += choices
         try:
@@ -240,7 +258,7 @@ class Server:
             "created": int(time.time()),
             "model": body.model or self.config.name,
         }
-        logger.info("%s: %d prompt tokens, user %s", head["id"], len(prompt.ids), body.user or "-")
+        logger.info("%s: %d prompt tokens, user %r", head["id"], len(prompt.ids), body.user)
         if body.stream:
             # The first event shows whether there is an answer; an error before it gets its own status.
             first = await self._or_gone(request, events.get(), answers)
@@ -250,14 +268,14 @@ class Server:
             return _EventStream(self._stream(body, head, answers, events, first), answers)
         return await self._or_gone(request, self._collect(head, answers, events), answers)
 
-    async def _or_gone(self, request: Request, work: Any, answers: list[_Choice]) -> Any:
-        """Wait for work, but cancel the answers if the client disconnects."""
+    async def _or_gone(self, request: Request, work: Any, answers: Sequence[_Choice] = ()) -> Any:
+        """Wait for work, but cancel it and the answers if the client disconnects."""
         task = asyncio.ensure_future(work)
         gone = asyncio.ensure_future(_disconnected(request))
         try:
             await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
-                raise ApiError(499, "the client closed the connection")
+                raise ClientDisconnect
             return task.result()
         except BaseException:
             _cancel(answers)
@@ -332,8 +350,8 @@ class Server:
         tokenizer = self.engine.processor.tokenizer
 
         def entry(token: int, logprob: float) -> dict[str, Any]:
-            text = tokenizer.decode([token])
-            return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+            raw = token_bytes(tokenizer, token)
+            return {"token": raw.decode(errors="replace"), "logprob": max(logprob, -9999.0), "bytes": list(raw)}
 
         content = [
             {**entry(one.token, one.logprob), "top_logprobs": [entry(*pair) for pair in one.top]} for one in entries
@@ -342,14 +360,24 @@ class Server:
 
     # ------------------------------------------------------------ the other endpoints
 
+    def _model(self, adapter: str | None) -> dict[str, Any]:
+        return {
+            "id": adapter or self.config.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "florence-vl",
+            "parent": self.config.name if adapter else None,
+            "max_model_len": self.engine.context,
+        }
+
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`."""
-        base = {"object": "model", "created": self.created, "owned_by": "florence-vl"}
-        listed: list[dict[str, Any]] = [
-            {"id": self.config.name, **base, "parent": None, "max_model_len": self.engine.context},
-            *({"id": name, **base, "parent": self.config.name} for name in self.engine.adapters),
-        ]
+        listed = [self._model(adapter) for adapter in (None, *self.engine.adapters)]
         return JSONResponse({"object": "list", "data": listed})
+
+    async def model(self, request: Request) -> Response:
+        """`GET /v1/models/{model}`."""
+        return JSONResponse(self._model(self.adapter(request.path_params["model"])))
 
     async def tokenize(self, request: Request) -> Response:
         """`POST /tokenize`: the ids of a conversation's prompt, a placeholder for each image token."""
@@ -367,15 +395,19 @@ class Server:
     async def features(self, request: Request) -> Response:
         """`POST /v1/features`."""
         body = await self.read(request, FeaturesRequest)
-        return await self._tool(self.tools.features, body, body.features, body.format, body.prompts)
+        return await self._tool(request, self.tools.features, body, body.features, body.format, body.prompts)
 
     async def attribution(self, request: Request) -> Response:
         """`POST /v1/attribution`."""
         body = await self.read(request, AttributionRequest)
-        return await self._tool(self.tools.attribution, body, body.question, body.answer)
+        return await self._tool(request, self.tools.attribution, body, body.question, body.answer)
 
     async def _tool(
-        self, tool: Callable[..., dict[str, Any]] | None, body: FeaturesRequest | AttributionRequest, *arguments: Any
+        self,
+        request: Request,
+        tool: Callable[..., dict[str, Any]] | None,
+        body: FeaturesRequest | AttributionRequest,
+        *arguments: Any,
     ) -> Response:
         if tool is None:
             raise ApiError(404, "this server does not provide this endpoint")
@@ -385,7 +417,8 @@ class Server:
         self._preparing += 1
         try:
             picture = await asyncio.to_thread(self.picture, body.image)
-            return JSONResponse(await asyncio.wrap_future(self.engine.call(lambda: tool(picture, *arguments))))
+            called = asyncio.wrap_future(self.engine.call(lambda: tool(picture, *arguments)))
+            return JSONResponse(await self._or_gone(request, called))
         finally:
             self._preparing -= 1
 
@@ -395,8 +428,8 @@ class Server:
 
     async def ready(self, request: Request) -> Response:
         """`GET /ready`: it accepts requests."""
-        if self.draining or self.engine.load >= self.engine.capacity:
-            return JSONResponse({"status": "draining" if self.draining else "full"}, 503)
+        if self.engine.load >= self.engine.capacity:
+            return JSONResponse({"status": "full"}, 503)
         return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
@@ -406,17 +439,6 @@ class Server:
     def collect(self) -> list[Any]:
         """Metric families of the engine, for prometheus_client."""
         engine = self.engine
-        counters = {
-            "requests": "Requests taken.",
-            "prompt_tokens": "Tokens of prompts.",
-            "cached_tokens": "Prompt tokens that were cached.",
-            "generated_tokens": "Tokens of answers.",
-            "images_encoded": "Images that went through the vision tower.",
-            "feature_hits": "Images with cached features.",
-            "steps": "Steps of the engine.",
-            "out_of_memory": "Number of out-of-memory errors.",
-            "cancelled": "Answers that clients cancelled.",
-        }
         gauges = {
             "running": ("Rows that are being answered.", engine.running),
             "waiting": ("Waiting requests.", engine.load - engine.running),
@@ -425,8 +447,10 @@ class Server:
         }
         return [
             *(
-                CounterMetricFamily(f"florence_vl_{name}", text, value=getattr(engine.stats, name))
-                for name, text in counters.items()
+                CounterMetricFamily(
+                    f"florence_vl_{one.name}", one.metadata["help"], value=getattr(engine.stats, one.name)
+                )
+                for one in dataclasses.fields(engine.stats)
             ),
             *(GaugeMetricFamily(f"florence_vl_{name}", text, value=value) for name, (text, value) in gauges.items()),
         ]
@@ -481,7 +505,6 @@ def build_app(server: Server) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        server.draining = True
         await asyncio.to_thread(server.engine.close)
 
     app = FastAPI(title="Florence-VL", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
@@ -489,6 +512,7 @@ def build_app(server: Server) -> FastAPI:
     for method, path, handler in (
         ("POST", "/v1/chat/completions", server.chat),
         ("GET", "/v1/models", server.models),
+        ("GET", "/v1/models/{model:path}", server.model),
         ("POST", "/v1/features", server.features),
         ("POST", "/v1/attribution", server.attribution),
         ("POST", "/tokenize", server.tokenize),
@@ -515,7 +539,33 @@ def _guarded(server: Server, path: str, handler: Callable[[Request], Any]) -> Ca
                 if not hmac.compare_digest(given, f"Bearer {key}".encode()):
                     raise ApiError(401, "give the server's key as 'Authorization: Bearer KEY'", "invalid_api_key")
             return await handler(request)
+        except asyncio.CancelledError:  # uvicorn cancels what does not end
+            return as_api_error(EngineClosed()).response()
         except Exception as error:
             return as_api_error(error).response()
 
     return guarded
+
+
+class HTTPServer(uvicorn.Server):
+    """uvicorn, but answers that still run after the grace period end with an error that their clients receive.
+
+    Args:
+        server: The handlers.
+        grace: Seconds that running answers have after a signal to end.
+    """
+
+    def __init__(self, server: Server, grace: float) -> None:
+        cancelling = int(grace) + 5  # for what runs longer than one step of the engine
+        settings: dict[str, Any] = {"log_level": "warning", "server_header": False}
+        super().__init__(uvicorn.Config(build_app(server), timeout_graceful_shutdown=cancelling, **settings))
+        self._engine, self._grace = server.engine, grace
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn."""
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(self._grace, lambda: loop.run_in_executor(None, self._engine.close))
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from florence_vl.serve.sampling import GenerationOptions
 
@@ -30,7 +30,10 @@ class TextPart(Strict):
 
 
 class ImageURL(Strict):
-    """Location of a picture: a `data:image/...;base64,` URL, or another one if the server allows it."""
+    """Location of a picture: a `data:image/...;base64,` URL, or another one if the server allows it.
+
+    The server's settings decide at which resolution the picture is encoded, so `detail` must be `auto`.
+    """
 
     url: str
     detail: Literal["auto"] | None = None
@@ -43,21 +46,25 @@ class ImagePart(Strict):
     image_url: ImageURL
 
 
+def _parts(content: Any) -> Any:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        raise ValueError("it must be text or a list of parts")
+    return content
+
+
 class Message(Strict):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    content: Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], BeforeValidator(_parts)]
     name: None = None
     refusal: None = None
     tool_calls: None = None
     function_call: None = None
     audio: None = None
     annotations: list[Any] | None = Field(None, max_length=0)
-
-    def parts(self) -> list[TextPart | ImagePart]:
-        """Its parts."""
-        return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else list(self.content)
 
 
 class StreamOptions(Strict):
@@ -102,7 +109,7 @@ class Conversation(Strict):
                 "role": "system" if message.role == "developer" else message.role,
                 "content": [
                     {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
-                    for part in message.parts()
+                    for part in message.content
                 ],
             }
             for message in self.messages
@@ -111,7 +118,7 @@ class Conversation(Strict):
     def image_urls(self) -> list[str]:
         """URLs of the pictures in reading order."""
         return [
-            part.image_url.url for message in self.messages for part in message.parts() if isinstance(part, ImagePart)
+            part.image_url.url for message in self.messages for part in message.content if isinstance(part, ImagePart)
         ]
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -27,24 +27,25 @@ class ContextTooLong(ValueError):
 
 @dataclass
 class PreparedImage:
-    """A picture of a prompt: its key, the position of its tokens, and the tower's inputs if its features are not
-    cached.
+    """A picture of a prompt: its key, the position of its tokens, and its cached features or the tower's inputs.
+
+    The picture itself, which may be large, is not kept.
 
     Attributes:
         key: Hash of the decoded pixels, the settings of processor and tower, the adapter, the view, and the question
             where the fusion uses it: equal keys have equal features.
-        view: Chosen by the router; None is the processor's own.
+        features: (N, H) if they were cached when the prompt was built.
+        inputs: Of the tower; empty if there are features.
         start: First position in the prompt.
         end: One past the last.
     """
 
     key: bytes
-    picture: Image.Image
     question: list[int] | None
+    features: Tensor | None = None
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
     start: int = 0
     end: int = 0
-    view: str | None = None
-    inputs: Mapping[str, Tensor] | None = None
 
 
 @dataclass
@@ -77,7 +78,7 @@ class PromptBuilder:
         context: Context length of the LLM in tokens.
         uses_question: Whether the model's fusion depends on the question.
         adapters: Names of the LoRA adapters.
-        is_kept: Whether the features of an image's key are kept, so that the image need not be processed.
+        cached: The cached features of an image's key, with which the image need not be processed.
         route: The view of each image for the question beside it; None takes the processor's own.
     """
 
@@ -88,12 +89,12 @@ class PromptBuilder:
         context: int,
         uses_question: bool,
         adapters: Sequence[str],
-        is_kept: Callable[[bytes], bool],
+        cached: Callable[[bytes], Tensor | None],
         route: Route | None = None,
     ) -> None:
         self.processor, self.settings = processor, settings
         self.context, self.uses_question = context, uses_question
-        self.adapters, self.is_kept, self.route = adapters, is_kept, route
+        self.adapters, self.cached, self.route = adapters, cached, route
         self._views: OrderedDict[bytes, str] = OrderedDict()
 
     def __call__(
@@ -117,18 +118,18 @@ class PromptBuilder:
         if self.route is not None:
             views = self._choose_views(self.route, images, digests, processor.question_texts([messages]))
         prepared = [
-            PreparedImage(_key(digest, adapter, question, view), image, question, view=view)
-            for image, digest, question, view in zip(images, digests, questions, views, strict=True)
+            PreparedImage(_key(digest, adapter, question, view), question)
+            for digest, question, view in zip(digests, questions, views, strict=True)
         ]
         prompt = Prompt([], [], prepared, adapter)
-        following = iter(prepared)
+        following = iter(zip(prepared, images, views, strict=True))
         for token in ids:
             if token != processor.image_token_id:
                 prompt.ids.append(token)
                 prompt.tokens.append(token)
                 continue
-            image = next(following)
-            count = processor.image_tokens(image.picture.height, image.picture.width, view=image.view)
+            image, picture, view = next(following)
+            count = processor.image_tokens(picture.height, picture.width, view=view)
             image.start, image.end = len(prompt.ids), len(prompt.ids) + count
             prompt.ids += [token] * count
             prompt.tokens += [image.key] * count
@@ -137,9 +138,10 @@ class PromptBuilder:
                 f"the prompt has {len(prompt.ids)} tokens ({prompt.image_tokens} of images), but the context of this "
                 f"model is {self.context} tokens: shorten it, or start a new conversation"
             )
-        for image in prepared:
-            if not self.is_kept(image.key):
-                image.inputs = self.process(image)
+        for image, picture, view in zip(prepared, images, views, strict=True):
+            image.features = self.cached(image.key)
+            if image.features is None:
+                image.inputs = processor.image_processor([picture], view=view, return_tensors="pt")
         return prompt
 
     def _choose_views(
@@ -155,15 +157,12 @@ class PromptBuilder:
             self._views = OrderedDict([*self._views.items(), *fresh.items()][-_MAX_VIEWS:])  # other threads read it
         return [known[key] for key in keys]
 
-    def process(self, image: PreparedImage) -> Mapping[str, Tensor]:
-        """What the tower takes for a picture."""
-        return self.processor.image_processor([image.picture], view=image.view, return_tensors="pt")
-
 
 def _digest(image: Image.Image, settings: bytes) -> bytes:
     """Hash of the decoded pixels and of the settings with which they are encoded."""
-    head = f"{image.mode} {image.width}x{image.height} "
-    return hashlib.sha256(settings + head.encode() + image.tobytes()).digest()
+    digest = hashlib.sha256(settings + f"{image.mode} {image.width}x{image.height} ".encode())
+    digest.update(image.tobytes())
+    return digest.digest()
 
 
 def _key(digest: bytes, *settings: object) -> bytes:

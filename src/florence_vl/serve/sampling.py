@@ -6,6 +6,7 @@ Shape letter: X vocabulary.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -118,10 +119,13 @@ class Grammars:
             raise ValueError(f"the JSON schema cannot be used: {error}") from None
         if self._tables is None:
             self._tables = from_tokenizer(self._tokenizer, n_vocab=self._vocab_size)
-        matcher = LLMatcher(self._tables, grammar)
-        if matcher.is_error():
-            raise ValueError(f"the JSON schema cannot be used: {matcher.get_error()}")
-        return matcher
+        return _checked(LLMatcher(self._tables, grammar))
+
+
+def _checked(matcher: Any) -> Any:
+    if matcher.is_error():
+        raise ValueError(f"the JSON schema cannot be used: {matcher.get_error().partition(chr(10))[0]}")
+    return matcher
 
 
 class Sampler:
@@ -165,12 +169,16 @@ class Sampler:
         Args:
             logits_X: Logits in float32.
             ids: The row so far, including the prompt.
+
+        Raises:
+            ValueError: The JSON schema takes too long or too much memory to follow.
         """
         scores_1X = logits_X[None]
         ids_1L = torch.tensor([ids] if self.reads_ids else [[]], dtype=torch.long, device=logits_X.device)
         scores_1X = self._processors(ids_1L, scores_1X).index_fill(-1, self._suppressed, float("-inf"))
         if self.matcher is not None:
             allowed = torch.frombuffer(bytearray(self.matcher.compute_logit_bias()), dtype=torch.uint8)
+            _checked(self.matcher)  # after an error it allows only the end
             allowed_X = torch.zeros(scores_1X.shape[-1], dtype=torch.bool)
             allowed_X[: len(allowed)] = allowed[: scores_1X.shape[-1]] > 0
             scores_1X = scores_1X.masked_fill(~allowed_X.to(scores_1X.device), float("-inf"))
@@ -181,6 +189,7 @@ class Sampler:
             token = int(torch.multinomial(probabilities_1X, 1, generator=self._generator))
         if self.matcher is not None:
             self.matcher.consume_token(token)
+            _checked(self.matcher)
         if self.options.logprobs is None:
             return token, None
         logprobs_X = logits_X.log_softmax(-1)
@@ -240,6 +249,34 @@ class TextStream:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest suffix of `text` that is a prefix of a stop text."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _byte_characters() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level vocabulary (GPT-2's)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _byte_characters()
+
+
+def token_bytes(tokenizer: Any, token: int) -> bytes:
+    """UTF-8 bytes of a token, which may be part of a character.
+
+    Args:
+        tokenizer: A byte-level tokenizer, or one with sentencepiece's `\u2581` and byte tokens `<0xE2>`.
+        token: The id.
+    """
+    piece = tokenizer.convert_ids_to_tokens(token) or ""
+    text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    if all(character in _BYTES for character in piece):
+        raw = bytes(_BYTES[character] for character in piece)
+        if raw.decode(errors="replace") == text:
+            return raw
+    if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+        return bytes.fromhex(piece[3:5])
+    return (piece.replace("\u2581", " ") if piece.startswith("\u2581") else text).encode()
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:

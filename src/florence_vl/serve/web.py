@@ -15,16 +15,19 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from florence_vl.model.pictures import data_url
+from florence_vl.model.pictures import data_url, open_image
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 MAX_UPLOAD = "16mb"
+PNG_PIXELS = 1 << 20
+"""Larger pictures are sent as JPEG, so that a conversation about several stays below a server's limit."""
 
 
 @dataclass(frozen=True)
@@ -94,18 +97,29 @@ def _message(body: bytes, status: int) -> str:
         return f"the server answered {status}"
 
 
+@lru_cache(maxsize=8)
+def picture_url(path: str) -> str:
+    """An uploaded picture as a `data:` URL, encoded once: gradio's paths contain the hash of the file.
+
+    Raises:
+        ValueError: The file is not a readable picture.
+    """
+    picture = open_image(path, name="the picture")
+    return data_url(picture, "png" if picture.width * picture.height <= PNG_PIXELS else "jpeg")
+
+
 def from_data_url(url: str) -> Image.Image:
     """The picture of a `data:` URL from this server."""
     return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
 
 
-def to_messages(history: Sequence[dict[str, Any]], question: str, picture: Image.Image | None) -> list[dict[str, Any]]:
+def to_messages(history: Sequence[dict[str, Any]], question: str, picture: str | None) -> list[dict[str, Any]]:
     """The request's messages: earlier turns unchanged, and the new question with its picture.
 
     Args:
         history: `{"role", "text", "image"}` per turn; `image` is a `data:` URL or None.
         question: The new text.
-        picture: The new picture, or None.
+        picture: The `data:` URL of the new picture, or None.
     """
 
     def turn(role: str, text: str, image: str | None) -> dict[str, Any]:
@@ -115,7 +129,7 @@ def to_messages(history: Sequence[dict[str, Any]], question: str, picture: Image
         return {"role": role, "content": parts}
 
     earlier = [turn(item["role"], item["text"], item.get("image")) for item in history]
-    return [*earlier, turn("user", question, data_url(picture) if picture is not None else None)]
+    return [*earlier, turn("user", question, picture)]
 
 
 def stream_answer(
@@ -205,7 +219,7 @@ def _options(tokens: float, temperature: float, seed: float) -> dict[str, Any]:
 
 
 def _picture(gr: Any, examples: Sequence[str]) -> Any:
-    picture = gr.Image(type="pil", label="Picture", sources=["upload", "clipboard"], height=320)
+    picture = gr.Image(type="filepath", image_mode=None, label="Picture", sources=["upload", "clipboard"], height=320)
     if examples:
         gr.Examples([[path] for path in examples], [picture], label="Pictures", cache_examples=False)
     return picture
@@ -229,13 +243,12 @@ def _chat_tab(gr: Any, server: Server, names: list[str], examples: Sequence[str]
     def ask(text, image, turns, sent, model, tokens, temperature, seed):  # type: ignore[no-untyped-def]
         if not text or not text.strip():
             raise gr.Error("Type a question.", print_exception=False)
-        url = data_url(image) if image is not None else None
-        new = image if url is not None and url != sent else None
-        messages = to_messages(turns, text, new)
-        turns = [*turns, {"role": "user", "text": text, "image": url if new is not None else None}]
-        shown = [{"role": turn["role"], "content": turn["text"]} for turn in turns]
-        answer = ""
         try:
+            url = picture_url(image) if image is not None else None
+            new = url if url != sent else None
+            messages = to_messages(turns, text, new)
+            turns = [*turns, {"role": "user", "text": text, "image": new}]
+            shown = [{"role": turn["role"], "content": turn["text"]} for turn in turns]
             for answer, line in stream_answer(server, model, messages, **_options(tokens, temperature, seed)):
                 done = [*turns, {"role": "assistant", "text": answer}]
                 yield [*shown, {"role": "assistant", "content": answer}], line, done, url or sent, ""
@@ -270,7 +283,7 @@ def _features_tab(gr: Any, server: Server, names: list[str], examples: Sequence[
                 raise gr.Error(str(error), print_exception=False) from None
             told = str(error)
             found = _post(gr, server, "/v1/features", image, body)
-        size = _shown_size(image)
+        size = _shown_size(from_data_url(picture_url(image)))
         return [
             (from_data_url(feature["picture"]).resize(size, Image.Resampling.NEAREST), name)
             for name, feature in found["features"].items()
@@ -331,20 +344,20 @@ def _attribution_tab(gr: Any, server: Server, names: list[str], examples: Sequen
             gr.Radio(word_choices(found["words"]), value=-1, label=found["answer"], visible=True),
             rows(found, -1),
             {part["name"]: part["share"] for part in parts},
-            [(heat_map(image, part["map"]), part["name"]) for part in parts],
+            [(heat_map(from_data_url(picture_url(image)), part["map"]), part["name"]) for part in parts],
         )
 
     ask.click(explain, [picture, model, question, answer], [state, words, gain, shares, maps])
     words.input(rows, [state, words], gain)
 
 
-def _ask(server: Server, path: str, image: Any, body: dict[str, Any]) -> dict[str, Any]:
+def _ask(server: Server, path: str, image: str | None, body: dict[str, Any]) -> dict[str, Any]:
     if image is None:
         raise ValueError("Choose a picture.")
-    return server.post(path, {**body, "image": data_url(image)})
+    return server.post(path, {**body, "image": picture_url(image)})
 
 
-def _post(gr: Any, server: Server, path: str, image: Any, body: dict[str, Any]) -> dict[str, Any]:
+def _post(gr: Any, server: Server, path: str, image: str | None, body: dict[str, Any]) -> dict[str, Any]:
     try:
         return _ask(server, path, image, body)
     except ValueError as error:
@@ -394,7 +407,8 @@ def _compare_tab(gr: Any, servers: Sequence[Server], names: list[list[str]], exa
     def run(which, image, question, tokens, seed):  # type: ignore[no-untyped-def]
         server, model = known[which]
         try:
-            yield from stream_answer(server, model, to_messages([], question, image), **_options(tokens, 0, seed))
+            url = picture_url(image) if image is not None else None
+            yield from stream_answer(server, model, to_messages([], question, url), **_options(tokens, 0, seed))
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from None
 
