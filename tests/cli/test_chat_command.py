@@ -122,6 +122,7 @@ def test_add_and_reset(parts, photo):
         (["--temperature", "warm", "x"], "--temperature"),
         (["--device", "cuba", "x"], "unknown device 'cuba'"),
         (["--dtype", "float", "x"], "unknown dtype 'float'"),
+        (["--trade", "0.1", "x"], "--trade is for --view auto"),
         ([" "], "the question is empty"),
         (["--modle", "x"], "--model"),
     ],

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperCommand
 
-from florence_vl.cli.common import called, print_table, say
+from florence_vl.cli.common import DEVICE, DTYPE, called, print_table, refuse, say
 from florence_vl.files import write_text
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ class SeveralValues(TyperCommand):
         return super().parse_args(ctx, expanded)
 
 
-ENCODERS_HELP = "name[=weights][:feature+feature][@size]; `florence-vl analyze encoders` lists the names."
-FIT_HELP = "How an image is fitted to the encoder's square: squash, pad or crop."
+ENCODERS_HELP = "name[=weights][:feature+feature]\\[@size]; `florence-vl analyze encoders` lists the names."
+_FIT = typer.Option("squash", "--fit", help="How an image is fitted to the encoder's square: squash, pad or crop.")
 
 
 @app.command("encoders")
@@ -101,12 +101,12 @@ def alignment_command(
     seeds: int = typer.Option(3, "--seeds", help="Number of seeds; intervals are over them."),
     width_control: str = typer.Option("pca", "--width-control", help="Equal width by pca, random, or none."),
     width: int | None = typer.Option(None, "--width", help="The equal width; the narrowest encoder's by default."),
-    fit: str = typer.Option("squash", "--fit", help=FIT_HELP),
+    fit: str = _FIT,
     encode_batch: int = typer.Option(16, "--encode-batch", help="Images in one forward of an encoder."),
     dtype: str = typer.Option(
         "float32", "--dtype", help="Of the optimizer steps' products: float32 or bfloat16. Losses use float32."
     ),
-    device: str = typer.Option("auto", "--device", help="cpu, cuda, cuda:1, mps or auto."),
+    device: str = DEVICE,
 ) -> None:
     """Alignment loss of encoders, or of one encoder's features (paper section 4, Figures 4 and 5).
 
@@ -192,9 +192,9 @@ def pca_command(
     flip: bool = typer.Option(False, "--flip", help="Use the other side of the first component as the foreground."),
     background: bool = typer.Option(True, "--cut-background/--keep-background", help="Cut the background."),
     refit: bool = typer.Option(True, "--refit/--no-refit", help="Fit the colors on the foreground only."),
-    fit: str = typer.Option("squash", "--fit", help=FIT_HELP),
+    fit: str = _FIT,
     svg: bool = typer.Option(False, "--svg", help="Also write each sheet as SVG."),
-    device: str = typer.Option("auto", "--device", help="cpu, cuda, cuda:1, mps or auto."),
+    device: str = DEVICE,
 ) -> None:
     """First three principal components of the features as colors, one sheet per image (paper Figure 3)."""
     import numpy as np
@@ -205,6 +205,9 @@ def pca_command(
     from florence_vl.model.loading import choose_device
     from florence_vl.model.pictures import open_image
 
+    if not background:
+        cutting = {"--threshold": threshold is not None, "--no-refit": not refit}
+        refuse(cutting, "not with --keep-background, which draws every token as foreground; leave them out")
     config = PCAConfig(joint=joint, background=background, threshold=threshold, flip=flip, refit=refit)
     if len({path.stem for path in images}) != len(images):
         raise ValueError("two images have the same name, so their sheets would overwrite each other; rename one")
@@ -250,7 +253,9 @@ def pca_command(
 
 @app.command("attribution")
 def attribution_command(
-    model: str = typer.Option(..., "--model", help="Folder of a trained Florence-VL with two features or more."),
+    model: str = typer.Option(
+        ..., "--model", "-m", help="Folder or hub id of a Florence-VL with two features or more, or `mini`."
+    ),
     image: list[Path] = typer.Option(..., "--image", help="Image; repeat for several."),
     question: str = typer.Option(..., "--question", help="Question about the image."),
     answer: str | None = typer.Option(None, "--answer", help="The answer to score. The model's own by default."),
@@ -258,7 +263,7 @@ def attribution_command(
     replacement: str = typer.Option(
         "mean", "--replacement", help="What replaces a removed feature: its mean, or zero."
     ),
-    device: str = typer.Option("auto", "--device", help="cpu, cuda, cuda:1, mps or auto."),
+    device: str = DEVICE,
 ) -> None:
     """Contribution of each feature to an answer: norms through the projector, and removing each feature."""
     import numpy as np
@@ -292,29 +297,33 @@ def attribution_command(
     say(f"wrote {out}")
 
 
-MODEL_HELP = "Folder or hub name of a trained Florence-VL, or mini."
-SUITE_HELP = "Suites and benchmarks with commas; those whose questions have one picture and an answer in text."
-SIZE_HELP = "Pixels per side; accepts several values. The model's own by default."
 SUBSETS_HELP = "Subsets of the features: all, leave-one-out (and each alone), none; or views: the model's views."
 OUT_HELP = "Folder for the figure (PNG, SVG) and the numbers (JSON)."
-LIMIT_HELP = "Approximate number of questions per benchmark."
+_MODEL = typer.Option(..., "--model", "-m", help="Folder or hub id of a trained Florence-VL, or `mini`.")
+_SUITE = typer.Option(
+    "mini",
+    "--suite",
+    "-s",
+    help="Comma-separated suites and benchmarks whose questions have one picture and an answer in text.",
+)
+_SIZES = typer.Option(None, "--size", help="Pixels per side; accepts several values. The model's own by default.")
+_LIMIT = typer.Option(None, "--limit", "-n", min=1, help="Approximate number of questions per benchmark.")
+_DATA = typer.Option(None, "--data", "-d", help="Folder with the benchmarks' parquet files.")
 
 
 @app.command("headroom", cls=SeveralValues)
 def headroom_command(
-    model: str = typer.Option(..., "--model", "-m", help=MODEL_HELP),
-    suite: str = typer.Option("mini", "--suite", "-s", help=SUITE_HELP),
-    out: Path = typer.Option(
-        Path("headroom"), "--out", help="Folder for the figure (PNG, SVG) and the numbers (JSON)."
-    ),
-    sizes: list[int] = typer.Option(None, "--size", help=SIZE_HELP),
+    model: str = _MODEL,
+    suite: str = _SUITE,
+    out: Path = typer.Option(Path("headroom"), "--out", help=OUT_HELP),
+    sizes: list[int] = _SIZES,
     subsets: str = typer.Option("all", "--subsets", help=SUBSETS_HELP),
-    limit: int | None = typer.Option(None, "--limit", "-n", min=1, help=LIMIT_HELP),
-    data: Path | None = typer.Option(None, "--data", "-d", help="Folder with the benchmarks' parquet files."),
+    limit: int | None = _LIMIT,
+    data: Path | None = _DATA,
     splits: int = typer.Option(20, "--splits", min=1, help="Number of random halves on which options are chosen."),
     seed: int = typer.Option(0, "--seed", help="Seed of the sample that --limit draws, and of the halves."),
-    device: str = typer.Option("auto", "--device", help="cpu, cuda, cuda:1, mps or auto."),
-    dtype: str = typer.Option("auto", "--dtype", help="auto, float32, bfloat16, float16."),
+    device: str = DEVICE,
+    dtype: str = DTYPE,
 ) -> None:
     """Estimate the gain of choosing features and size per question, before training anything.
 
@@ -336,22 +345,20 @@ def headroom_command(
 
 @app.command("bill", cls=SeveralValues)
 def bill_command(
-    model: str = typer.Option(..., "--model", "-m", help=MODEL_HELP),
-    suite: str = typer.Option("mini", "--suite", "-s", help=SUITE_HELP),
+    model: str = _MODEL,
+    suite: str = _SUITE,
     out: Path = typer.Option(Path("bill"), "--out", help=OUT_HELP),
-    sizes: list[int] = typer.Option(None, "--size", help=SIZE_HELP),
+    sizes: list[int] = _SIZES,
     subsets: str = typer.Option("leave-one-out", "--subsets", help=SUBSETS_HELP),
-    limit: int | None = typer.Option(None, "--limit", "-n", min=1, help=LIMIT_HELP),
-    data: Path | None = typer.Option(None, "--data", "-d", help="Folder with the benchmarks' parquet files."),
+    limit: int | None = _LIMIT,
+    data: Path | None = _DATA,
     rounds: int = typer.Option(5, "--rounds", min=1, help="Number of latency measurements per option."),
     trades: list[float] = typer.Option(
-        None,
-        "--trade",
-        help="With --subsets views: trades (nats per full view) at which the router chooses.",
+        None, "--trade", help="With --subsets views: trades (nats per full view) at which the router chooses."
     ),
     seed: int = typer.Option(0, "--seed", help="Seed of the sample that --limit draws."),
-    device: str = typer.Option("auto", "--device", help="cpu, cuda, cuda:1, mps or auto."),
-    dtype: str = typer.Option("auto", "--dtype", help="auto, float32, bfloat16, float16."),
+    device: str = DEVICE,
+    dtype: str = DTYPE,
 ) -> None:
     """Accuracy against cost: FLOPs of tower and prefill, and time to the first token, by size and features."""
     from florence_vl.analyze.bill import bill, time_options
@@ -397,13 +404,13 @@ def gates_command(
     models: list[str] = typer.Option(
         ..., "--model", "-m", help="NAME=MODEL, or NAME=MODEL,MODEL,... for one per seed. The first is the reference."
     ),
-    suite: str = typer.Option("mini", "--suite", "-s", help=SUITE_HELP),
+    suite: str = _SUITE,
     out: Path = typer.Option(Path("gates"), "--out", help="Folder for the numbers (JSON)."),
-    limit: int | None = typer.Option(None, "--limit", "-n", min=1, help=LIMIT_HELP),
-    data: Path | None = typer.Option(None, "--data", "-d", help="Folder with the benchmarks' parquet files."),
+    limit: int | None = _LIMIT,
+    data: Path | None = _DATA,
     seed: int = typer.Option(0, "--seed", help="Seed of the sample that --limit draws, and of the shuffled questions."),
-    device: str = typer.Option("auto", "--device", help="cpu, cuda, cuda:1, mps or auto."),
-    dtype: str = typer.Option("auto", "--dtype", help="auto, float32, bfloat16, float16."),
+    device: str = DEVICE,
+    dtype: str = DTYPE,
 ) -> None:
     """Compare kinds of gates: learned constants, gates that see the image, and gates that see the question.
 

@@ -8,6 +8,7 @@ from typing import Optional
 
 import typer
 
+from florence_vl.cli.common import named
 from florence_vl.files import atomic_folder, check_destination
 from florence_vl.model.build_config import BuildConfig
 from florence_vl.registry import did_you_mean
@@ -25,21 +26,9 @@ epilog = """[bold]Examples[/bold]
 `mini` and `smollm2` are the included models (`florence-vl doctor` shows whether they are installed)."""
 
 
-def _pairs(texts: list[str], option: str) -> dict[str, str]:
-    pairs = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name.strip() or not value.strip():
-            raise ValueError(f"{option} {text!r} is not of the form NAME=VALUE")
-        if name.strip() in pairs:
-            raise ValueError(f"{option} names {name.strip()!r} twice")
-        pairs[name.strip()] = value.strip()
-    return pairs
-
-
 def _layers(texts: list[str]) -> dict[str, int] | None:
     layers = {}
-    for name, value in _pairs(texts, "--feature-layer").items():
+    for name, value in named(texts, "--feature-layer").items():
         try:
             layers[name] = int(value)
         except ValueError:
@@ -52,7 +41,7 @@ def _with_settings(build: BuildConfig, settings: list[str]) -> BuildConfig:
     import yaml
     from pydantic import TypeAdapter, ValidationError
 
-    values = {name: yaml.safe_load(text) for name, text in _pairs(settings, "--set").items()}
+    values = {name: yaml.safe_load(text) for name, text in named(settings, "--set").items()}
     known = {field.name for field in dataclasses.fields(BuildConfig)}
     for name in values:
         if name not in known:
@@ -114,7 +103,7 @@ def command(
         vision,
         llm,
         features=_names(features),
-        prompts=_pairs(prompt, "--prompt") or None,
+        prompts=named(prompt, "--prompt") or None,
         feature_layers=_layers(feature_layer),
         fusion=fusion,
         projector_depth=projector_depth,

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Optional
 
 import typer
 
-from florence_vl.cli.resolution import ASPECT, IMAGE_SIZE, POSITIONS, TILES, TOKEN_BUDGET, TRADE, VIEW, given
+from florence_vl.cli.common import DEVICE, DTYPE
+from florence_vl.cli.resolution import ASPECT, IMAGE_SIZE, POSITIONS, TILES, TOKEN_BUDGET, TRADE, VIEW, apply, given
 from florence_vl.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ COMMANDS = ("/image", "/add", "/reset", "/help", "/quit")
 
 def command(
     question: Optional[str] = typer.Argument(None, help="The question; omit it to start a conversation."),  # noqa: UP045
-    model: str = typer.Option(..., "--model", "-m", help="Folder of a saved model, or `mini`, the included model."),
+    model: str = typer.Option(..., "--model", "-m", help="Folder or hub id of a model, or `mini`, the included model."),
     image: list[Path] = typer.Option([], "--image", "-i", help="Picture that the question is about; may be repeated."),
     system: Optional[str] = typer.Option(None, "--system", help="System message."),  # noqa: UP045
     max_new_tokens: int = typer.Option(256, "--max-new-tokens", help="Longest answer, in tokens."),
@@ -45,8 +46,8 @@ def command(
     top_k: Optional[int] = typer.Option(None, "--top-k", help="Sample from this number of most likely tokens."),  # noqa: UP045
     repetition_penalty: float = typer.Option(1.0, "--repetition-penalty", help="Above 1 discourages repeating."),
     seed: Optional[int] = typer.Option(None, "--seed", help="Makes sampling repeatable."),  # noqa: UP045
-    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, cuda:1, mps."),
-    dtype: str = typer.Option("auto", "--dtype", help="auto, float32, bfloat16, float16."),
+    device: str = DEVICE,
+    dtype: str = DTYPE,
     image_size: Optional[int] = IMAGE_SIZE,  # noqa: UP045
     aspect: Optional[str] = ASPECT,  # noqa: UP045
     token_budget: Optional[int] = TOKEN_BUDGET,  # noqa: UP045
@@ -64,8 +65,9 @@ def command(
             raise ValueError(f"{name} applies to sampling only: add a --temperature above 0, for example 0.7")
     if question is not None and not question.strip():
         raise ValueError("the question is empty: give one, or omit it to start a conversation")
+    resolution = given(image_size, aspect, token_budget, tiles, positions, view, trade)
     pictures = [open_image(path) for path in image]
-    folder = check_folder(model)
+    check_folder(model)
     from florence_vl.serve.session import ChatSession, GenerationOptions  # takes seconds: torch and transformers
 
     options = GenerationOptions(
@@ -77,12 +79,7 @@ def command(
         seed=seed,
     )
     loaded, processor = load_model(model, device, dtype)
-    resolution = given(image_size, aspect, token_budget, tiles, positions, view, trade)
-    routing = None
-    if resolution:
-        from florence_vl.model.router import set_view
-
-        routing = set_view(loaded, processor, folder, **resolution)
+    routing = apply(loaded, processor, model, resolution)
     session = ChatSession(loaded, processor, options=options, system=system, routing=routing)
     for picture in pictures:
         session.show(picture)

@@ -9,6 +9,8 @@ from typing import Any
 
 import typer
 
+from florence_vl.cli.common import refuse
+
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -87,7 +89,7 @@ def inspect_command(
         _print_bad(console, stats)
     if page is not None:
         write_text(page, inspect.html_page(shown, f"{data}: {len(source)} records"), errors="backslashreplace")
-        console.print(f"\npage: {page}")
+        console.print(f"\npage: {page}", markup=False)
     if all(sample.error is not None for sample in shown):
         raise typer.Exit(1)
 
@@ -181,8 +183,7 @@ def sources_command(
             raise typer.Exit(1)
         print(f"{verify} is {name} as published")
         return
-    if image_root or benchmarks is not None:
-        raise ValueError("--image-root and --benchmarks need --verify")
+    refuse({"--image-root": image_root, "--benchmarks": benchmarks, "--sample": sample != 1000}, "needs --verify")
     from rich.console import Console
     from rich.table import Table
 

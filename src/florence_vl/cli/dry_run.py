@@ -40,7 +40,7 @@ def show(found: DryRun, recipe_name: str, device: str) -> None:
     for kind, value in found.memory.items():
         print(f"  {kind:<24}{value:>10.2f} GiB")
     print(f"  {'all':<24}{sum(found.memory.values()):>10.2f} GiB of {found.memory_available:.1f} ({device})")
-    print(f"/dev/shm of a node: {found.shm:.2f} GiB of {found.shm_available:.1f} (as large as here)")
+    print(f"/dev/shm of a node: {found.shm:.2f} GiB of {found.shm_available:.1f} (assuming the size on this machine)")
 
 
 def _row(played: PlayedStep) -> tuple[int, ...]:

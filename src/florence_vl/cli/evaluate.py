@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from florence_vl.cli.common import DEVICE, DTYPE, is_given, refuse
 from florence_vl.cli.resolution import ASPECT, IMAGE_SIZE, POSITIONS, TILES, TOKEN_BUDGET, TRADE, VIEW, given
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ def run_command(
         None,
         "--model",
         "-m",
-        help="Folder of any image-text-to-text model, `mini`, or the URL of an OpenAI-compatible server "
-        "(its key: $FLORENCE_VL_MODEL_API_KEY).",
+        help="Folder of any image-text-to-text model, hub id of a Florence-VL, `mini`, or the URL of an "
+        "OpenAI-compatible server (its key: $FLORENCE_VL_MODEL_API_KEY).",
     ),
     suite: str = typer.Option("mini", "--suite", "-s", help="Comma-separated suites, benchmarks and YAML files."),
     out: Path | None = typer.Option(None, "--out", "-o", help="Results folder; an interrupted run resumes from it."),
@@ -70,8 +71,8 @@ def run_command(
         None, "--served-model", help="Model to use if --model is a URL of a server with several."
     ),
     retries: int = typer.Option(4, "--retries", min=0, help="Further attempts when an endpoint fails."),
-    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, cuda:1, mps."),
-    dtype: str = typer.Option("auto", "--dtype", help="auto, float32, bfloat16, float16."),
+    device: str = DEVICE,
+    dtype: str = DTYPE,
     feature_store: Path | None = typer.Option(
         None, "--feature-store", help="Folder that stores the vision tower's features between runs."
     ),
@@ -88,6 +89,8 @@ def run_command(
 ) -> None:
     """Score a model on benchmarks. The results folder keeps every prompt, raw answer, parsed answer and score."""
     if context.invoked_subcommand is not None:
+        before = {parameter.opts[0]: is_given(context, parameter.name) for parameter in context.command.params}
+        refuse(before, f"give the flags of `florence-vl evaluate {context.invoked_subcommand}` after its name")
         return
     if model is None or out is None:
         missing = [name for name, value in (("--model", model), ("--out", out)) if value is None]
@@ -100,8 +103,16 @@ def run_command(
     if paper_row:
         reported_row(paper_row)
     chosen = choose(suite, protocol)
-    made = plan(chosen, _loader(data), limit, seed)
     resolution = given(image_size, aspect, token_budget, tiles, positions, view, trade)
+    if _is_url(model):
+        local: dict[str, Any] = {f"--{name.replace('_', '-')}": True for name in resolution}
+        local |= {"--device": device != "auto", "--dtype": dtype != "auto", "--feature-store": feature_store}
+        refuse(local, f"the server at {model} determines how it runs and how images are processed. Remove the flags")
+    else:
+        asking = {"--served-model": served_model, "--retries": retries != 4 and judge is None}
+        refuse(asking, f"--model {model} is not the URL of a server. Remove the flags")
+    refuse({"--judge-model": judge_model and judge is None}, "needs --judge, the URL of the judge's server")
+    made = plan(chosen, _loader(data), limit, seed)
     answers = partial(_answerer, model, served_model, retries, device, dtype, batch_size, seed, resolution)
     if shard is not None:
         _run_shard(shard, answers, made, out, data)
@@ -232,14 +243,15 @@ def _loader(data: Path | None) -> Any:
     return lambda benchmark: benchmark.questions(data_folder(benchmark, data))
 
 
+def _is_url(model: str) -> bool:
+    return model.startswith(("http://", "https://"))
+
+
 def _answerer(
     model: str, served: str | None, retries: int, device: str, dtype: str, batch_size: int, seed: int,
     resolution: dict[str, Any],
 ) -> Answerer:  # fmt: skip
-    if model.startswith(("http://", "https://")):
-        if resolution:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in resolution)
-            raise ValueError(f"{flags}: the server at {model} determines how images are processed. Remove the flags")
+    if _is_url(model):
         from florence_vl.evaluate.endpoint import ChatEndpoint, EndpointAnswerer
 
         return EndpointAnswerer(ChatEndpoint(model, served, retries=retries), batch_size)

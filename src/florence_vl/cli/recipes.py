@@ -25,6 +25,7 @@ def list_command(
     """List the names and descriptions of all recipes."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from florence_vl.registry import did_you_mean
     from florence_vl.train.recipes import list_recipes, load_recipe
@@ -42,7 +43,7 @@ def list_command(
     table.add_column("recipe", no_wrap=True)
     table.add_column("description")
     for name in names:
-        table.add_row(name, load_recipe(found[name]).description)
+        table.add_row(*map(Text, (name, load_recipe(found[name]).description)))
     console.print(table)
 
 

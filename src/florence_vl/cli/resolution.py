@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from florence_vl.model.router import Routing
 
 IMAGE_SIZE = typer.Option(None, "--image-size", min=1, help="Side of the image in pixels, for a Florence-VL.")
 ASPECT = typer.Option(None, "--aspect", help="pad, squash, or native: the image's own aspect ratio.")
@@ -47,3 +50,23 @@ def given(
         "trade": trade,
     }
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def apply(model: Any, processor: Any, name: str, resolution: dict[str, Any]) -> Routing | None:
+    """Set the resolution of a loaded model to the flags of `given`.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        name: The folder or hub id that it was loaded from.
+        resolution: Result of `given`.
+
+    Returns:
+        What chooses the views with `--view auto`, else None.
+    """
+    if not resolution:
+        return None
+    from florence_vl.model.loading import check_folder
+    from florence_vl.model.router import set_view
+
+    return set_view(model, processor, check_folder(name), **resolution)

