@@ -17,6 +17,7 @@ from florence_vl.files import (
     check_destination,
     locate,
     parse_yaml,
+    read_json,
     sha256,
     write_text,
 )
@@ -147,6 +148,50 @@ def test_what_a_killed_process_left_is_swept(tmp_path, moment):
         raise RuntimeError
     assert _names(tmp_path) == [".other.partial", "out"]
     assert (out / "a.txt").read_text() == "a"
+
+
+def _leave(folder: Path, pid: int, kind: str) -> None:
+    """What a killed process leaves: the folder that it wrote, or the one that it was replacing."""
+    host = files._process().partition("-")[0]
+    left = folder.with_name(f".{folder.name}.{host}-{pid}-0123abcd.{kind}")
+    left.mkdir()
+    (left / "a.txt").write_text("good")
+
+
+@pytest.mark.parametrize("check", [_write, check_destination])
+@pytest.mark.parametrize("pid", [2**22 + 1, os.getpid()])  # above every pid of Linux; in a container, all have pid 1
+def test_a_folder_that_was_being_replaced_is_restored_before_it_is_checked(tmp_path, check, pid):
+    _leave(tmp_path / "out", pid, "old")
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        check(tmp_path / "out")
+    assert (tmp_path / "out" / "a.txt").read_text() == "good"
+
+
+def test_leftovers_of_an_own_pid_are_swept_and_folders_being_written_are_not(tmp_path):
+    _leave(tmp_path / "out", os.getpid(), "partial")
+    with atomic_folder(tmp_path / "out") as first:
+        assert _names(tmp_path) == [first.name]
+        _write(tmp_path / "out")
+        assert first.is_dir()
+        (tmp_path / "out" / MARK).unlink()
+        (tmp_path / "out" / "a.txt").unlink()
+    assert _names(tmp_path) == ["out"]
+
+
+def test_a_json_object_or_the_reason_with_the_file(tmp_path):
+    path = tmp_path / "x.json"
+    for text, reason in [
+        ("{broken", "not a JSON object"),
+        ("[1]", "but a list"),
+        ('{"a": 1, "a": 2}', "'a' twice"),
+        ('{"a":' * 9000 + "1" + "}" * 9000, "nested too deeply"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(ValueError, match=rf"x\.json is .*{reason}"):
+            read_json(path)
+    path.write_text('{"a": {"b": "é"}}', encoding="utf-8")
+    assert read_json(path) == {"a": {"b": "é"}}
 
 
 def test_a_name_is_a_path_or_a_hub_id(tmp_path, monkeypatch):

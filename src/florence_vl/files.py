@@ -25,6 +25,8 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MAX_YAML_VALUES = 20_000
 """Values in a YAML document, its aliases counted each time."""
 
+_ACTIVE: set[str] = set()  # names, without suffix, of the folders that this process writes
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -43,6 +45,43 @@ def sha256(path: str | os.PathLike[str]) -> str:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: The file is a Git LFS pointer, not JSON, not an object, or has a key twice; the message names it.
+    """
+    refuse_pointer(path)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [key for key, _ in pairs]
+            raise ValueError(f"it has the key {next(key for key in names if names.count(key) > 1)!r} twice")
+        return found
+
+    try:
+        value = json.loads(Path(path).read_bytes().decode(), object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError(f"{path} is not a JSON object: it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON object: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object, but a {type(value).__name__}")
+    return value
+
+
+def refuse_pointer(path: str | os.PathLike[str]) -> None:
+    """Refuse a file that stands for another one in Git LFS.
+
+    Raises:
+        ValueError: It is a pointer; the message says how to fetch the file.
+    """
+    with open(path, "rb") as content:
+        if content.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{path} is a Git LFS pointer, not the file itself: fetch the files with `git lfs pull`")
 
 
 def locate(name: str | os.PathLike[str], what: str = "model") -> Path | str:
@@ -175,10 +214,10 @@ def atomic_folder(
     """
     target = check_destination(destination, overwrite=overwrite, sources=sources, owned=owned)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
     partial = target.with_name(f".{target.name}.{_process()}-{uuid.uuid4().hex[:8]}.partial")
-    partial.mkdir()
+    _ACTIVE.add(partial.stem)
     try:
+        partial.mkdir()
         yield partial
         names = sorted(str(file.relative_to(partial)) for file in partial.rglob("*") if not file.is_dir())
         (partial / MARK).write_text(json.dumps({"files": names}, indent=1) + "\n", encoding="utf-8")
@@ -191,6 +230,7 @@ def atomic_folder(
             os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        _ACTIVE.discard(partial.stem)
 
 
 def check_destination(
@@ -202,7 +242,8 @@ def check_destination(
 ) -> Path:
     """The folder that `destination` resolves to, if it may be written. Arguments as in `atomic_folder`.
 
-    Call it before long work whose result `atomic_folder` will write.
+    Call it before long work whose result `atomic_folder` will write. A folder that a killed process was replacing is
+    restored first.
 
     Raises:
         ValueError: The destination is a file or a device; it is not empty and `overwrite` is false; it contains files
@@ -215,6 +256,7 @@ def check_destination(
         origin = Path(source).expanduser().resolve()
         if target == origin or target in origin.parents or origin in target.parents:
             raise ValueError(f"{destination} and the source {source} are the same or one is inside the other")
+    _sweep(target)
     if not target.exists() or not any(target.iterdir()):
         return target
     if not overwrite:
@@ -250,9 +292,9 @@ def _sweep(target: Path) -> None:
     """Remove leftovers of killed processes on this machine, and restore a folder that one was replacing."""
     host = _process().partition("-")[0]
     pattern = re.compile(rf"\.{re.escape(target.name)}\.{host}-(\d+)-[0-9a-f]{{8}}\.(partial|old)")
-    for left in list(target.parent.iterdir()):
+    for left in list(target.parent.iterdir()) if target.parent.is_dir() else ():
         match = pattern.fullmatch(left.name)
-        if match is None or _alive(int(match[1])):
+        if match is None or left.stem in _ACTIVE or (int(match[1]) != os.getpid() and _alive(int(match[1]))):
             continue
         if match[2] == "old" and not target.exists():
             os.replace(left, target)

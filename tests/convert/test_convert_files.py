@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -23,8 +24,9 @@ from transformers import (
 
 import florence_vl
 from florence_vl.convert import convert, florence2, open_source, shards
-from florence_vl.convert.conversion import make_plan
+from florence_vl.convert.conversion import make_plan, resolve
 from florence_vl.convert.shards import Checkpoint, Output, bits_equal, parse_size, write_safetensors
+from florence_vl.files import read_json
 
 sys.path.insert(0, str(Path(__file__).parent))
 import convert_upstream as upstream
@@ -38,6 +40,14 @@ def released(tmp_path_factory):
     folder = tmp_path_factory.mktemp("released") / "llama"
     state, _ = upstream.make_released(folder, "llama", shards=3)
     return folder, state
+
+
+@pytest.fixture(scope="module")
+def ours(released, tmp_path_factory):
+    """The folder of its conversion."""
+    folder = tmp_path_factory.mktemp("converted") / "ours"
+    convert(released[0], folder)
+    return folder
 
 
 @pytest.fixture
@@ -138,7 +148,8 @@ def test_a_separate_tower_folder(released, tmp_path):
     """Weights outside the main checkpoint, with a separate config and image settings."""
     state, theirs = upstream.make_released(tmp_path / "src", "llama", with_tower=False)
     upstream.make_microsoft(tmp_path / "tower", copies=2)
-    (tmp_path / "tower" / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 64, "width": 64}}))
+    settings = {"size": {"height": 64, "width": 64}, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+    (tmp_path / "tower" / "preprocessor_config.json").write_text(json.dumps(settings))
     assert_refused(tmp_path / "src", tmp_path / "dst", ValueError, "contains no vision tower.*--tower")
     convert(tmp_path / "src", tmp_path / "dst", tower=tmp_path / "tower")
     model = florence_vl.FlorenceVLForConditionalGeneration.from_pretrained(tmp_path / "dst").eval()
@@ -147,7 +158,8 @@ def test_a_separate_tower_folder(released, tmp_path):
         found = model.get_image_features(images).pooler_output[0]
         torch.testing.assert_close(found, theirs.projected(images, "grid", True)[0], atol=1e-5, rtol=0)
     processor = florence_vl.FlorenceVLProcessor.from_pretrained(tmp_path / "dst")
-    assert processor.image_processor.size["height"] == 64
+    found = json.loads(processor.image_processor.to_json_string())
+    assert {key: found[key] for key in settings} == settings
     shutil.move(tmp_path / "tower", tmp_path / "src" / "vision_tower")
     convert(tmp_path / "src", tmp_path / "inside")
     assert_same(tensors(tmp_path / "inside"), tensors(tmp_path / "dst"))
@@ -170,6 +182,12 @@ def test_vicuna_grows_by_the_image_token_and_shrinks_back(tmp_path):
     assert bits_equal(head[:rows], state["lm_head.weight"])
     convert(tmp_path / "ours", tmp_path / "back", to="original")
     assert_same(tensors(tmp_path / "back"), state)
+    path = tmp_path / "ours" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "id": rows + 1, "content": "<new>"})
+    path.write_text(json.dumps(tokenizer))  # another token, in a row of the padding
+    convert(tmp_path / "ours", tmp_path / "later", to="original")
+    assert Checkpoint(tmp_path / "later").tensors["lm_head.weight"].shape[0] == len(head)
 
 
 def test_a_tuned_model_goes_back_with_a_florence2_decoder(released, tmp_path):
@@ -177,6 +195,7 @@ def test_a_tuned_model_goes_back_with_a_florence2_decoder(released, tmp_path):
     convert(released[0], tmp_path / "ours", keep_decoder=False)
     assert not (tmp_path / "ours" / "original" / "dropped_tensors.safetensors").exists()
     assert_refused(tmp_path / "ours", tmp_path / "back", ValueError, "whole decoder.*--decoder", to="original")
+    shutil.rmtree(tmp_path / "ours" / "original")
     decoder = upstream.make_microsoft(tmp_path / "florence2", seed=5)
     report = convert(tmp_path / "ours", tmp_path / "back", to="original", decoder=tmp_path / "florence2")
     back = tensors(tmp_path / "back")
@@ -211,11 +230,100 @@ GRID = {"position_grid": (2, 2)}
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        "model.language_model.layers.1.mlp.up_proj.weight",
+        "model.multi_modal_projector.layers.1.bias",
+        "model.vision_tower.davit.convs.0.conv.weight",
+        "lm_head.weight",
+    ],
+)
+def test_an_incomplete_model_does_not_go_back(ours, tmp_path, name):
+    shutil.copytree(ours, tmp_path / "ours")
+    rewrite(tmp_path / "ours", lambda state: state.pop(name))
+    assert_refused(tmp_path / "ours", tmp_path / "back", ValueError, f"1 missing: {re.escape(name)}", to="original")
+
+
+def test_another_models_conversion_gives_only_its_decoder(ours, tmp_path):
+    """A tuned Llama with the folder of a converted Phi-3 as decoder stays a Llama."""
+    other, _ = upstream.make_released(tmp_path / "phi3", "phi3", seed=3)
+    convert(tmp_path / "phi3", tmp_path / "phi3-ours")
+    shutil.copytree(ours, tmp_path / "tuned", ignore=shutil.ignore_patterns("original"))
+    report = convert(tmp_path / "tuned", tmp_path / "back", to="original", decoder=tmp_path / "phi3-ours")
+    assert any("config.json was derived" in note for note in report["notes"])
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == "llava_llama"
+    name = upstream.TOWER + "language_model.model.decoder.layers.0.fc1.weight"
+    assert bits_equal(Checkpoint(tmp_path / "back").read(name), other[name])
+    convert(tmp_path / "back", tmp_path / "again")
+    assert_same(tensors(tmp_path / "again"), tensors(ours))
+    for name in ("config.json", "tokenizer.json"):
+        read, kept = (json.loads((folder / name).read_text()) for folder in (tmp_path / "again", ours))
+        assert read == kept
+
+
+def test_a_given_decoder_is_used_beside_the_own_original(ours, released, tmp_path):
+    decoder = upstream.make_microsoft(tmp_path / "florence2", seed=5)
+    convert(ours, tmp_path / "back", to="original", decoder=tmp_path / "florence2")
+    back, name = tensors(tmp_path / "back"), "language_model.model.decoder.layers.0.fc1.weight"
+    assert bits_equal(back[upstream.TOWER + name], decoder[name])
+    assert set(back) == set(released[1])
+    assert (tmp_path / "back" / "config.json").read_bytes() == (released[0] / "config.json").read_bytes()
+    rewrite(tmp_path / "florence2", lambda state: state.pop(name))
+    match = "not a valid decoder for this tower; tensors 1 missing: .*fc1.weight"
+    options = {"to": "original", "decoder": tmp_path / "florence2"}
+    assert_refused(ours, tmp_path / "again", ValueError, match, **options)
+
+
+def test_a_vocabulary_that_grew_is_kept(ours, tmp_path):
+    """64 tokens more than the conversion, whose `original/` is in the folder: none of their rows is lost."""
+    model = florence_vl.FlorenceVLForConditionalGeneration.from_pretrained(ours)
+    rows = model.config.text_config.vocab_size
+    model.resize_token_embeddings(rows + 64)
+    model.save_pretrained(tmp_path / "grown")
+    for path in ours.glob("*token*"):
+        shutil.copy(path, tmp_path / "grown")
+    shutil.copytree(ours / "original", tmp_path / "grown" / "original")
+    convert(tmp_path / "grown", tmp_path / "back", to="original")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["vocab_size"] == rows + 64
+    back, grown = tensors(tmp_path / "back"), tensors(tmp_path / "grown")
+    assert bits_equal(back["model.embed_tokens.weight"], grown["model.language_model.embed_tokens.weight"])
+    assert bits_equal(back["lm_head.weight"], grown["lm_head.weight"])
+
+
+def test_an_order_that_the_probe_found_is_the_authors(ours, released, tmp_path):
+    """Beside `original/` another order of the prompts is how their code reads the same tensors."""
+    shutil.copytree(ours, tmp_path / "ours")
+    config = json.loads((ours / "config.json").read_text())
+    config["features"] = ["davit", "grounding", "ocr", "caption"]
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(config))
+    convert(tmp_path / "ours", tmp_path / "back", to="original")
+    assert_same(tensors(tmp_path / "back"), released[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", [["ocr", "davit", "caption", "grounding"], ["davit", "grounding", "ocr", "caption"]])
+def test_features_of_another_order_compute_the_same_in_their_code(ours, tmp_path, order):
+    model = florence_vl.FlorenceVLForConditionalGeneration.from_pretrained(ours, features=order).eval()
+    model.save_pretrained(tmp_path / "tuned")
+    shutil.copy(ours / "processor_config.json", tmp_path / "tuned")
+    for path in ours.glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "tuned")
+    upstream.make_microsoft(tmp_path / "florence2")
+    report = convert(tmp_path / "tuned", tmp_path / "back", to="original", decoder=tmp_path / "florence2")
+    assert any("inputs were reordered" in note for note in report["notes"])
+    images = torch.randn(1, 3, 64, 64)
+    wanted = upstream.Upstream(tensors(tmp_path / "back")).projected(images, "grid", True)[0]
+    torch.testing.assert_close(model.get_image_features(images).pooler_output[0], wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
     ("options", "images", "message"),
     [
         ({"fusion": "gated"}, {}, r"gates other than 1 \(model\.fusion\.gate\.weight\)"),
         ({"merge": 2}, {}, "merge 2 "),
         ({"views": {"glance": {"size": 32}}}, {}, "views glance "),
+        ({}, {}, r"other prompts for caption, ocr, grounding \(theirs: the released ids"),
+        ({"prompt_padding": "attended", "prompt_length": 20}, {}, r"prompt_length 20 \(theirs: 14\)"),
         (GRID, {"image_aspect_ratio": "native"}, "image_aspect_ratio 'native'"),
         (
             {**GRID, "positions": "resampled"},
@@ -277,7 +385,7 @@ def edit_index(folder, change):
 
 def test_index_names_a_tensor_twice(copy, tmp_path):
     edit_index(copy, lambda text: text.replace('{"model.embed', '{"lm_head.weight": "x.safetensors", "model.embed'))
-    assert_refused(copy, tmp_path / "dst", ValueError, "lm_head.weight named twice")
+    assert_refused(copy, tmp_path / "dst", ValueError, "has the key 'lm_head.weight' twice")
 
 
 def test_index_names_a_tensor_that_no_shard_has(copy, tmp_path):
@@ -415,7 +523,7 @@ def test_options_without_meaning_are_errors(released, tmp_path):
     )
     assert_refused(released[0], tmp_path / "dst", ValueError, "is already .*; nothing to convert", to="original")
     assert_refused(released[0], tmp_path / "dst", ValueError, "--decoder does not apply", decoder=released[0])
-    assert_refused(tmp_path / "nowhere", tmp_path / "dst", FileNotFoundError, "neither an existing file or folder")
+    assert_refused(tmp_path / "nowhere", tmp_path / "dst", FileNotFoundError, "there is no such file or folder")
 
 
 def test_a_config_of_wrong_types(copy, tmp_path):
@@ -424,6 +532,14 @@ def test_a_config_of_wrong_types(copy, tmp_path):
     assert_refused(copy, tmp_path / "dst", ValueError, "num_hidden_layers")
     rewrite(copy, lambda state: state.pop("model.embed_tokens.weight"))
     assert_refused(copy, tmp_path / "dst", ValueError, "contains no LLM")
+
+
+def test_a_mistyped_path_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **options: pytest.fail("asked the hub"))
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint 'models/nothing': there is no such file or folder"):
+        resolve("models/nothing")
 
 
 # ------------------------------------------------------------ the real sizes
@@ -590,15 +706,15 @@ def test_memory_stays_below_a_shard(tmp_path):
 
 
 def test_pointers_and_deep_json_are_named(tmp_path):
-    from florence_vl.convert.shards import Checkpoint, read_json
-
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-    (tmp_path / "model.safetensors").write_text(pointer)
     (tmp_path / "config.json").write_text(pointer)
     (tmp_path / "deep.json").write_text('{"a":' * 9000 + "1" + "}" * 9000)
-    with pytest.raises(ValueError, match=r"model\.safetensors is a Git LFS pointer"):
-        Checkpoint(tmp_path)
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (tmp_path / name).write_text(pointer)
+        with pytest.raises(ValueError, match=f"{re.escape(name)} is a Git LFS pointer"):
+            Checkpoint(tmp_path)
+        (tmp_path / name).unlink()
     with pytest.raises(ValueError, match=r"config\.json is a Git LFS pointer"):
         read_json(tmp_path / "config.json")
-    with pytest.raises(ValueError, match=r"deep\.json: not valid JSON \(nested too deeply"):
+    with pytest.raises(ValueError, match=r"deep\.json is not a JSON object: it is nested too deeply"):
         read_json(tmp_path / "deep.json")

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import BartConfig, Florence2ForConditionalGeneration
+from transformers import BartConfig, Florence2Config, Florence2ForConditionalGeneration
 from transformers.models.bart.modeling_bart import BartModel
 
 import florence_vl
 from florence_vl.convert import convert, diff, florence2, open_source
 from florence_vl.convert.shards import Checkpoint, TensorInfo, bits_equal
-from florence_vl.model.tiny import tiny_model
+from florence_vl.model.parts import read_preprocessing
+from florence_vl.model.tiny import tiny_florence2, tiny_model
 
 sys.path.insert(0, str(Path(__file__).parent))
 import convert_upstream as upstream
@@ -39,6 +40,9 @@ def released(tmp_path_factory):
     """A released Florence-VL, its tensors, its computation, and the folder of its conversion."""
     folder = tmp_path_factory.mktemp("released")
     state, theirs = upstream.make_released(folder / "src", "llama")
+    tower = _folder(folder / "src" / "vision_tower")
+    (tower / "config.json").write_text(json.dumps(upstream.MICROSOFT_CONFIG))
+    (tower / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 64, "width": 64}}))
     convert(folder / "src", folder / "ours")
     return folder, state, theirs
 
@@ -198,6 +202,67 @@ def _folder(path):
     return path
 
 
+def native_florence2(folder, **tied):
+    """A small Florence-2 of transformers with a different head, encoder and decoder embedding where they are untied."""
+    fields = tiny_florence2()
+    fields.pop("model_type")
+    config = Florence2Config(**fields, tie_word_embeddings=tied.get("head", True))
+    config.text_config.tie_word_embeddings = tied.get("text", True)
+    torch.manual_seed(0)
+    model = Florence2ForConditionalGeneration(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [{"head": False}, {"text": False}])
+def test_untied_tensors_are_kept_or_refused(tmp_path, tied):
+    model = native_florence2(tmp_path / "src", **tied)
+    convert(tmp_path / "src", tmp_path / "dst")
+    found = Florence2ForConditionalGeneration.from_pretrained(tmp_path / "dst").eval()
+    inputs = {
+        "input_ids": torch.tensor([[0, *[95] * 5, 5, 6, 2]]),
+        "pixel_values": torch.randn(1, 3, 64, 64),
+        "decoder_input_ids": torch.tensor([[2, 0, 4]]),
+    }
+    torch.testing.assert_close(found(**inputs).logits, model(**inputs).logits)
+    with pytest.raises(ValueError, match=r"Microsoft's code ties these tensors, but .* differs from"):
+        convert(tmp_path / "src", tmp_path / "original", to="original")
+    config = json.loads((tmp_path / "src" / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
+    (tmp_path / "src" / "config.json").write_text(json.dumps(config))
+    for to in ("native", "original"):
+        with pytest.raises(ValueError, match=r"config.json ties these tensors, but .* differs from"):
+            convert(tmp_path / "src", tmp_path / to, to=to)
+        assert not (tmp_path / to).exists()
+
+
+@pytest.mark.parametrize("to", ["native", "original"])
+def test_an_incomplete_florence2_is_refused(tmp_path, to):
+    native_florence2(tmp_path / "src")
+    state = tensors(tmp_path / "src")
+
+    def write(without):
+        kept = {name: value for name, value in state.items() if without not in name}
+        save_file(kept, tmp_path / "src" / "model.safetensors", metadata={"format": "pt"})
+
+    for name in ("vision_tower.blocks.0.0.channel_block.norm1.bias", "decoder.layers.0.fc1.weight"):
+        write(without=name)
+        with pytest.raises(ValueError, match=f"1 missing: .*{name}"):
+            convert(tmp_path / "src", tmp_path / "dst", to=to)
+    write(without=".decoder.")
+    report = convert(tmp_path / "src", tmp_path / "dst", to=to)
+    assert any("decoder is omitted" in note for note in report["notes"])
+
+
+def test_a_vocabulary_that_grew_does_not_fit_microsofts_layout(tmp_path):
+    model = native_florence2(tmp_path / "src")
+    model.resize_token_embeddings(160)
+    model.save_pretrained(tmp_path / "grown")
+    with pytest.raises(ValueError, match=r"has 160 rows, but Microsoft's layout only the 95 before <image>"):
+        convert(tmp_path / "grown", tmp_path / "dst", to="original")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -254,6 +319,29 @@ def test_tower_with_a_given_decoder_or_none(released, tmp_path):
         name = "decoder.layers.0.fc2.weight"
         assert bits_equal(found[f"model.language_model.{name}"], other[f"language_model.model.{name}"])
     assert diff(open_source(tmp_path / "with-other"), open_source(tmp_path / "with-native")).same
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_a_tower_keeps_its_image_settings(released, microsoft, tmp_path, decoder):
+    """Trained at 384 px with its own normalization: a Florence-2's own settings do not replace them."""
+    folder, _, _ = released
+    shutil.copytree(folder / "ours", tmp_path / "ours")
+    processor = florence_vl.FlorenceVLProcessor.from_pretrained(folder / "ours")
+    images = {"size": {"height": 384, "width": 384}, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+    for name, value in images.items():
+        setattr(processor.image_processor, name, value)
+    processor.save_pretrained(tmp_path / "ours")
+    options = {"decoder": microsoft[0] / "native"} if decoder else {}
+    convert(tmp_path / "ours", tmp_path / "tower", to="vision-tower", **options)
+    found = read_preprocessing(tmp_path / "tower")
+    assert (found.size, list(found.mean), list(found.std)) == (384, images["image_mean"], images["image_std"])
+
+
+def test_a_tower_folder_gives_its_image_settings(released, tmp_path):
+    tower = shutil.copytree(released[0] / "src" / "vision_tower", tmp_path / "tower")
+    (tower / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 384, "width": 384}}))
+    convert(released[0] / "src", tmp_path / "dst", to="vision-tower", tower=tower)
+    assert read_preprocessing(tmp_path / "dst").size == 384
 
 
 def test_a_tuned_tower_builds_a_new_model(released, tmp_path):

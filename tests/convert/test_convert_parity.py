@@ -154,6 +154,15 @@ def test_generation_stops_and_card(models, kind, stops):
     assert f"| `image_token` | `{token}` |" in card
 
 
+@pytest.mark.parametrize(("kind", "newline"), [("llama", "Ċ"), ("phi3", "<0x0A>")])
+def test_a_caption_that_ends_with_a_newline_stops_there(models, kind, newline):
+    """`plain`, as in the released first stage: the newline is the only end that the model has seen."""
+    _, _, processor, _ = models(kind)
+    released = ReleasedProcessor(processor.tokenizer, {}, template="plain")
+    assert released.template_options == {"end": "newline"}
+    assert processor.tokenizer.convert_tokens_to_ids(newline) in released.stop_ids()
+
+
 def test_image_placeholder_keeps_the_newline(models):
     """Phi's reserved tokens swallow the white space behind them; the image's must not."""
     _, _, processor, _ = models("phi3")

@@ -252,7 +252,7 @@ def test_convert_and_diff_commands(converted, tmp_path, capsys):
         (["{src}", "{new}", "--to", "original", "--license", "mit"], "--license does not apply to the original layout"),
         (["{src}", "--probe", "{src}/none.jsonl", "--template", "llama3", "--overwrite"], "only with DESTINATION"),
         (["{src}", "--probe", "{src}/none.jsonl"], "the file of references does not exist"),
-        (["{none}", "{new}"], "neither an existing file or folder"),
+        (["{none}", "{new}"], "there is no such file or folder"),
         (["{src}", "{new}", "--max-shard-size", "huge"], "is not a size"),
     ],
 )

@@ -52,14 +52,23 @@ def test_changed_tower_is_refused(pair):
         extract_adapter(model, base, rank=2)
 
 
+def test_weights_beyond_float16_are_refused(pair):
+    model, base = pair
+    with torch.no_grad():
+        model.model.language_model.norm.weight.fill_(1e5)
+    with pytest.raises(ValueError, match=r"norm\.weight contains numbers beyond the range of float16"):
+        extract_adapter(model, base, rank=2)
+
+
 def test_adapter_of_another_model_is_refused(pair):
     model, base = pair
     adapter, _ = extract_adapter(model, base, rank=2)
     with pytest.raises(ValueError, match="belongs to another"):
         apply_adapter(base, {"model.nowhere.weight.whole": torch.zeros(1)})
-    halves = {name: value for name, value in adapter.items() if not name.endswith("down")}
-    with pytest.raises(ValueError, match="without the other factor or the scale"):
-        apply_adapter(base, halves)
+    for kind in ("up", "down", "scale"):
+        halves = {name: value for name, value in adapter.items() if not name.endswith(kind)}
+        with pytest.raises(ValueError, match="without the other factor or the scale"):
+            apply_adapter(base, halves)
     wide = {name: torch.zeros(3) if name.endswith("whole") else value for name, value in adapter.items()}
     with pytest.raises(ValueError, match="of shape"):
         apply_adapter(base, wide)

@@ -1,10 +1,13 @@
 """`build_model`: saved parts become one self-contained model; errors are raised before anything is loaded."""
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -13,6 +16,7 @@ from transformers import (
     CLIPModel,
     Florence2Config,
     Florence2ForConditionalGeneration,
+    GPT2Config,
 )
 
 import florence_vl
@@ -118,6 +122,17 @@ def test_a_token_is_added_only_when_none_is_reserved(parts):
         ({"chat_template": "lama3"}, ValueError, "Did you mean 'llama3'"),
         ({"image_size": 352, "positions": "absolute"}, ValueError, "at most 320 pixels per side"),
         ({"feature_layers": {"last": -1}}, ValueError, "for a vision backbone"),
+        (
+            {"features": ["davit", "ocr"], "prompts": {"colors": "What?"}},
+            ValueError,
+            r"prompts \['colors'\] are not among",
+        ),
+        ({"image_token": "<|im_end|>"}, ValueError, "has another use"),
+        ({"image_token": "<pad>"}, ValueError, "has another use"),
+        ({"image_token": "<|im_start|>", "chat_template": "chatml"}, ValueError, "template 'chatml' writes it"),
+        ({"merge": 2, "views": {"glance": {"size": 96}}}, ValueError, "view 'glance': .* merge=2 does not divide"),
+        ({"views": {"large": {"size": 1280}}}, ValueError, "view 'large': .* context has 1024"),
+        ({"views": {"large": {"size": True}}}, ValueError, "must be pixels per side"),
     ],
 )
 def test_refusals(parts, change, error, message, monkeypatch):
@@ -154,3 +169,74 @@ def test_a_head_that_is_more_than_linear_is_refused(parts, tmp_path):
     tiny_processor().tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="scales or caps"):
         florence_vl.build_model(parts / "florence2", tmp_path)
+
+
+def test_other_words_for_a_prompt(parts):
+    model, _ = florence_vl.build_model(
+        parts / "florence2", parts / "llama", prompts={"caption": "hello there", "colors": "What?"}
+    )
+    assert model.config.features == ["davit", "caption", "ocr", "grounding", "colors"]
+    assert model.config.prompts["caption"] == "hello there"
+    assert model.config.prompt_token_ids["caption"] == tiny_processor().tokenizer("hello there")["input_ids"]
+
+
+@pytest.fixture
+def florence2(parts, tmp_path):
+    return shutil.copytree(parts / "florence2", tmp_path / "florence2")
+
+
+@pytest.mark.parametrize("text", ["{broken", "version https://git-lfs.github.com/spec/v1\noid sha256:0"])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("config.json", r"config\.json"),
+        ("preprocessor_config.json", r"preprocessor_config\.json"),
+        ("tokenizer.json", "tokenizer of .*florence2 is damaged"),
+    ],
+)
+def test_a_damaged_file_of_a_part_is_not_taken_for_a_missing_one(parts, florence2, name, text, reason):
+    (florence2 / name).write_text(text)
+    with pytest.raises(ValueError, match=reason):
+        florence_vl.build_model(florence2, parts / "llama")
+
+
+def test_a_florence2_without_tokenizer_needs_the_vocabulary_whose_ids_are_known(parts, florence2):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (florence2 / name).unlink()
+    with pytest.raises(ValueError, match="this Florence-2 has no tokenizer"):
+        florence_vl.build_model(florence2, parts / "llama")
+
+
+def test_a_florence2_without_decoder_is_enough(parts, florence2):
+    whole, _ = florence_vl.build_model(florence2, parts / "llama")
+    file = florence2 / "model.safetensors"
+    unused = re.compile(r"language_model\.decoder\.|^lm_head\.")
+    save_file({n: x for n, x in load_file(file).items() if not unused.search(n)}, file, metadata={"format": "pt"})
+    model, _ = florence_vl.build_model(florence2, parts / "llama")
+    states = model.model.vision_tower.state_dict()
+    assert all(torch.equal(states[name], value) for name, value in whole.model.vision_tower.state_dict().items())
+
+
+def test_a_whole_florence_vl_is_no_vision_model(parts, tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="--to vision-tower"):
+        florence_vl.build_model(tmp_path, parts / "llama")
+
+
+def test_a_newline_that_ends_captions_stops_generation(parts):
+    options = {"chat_template": "plain", "chat_template_options": {"end": "newline"}}
+    model, processor = florence_vl.build_model(parts / "florence2", parts / "llama", **options)
+    assert processor.tokenizer.encode("\n")[0] in model.generation_config.eos_token_id
+
+
+def test_an_llm_whose_table_has_another_name(parts, tmp_path):
+    fields = {"vocab_size": 512, "n_embd": 48, "n_layer": 2, "n_head": 4}
+    AutoModelForCausalLM.from_config(GPT2Config(**fields)).save_pretrained(tmp_path / "gpt2")
+    tiny_processor().tokenizer.save_pretrained(tmp_path / "gpt2")
+    model, _ = florence_vl.build_model(parts / "florence2", tmp_path / "gpt2")
+    assert model.config.tie_word_embeddings
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    ids = torch.tensor([[4, 5, 6]])
+    assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from florence_vl.model.head import LanguageHead
 from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
 from florence_vl.model.tiny import tiny_config, tiny_model
 
@@ -71,6 +72,7 @@ def test_embeddings_can_be_resized_and_tied(tied, tmp_path):
     model.resize_token_embeddings(rows + 10)
     assert model.config.text_config.vocab_size == rows + 10
     assert model.get_output_embeddings().weight.shape[0] == rows + 10
+    assert isinstance(model.lm_head, LanguageHead), "the loss of a plain layer needs all logits at once"
     torch.testing.assert_close(model(**batch).logits[..., :rows], before)
     model.save_pretrained(tmp_path)
     loaded = FlorenceVLForConditionalGeneration.from_pretrained(tmp_path).eval()

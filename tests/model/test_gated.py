@@ -144,3 +144,9 @@ def test_other_models_get_no_question():
     _, processor = tiny_model()
     batch = processor.apply_chat_template(chat("How many?"), tokenize=True, return_dict=True, return_tensors="pt")
     assert "question_ids" not in batch
+
+
+@pytest.mark.parametrize("context", [None, "none", "image", "question"])
+def test_the_processor_gives_the_question_to_the_fusions_that_use_it(context):
+    model, processor = tiny_model(fusion="gated", gate={"context": context})
+    assert processor.question_context == model.model.fusion.uses_context == (context in (None, "question"))

@@ -38,6 +38,11 @@ def reference(image, side, background=(123, 116, 103)):
     return ((pixels - MEAN) / STD).transpose(2, 0, 1).astype(np.float32)
 
 
+def test_tiles_are_completed():
+    images = FlorenceVLImageProcessor(size=64, tiles={"max": 4, "size": 64})
+    assert images.tiles == {"max": 4, "global": True, "size": 64}
+
+
 @pytest.mark.parametrize("size", [(200, 120), (120, 200), (96, 96), (301, 299), (640, 3), (3, 640), (1, 1)])
 def test_pad_equals_plain_pil(size):
     image = noise(*size)

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageTextToText
 
-from florence_vl import FlorenceVLForConditionalGeneration
+from florence_vl import FlorenceVLForConditionalGeneration, FlorenceVLProcessor
 from florence_vl.model.loading import load_model
 from florence_vl.model.tiny import tiny_model
 
@@ -146,3 +148,68 @@ def test_damage_is_a_value_error_that_names_the_file_or_folder(folder, name, cha
     with pytest.raises(ValueError, match=message) as error:
         load_model(folder, "cpu")
     assert str(folder) in str(error.value)
+
+
+def test_other_files_of_the_folder_are_not_read(folder):
+    (folder / "notes.json").write_text("[1, 2]")
+    (folder / "photo.png").write_text(POINTER)
+    (folder / "router.safetensors").write_text(POINTER)
+    load_model(folder, "cpu")
+
+
+def test_the_processor_is_of_the_same_revision_as_the_weights(folder, monkeypatch):
+    found = {}
+    load = FlorenceVLProcessor.from_pretrained
+
+    def record(path, **options):
+        found.update(options)
+        return load(path, **options)
+
+    monkeypatch.setattr(FlorenceVLProcessor, "from_pretrained", record)
+    load_model(folder, "cpu", revision="abc", local_files_only=True, attn_implementation="eager")
+    assert found == {"revision": "abc", "local_files_only": True}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"fusion": "gated"},
+        {"mean_token": "all"},
+        {"views": {"glance": {"size": 32, "features": ["davit"]}}},
+        {"tiles": {"max": 4}},
+    ],
+)
+def test_the_processor_follows_changed_fields(folder, fields):
+    model, processor = load_model(folder, "cpu", **fields)
+    view = "glance" if "views" in fields else "full"
+    image = Image.new("RGB", (150, 90), "red")
+    chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]}]
+    inputs = processor.apply_chat_template(chat, view=view, tokenize=True, return_dict=True, return_tensors="pt")
+    assert ("question_ids" in inputs) == (fields.get("fusion") == "gated")
+    assert model(**inputs).logits.isfinite().all()
+
+
+def test_a_shorter_context_of_a_saved_processor_is_kept(folder):
+    path = folder / "processor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "context_length": 100}))
+    assert load_model(folder, "cpu")[1].context_length == 100
+    path.write_text(json.dumps({**json.loads(path.read_text()), "context_length": None}))
+    assert load_model(folder, "cpu")[1].context_length == 1024
+
+
+def test_dtype_and_device_as_torch_has_them(folder):
+    model, _ = load_model(folder, torch.device("cpu"), torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="unknown dtype 'int8'"):
+        load_model(folder, "cpu", torch.int8)
+
+
+def test_a_position_grid_given_as_a_list_is_that_of_the_images(folder, caplog):
+    model, _ = load_model(folder, "cpu", position_grid=[2, 2])
+    transformers.logging.enable_propagation()
+    try:
+        model.get_image_features(torch.zeros(1, 3, 64, 64))
+    finally:
+        transformers.logging.disable_propagation()
+    assert model.config.position_grid == (2, 2)
+    assert "trained for" not in caplog.text

@@ -169,6 +169,10 @@ def test_packed_rows_equal_separate_rows(model):
     together = model(input_ids=packed, pixel_values=pixels(), position_ids=positions).logits[0]
     alone = [model(input_ids=IDS[i : i + 1], pixel_values=pixels()[i : i + 1]).logits[0] for i in range(2)]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="use_cache=True is not for packed rows"):
+        model(input_ids=packed, pixel_values=pixels(), position_ids=positions, use_cache=True)
+    one = model(input_ids=IDS, pixel_values=pixels(), position_ids=positions[:, :8], use_cache=True)
+    torch.testing.assert_close(one.logits, torch.stack(alone), atol=1e-5, rtol=0)
 
 
 def test_frozen_parts_stay_in_eval_whatever_is_called():

@@ -15,7 +15,16 @@ from PIL import Image
 
 from florence_vl.model import pictures
 from florence_vl.model.image_processing import FlorenceVLImageProcessor
-from florence_vl.model.pictures import UPLOADS, MediaPolicy, fetch, image_size, is_public, media_policy, open_image
+from florence_vl.model.pictures import (
+    UPLOADS,
+    MediaPolicy,
+    data_url,
+    fetch,
+    image_size,
+    is_public,
+    media_policy,
+    open_image,
+)
 
 
 def png(width=4, height=3, color=(1, 2, 3)):
@@ -78,6 +87,22 @@ def tiff(tile):
     start = 8 + 2 + 12 * len(tags) + 4
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, start if tag == 324 else value) for tag, value in tags)
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data
+
+
+def test_what_is_left_of_a_common_limit_is_checked_from_the_header(monkeypatch):
+    small = png()
+    assert open_image(small, max_pixels=12).size == (4, 3)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it is decoded"))
+    with pytest.raises(ValueError, match="4x3 pixels, but only 11 are left of the limit"):
+        open_image(small, max_pixels=11)
+
+
+def test_a_data_url_is_white_behind_transparent_pixels():
+    for image in (Image.new("RGBA", (8, 4), (0, 0, 0, 0)), Image.new("LA", (8, 4), (0, 0))):
+        assert open_image(data_url(image)).getpixel((0, 0)) == (255, 255, 255)
+    image = Image.new("RGB", (8, 4), (1, 2, 3))
+    assert open_image(data_url(image, longest=4)).size == (4, 2)
+    assert image.size == (8, 4)
 
 
 def test_a_tile_larger_than_its_image_is_refused(monkeypatch):
@@ -220,6 +245,25 @@ def test_sizes_come_from_the_header_upright():
     assert open_image(file.getvalue()).size == (4, 6)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["TIFF", "JPEG", "PNG", "WEBP"])
+def test_the_size_from_the_header_is_that_of_the_opened_image(format, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.new("RGB", (6, 4)).save(file, format, exif=exif.tobytes())
+    data = [file.getvalue()]
+    if format == "PNG":  # the same with the EXIF chunk behind the pixels, where it is not read
+        start = data[0].index(b"eXIf") - 4
+        end = start + 12 + int.from_bytes(data[0][start : start + 4], "big")
+        rest = data[0][:start] + data[0][end:]
+        data.append(rest[:-12] + data[0][start:end] + rest[-12:])
+        assert open_image(data[1]).size == (6, 4)
+    for source in [*data, Image.open(file)]:
+        assert image_size(source) == open_image(source).size[::-1] == image_size(source)
+    assert open_image(data[0]).size == ((4, 6) if orientation > 4 else (6, 4))
+
+
 def test_files_only_below_the_allowed_folders(tmp_path):
     (tmp_path / "in").mkdir()
     inside, outside = tmp_path / "in" / "a.png", tmp_path / "b.png"
@@ -272,6 +316,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.path.startswith("/to/"):
             self.send_response(302)
             self.send_header("Location", self.path[4:])
+            self.end_headers()
+        elif self.path == "/raw":  # UTF-8 as it is
+            self.send_response(302)
+            self.send_header("Location", "/caf\u00e9.png".encode().decode("latin-1"))
             self.end_headers()
         elif self.path == "/big.png":
             self.send_response(200)
@@ -330,6 +378,21 @@ def test_allowed_addresses_are_fetched_and_redirects_checked(server):
         fetch("http://a:b@127.0.0.1/", policy)
     with pytest.raises(ValueError, match="took too long"):
         fetch(f"{server}/ok.png", MediaPolicy(allowed_domains=("127.0.0.1",), allow_private=True, timeout=0))
+
+
+def test_other_characters_of_a_url_are_percent_encoded(server):
+    policy = MediaPolicy(allowed_domains=("127.0.0.1",), allow_private=True)
+    for path in ("/caf\u00e9.png?q=\u00e9 x", "/raw", "/caf%C3%A9.png"):
+        with pytest.raises(ValueError, match="answered 404"):
+            fetch(f"{server}{path}", policy)
+    assert Handler.asked == ["/caf%C3%A9.png?q=%C3%A9%20x", "/raw", "/caf%C3%A9.png", "/caf%C3%A9.png"]
+
+
+@pytest.mark.parametrize("domain", ["https://a.org", "a.org/", "a.org:443", "*.a.org", "a.org.", "[::1]", ""])
+def test_domains_that_match_nothing_are_refused(domain):
+    with pytest.raises(ValueError, match="give the host alone"):
+        MediaPolicy(allowed_domains=("b.org", domain))
+    assert MediaPolicy(allowed_domains=("a.org", ".a.org", "b\u00fccher.example", "::1")).allowed_domains
 
 
 def test_a_name_is_resolved_once_and_the_checked_address_is_used(server, monkeypatch):

@@ -62,6 +62,24 @@ def test_no_size_limit_with_resampled_positions():
     assert other.model.vision_tower(torch.randn(1, 3, 64, 640))["ocr"].shape == (1, 40, 32)
 
 
+@pytest.mark.parametrize("positions", ["absolute", "resampled"])
+def test_new_prompts_are_checked_before_the_encoder_runs(positions):
+    config = tiny_config(positions=positions, position_grid=[2, 2])
+    tower = FlorenceVLForConditionalGeneration(config).eval().model.vision_tower
+    text = config.vision_config.text_config
+    room = text.max_position_embeddings - 5  # the mean token and 2x2
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert tower.prompt_features(pixels, [[5] * room])[0].shape == (1, 4, 32)
+        with pytest.raises(
+            ValueError, match=rf"takes 5 positions and the longest prompt {room + 1}.*horten the prompts"
+        ):
+            tower.prompt_features(pixels, [[5], [5] * (room + 1)])
+        for token in (-1, text.vocab_size):
+            with pytest.raises(ValueError, match=r"ids outside \[0, .*own tokenizer"):
+                tower.prompt_features(pixels, [[token]])
+
+
 def test_absolute_positions_warn_of_another_size(caplog, monkeypatch):
     from transformers.utils import logging
 

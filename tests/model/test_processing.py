@@ -1,5 +1,6 @@
 """The processor counts image tokens, rejects too long input, never truncates an image, and saves and loads."""
 
+import base64
 import pickle
 
 import numpy as np
@@ -189,6 +190,32 @@ def test_mm_token_type_ids_and_replacement_offsets(processor):
     assert out["text_replacement_offsets"][0][0]["new_span"] == (0, 28)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": "do_not_pad"},
+        {"padding": True, "pad_to_multiple_of": 8},
+        {"padding": "longest", "truncation": "do_not_truncate", "max_length": 5},
+        {"padding": "max_length"},
+        {"truncation": "do_not_truncate", "max_length": 5},
+        {"truncation": True},
+        {"truncation": "longest_first", "max_length": 5},
+        {"max_length": 5},
+        {"padding": True, "return_special_tokens_mask": True, "return_length": True, "return_offsets_mapping": True},
+        {"padding": True, "return_token_type_ids": True, "return_mm_token_type_ids": True},
+    ],
+)
+def test_options_mean_the_same_for_text_with_a_break(processor, options):
+    texts = ["a b", "a b c d " * (400 if options.get("truncation") is True else 1) + "e f"]
+    broken = [text[:-2] + BREAK + text[-2:] for text in texts]
+    expected, found = processor(text=texts, **options), processor(text=broken, **options)
+    for out in (expected, found):
+        assert all(
+            len(row) == len(ids) for row, ids in zip(out.pop("offset_mapping", []), out["input_ids"], strict=False)
+        )
+    assert found.data == expected.data
+
+
 # ---------------------------------------------------------------- typed control tokens
 
 
@@ -232,9 +259,14 @@ def test_string_content_and_continuing_an_answer(processor):
 
 def test_images_from_files(processor, tmp_path):
     picture().save(tmp_path / "a.png")
-    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes()):
+    data = (tmp_path / "a.png").read_bytes()
+    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), data, bytearray(data), memoryview(data)):
         out = processor.apply_chat_template(ask("?", source), tokenize=True, return_dict=True, return_tensors="pt")
         expected = processor.image_processor(picture(), return_tensors="pt")["pixel_values"]
+        assert torch.equal(out["pixel_values"], expected)
+    for text in (base64.b64encode(data).decode(), f"data:image/png;base64,{base64.b64encode(data).decode()}"):
+        chat = [{"role": "user", "content": [{"type": "image", "base64": text}]}]
+        out = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
         assert torch.equal(out["pixel_values"], expected)
     (tmp_path / "b.png").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"b\.png"):

@@ -52,6 +52,9 @@ def test_bad_sizes_and_budgets(arguments):
     ("wrong", "message"),
     [
         ({"tiles": 2}, "no tiles"),
+        ({"image_size": "96"}, "height and width in pixels"),
+        ({"image_size": -64}, "height and width in pixels"),
+        ({"aspect": "native", "token_budget": 1030}, "1029 tokens, but the LLM's context has 1024"),
         ({"image_size": 64 * 40}, "context"),
         ({"aspect": "nativ"}, "Did you mean"),
         ({"view": "glanse"}, "Did you mean"),
@@ -171,3 +174,35 @@ def test_a_budget_of_no_tokens_is_refused():
     _, processor = tiny_model()
     with pytest.raises(ValueError, match="token_budget and stride must be at least 1, found 0"):
         processor.image_processor(picture(64, 64), image_aspect_ratio="native", token_budget=0)
+
+
+def test_any_error_changes_nothing():
+    model, processor = tiny_model()
+    before = processor.image_processor.to_dict()
+    with pytest.raises(TypeError):
+        set_resolution(model, processor, image_size=96, aspect="native", token_budget="9")
+    assert processor.image_processor.to_dict() == before
+
+
+def test_no_image_has_more_tokens_than_the_largest():
+    for budget in (4, 7, 30, 57):
+        images = FlorenceVLImageProcessor(size=64, image_aspect_ratio="native", stride=32, token_budget=budget)
+        sides = range(200, 801, 25)
+        counts = {math.prod(images.output_size(height, width)) for height in sides for width in sides}
+        assert max(counts) <= math.prod(images.largest_size) <= budget * 32 * 32
+
+
+def test_towers_of_one_size_refuse_other_sizes_when_they_are_set():
+    views = {"glance": {"size": 32}}
+    model, processor = tiny_model(tower="clip_vision_model")
+    with pytest.raises(ValueError, match="this clip_vision_model accepts one size only"):
+        set_resolution(model, processor, aspect="native")
+    assert processor.image_processor.image_aspect_ratio == "pad"
+    model, processor = tiny_model(tower="clip_vision_model", views=views)
+    with pytest.raises(ValueError, match=r"view 'glance': .* accepts only 64x64"):
+        set_resolution(model, processor, view="glance")
+    model, processor = tiny_model(tower="clip_vision_model", tiles={"max": 4})
+    with pytest.raises(ValueError, match="at least 1, found 0"):
+        set_resolution(model, processor, tiles=0)
+    model, processor = tiny_model(tower="dinov2")
+    set_resolution(model, processor, aspect="native")

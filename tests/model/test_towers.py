@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModel, Florence2Config, Florence2ForConditionalGeneration
 
+from florence_vl.model.processing import ImageTokenRule
 from florence_vl.model.tiny import TINY_BACKBONES, TINY_PROMPT_IDS, tiny_config, tiny_florence2, tiny_model
 from florence_vl.model.towers import TOWERS, Florence2Tower, florence2
 
@@ -112,6 +113,8 @@ def test_bad_pixels():
     tower = Florence2Tower(tiny_config()).eval()
     with pytest.raises(ValueError, match=r"expected \(images, 3, height, width\)"):
         tower(torch.randn(3, 64, 64))
+    with pytest.raises(ValueError, match=r"shape \(0, 3, 64, 64\)"):
+        tower(torch.zeros(0, 3, 64, 64))
     with pytest.raises(ValueError, match="image 1 are not finite"):
         tower(torch.stack([torch.zeros(3, 64, 64), torch.full((3, 64, 64), float("nan"))]))
     with pytest.raises(ValueError, match="10 per axis"):
@@ -183,6 +186,38 @@ def test_backbone_refusals():
     with pytest.raises(ValueError, match="accepts only 64x64"):
         TOWERS["backbone"](tiny_config(tower="backbone")).num_tokens(96, 96)
     assert TOWERS["backbone"](tiny_config(tower="dinov2")).num_tokens(96, 128) == 12
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+SIZES |= {"image_size": 64, "patch_size": 16}
+
+
+@pytest.mark.parametrize("mean_token", ["grid", "all"])
+@pytest.mark.parametrize(
+    ("kind", "others"), [("vit", 1), ("deit", 2), ("ijepa", 0), ("aimv2_vision_model", 0), ("pixtral", 0)]
+)
+def test_tokens_before_the_grid(kind, others, mean_token):
+    vision = {"model_type": kind, **SIZES}
+    config = tiny_config(tower="clip_vision_model", vision_config=vision, mean_token=mean_token)
+    tower = TOWERS["backbone"](config).eval()
+    tokens = 16 + (others if mean_token == "all" else 0)
+    assert tower.num_tokens(64, 64) == ImageTokenRule.from_config(config).num_tokens(64, 64) == tokens
+    assert tower(torch.zeros(1, 3, 64, 64))["last"].shape == (1, tokens, 32)
+
+
+@pytest.mark.parametrize("kind", ["vit_mae", "swin", "sam_vision_model"])
+def test_backbones_without_a_token_per_patch_are_refused(kind):
+    vision = {"model_type": kind, **SIZES}
+    if kind == "swin":
+        vision = {"model_type": kind, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "image_size": 64}
+    tower = TOWERS["backbone"](tiny_config(tower="clip_vision_model", vision_config=vision)).eval()
+    with pytest.raises(ValueError, match=f"of this {kind} has shape .* one token per patch"):
+        tower(torch.zeros(1, 3, 64, 64))
+
+
+def test_convolutional_backbones_are_refused():
+    with pytest.raises(ValueError, match="a resnet cannot be a backbone: its config has no hidden_size"):
+        TOWERS["backbone"](tiny_config(tower="clip_vision_model", vision_config={"model_type": "resnet"}))
 
 
 @pytest.mark.parametrize("tower", ["florence2", "clip_vision_model"])

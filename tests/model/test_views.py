@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
+from florence_vl.model.router import Router, RouterConfig, save_routers, set_view
 from florence_vl.model.tiny import tiny_config, tiny_model
 
 VIEWS = {"glance": {"size": 32, "features": ["davit"]}, "read": {"features": ["davit", "ocr"]}}
@@ -122,3 +123,19 @@ def test_unknown_views_and_models_without(parts):
     model, _ = tiny_model()
     with pytest.raises(ValueError, match=r"config\.views is None"):
         model.get_image_features(torch.randn(1, 3, 64, 64), feature_mask=torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("text", ["{broken", "[1]", '{"question_dim": 48, "width": 3}'])
+def test_a_damaged_router_is_named(tmp_path, text):
+    (tmp_path / "router.json").write_text(text)
+    with pytest.raises(ValueError, match=r"router\.json is not"):
+        Router.load(tmp_path)
+
+
+def test_a_negative_trade_is_refused_before_the_first_image(parts, tmp_path):
+    model, processor = parts
+    costs = {"full": 1.0, "glance": 0.1}
+    save_routers(tmp_path, [Router(RouterConfig(question_dim=48, image_dim=32, costs=costs, thumbnail="glance"))])
+    with pytest.raises(ValueError, match="trade must be 0 or more, found -1"):
+        set_view(model, processor, tmp_path, view="auto", trade=-1)
+    assert set_view(model, processor, tmp_path, view="auto", trade=0).trade == 0

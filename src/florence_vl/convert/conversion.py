@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,10 @@ from florence_vl.convert.llm import convert_gguf, find_gguf
 from florence_vl.convert.plan import Plan
 from florence_vl.convert.processors import ReleasedProcessor
 from florence_vl.convert.shards import Checkpoint, Progress, parse_size
-from florence_vl.files import check_destination
+from florence_vl.files import check_destination, locate
 from florence_vl.registry import did_you_mean
 
 TARGETS = ("native", "original", "vision-tower")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
 _HUB_SKIP = ["checkpoint-*", "global_step*", "optimizer*", "scheduler*", "rng_state*", "training_args*"]
 
@@ -30,17 +28,13 @@ def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Path
     Raises:
         FileNotFoundError: Neither a path nor a reachable repository.
     """
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
-    if not _HUB_ID.fullmatch(str(source)):
-        raise FileNotFoundError(f"{source}: neither an existing file or folder nor a hub id (owner/name)")
+    found = locate(source, "checkpoint")
+    if isinstance(found, Path):
+        return found
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(str(source), revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SKIP)
-        )
+        return Path(snapshot_download(found, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SKIP))
     except Exception as error:  # the hub's client raises a dozen types, all meaning "not reachable"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(
@@ -181,12 +175,12 @@ def make_plan(
             if tower_source is not None and tower_source.config
             else florence2.config_from_shapes(infos)
         )
-        return _plan_tower(opened, fields, decoder)
+        return _plan_tower(opened, fields, decoder, found)
     if name == "florence-vl" and to == "vision-tower":
         _refuse("extracting a tower", tower=tower, tokenizer=tokenizer, template=template)
         if config.get("tower", "florence2") != "florence2":
             raise ValueError(f"{folder}: its tower is {config['tower']!r}, no Florence-2; load its backbone directly")
-        return _plan_tower(opened, config["vision_config"], decoder)
+        return _plan_tower(opened, config["vision_config"], decoder, folder)
     if name == "florence-vl" and to == "original":
         _refuse("writing the authors' layout", tower=tower, template=template)
         return florence_vl_plans.plan_to_original(
@@ -204,11 +198,13 @@ def make_plan(
     raise ValueError(f"{folder} is {LAYOUTS[name].title}: {to!r} is for a Florence-VL")
 
 
-def _plan_tower(opened: Source, fields: dict[str, Any], decoder: str | os.PathLike[str] | None) -> Plan:
+def _plan_tower(
+    opened: Source, fields: dict[str, Any], decoder: str | os.PathLike[str] | None, tower_folder: Path
+) -> Plan:
     other = open_source(decoder) if decoder is not None else None
     if other is not None and other.layout.name not in ("florence2", "florence2-microsoft"):
         raise ValueError(f"--decoder needs a Florence-2; {other.folder} is {other.layout.title}")
-    return florence2_plans.plan_vision_tower(opened, fields, other)
+    return florence2_plans.plan_vision_tower(opened, fields, other, tower_folder)
 
 
 def _refuse(what: str, **options: Any) -> None:

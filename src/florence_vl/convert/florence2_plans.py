@@ -11,12 +11,14 @@ from typing import Any
 from florence_vl.convert import florence2, florence_vl
 from florence_vl.convert.layouts import Source
 from florence_vl.convert.plan import DROPPED_FILE, ORIGINAL_FOLDER, Copy, Move, Op, Plan, Rows, Transpose, Zeros
-from florence_vl.convert.shards import Checkpoint, read_json, write_json
+from florence_vl.convert.processors import image_settings
+from florence_vl.convert.shards import Checkpoint, few, write_json
+from florence_vl.files import read_json
 
 DECODER = ("model.language_model.decoder.",)
 NO_DECODER_NOTE = (
-    "the decoder is omitted: the tower is complete, but transformers initializes the decoder randomly when "
-    "Florence2ForConditionalGeneration loads the folder. Pass --decoder FLORENCE2 to add one"
+    "the decoder is omitted: the tower is complete, but Florence2ForConditionalGeneration initializes the decoder "
+    "randomly when it loads the folder. --to vision-tower adds one with --decoder FLORENCE2"
 )
 GENERATION_FIELDS = (
     "num_beams",
@@ -83,27 +85,40 @@ def plan_native(checkpoint: Checkpoint, config: Mapping[str, Any], layout: str) 
         fields["image_token_id"] = vocab_size
         fields["text_config"]["vocab_size"] = rows = florence2.padded_vocab_size(vocab_size)
         _add_florence2(plan, checkpoint, "", rows)
-        if not any(move.target.startswith(DECODER) for move in plan.moves):
-            plan.notes.append(NO_DECODER_NOTE)
         plan.settings = {"image_token_id": vocab_size, "embedding_rows": f"{vocab_size} -> {rows} (mean rows)"}
         plan.keep_folder = keep_small_files(checkpoint.folder)
     else:
-        fields = {k: config[k] for k in ("vision_config", "text_config", "image_token_id") if k in config}
-        kept = next((n for n in florence2.EMBEDDING_COPIES if n in checkpoint), florence2.SHARED)
-        reasons, exact, notes = florence2.embedding_report(checkpoint, florence2.EMBEDDING_COPIES, kept)
-        plan.notes += notes
-        for name in checkpoint.tensors:
-            if name in reasons:
-                plan.drop(name, reasons[name], checkpoint, copy_of=kept if name in exact else None)
-            else:
-                plan.moves.append(Move(florence2.SHARED if name == kept else name, name, checkpoint))
+        known = ("vision_config", "text_config", "image_token_id", "tie_word_embeddings")
+        fields = {key: config[key] for key in known if key in config}
     native = build_config(Florence2Config, **fields)
     native.architectures = ["Florence2ForConditionalGeneration"]
     native.dtype = checkpoint.main_dtype
+    expected = expected_shapes(Florence2ForConditionalGeneration, native)
+    if not microsoft:
+        _add_native(plan, checkpoint, expected)
+    if not any(move.target.startswith(DECODER) for move in plan.moves):
+        plan.notes.append(NO_DECODER_NOTE)
     plan.account(checkpoint)
-    plan.check(expected_shapes(Florence2ForConditionalGeneration, native), optional=DECODER)
+    plan.check(expected, optional=DECODER)
     plan.files += [native.save_pretrained, _florence2_files(checkpoint.folder, config, native)]
     return plan
+
+
+def _add_native(plan: Plan, checkpoint: Checkpoint, expected: Mapping[str, Any]) -> None:
+    """Plan transformers' own tensors; copies that the config ties must be equal, the others are kept."""
+    tied = [name for name in florence2.EMBEDDING_COPIES if name in checkpoint and name not in expected]
+    kept = florence2.SHARED if florence2.SHARED in checkpoint or not tied else tied[0]
+    reasons, _, notes = florence2.embedding_report(checkpoint, tied, kept)
+    if notes:
+        raise ValueError(
+            f"{checkpoint.folder}: config.json ties these tensors, but {few(notes)}. Set tie_word_embeddings to false "
+            "in config.json (for the head), or in its text_config (for encoder and decoder)"
+        )
+    for name in checkpoint.tensors:
+        if name in reasons:
+            plan.drop(name, reasons[name], copy_of=kept)
+        else:
+            plan.moves.append(Move(florence2.SHARED if name == kept else name, name, checkpoint))
 
 
 def _add_florence2(plan: Plan, checkpoint: Checkpoint, prefix: str, rows: int) -> None:
@@ -143,21 +158,39 @@ def _florence2_files(folder: Path, config: Mapping[str, Any], native: Any) -> An
         defaults["decoder_start_token_id"] = bart.decoder_start_token_id
         fields = {k: v for k, v in fields.items() if k not in ("transformers_version", "_from_model_config")}
         GenerationConfig(**{**defaults, **fields}).save_pretrained(target)
-        write_florence2_processor(folder, target, native.image_token_id)
+        write_florence2_processor(folder, target, native.image_token_id, image_settings(folder))
 
     return write
 
 
-def write_florence2_processor(folder: Path, target: Path, image_token_id: int) -> bool:
-    """Write transformers' `Florence2Processor` from a folder's BART tokenizer; False if it has none.
+def write_florence2_processor(
+    folder: Path | None, target: Path, image_token_id: int, images: Mapping[str, Any]
+) -> bool:
+    """Write transformers' `Florence2Processor` from a folder's BART tokenizer.
+
+    Args:
+        folder: Folder of the tokenizer.
+        target: Folder to write.
+        image_token_id: Id of `<image>`.
+        images: From `image_settings`; if empty, those of the released Florence-2.
+
+    Returns:
+        Whether there is a tokenizer. Without one, only the image processor is written, if `images` is not empty.
 
     Raises:
         ValueError: The id of `<image>` would differ from its row in the embedding.
     """
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        return False
     from transformers import AutoTokenizer, BartConfig, CLIPImageProcessorPil, Florence2Processor
 
+    settings = {"size": {"height": 768, "width": 768}, "do_center_crop": False, "resample": 3}
+    settings |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    known = (*settings, "do_resize", "do_normalize", "do_rescale")
+    image_processor = CLIPImageProcessorPil(**{**settings, **{k: v for k, v in images.items() if k in known}})
+    image_processor.image_seq_length = 577
+    if folder is None or not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        if images:
+            image_processor.save_pretrained(target)
+        return False
     tokenizer = AutoTokenizer.from_pretrained(folder, config=BartConfig(), trust_remote_code=False)
     if "<image>" not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
@@ -169,24 +202,6 @@ def write_florence2_processor(folder: Path, target: Path, image_token_id: int) -
         )
     tokenizer.image_token = "<image>"
     tokenizer.image_token_id = found
-    images = {"size": {"height": 768, "width": 768}, "do_center_crop": False, "resample": 3}
-    path = folder / "preprocessor_config.json"
-    if path.is_file():
-        known = (
-            "size",
-            "resample",
-            "image_mean",
-            "image_std",
-            "do_resize",
-            "do_normalize",
-            "do_rescale",
-            "do_center_crop",
-        )
-        images |= {k: v for k, v in read_json(path).items() if k in known}
-    else:
-        images |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-    image_processor = CLIPImageProcessorPil(**images)
-    image_processor.image_seq_length = 577
     Florence2Processor(image_processor=image_processor, tokenizer=tokenizer).save_pretrained(target)
     return True
 
@@ -198,21 +213,31 @@ def plan_microsoft(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Plan:
     bit.
 
     Raises:
-        ValueError: Tensors have no name in that layout.
+        ValueError: Tensors are missing or unknown, copies of the embedding differ, or the vocabulary was enlarged.
     """
     plan = Plan("Microsoft Florence-2", str(checkpoint.folder), "florence2")
+    native = plan_native(checkpoint, config, "florence2")
+    plan.notes += native.notes
     original = checkpoint.folder / ORIGINAL_FOLDER
     facts = read_json(original / "layout.json") if (original / "layout.json").is_file() else {}
     text = dict(config["text_config"])
     image_token_id = config.get("image_token_id", 51289)
     rows = facts.get("vocab_size", min(image_token_id, text["vocab_size"]))
-    kept = next((n for n in florence2.EMBEDDING_COPIES if n in checkpoint), florence2.SHARED)
+    if text["vocab_size"] > florence2.padded_vocab_size(rows):
+        raise ValueError(
+            f"{checkpoint.folder}: its embedding has {text['vocab_size']} rows, but Microsoft's layout only the {rows} "
+            "before <image>: the tokens after it would be lost"
+        )
+    kept = next(move.source for move in native.moves if move.target == florence2.SHARED)
+    reasons, _, notes = florence2.embedding_report(checkpoint, florence2.EMBEDDING_COPIES, kept)
+    if notes:
+        raise ValueError(f"{checkpoint.folder}: Microsoft's code ties these tensors, but {few(notes)}")
     embedding = facts.get("embedding", "language_model.model.shared.weight")
     for name in checkpoint.tensors:
         if name == kept:
             plan.moves.append(Move(embedding, name, checkpoint, Rows(rows)))
-        elif name in florence2.EMBEDDING_COPIES:
-            plan.drop(name, f"a copy of {kept}", copy_of=kept)
+        elif name in reasons:
+            plan.drop(name, reasons[name], copy_of=kept)
         elif (target := florence2.native_to_microsoft(name)) is not None:
             op = Transpose() if target == florence2.TRANSPOSED else Copy()
             plan.moves.append(Move(target, name, checkpoint, op))
@@ -241,13 +266,16 @@ def restore(plan: Plan, original: Path, facts: Mapping[str, Any], by_target: Map
         plan.moves.append(Move(name, move.source, move.checkpoint, move.op))
 
 
-def plan_vision_tower(source: Source, tower_fields: Mapping[str, Any], decoder: Source | None) -> Plan:
+def plan_vision_tower(
+    source: Source, tower_fields: Mapping[str, Any], decoder: Source | None, tower_folder: Path
+) -> Plan:
     """The tower of a Florence-VL as a plain transformers Florence-2.
 
     Args:
         source: A Florence-VL in this package's or the authors' layout.
         tower_fields: `Florence2Config` fields of its tower.
-        decoder: A Florence-2 whose decoder is used; None uses the checkpoint's own, if it has one.
+        decoder: A Florence-2 whose decoder and tokenizer are used; None uses the checkpoint's own, if it has them.
+        tower_folder: Folder of the tower's image settings and, in the authors' layout, of its tokenizer.
 
     Raises:
         ValueError: The widths of decoder and tower differ.
@@ -257,7 +285,8 @@ def plan_vision_tower(source: Source, tower_fields: Mapping[str, Any], decoder: 
     checkpoint, layout = source.checkpoint, source.layout.name
     plan = Plan("transformers Florence-2", str(checkpoint.folder), layout)
     fields = json.loads(json.dumps({k: tower_fields[k] for k in ("vision_config", "text_config")}))
-    fields["text_config"].pop("dtype", None)
+    for key in ("dtype", "tie_word_embeddings"):  # the tower has one embedding
+        fields["text_config"].pop(key, None)
     infos = checkpoint.tensors
     if layout == "florence-vl-original":
         prefix = florence_vl.ORIGINAL_TOWER
@@ -285,9 +314,15 @@ def plan_vision_tower(source: Source, tower_fields: Mapping[str, Any], decoder: 
                     plan.moves.append(Move(native, name, checkpoint))
         side = checkpoint.folder / ORIGINAL_FOLDER / DROPPED_FILE
         if decoder is None and side.is_file():
-            _add_decoder(plan, Checkpoint(side.parent, DROPPED_FILE), "florence-vl-original", fields["text_config"], {})
+            own = Checkpoint(side.parent, DROPPED_FILE)
+            found = decoder_tensors(plan, own, fields["text_config"]["d_model"])
+            plan.moves += [Move(native, name, own) for native, name in found.items()]
     if decoder is not None:
-        _add_decoder(plan, decoder.checkpoint, decoder.layout.name, fields["text_config"], decoder.config)
+        theirs = dict(decoder.config.get("text_config") or {})
+        sizes = ("decoder_layers", "decoder_ffn_dim", "decoder_attention_heads")
+        fields["text_config"] |= {key: theirs[key] for key in sizes if key in theirs}
+        found = decoder_tensors(plan, decoder.checkpoint, fields["text_config"]["d_model"])
+        plan.moves += [Move(native, name, decoder.checkpoint) for native, name in found.items()]
     if not any(move.target.startswith(DECODER) for move in plan.moves):
         plan.notes.append(NO_DECODER_NOTE)
     fields["text_config"]["vocab_size"] = rows
@@ -296,37 +331,45 @@ def plan_vision_tower(source: Source, tower_fields: Mapping[str, Any], decoder: 
     native.dtype = checkpoint.main_dtype
     plan.check(expected_shapes(Florence2ForConditionalGeneration, native), optional=DECODER)
     plan.files.append(native.save_pretrained)
-    with_tokenizer = decoder.folder if decoder is not None else checkpoint.folder / "vision_tower"
+    with_tokenizer = tower_folder if layout == "florence-vl-original" else None  # ours has the LLM's tokenizer
+    images = image_settings(tower_folder)
+    if decoder is not None:
+        with_tokenizer, images = decoder.folder, images or image_settings(decoder.folder)
 
     def write_processor(folder: Path) -> None:
-        if not write_florence2_processor(with_tokenizer, folder, vocab_size):
-            plan.notes.append("no Florence-2 tokenizer was available, so no processor was written")
+        if not write_florence2_processor(with_tokenizer, folder, vocab_size, images):
+            what = "only the image processor" if images else "no processor"
+            plan.notes.append(f"no Florence-2 tokenizer was available, so {what} was written")
 
     plan.files.append(write_processor)
     return plan
 
 
-def _add_decoder(plan: Plan, decoder: Checkpoint, layout: str, text: dict[str, Any], config: Mapping[str, Any]) -> None:
-    found = 0
+def decoder_tensors(plan: Plan, decoder: Checkpoint, width: int) -> dict[str, str]:
+    """The decoder of a Florence-2 in any layout, without the word embedding: transformers' name -> its name.
+
+    Args:
+        plan: Receives notes about an embedding and a head that differ.
+        decoder: A Florence-2, or the side file of a conversion.
+        width: Width of the tower's encoder.
+
+    Raises:
+        ValueError: There is no decoder, or it has another width.
+    """
+    names: dict[str, str] = {}
     for name in decoder.tensors:
-        if layout == "florence2":
-            native: str | None = name
-        elif layout == "florence2-microsoft":
-            native = florence2.microsoft_to_native(name)
-        else:
-            at = name.removeprefix(florence_vl.ORIGINAL_TOWER)
-            native = florence2.microsoft_to_native(at) if at != name else None
-        if native is not None and native.startswith(DECODER) and native not in florence2.EMBEDDING_COPIES:
-            plan.moves.append(Move(native, name, decoder))
-            found += 1
+        microsoft = name.removeprefix(florence_vl.ORIGINAL_TOWER)
+        native = name if florence2.native_to_microsoft(name) else florence2.microsoft_to_native(microsoft)
+        if native is not None:
+            names[native] = name
+    copies = [names[name] for name in florence2.EMBEDDING_COPIES if name in names]
+    if copies and names.get(florence2.SHARED) == copies[0]:
+        notes = florence2.embedding_report(decoder, copies, copies[0])[2]
+        plan.notes += [f"{decoder.folder}: {note}; the tower's own embedding is used" for note in notes]
+    found = {n: name for n, name in names.items() if n.startswith(DECODER) and n not in florence2.EMBEDDING_COPIES}
     if not found:
         raise ValueError(f"{decoder.folder} contains no decoder of a Florence-2")
-    theirs = dict(config.get("text_config") or {})
-    width = theirs.get("d_model", text["d_model"])
-    if width != text["d_model"]:
-        raise ValueError(
-            f"the decoder of {decoder.folder} has width {width}, this tower {text['d_model']}: another size"
-        )
-    for key in ("decoder_layers", "decoder_ffn_dim", "decoder_attention_heads"):
-        if key in theirs:
-            text[key] = theirs[key]
+    norm = found.get(f"{DECODER[0]}layernorm_embedding.weight")
+    if norm is not None and (theirs := decoder.tensors[norm].shape[0]) != width:
+        raise ValueError(f"the decoder of {decoder.folder} has width {theirs}, this tower {width}: another size")
+    return found

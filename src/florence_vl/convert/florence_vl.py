@@ -200,21 +200,26 @@ def add_llm_and_projector(plan: Plan, checkpoint: Checkpoint, config: Mapping[st
             continue
         target, op = found
         if name == "lm_head.weight" and tied:
-            _drop_tied_head(plan, checkpoint)
+            drop_tied_head(plan, checkpoint, "model.embed_tokens.weight")
             continue
         if target in (TEXT_EMBEDDING, "lm_head.weight") and info.shape[0] != vocab_size:
             op = Rows(vocab_size)
         plan.moves.append(Move(target, name, checkpoint, op))
 
 
-def _drop_tied_head(plan: Plan, checkpoint: Checkpoint) -> None:
-    reasons, exact, notes = florence2.embedding_report(checkpoint, ["lm_head.weight"], "model.embed_tokens.weight")
+def drop_tied_head(plan: Plan, checkpoint: Checkpoint, embedding: str) -> None:
+    """Omit the LLM's head, which must be a copy of the embedding.
+
+    Raises:
+        ValueError: They differ.
+    """
+    reasons, exact, notes = florence2.embedding_report(checkpoint, ["lm_head.weight"], embedding)
     if not exact:
         raise ValueError(
             f"config.json ties lm_head to the embedding, but they differ in the weights: {few(notes)}. "
             "Set tie_word_embeddings to false in config.json"
         )
-    plan.drop("lm_head.weight", reasons["lm_head.weight"], copy_of="model.embed_tokens.weight")
+    plan.drop("lm_head.weight", reasons["lm_head.weight"], copy_of=embedding)
 
 
 def original_config(
@@ -282,9 +287,11 @@ def check_expressible(config: Any, images: Mapping[str, Any], gates: Sequence[st
         gates: From `open_gates`.
 
     Raises:
-        ValueError: Tower, fusion, features, LLM, views or image sizes differ from theirs; the message names all
-            differences.
+        ValueError: Tower, fusion, features, prompts, LLM, views or image sizes differ from theirs; the message names
+            all differences.
     """
+    from florence_vl.model.configuration import FLORENCE2_PROMPT_IDS
+
     wrong = []
     if config.tower != "florence2":
         wrong.append(f"tower {config.tower!r} (theirs: 'florence2')")
@@ -293,8 +300,15 @@ def check_expressible(config: Any, images: Mapping[str, Any], gates: Sequence[st
             wrong.append(f"gates other than 1 ({few(list(gates))})")
     elif config.fusion != "channel":
         wrong.append(f"fusion {config.fusion!r} (theirs: 'channel')")
-    if sorted(config.features) != sorted(FEATURES):  # the order is a switch, not a part of their layout
+    if sorted(config.features) != sorted(FEATURES):  # in any order: `to original` reorders the projector's inputs
         wrong.append(f"features {list(config.features)} (theirs: {list(FEATURES)})")
+    prompts = [name for name in FEATURES[1:] if name in config.features]
+    other = [name for name in prompts if tuple(config.prompt_token_ids.get(name, ())) != FLORENCE2_PROMPT_IDS[name]]
+    if other:
+        wrong.append(f"other prompts for {few(other)} (theirs: the released ids, which are in their code)")
+    length = PARITY_SETTINGS["prompt_length"]
+    if config.prompt_padding == "attended" and config.prompt_length not in (None, length):
+        wrong.append(f"prompt_length {config.prompt_length} (theirs: {length})")
     if config.text_config.model_type not in ARCHITECTURES:
         wrong.append(f"LLM {config.text_config.model_type!r} (theirs: {', '.join(ARCHITECTURES)})")
     if config.projector_hidden_act != "gelu":

@@ -9,7 +9,8 @@ from typing import Any
 
 from florence_vl.convert import florence2, florence_vl
 from florence_vl.convert.plan import Copy, Op, Transpose
-from florence_vl.convert.shards import Checkpoint, few, read_json
+from florence_vl.convert.shards import Checkpoint, few
+from florence_vl.files import read_json
 from florence_vl.registry import Registry
 
 

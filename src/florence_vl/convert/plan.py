@@ -72,6 +72,20 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Columns:
+    """Equal blocks of columns in another order: block `order[i]` of the source is block `i`."""
+
+    order: tuple[int, ...]
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        blocks = tensor.chunk(len(self.order), 1)
+        return torch.cat([blocks[i] for i in self.order], 1)
+
+
+@dataclass(frozen=True)
 class Zeros:
     """Zeros of this shape, with the source's dtype."""
 
@@ -84,7 +98,7 @@ class Zeros:
         return tensor.new_zeros(self.size)
 
 
-Op = Copy | Transpose | Rows | Zeros
+Op = Copy | Transpose | Rows | Columns | Zeros
 
 
 @dataclass(frozen=True)
@@ -163,7 +177,7 @@ class Plan:
 
         Args:
             expected: Target name -> shape.
-            optional: Prefixes that may be missing.
+            optional: Prefixes of parts that may be missing as a whole.
 
         Raises:
             ValueError: A tensor is missing, unexpected, named twice or has another shape.
@@ -173,7 +187,8 @@ class Plan:
             if move.target in found:
                 raise ValueError(f"{move.target} would be written twice, the second time from {move.source}")
             found[move.target] = move.op.shape(move.checkpoint.tensors[move.source].shape)
-        missing = [n for n in expected if n not in found and not n.startswith(optional or ("\0",))]
+        absent = tuple(part for part in optional if not any(name.startswith(part) for name in found))
+        missing = [n for n in expected if n not in found and not n.startswith(absent)]
         unexpected = [n for n in found if n not in expected]
         wrong = [f"{n} {found[n]} instead of {expected[n]}" for n in found if n in expected and found[n] != expected[n]]
         problems = [

@@ -19,7 +19,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from florence_vl.convert.plan import REPORT_FILE
 from florence_vl.convert.processors import seams, with_lead
-from florence_vl.convert.shards import read_json, write_json
+from florence_vl.convert.shards import write_json
+from florence_vl.files import read_json
 from florence_vl.model.geometry import DAVIT
 
 MEAN_TOKENS = ("grid", "all", "grid_before_encoder")
@@ -167,7 +168,7 @@ def set_reading(model: Any, processor: Any, reading: Reading) -> Any:
     """Set a model's switches in place; returns a processor for them."""
     from florence_vl.model.chat_template import CHAT_TEMPLATES
     from florence_vl.model.fusion import build_fusion
-    from florence_vl.model.processing import FlorenceVLProcessor, ImageTokenRule
+    from florence_vl.model.processing import FlorenceVLProcessor
 
     config = model.config
     config.mean_token, config.prompt_padding = reading.mean_token, reading.prompt_padding
@@ -186,9 +187,8 @@ def set_reading(model: Any, processor: Any, reading: Reading) -> Any:
         processor.tokenizer,
         chat_template=with_lead(built, lead),
         image_token=processor.image_token,
-        image_token_rule=ImageTokenRule.from_config(config),
-        context_length=config.context_length,
-    )
+        context_length=processor.context_length,
+    ).fit(config)
 
 
 def template_of(folder: Path, processor: Any) -> str:

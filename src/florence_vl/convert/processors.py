@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from florence_vl.convert.shards import read_json
+from florence_vl.files import read_json
+from florence_vl.model.chat_template import CHAT_TEMPLATES, _own_bos, choose_template
 
 _BOS = re.compile(r'(\{%- set bos = "[^"\n]*)(" -%\})')  # lines written by `ChatTemplate.build`
 _IMAGE = re.compile(r'\{%- set image_token = "([^"\n]*)" -%\}')
@@ -37,7 +38,7 @@ class ReleasedProcessor:
         tokenizer: The checkpoint's tokenizer.
         config: Its config.json.
         template: Chat template by name; by default the one whose control tokens are in the vocabulary.
-        image_size: Height and width in pixels.
+        images: Size, mean and standard deviation of the image processor, if not those of the released weights.
         template_options: Options of the template; by default those that match the released code's tokenization.
         generation: Its generation_config.json.
         piece_prefix: Whether the released code's slow tokenizer put a space before each text piece.
@@ -49,7 +50,7 @@ class ReleasedProcessor:
     tokenizer: Any
     config: dict[str, Any]
     template: str | None = None
-    image_size: int = 768
+    images: dict[str, Any] = field(default_factory=dict)
     template_options: dict[str, Any] | None = None
     generation: dict[str, Any] = field(default_factory=dict)
     piece_prefix: bool = False
@@ -73,19 +74,17 @@ class ReleasedProcessor:
             ValueError: There is no tokenizer, or it is unreadable.
         """
         tokenizer = load_tokenizer(tokenizer_folder or folder, config.get("model_type", ""))
-        size = 768
-        if tower_folder is not None and (tower_folder / "preprocessor_config.json").is_file():
-            found = read_json(tower_folder / "preprocessor_config.json").get("size")
-            if isinstance(found, dict) and found.get("height") == found.get("width"):
-                size = found.get("height", size)
+        found = image_settings(tower_folder) if tower_folder is not None else {}
+        images: dict[str, Any] = {key: found[key] for key in ("image_mean", "image_std") if key in found}
+        size = found.get("size")
+        if isinstance(size, dict) and size.get("height", 0) == size.get("width"):
+            images["size"] = size
         path = folder / "generation_config.json"
         generation = read_json(path) if path.is_file() else {}
         prefix = has_piece_prefix(tokenizer_folder or folder)
-        return cls(tokenizer, config, template, size, template_options, generation, prefix)
+        return cls(tokenizer, config, template, images, template_options, generation, prefix)
 
     def __post_init__(self) -> None:
-        from florence_vl.model.chat_template import choose_template
-
         self.template = self.template or choose_template(self.tokenizer)
         if self.template_options is None:
             self.template_options = parity_options(self.template, self.tokenizer)
@@ -112,15 +111,14 @@ class ReleasedProcessor:
         return self._chosen
 
     def _free_token(self, rows: int) -> ImageToken:
-        from florence_vl.model.assemble import RESERVED_IMAGE_TOKENS, VOCABULARY_MULTIPLE
+        from florence_vl.model.assemble import RESERVED_IMAGE_TOKENS
 
         vocabulary = self.tokenizer.get_vocab()
         for token in RESERVED_IMAGE_TOKENS:
             if vocabulary.get(token, rows) < rows:
                 return ImageToken(token, vocabulary[token], rows)
         index = len(self.tokenizer)
-        multiple = VOCABULARY_MULTIPLE
-        return ImageToken("<image>", index, rows if index < rows else -(-(index + 1) // multiple) * multiple)
+        return ImageToken("<image>", index, rows if index < rows else enlarged_rows(index))
 
     def released_ids(self, question: str) -> list[int]:
         """Ids of one question about one image in the released code; the image is one placeholder.
@@ -147,7 +145,7 @@ class ReleasedProcessor:
         # another control token a fast tokenizer adds none either, so a literal space is equivalent.
         assert self._chosen is not None
         ids = self.tokenizer(f"{self._chosen.token} {text}", add_special_tokens=False)["input_ids"][1:]
-        bos = [self.tokenizer.bos_token_id] if adds_bos(self.tokenizer) else []
+        bos = [self.tokenizer.bos_token_id] if _own_bos(self.tokenizer) else []
         if len(ids) > 1 and ids[1] in self.tokenizer.all_special_ids and self._named_special(ids[1]):
             ids = ids[1:]
         return bos + ids
@@ -157,8 +155,6 @@ class ReleasedProcessor:
         return index in [*named, self.tokenizer.unk_token_id]
 
     def _build(self, newline: bool | None = None, after_image: str = "") -> str:
-        from florence_vl.model.chat_template import CHAT_TEMPLATES
-
         assert self._chosen is not None
         options = dict(self.template_options or {})
         template = CHAT_TEMPLATES[str(self.template)]
@@ -196,11 +192,11 @@ class ReleasedProcessor:
         return {"template": self.template, **(self.template_options or {}), "image_aspect_ratio": self.aspect_ratio}
 
     def stop_ids(self) -> list[int]:
-        """Ids that end an answer: the template's end token and the checkpoint's end tokens."""
-        from florence_vl.model.chat_template import CHAT_TEMPLATES
-
-        end = CHAT_TEMPLATES[str(self.template)].end_text(self.tokenizer)
-        ids = [self.tokenizer.convert_tokens_to_ids(end)]
+        """Ids that end an answer: the template's end if it is one token, and the checkpoint's end tokens."""
+        end = (self.template_options or {}).get("end", "eos")
+        end = CHAT_TEMPLATES[str(self.template)].end_text(self.tokenizer, end)
+        answer, ended = self.tokenizer(["a", f"a{end}"], add_special_tokens=False)["input_ids"]
+        ids = ended[len(answer) :] if len(ended) == len(answer) + 1 else []
         for found in (
             self.generation.get("eos_token_id"),
             self.config.get("eos_token_id"),
@@ -214,21 +210,17 @@ class ReleasedProcessor:
         from transformers import GenerationConfig
 
         from florence_vl.model.image_processing import FlorenceVLImageProcessor
-        from florence_vl.model.processing import FlorenceVLProcessor, ImageTokenRule, pad_left
+        from florence_vl.model.processing import FlorenceVLProcessor, pad_left
 
         assert self._chosen is not None
         pad_left(self.tokenizer)
         token = self._chosen.token
         processor = FlorenceVLProcessor(
-            FlorenceVLImageProcessor(
-                image_aspect_ratio=self.aspect_ratio, size={"height": self.image_size, "width": self.image_size}
-            ),
+            FlorenceVLImageProcessor(image_aspect_ratio=self.aspect_ratio, **self.images),
             self.tokenizer,
             chat_template=self._chat_template,
             image_token=token,
-            image_token_rule=ImageTokenRule.from_config(config),
-            context_length=config.context_length,
-        )
+        ).fit(config)
         if processor.image_token_id != config.image_token_id:
             raise ValueError(
                 f"the tokenizer gives {token!r} the id {processor.image_token_id}, expected {config.image_token_id}"
@@ -284,6 +276,16 @@ def load_tokenizer(folder: Path, model_type: str = "") -> Any:
     return tokenizer
 
 
+def image_settings(folder: Path) -> dict[str, Any]:
+    """Settings of a saved image processor; empty where there is none."""
+    for path in (folder / "processor_config.json", folder / "preprocessor_config.json"):
+        found = read_json(path) if path.is_file() else {}
+        found = found.get("image_processor", found)
+        if "size" in found:
+            return dict(found)
+    return {}
+
+
 def has_piece_prefix(folder: Path) -> bool:
     """Whether a folder's tokenizer is SentencePiece's slow one that puts a space before each text (`legacy: false`).
 
@@ -296,10 +298,11 @@ def has_piece_prefix(folder: Path) -> bool:
     return slow and config.get("legacy") is False and config.get("add_prefix_space") is not False
 
 
-def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer adds its begin token to every text."""
-    ids = tokenizer("a")["input_ids"]
-    return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+def enlarged_rows(index: int) -> int:
+    """Rows of an embedding that was enlarged for the new token `index`."""
+    from florence_vl.model.assemble import VOCABULARY_MULTIPLE
+
+    return -(-(index + 1) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def parity_options(template: str, tokenizer: Any) -> dict[str, Any]:
@@ -310,7 +313,7 @@ def parity_options(template: str, tokenizer: Any) -> dict[str, Any]:
     token is the newline after the image; with one that does, the llama3 template (which also writes one) gives two.
     """
     if template == "llama3":
-        own = adds_bos(tokenizer)
+        own = bool(_own_bos(tokenizer))
         return {"newline_after_image": own, "double_bos": own}
     if template == "plain":
         return {"end": "newline"}

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from florence_vl.files import LFS_POINTER
+from florence_vl.files import read_json, refuse_pointer
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -67,33 +67,6 @@ def num_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
     for size in shape:
         count *= size
     return count * dtype.itemsize
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; duplicate keys are an error.
-
-    Raises:
-        ValueError: The file is not JSON, not an object, or has a duplicate key.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        if twice:
-            raise ValueError(f"{path}: {few(twice)} named twice; the file is ambiguous, download it again")
-        return dict(pairs)
-
-    data = path.read_bytes()
-    if data.startswith(LFS_POINTER):
-        raise ValueError(f"{path} is a Git LFS pointer: fetch the files with `git lfs pull`")
-    try:
-        found = json.loads(data.decode(), object_pairs_hook=unique)
-    except RecursionError:
-        raise ValueError(f"{path}: not valid JSON (nested too deeply)") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: a JSON object is expected, found {type(found).__name__}")
-    return found
 
 
 class Checkpoint:
@@ -188,13 +161,11 @@ class Checkpoint:
             return self._open_file
         self.close()
         path = self.folder / file
+        refuse_pointer(path)
         if file.endswith(".safetensors"):
             try:
                 self._open_file = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                with path.open("rb") as begin:
-                    if begin.read(len(LFS_POINTER)) == LFS_POINTER:
-                        raise ValueError(f"{path} is a Git LFS pointer: fetch the files with `git lfs pull`") from None
                 raise ValueError(
                     f"{path}: truncated or damaged ({error}); it has {path.stat().st_size} bytes, download it again"
                 ) from error

@@ -68,6 +68,8 @@ def extract_adapter(
             raise ValueError(f"{name}, a weight of the tower, was trained: an adapter cannot change the tower")
         if "multi_modal_projector" in name or ".fusion." in name or change.ndim != 2:
             kept[name + WHOLE] = value.half().contiguous()
+            if not torch.isfinite(kept[name + WHOLE]).all():
+                raise ValueError(f"{name} contains numbers beyond the range of float16, in which an adapter stores it")
         else:
             changes[name] = change
     if not changes:
@@ -132,10 +134,12 @@ def apply_adapter(model: FlorenceVLForConditionalGeneration, adapter: Mapping[st
         if f".{kind}" == WHOLE:
             _check_shape(name, value.shape, target.shape, target.shape)
             target.copy_(value)
-        elif f".{kind}" == UP:
+        else:
             factors = {part: adapter[name + part] for part in (UP, DOWN, SCALE) if name + part in adapter}
             if len(factors) < 3:
                 raise ValueError(f"the adapter contains {key!r} without the other factor or the scale")
+            if f".{kind}" != UP:
+                continue
             found = tuple(2 * factors[part].shape[1] for part in (UP, DOWN))
             _check_shape(name, found, tuple(side + side % 2 for side in target.shape), target.shape)
             target.copy_(target.float() + _product(factors, target.shape).to(target.device))

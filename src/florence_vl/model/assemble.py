@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from florence_vl.model.build_config import BuildConfig
-from florence_vl.model.chat_template import CHAT_TEMPLATES, choose_template
+from florence_vl.model.chat_template import CHAT_TEMPLATES, ChatTemplate, choose_template
 from florence_vl.model.configuration import (
     BACKBONE_LAYERS,
     DBFUSION_FEATURES,
@@ -36,7 +35,7 @@ from florence_vl.model.parts import (
     read_preprocessing,
     vision_part,
 )
-from florence_vl.model.processing import FlorenceVLProcessor, ImageTokenRule, pad_left
+from florence_vl.model.processing import FlorenceVLProcessor, pad_left
 from florence_vl.model.resolution import check_context
 from florence_vl.model.tiles import RowEnd
 from florence_vl.model.views import FeatureFill
@@ -97,7 +96,8 @@ def build_model(
     fields = config_fields(build, vision_config, read_preprocessing(vision).size, lambda: prompt_tokenizer(vision))
     tokenizer, language_model = load_llm(llm, dtype, weights)
     weights_dtype = language_model.dtype
-    image_token = _prepare_vocabulary(tokenizer, language_model, build.image_token)
+    template = CHAT_TEMPLATES[build.chat_template or choose_template(tokenizer)]
+    image_token = _prepare_vocabulary(tokenizer, language_model, build.image_token, template)
     config = FlorenceVLConfig(
         text_config=language_model.config, image_token_id=tokenizer.convert_tokens_to_ids(image_token), **fields
     )
@@ -113,18 +113,16 @@ def build_model(
     if weights:
         _check_head(model, language_model)
 
-    template = CHAT_TEMPLATES[build.chat_template or choose_template(tokenizer)]
+    template_options = build.chat_template_options or {}
     processor = FlorenceVLProcessor(
         image_processor=_image_processor(vision, config, build.image_size),
         tokenizer=tokenizer,
         image_token=image_token,
-        image_token_rule=ImageTokenRule.from_config(config),
-        context_length=config.context_length,
-        question_context=model.model.fusion.uses_context,
-        chat_template=template.build(tokenizer, image_token=image_token, **(build.chat_template_options or {})),
-    )
+        chat_template=template.build(tokenizer, image_token=image_token, **template_options),
+    ).fit(config)
     check_context(model, processor)
-    model.generation_config = _generation_config(language_model, tokenizer, template.end_text(tokenizer))
+    end_ids = template.end_ids(tokenizer, template_options.get("end", "eos"))
+    model.generation_config = _generation_config(language_model, tokenizer, end_ids)
     model.suppress_image_token()
     return model, processor
 
@@ -181,6 +179,11 @@ def config_fields(
     Raises:
         ValueError: Options do not fit the vision model, or features are unknown.
     """
+    if vision_config.model_type == "florence_vl":
+        raise ValueError(
+            f"{build.vision} is a whole Florence-VL, not a vision model. Extract its tower: "
+            f"florence-vl convert {build.vision} NEW --to vision-tower"
+        )
     same = ("mean_token", "fusion", "gate", "merge", "tiles", "views", "projector_depth")
     fields: dict[str, Any] = {name: getattr(build, name) for name in same}
     if vision_config.model_type != "florence2":
@@ -196,15 +199,25 @@ def config_fields(
     if trained_size is not None:
         convolutions = davit_convolutions(vision_config.vision_config)
         fields["position_grid"] = convolved_size(trained_size, trained_size, convolutions)
+    if build.features and (unused := [name for name in build.prompts or {} if name not in build.features]):
+        raise ValueError(f"the prompts {unused} are not among the features {build.features}: name them there too")
     fields |= florence2_features(vision_config, build.features, build.prompts or {}, tokenizer())
     return fields | {"vision_config": vision_config}
 
 
-def _prepare_vocabulary(tokenizer: Any, llm: PreTrainedModel, image_token: str | None) -> str:
+def _prepare_vocabulary(tokenizer: Any, llm: PreTrainedModel, image_token: str | None, template: ChatTemplate) -> str:
     """Choose the image token and a padding token; enlarge the vocabulary only if no reserved token is left."""
     vocabulary = tokenizer.get_vocab()
+    used = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
+    used |= {template.bos, template.end, *template.control_tokens}
     if image_token is None:
-        image_token = next((token for token in RESERVED_IMAGE_TOKENS if token in vocabulary), "<image>")
+        free = (token for token in RESERVED_IMAGE_TOKENS if token in vocabulary and token not in used)
+        image_token = next(free, "<image>")
+    if image_token in used:
+        raise ValueError(
+            f"image_token {image_token!r} has another use: it begins, ends or pads texts, or the chat template "
+            f"{template.name!r} writes it. Name an unused token, or none to have one chosen"
+        )
     if tokenizer.pad_token is None:
         taken = {image_token, tokenizer.eos_token}
         fitting = (token for token in PAD_TOKENS if token in vocabulary and token not in taken)
@@ -237,7 +250,7 @@ def florence2_features(
         ValueError: A feature is unknown, or prompts need a tokenizer that is missing.
     """
     texts = FLORENCE2_PROMPTS | dict(prompts)
-    names = list(features or [*DBFUSION_FEATURES, *prompts])
+    names = list(features or dict.fromkeys([*DBFUSION_FEATURES, *prompts]))
     for name in names:
         if name not in texts and name != DAVIT:
             raise ValueError(
@@ -271,22 +284,14 @@ def _check_head(model: FlorenceVLForConditionalGeneration, llm: PreTrainedModel)
 def _image_processor(vision: str, config: FlorenceVLConfig, size: int | None) -> FlorenceVLImageProcessor:
     own = read_preprocessing(vision)
     side = size or image_size(vision, config.vision_config)
-    if config.tiles is not None:
-        config.tiles["size"] = side
-    if config.tower == "florence2":
-        stride = math.prod(config.vision_config.vision_config.patch_stride)
-    else:
-        stride = config.vision_config.patch_size
-    settings: dict[str, Any] = {"stride": stride * config.merge, "views": config.views, "features": config.features}
-    settings["tiles"] = config.tiles
-    settings |= {key: list(value) for key, value in (("image_mean", own.mean), ("image_std", own.std)) if value}
+    settings = {key: list(value) for key, value in (("image_mean", own.mean), ("image_std", own.std)) if value}
     return FlorenceVLImageProcessor(size={"height": side, "width": side}, **settings)
 
 
-def _generation_config(llm: PreTrainedModel, tokenizer: Any, end_token: str) -> GenerationConfig:
+def _generation_config(llm: PreTrainedModel, tokenizer: Any, end_ids: list[int]) -> GenerationConfig:
     config = llm.generation_config or GenerationConfig()
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    stops = {*ends, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(end_token)}
+    stops = {*ends, tokenizer.eos_token_id, *end_ids}
     config.eos_token_id = sorted(stop for stop in stops if stop is not None)
     config.pad_token_id = tokenizer.pad_token_id
     return config

@@ -91,6 +91,12 @@ class ChatTemplate:
             return "\n"
         return self.end or tokenizer.eos_token
 
+    def end_ids(self, tokenizer: Any, end: str = "eos") -> list[int]:
+        """The id of `end_text` after an answer, which stops generation; empty if that is not one token."""
+        texts = ["a", "a" + self.end_text(tokenizer, end)]
+        answer, ended = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return ended[len(answer) :] if len(ended) == len(answer) + 1 else []
+
     def build(self, tokenizer: Any, image_token: str = "<image>", **options: Any) -> str:
         """The template as one self-contained Jinja text for `processor.chat_template`.
 

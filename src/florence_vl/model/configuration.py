@@ -141,8 +141,6 @@ class FlorenceVLConfig(PreTrainedConfig):
         if isinstance(self.features, str):
             raise ValueError(f"features is {self.features!r}, a string; give a list, e.g. ['davit', 'caption']")
         self.features = list(self.features)
-        if self.position_grid is not None:
-            self.position_grid = tuple(self.position_grid)
         self.prompt_token_ids = {name: list(ids) for name, ids in self.prompt_token_ids.items()}
         self.check()
 
@@ -166,6 +164,8 @@ class FlorenceVLConfig(PreTrainedConfig):
         _choice("mean_token", self.mean_token, MeanToken.__args__)  # type: ignore[attr-defined]
         _choice("positions", self.positions, Positions.__args__)  # type: ignore[attr-defined]
         _choice("prompt_padding", self.prompt_padding, PromptPadding.__args__)  # type: ignore[attr-defined]
+        if self.position_grid is not None:
+            self.position_grid = tuple(self.position_grid)
         if self.merge not in (1, 2):
             raise ValueError(f"merge is {self.merge}; it must be 1 or 2")
         if self.merge > 1 and self.mean_token == "all":

@@ -23,9 +23,14 @@ def davit_convolutions(vision: Any) -> tuple[tuple[int, int, int], ...]:
     return tuple(zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True))
 
 
+# Vision models, by the beginning of their type, with another number of tokens before the grid than one.
+_PREFIX_TOKENS = {"siglip": 0, "aimv2": 0, "ijepa": 0, "pixtral": 0, "deit": 2}
+
+
 def backbone_prefix_tokens(vision: Any) -> int:
-    """Number of class and register tokens before a vision backbone's grid, from its config."""
-    return 0 if vision.model_type.startswith("siglip") else 1 + getattr(vision, "num_register_tokens", 0)
+    """Number of class, distillation and register tokens before a vision backbone's grid, from its config."""
+    other = (count for kind, count in _PREFIX_TOKENS.items() if vision.model_type.startswith(kind))
+    return next(other, 1 + (getattr(vision, "num_register_tokens", None) or 0))
 
 
 def native_size(

@@ -1,5 +1,6 @@
 """Image files to `pixel_values`: padding, resizing or native size, and normalization (PIL, without torchvision)."""
 
+import math
 import os
 from functools import lru_cache
 from typing import Any, Literal
@@ -87,6 +88,8 @@ class FlorenceVLImageProcessor(PilBackend):
                 tiles do not fit the other settings.
         """
         self._check(self.image_aspect_ratio, self.size, self.tiles)
+        if self.tiles is not None:
+            self.tiles = check_tiles(self.tiles)
         if self.token_budget is not None and self.token_budget < 1:
             raise ValueError(f"token_budget is {self.token_budget}; it must be at least 1")
 
@@ -104,11 +107,19 @@ class FlorenceVLImageProcessor(PilBackend):
 
     @property
     def largest_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the output with most tokens: with tiles a column of them, as rows have ends."""
+        """Height and width in pixels of the output with most tokens: with tiles a column of them, as rows have ends.
+
+        Of `native` sizes, that of the image with most tokens whose sides differ by a factor of up to 4.
+        """
         size: Any = self.size
         if self.tiles is not None:
             return self.tiles["max"] * size["height"], size["width"]
-        return self.output_size(size["height"], size["width"])
+        if self.image_aspect_ratio != "native":
+            return size["height"], size["width"]
+        budget = self.token_budget or (size["height"] // self.stride) * (size["width"] // self.stride)
+        grids = [(rows, budget // rows) for rows in range(1, math.isqrt(budget) + 1) if 4 * rows >= budget // rows]
+        rows, columns = max(grids, key=lambda grid: (math.prod(grid), grid), default=(1, 1))
+        return rows * self.stride, columns * self.stride
 
     def view_settings(self, name: str | None) -> dict[str, Any]:
         """Size and features of a view; those of this processor for None and `full`.
@@ -162,7 +173,7 @@ class FlorenceVLImageProcessor(PilBackend):
                 f"unknown image_aspect_ratio {image_aspect_ratio!r}. "
                 f"{did_you_mean(str(image_aspect_ratio), ASPECT_RATIOS)}"
             )
-        if not (size.height and size.width):
+        if not all(isinstance(side, int) and side > 0 for side in (size.height, size.width)):
             raise ValueError(f"size must give height and width in pixels, found {dict(size)}")
         if tiles is None:
             return
@@ -176,7 +187,7 @@ class FlorenceVLImageProcessor(PilBackend):
         """Decode paths and URLs (nested lists allowed) that `florence_vl.model.pictures` permits."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(item) for item in image_url_or_urls]
-        if isinstance(image_url_or_urls, (str, os.PathLike, bytes, Image.Image)) or (
+        if isinstance(image_url_or_urls, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)) or (
             isinstance(image_url_or_urls, ReadableImage) and not isinstance(image_url_or_urls, np.ndarray)
         ):
             return open_image(image_url_or_urls)
@@ -239,7 +250,7 @@ class FlorenceVLImageProcessor(PilBackend):
         data: dict[str, Any] = {"pixel_values": stack}
         if image_aspect_ratio == "native" or tiles is not None or view is not None:
             data = {"pixel_values": stack_sizes(stack), "image_sizes": [pixels.shape[-2:] for pixels in stack]}
-        if view is not None and self.features:
+        if view is not None and self.views and self.features:
             data["feature_mask"] = [feature_mask(self.features, self.view_settings(name)["features"]) for name in names]
         return BatchFeature(data=data, tensor_type=return_tensors)
 

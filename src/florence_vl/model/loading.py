@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from florence_vl.files import LFS_POINTER, locate
+from florence_vl.files import locate, read_json, refuse_pointer
 from florence_vl.model.packaged import resolve
 from florence_vl.registry import did_you_mean
 
 if TYPE_CHECKING:
+    import torch
+
     from florence_vl.model.modeling import FlorenceVLForConditionalGeneration
     from florence_vl.model.processing import FlorenceVLProcessor
 
@@ -21,20 +22,37 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 ORIGINAL_TYPES = ("llava_llama", "llava_phi")
 """Model types of the authors' checkpoints."""
 
+# Files that are read with a model: JSON objects, and those with readers of their own.
+_SETTINGS = (
+    "added_tokens.json",
+    "chat_template.json",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
+_TEXT_FILES = ("chat_template.jinja", "merges.txt", "tokenizer.json", "tokenizer.model", "vocab.json")
+# Keyword arguments of `from_pretrained` that choose the files, so they are the processor's too.
+_WHICH_FILES = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
-def choose_device(name: str = "auto") -> str:
+def choose_device(name: str | torch.device = "auto") -> str:
     """An available device: the named one; for `auto` CUDA, otherwise MPS, otherwise the CPU.
 
     Args:
-        name: `auto`, `cpu`, `mps`, `cuda` or `cuda:INDEX`.
+        name: `auto`, `cpu`, `mps`, `cuda` or `cuda:INDEX`, or a `torch.device`.
 
     Raises:
         ValueError: The name is unknown, or torch has no such device on this machine.
     """
     import torch
 
+    name = str(name)
     kind = name.partition(":")[0]
     if kind not in DEVICES:
         raise ValueError(f"unknown device {name!r}. {did_you_mean(kind, DEVICES)}")
@@ -47,16 +65,17 @@ def choose_device(name: str = "auto") -> str:
     return name
 
 
-def choose_dtype(name: str, device: str) -> str:
+def choose_dtype(name: str | torch.dtype, device: str) -> str:
     """The data type to load a model in: the named one; for `auto` float32 on the CPU, otherwise the saved one (`auto`).
 
     Args:
-        name: `auto`, `float32`, `bfloat16` or `float16`.
+        name: `auto`, `float32`, `bfloat16` or `float16`, also as a `torch.dtype`.
         device: Result of `choose_device`.
 
     Raises:
         ValueError: The name is unknown.
     """
+    name = str(name).removeprefix("torch.")
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}. {did_you_mean(name, DTYPES)}")
     return "float32" if name == "auto" and device == "cpu" else name
@@ -97,39 +116,21 @@ def saved_type(folder: Path) -> str | None:
         ValueError: The file is not a JSON object.
     """
     config = folder / "config.json"
-    return _read_object(config).get("model_type") if config.is_file() else None
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    _refuse_pointer(file)
-    try:
-        value = json.loads(file.read_bytes().decode())
-    except RecursionError:
-        raise ValueError(f"{file} is not a JSON object: it is nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"{file} is not a JSON object: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} is not a JSON object, but a {type(value).__name__}")
-    return value
-
-
-def _refuse_pointer(file: Path) -> None:
-    with file.open("rb") as content:
-        if content.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError(f"{file} is a Git LFS pointer, not the file itself: fetch the files with `git lfs pull`")
+    return read_json(config).get("model_type") if config.is_file() else None
 
 
 def _check_files(folder: Path) -> None:
     """Refuse a folder that is not a whole model, with the file that is missing or damaged."""
     names = {file.name for file in folder.iterdir() if file.is_file()}
-    for name in sorted(names):
-        _refuse_pointer(folder / name)
-        if name.endswith(".json") and name not in ("tokenizer.json", "vocab.json"):  # large, read by their own readers
-            _read_object(folder / name)
+    weights = {name for name in names if name.startswith("model") and name.endswith(".safetensors")}
+    for name in sorted(names & {*_SETTINGS, *_TEXT_FILES} | weights):
+        refuse_pointer(folder / name)
+        if name in _SETTINGS:
+            read_json(folder / name)
     index = folder / "model.safetensors.index.json"
-    shards = set(_read_object(index).get("weight_map", {}).values()) if index.is_file() else set()
+    shards = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else set()
     needed = {
-        "weights (*.safetensors)": any(name.endswith(".safetensors") for name in names),
+        "weights (*.safetensors)": bool(weights),
         "processor_config.json": bool(names & {"processor_config.json", "preprocessor_config.json"}),
         "tokenizer.json": bool(names & {"tokenizer.json", "tokenizer.model", "vocab.json"}),
     } | {str(shard): (folder / str(shard)).is_file() for shard in shards}
@@ -159,7 +160,10 @@ def _explain(folder: Path | str) -> Iterator[None]:
 
 
 def load_model(
-    model: str | os.PathLike[str], device: str = "auto", dtype: str = "auto", **options: Any
+    model: str | os.PathLike[str],
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    **options: Any,
 ) -> tuple[FlorenceVLForConditionalGeneration, FlorenceVLProcessor]:
     """Load a saved model in eval mode, and its processor.
 
@@ -168,7 +172,8 @@ def load_model(
         device: See `choose_device`.
         dtype: `auto` keeps the saved data type, but uses float32 on the CPU, so that answers do not depend on the
             processor; or `float32`, `bfloat16`, `float16`.
-        **options: Further keyword arguments of `from_pretrained`, e.g. `attn_implementation`.
+        **options: Further keyword arguments of `from_pretrained`, e.g. `attn_implementation` or `revision`, and fields
+            of the config, e.g. `fusion="gated"`, to which the processor is fitted.
 
     Raises:
         FileNotFoundError: The folder does not exist.
@@ -183,7 +188,7 @@ def load_model(
     from florence_vl.model.processing import FlorenceVLProcessor
 
     with _explain(folder):
-        processor = FlorenceVLProcessor.from_pretrained(folder)
+        files = {name: options[name] for name in _WHICH_FILES if name in options}
+        processor = FlorenceVLProcessor.from_pretrained(folder, **files)
         loaded = load_whole(FlorenceVLForConditionalGeneration, folder, dtype=wanted, **options)
-    processor.context_length = loaded.config.context_length  # missing in files saved by earlier versions
-    return loaded.to(place).eval(), processor
+    return loaded.to(place).eval(), processor.fit(loaded.config)

@@ -471,7 +471,11 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         if packed:
             assert position_ids is not None
             # with a cache transformers drops the block mask, and samples would attend to each other
-            kwargs.setdefault("use_cache", False)
+            if kwargs.setdefault("use_cache", False):
+                torch_compilable_check(
+                    (position_ids[..., 1:] > position_ids[..., :-1]).all(),
+                    "use_cache=True is not for packed rows, whose position_ids restart: give use_cache=False",
+                )
             if branch_ids is not None:
                 config = self.language_model.config
                 attention_mask = tree_mask(config, inputs_embeds, position_ids, branch_ids)
@@ -498,13 +502,15 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
 class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMixin):
     """Florence-VL with its language modeling head: trains, generates, saves and loads like any transformers model."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: FlorenceVLConfig) -> None:
         super().__init__(config)
         self.model = FlorenceVLModel(config)
         self.lm_head: nn.Module = LanguageHead(config.text_config.hidden_size, config.text_config.vocab_size)
+        table = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is table)  # GPT-2 calls it `wte`
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
         self.suppress_image_token()
 
@@ -518,6 +524,8 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
         return self.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        if type(new_embeddings) is nn.Linear and new_embeddings.bias is None:  # after resize_token_embeddings
+            new_embeddings.__class__ = LanguageHead
         self.lm_head = new_embeddings
 
     def _expand_inputs_for_generation(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,9 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import cached_file
 
-from florence_vl.files import locate
+from florence_vl.files import locate, read_json
 from florence_vl.model.contract import load_whole
 from florence_vl.model.towers import BackboneTower, Florence2Tower, VisionTower
 
@@ -36,7 +36,7 @@ def read_config(path: str | Path, kind: str, **options: Any) -> PreTrainedConfig
         **options: Keyword arguments of `AutoConfig.from_pretrained`, e.g. `local_files_only`.
 
     Raises:
-        ValueError: The folder has no config.json, or is a Florence-2 in Microsoft's layout.
+        ValueError: The folder has no config.json or a damaged one, or is a Florence-2 in Microsoft's layout.
         FileNotFoundError: Neither the folder nor the hub id exists.
     """
     where = locate(path, f"{kind} model")
@@ -44,7 +44,7 @@ def read_config(path: str | Path, kind: str, **options: Any) -> PreTrainedConfig
         file = where / "config.json"
         if not file.is_file():
             raise ValueError(f"{where} is not a {kind} model: it has no config.json")
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = read_json(file)
         if "auto_map" in raw and raw.get("model_type") == "florence2":
             raise ValueError(
                 f"{where} is a Florence-2 in Microsoft's remote-code layout. Convert it first: "
@@ -77,23 +77,32 @@ class Preprocessing:
 
 
 def read_preprocessing(vision: str | Path, **options: Any) -> Preprocessing:
-    """Preprocessing of a folder or hub id.
+    """Preprocessing of a folder or hub id; empty if it has no such file.
 
     Args:
         vision: Folder or hub id.
         **options: Keyword arguments of `from_pretrained`, e.g. `local_files_only`.
-    """
-    from transformers.image_processing_base import ImageProcessingMixin
 
-    try:
-        raw, _ = ImageProcessingMixin.get_image_processor_dict(str(vision), **options)
-    except OSError:
-        return Preprocessing()
+    Raises:
+        ValueError: The file is damaged.
+    """
+    whole, own = (_read_if_there(vision, f"{name}_config.json", **options) for name in ("processor", "preprocessor"))
+    raw = whole.get("image_processor") or own
     size = raw.get("crop_size") if raw.get("do_center_crop") else raw.get("size")
     if isinstance(size, dict):
         size = size.get("height") or size.get("shortest_edge")
     mean, std = (tuple(raw[key]) if raw.get(key) else None for key in ("image_mean", "image_std"))
     return Preprocessing(size, mean, std)
+
+
+def _find(folder: str | Path, name: str, **options: Any) -> str | None:
+    """Path of a file of a folder or hub id, which is downloaded; None if there is none."""
+    return cached_file(folder, name, _raise_exceptions_for_missing_entries=False, **options)
+
+
+def _read_if_there(folder: str | Path, name: str, **options: Any) -> dict[str, Any]:
+    file = _find(folder, name, **options)
+    return {} if file is None else read_json(file)
 
 
 def image_size(vision: str | Path | None, config: PreTrainedConfig) -> int:
@@ -103,11 +112,17 @@ def image_size(vision: str | Path | None, config: PreTrainedConfig) -> int:
 
 
 def prompt_tokenizer(vision: str | Path) -> Callable[[str], list[int]] | None:
-    """Function from text to ids with a Florence-2's own tokenizer; None if it has none."""
+    """Function from text to ids with a Florence-2's own tokenizer; None if it has none.
+
+    Raises:
+        ValueError: Its files are damaged.
+    """
+    if not any(_find(vision, name) for name in ("tokenizer.json", "vocab.json")):
+        return None  # transformers would make one without a vocabulary
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(vision), trust_remote_code=False)
-    except (OSError, ValueError):
-        return None
+    except Exception as error:  # readers of several formats raise many types
+        raise ValueError(f"the tokenizer of {vision} is damaged ({error}): download its files again") from error
     return lambda text: tokenizer(text)["input_ids"]
 
 
@@ -123,7 +138,8 @@ def load_tower_weights(tower: VisionTower, vision: str | Path, **options: Any) -
         ValueError: Weights are missing or do not fit the tower.
     """
     if isinstance(tower, Florence2Tower):
-        source = load_whole(Florence2ForConditionalGeneration, vision, dtype=torch.float32, **options).model
+        unused = r"language_model\.decoder\.|^lm_head\."  # missing in a tower that `florence-vl convert` extracted
+        source = load_whole(Florence2ForConditionalGeneration, vision, unused, dtype=torch.float32, **options).model
         tower.davit.load_state_dict(source.vision_tower.state_dict())
         tower.image_projector.load_state_dict(source.multi_modal_projector.state_dict())
         if tower.encoder is not None:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, Union, runtime_checkable
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, TiffImagePlugin
@@ -71,6 +71,7 @@ _MAX_SCANS = 200  # of a JPEG: each takes a pass over the whole image, even with
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # except stuffed bytes and restart markers
 _STRIP_PIXELS = 1 << 24  # pixels that are converted or padded at a time
 _MAX_REDIRECTS = 3
+_URL_SAFE = "/%?#:@!$&'()*+,;=~[]"  # characters of a URL that are not percent-encoded
 _HEADER_BYTES = 1 << 16
 
 
@@ -86,6 +87,9 @@ class MediaPolicy:
         max_bytes: Maximum size of an encoded image.
         timeout: Seconds per URL, including redirects.
         allow_private: Also fetch from addresses that are not public, for tests on loopback.
+
+    Raises:
+        ValueError: A domain is not the name of a host.
     """
 
     allowed_paths: tuple[Path, ...] | None = None
@@ -93,6 +97,15 @@ class MediaPolicy:
     max_bytes: int = 32 << 20
     timeout: float = 10.0
     allow_private: bool = False
+
+    def __post_init__(self) -> None:
+        for domain in self.allowed_domains:
+            # two colons or more: an IPv6 address
+            if re.search(r"[/*@\[\]\s]|^$|\.$", domain) or domain.count(":") == 1:
+                raise ValueError(
+                    f"the domain {domain!r} would match no URL: give the host alone, without scheme, port, path or *, "
+                    "for example example.org, or .example.org for its subdomains"
+                )
 
 
 OWN_FILES = MediaPolicy()
@@ -138,17 +151,23 @@ def image_name(source: Any) -> str:
     return text if len(text) <= 300 else f"{text[:60]}... ({len(text)} characters)"
 
 
-def open_image(source: ImageInput, name: str | None = None, policy: MediaPolicy | None = None) -> Image.Image:
+def open_image(
+    source: ImageInput,
+    name: str | None = None,
+    policy: MediaPolicy | None = None,
+    max_pixels: int | None = None,
+) -> Image.Image:
     """Decode an image to upright RGB.
 
-    Handles EXIF orientation, palettes, alpha (composited on white), grayscale, 16 and 32 bit, CMYK and animations
-    (first frame).
+    Handles EXIF orientation (of a PNG, if it is before the pixels), palettes, alpha (composited on white), grayscale,
+    16 and 32 bit, CMYK and animations (first frame).
 
     Args:
         source: A local path, a `data:image/...` or `file:` URL, an http(s) URL that the policy allows, encoded bytes, a
             PIL image, a uint8 array (H, W, 3 or 4), or an object with `read() -> bytes`.
         name: Name for messages; by default that of `image_name`.
         policy: Allowed sources; by default those of the enclosing `media_policy`, otherwise every local file.
+        max_pixels: What is left of a limit for several images; also checked before the image is decoded.
 
     Returns:
         The decoded image, mode RGB, at its own size.
@@ -162,13 +181,19 @@ def open_image(source: ImageInput, name: str | None = None, policy: MediaPolicy 
     try:
         image = _open(source, policy or _policy.get())
         _check_size(image)
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise ValueError(
+                f"it has {image.width}x{image.height} pixels, but only {max_pixels} are left of the limit for all "
+                "images together"
+            )
         if _is_jpeg(image):
             _check_scans(image)
             if _is_reduced(image):
                 image.draft(None, (image.width // 2, image.height // 2))
+        oriented = _has_exif(image)
         with _refuse_truncated():
             image.load()
-        return _to_rgb(_upright(image, own=image is not source))
+        return _to_rgb(_upright(image, own=image is not source) if oriented else image)
     except FileNotFoundError:
         raise FileNotFoundError(f"no such image file: {name}") from None
     except MemoryError as error:
@@ -200,8 +225,11 @@ def image_size(source: ImageInput, policy: MediaPolicy | None = None) -> tuple[i
         width, height = image.size
         if _is_jpeg(image) and _is_reduced(image):
             width, height = (width + 1) // 2, (height + 1) // 2
-        # Pillow decodes a PNG without an EXIF chunk in its header to look for one behind the pixels.
-        if image.format != "PNG" or "exif" in image.info:
+        tags = getattr(image, "tag_v2", None)
+        if tags is not None:  # Pillow's size of a TIFF is upright or not, depending on its version
+            if tags.get(0x0112) in (5, 6, 7, 8):
+                height, width = tags[256], tags[257]
+        elif _has_exif(image):
             with contextlib.suppress(Exception):  # unreadable EXIF says nothing about the pixels
                 if image.getexif().get(0x0112) in (5, 6, 7, 8):
                     width, height = height, width
@@ -210,6 +238,11 @@ def image_size(source: ImageInput, policy: MediaPolicy | None = None) -> tuple[i
         raise FileNotFoundError(f"no such image file: {name}") from None
     except Exception as error:
         raise ValueError(f"cannot read image {name}: {_reason(error)}") from error
+
+
+def _has_exif(image: Image.Image) -> bool:
+    """Whether EXIF data is read: not that behind the pixels of a PNG, which Pillow finds by decoding it."""
+    return image.format != "PNG" or "exif" in image.info
 
 
 def _open_header(source: ImageInput, policy: MediaPolicy) -> Image.Image:
@@ -359,7 +392,7 @@ def fetch(url: str, policy: MediaPolicy) -> bytes:
     raise ValueError(f"more than {_MAX_REDIRECTS} redirects")
 
 
-def _get(url: str, policy: MediaPolicy, deadline: float) -> tuple[int, str | None, bytes]:
+def _get(url: str, policy: MediaPolicy, deadline: float) -> tuple[int, str, bytes]:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"a redirect to {parts.scheme or 'nothing'}: only http and https are fetched")
@@ -372,11 +405,15 @@ def _get(url: str, policy: MediaPolicy, deadline: float) -> tuple[int, str | Non
     connection = _Pinned(host, port, address, parts.scheme == "https", _left(deadline))
     try:
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        connection.request("GET", path, headers={"Accept": "image/*", "User-Agent": "florence-vl"})
+        connection.request(
+            "GET", quote(path, safe=_URL_SAFE), headers={"Accept": "image/*", "User-Agent": "florence-vl"}
+        )
         answer = connection.getresponse()
         if answer.status != 200:
-            return answer.status, answer.getheader("Location"), b""
-        return 200, None, _read(answer, connection, policy.max_bytes, deadline)
+            # http.client decodes header bytes as Latin-1
+            location = quote(answer.getheader("Location") or "", safe=_URL_SAFE, encoding="latin-1")
+            return answer.status, location, b""
+        return 200, "", _read(answer, connection, policy.max_bytes, deadline)
     except (OSError, http.client.HTTPException) as error:
         raise ValueError(f"cannot fetch it: {error or type(error).__name__}") from error
     finally:
@@ -503,12 +540,13 @@ def data_url(image: Image.Image, kind: str = "png", longest: int | None = None) 
     """An image as a `data:` URL.
 
     Args:
-        image: The image; written as RGB.
+        image: The image; written as RGB, with white behind transparent pixels.
         kind: `png` or `jpeg`.
         longest: Longest side in pixels; larger images are reduced.
     """
-    image = image.convert("RGB")  # a copy
+    image = _to_rgb(image)
     if longest is not None:
+        image = image.copy()
         image.thumbnail((longest, longest))
     file = io.BytesIO()
     image.save(file, kind, **({"quality": 85} if kind == "jpeg" else {}))

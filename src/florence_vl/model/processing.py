@@ -51,8 +51,6 @@ class ImageTokenRule:
         Raises:
             ValueError: The fusion's number of tokens does not grow linearly with the features'.
         """
-        from florence_vl.model.fusion import build_fusion
-
         vision: Any = config.vision_config
         if config.tower == "florence2":
             vision = vision.vision_config
@@ -61,7 +59,7 @@ class ImageTokenRule:
         else:
             convolutions = ((vision.patch_size, vision.patch_size, 0),)
             additional = backbone_prefix_tokens(vision) if config.mean_token == "all" else 0
-        fusion = build_fusion(config.fusion, dict.fromkeys(config.features or (), 1), **config.fusion_options)
+        fusion = _fusion(config)
         one, two, many = (fusion.num_tokens(n) for n in (1, 2, 577))
         scale, offset = two - one, 2 * one - two
         if many != scale * 577 + offset:
@@ -91,6 +89,13 @@ class ImageTokenRule:
                 "not divide"
             )
         return rows // self.merge, columns // self.merge
+
+
+def _fusion(config: FlorenceVLConfig) -> Any:
+    """A model's fusion, for features of one channel."""
+    from florence_vl.model.fusion import build_fusion
+
+    return build_fusion(config.fusion, dict.fromkeys(config.features or (), 1), **config.fusion_options)
 
 
 def pad_questions(rows: Sequence[Sequence[int]]) -> dict[str, list[list[int]]]:
@@ -158,16 +163,41 @@ class FlorenceVLProcessor(ProcessorMixin):
         rule = image_token_rule or ImageTokenRule()
         if isinstance(rule, Mapping):
             rule = ImageTokenRule(**{**rule, "convolutions": tuple(tuple(c) for c in rule["convolutions"])})
-        self._rule = rule
+        self._set_rule(rule)
         self.question_context = question_context
         self.context_length = context_length
-        self.image_token_rule = asdict(rule)
         self._control_patterns: dict[str, re.Pattern[str]] = {}
         tokenizer.padding_side = tokenizer.init_kwargs.get("padding_side", "left")
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_control_patterns": {}}  # use must not change the pickle, and so not its hash
+
+    def _set_rule(self, rule: ImageTokenRule) -> None:
+        self._rule, self.image_token_rule = rule, asdict(rule)
+
+    def fit(self, config: FlorenceVLConfig) -> FlorenceVLProcessor:
+        """Set what follows from a model's config: number of image tokens, stride, views, tiles, question, context.
+
+        Needed after fields of a saved model were changed (`from_pretrained(folder, fusion="gated")`).
+
+        Args:
+            config: Of the model. The size of its tiles is set to this processor's.
+
+        Returns:
+            This processor. Its `context_length` is kept if it is set.
+        """
+        self._set_rule(ImageTokenRule.from_config(config))
+        self.question_context = _fusion(config).uses_context
+        if self.context_length is None:
+            self.context_length = config.context_length
+        images: Any = self.image_processor
+        images.stride = math.prod(stride for _, stride, _ in self._rule.convolutions) * self._rule.merge
+        images.views, images.features, images.tiles = config.views, config.features, None
+        if config.tiles is not None:
+            config.tiles = {**config.tiles, "size": images.size["height"]}
+            images.tiles = dict(config.tiles)
+        return self
 
     # ------------------------------------------------------------ image tokens
 
@@ -290,6 +320,8 @@ class FlorenceVLProcessor(ProcessorMixin):
                         parts.append(dict(part))
                 elif kind in ("image", "image_url"):
                     parts.append(dict(part))
+                    if "base64" in part:
+                        parts[-1]["image"] = "data:;base64," + parts[-1].pop("base64").rpartition(",")[2]
                 else:
                     raise ValueError(
                         f"message {index} ({message['role']}) has a part of unknown type {kind!r}; known: text, image"
@@ -461,6 +493,9 @@ class FlorenceVLProcessor(ProcessorMixin):
             self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
         options = merged["text_kwargs"]
+        names = ("padding", "truncation", "max_length", "pad_to_multiple_of")
+        rules = {name: options[name] for name in names if name in options}
+        padding, truncation, length, _ = self.tokenizer._get_padding_truncation_strategies(**rules)
         return_tensors = options.get("return_tensors")
         now = {"padding": False, "truncation": False, "return_tensors": None, "return_offsets_mapping": True}
         now["return_text_replacement_offsets"] = True
@@ -472,8 +507,8 @@ class FlorenceVLProcessor(ProcessorMixin):
             passed["common_kwargs"] = {k: v for k, v in passed["common_kwargs"].items() if k not in later}
         out = super().__call__(images=images, text=texts, **passed, **now)
 
-        columns = [key for key in ("input_ids", "attention_mask", "mm_token_type_ids", "offset_mapping") if key in out]
-        limit = options.get("max_length") if options.get("truncation") else None
+        columns = [key for key in _TOKEN_COLUMNS if key in out]
+        limit = None if truncation == "do_not_truncate" else length
         for row, original in enumerate(texts):
             positions = _shifted(_break_positions(original), out["text_replacement_offsets"][row])
             keep = _without_breaks(out["offset_mapping"][row], positions)
@@ -489,8 +524,11 @@ class FlorenceVLProcessor(ProcessorMixin):
             for key in columns:
                 values = out[key][row]
                 out[key][row] = [values[index] for index in keep]
-        if options.get("padding"):
-            self._pad(out, columns, options)
+        if padding != "do_not_pad":
+            least = length if padding == "max_length" else 0
+            self._pad(out, columns, least, options.get("pad_to_multiple_of"), options.get("padding_side"))
+        if "length" in out:
+            out["length"] = [len(ids) for ids in out["input_ids"]]
         if not (options.get("return_offsets_mapping") or kwargs.get("return_offsets_mapping")):
             out.pop("offset_mapping")
         if not (options.get("return_text_replacement_offsets") or kwargs.get("return_text_replacement_offsets")):
@@ -499,16 +537,12 @@ class FlorenceVLProcessor(ProcessorMixin):
             dict(out), tensor_type=return_tensors, skip_tensor_conversion=["text_replacement_offsets", "offset_mapping"]
         )
 
-    def _pad(self, out: BatchFeature, columns: list[str], options: Mapping[str, Any]) -> None:
-        length = max(len(ids) for ids in out["input_ids"])
-        if options["padding"] == "max_length":
-            length = max(length, options.get("max_length") or self.tokenizer.model_max_length)
-        if multiple := options.get("pad_to_multiple_of"):
-            length = math.ceil(length / multiple) * multiple
-        if self.tokenizer.pad_token_id is None:
-            raise ValueError("the tokenizer has no pad token; set tokenizer.pad_token")
-        fill = {"input_ids": self.tokenizer.pad_token_id, "offset_mapping": (0, 0)}
-        right = (options.get("padding_side") or self.tokenizer.padding_side) == "right"
+    def _pad(self, out: BatchFeature, columns: list[str], least: int, multiple: int | None, side: str | None) -> None:
+        length = max(least, *(len(ids) for ids in out["input_ids"]))
+        length = math.ceil(length / (multiple or 1)) * (multiple or 1)
+        fill = {"input_ids": self.tokenizer.pad_token_id, "offset_mapping": (0, 0), "special_tokens_mask": 1}
+        fill["token_type_ids"] = self.tokenizer.pad_token_type_id
+        right = (side or self.tokenizer.padding_side) == "right"
         for key in columns:
             rows = []
             for values in out[key]:
@@ -517,6 +551,15 @@ class FlorenceVLProcessor(ProcessorMixin):
             out[key] = rows
 
 
+# Outputs with one entry per token.
+_TOKEN_COLUMNS = (
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "special_tokens_mask",
+    "mm_token_type_ids",
+    "offset_mapping",
+)
 _CALL_KWARGS = frozenset({*TextKwargs.__annotations__, *FlorenceVLImagesKwargs.__annotations__}) - {"return_tensors"}
 
 

@@ -44,7 +44,7 @@ def set_resolution(
     before = dict(vars(images)), config.positions, config.position_grid, config.tiles
     try:
         _change(model, processor, image_size, aspect, token_budget, tiles, positions, view)
-    except ValueError:
+    except Exception:
         images.__dict__ = before[0]
         config.positions, config.position_grid, config.tiles = before[1:]
         if config.tower == "florence2":
@@ -82,7 +82,9 @@ def _change(
             "this model has no tiles, whose row ends are learned: build one with tiles, or train this one (model.tiles)"
         )
     if model.config.tiles is not None:
-        images.tiles = {**model.config.tiles, "max": tiles or model.config.tiles["max"], "size": images.size["height"]}
+        images.tiles = {**model.config.tiles, "size": images.size["height"]}
+        if tiles is not None:
+            images.tiles["max"] = tiles
         model.config.tiles = dict(images.tiles)
     if aspect is not None:
         images.image_aspect_ratio = aspect
@@ -96,20 +98,31 @@ def _change(
 
 
 def check_context(model: FlorenceVLForConditionalGeneration, processor: FlorenceVLProcessor) -> None:
-    """Check that the image with most tokens fits the LLM's context.
+    """Check that the image with most tokens fits the LLM's context, also in the views with a size of their own.
 
     Raises:
-        ValueError: It does not, or the tower does not support its size.
+        ValueError: It does not, or the tower does not support its size or images with their own aspect ratio.
     """
     images: Any = processor.image_processor
-    height, width = images.largest_size
-    tokens = model.num_image_tokens(height, width)
     context = model.config.context_length
-    if context is not None and tokens >= context:
+    if images.image_aspect_ratio == "native" and model.model.vision_tower.fixed_size:
         raise ValueError(
-            f"an image of {height}x{width} pixels takes {tokens} tokens, but the LLM's context has {context}: choose a "
-            f"smaller size{'' if images.tiles is None else ', or fewer tiles'}"
+            f"aspect 'native' needs a tower for images of any size, but this {model.config.vision_config.model_type} "
+            "accepts one size only: use 'pad' or 'squash', or build a model with tiles"
         )
+    for name in (FULL_VIEW, *(images.views or {})):
+        side = images.view_settings(name)["size"]
+        where = "" if name == FULL_VIEW else f"view {name!r}: "
+        try:
+            height, width = images.largest_size if side is None else images.output_size(side, side, view=name)
+            tokens = model.num_image_tokens(height, width)
+        except ValueError as error:
+            raise ValueError(f"{where}{error}") from None
+        if context is not None and tokens >= context:
+            raise ValueError(
+                f"{where}an image of {height}x{width} pixels takes {tokens} tokens, but the LLM's context has "
+                f"{context}: choose a smaller size{'' if images.tiles is None else ', or fewer tiles'}"
+            )
 
 
 def resolution_settings(model: FlorenceVLForConditionalGeneration, processor: FlorenceVLProcessor) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from florence_vl.files import write_text
+from florence_vl.files import read_json, write_text
 from florence_vl.model.resolution import set_resolution
 from florence_vl.model.views import FULL_VIEW, feature_mask
 
@@ -95,8 +95,7 @@ class Router(nn.Module):
         Raises:
             ValueError: `trade` is negative.
         """
-        if not trade >= 0:
-            raise ValueError(f"trade must be 0 or more, found {trade}")
+        _check_trade(trade)
         growth_BW = self(question_BH, image_BD) + trade * self.costs
         return [self.views[index] for index in growth_BW.argmin(-1).tolist()]
 
@@ -109,6 +108,11 @@ class Router(nn.Module):
             ValueError: The files are inconsistent.
         """
         return load_routers(folder)[0]
+
+
+def _check_trade(trade: float) -> None:
+    if not trade >= 0:
+        raise ValueError(f"trade must be 0 or more, found {trade}")
 
 
 def save_routers(folder: Path, routers: Sequence[Router]) -> None:
@@ -146,19 +150,22 @@ def load_routers(folder: Path) -> list[Router]:
         FileNotFoundError: The folder contains no router.
         ValueError: The files are inconsistent.
     """
-    import json
-
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not (folder / ROUTER_CONFIG).is_file():
         raise FileNotFoundError(f"no router in {folder} ({ROUTER_CONFIG}): `florence-vl train-router` trains one")
-    config = RouterConfig(**json.loads((folder / ROUTER_CONFIG).read_text(encoding="utf-8")))
+    values = read_json(folder / ROUTER_CONFIG)
+    try:
+        config = RouterConfig(**values)
+    except TypeError as error:
+        raise ValueError(f"{folder / ROUTER_CONFIG} is not of a router: {error}") from None
     routers = []
     for path in (folder / ROUTER_FILE, *sorted(folder.glob(OTHER_ROUTERS))):
         router = Router(config)
         try:
             router.layers.load_state_dict(load_file(path))
-        except RuntimeError as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{path} does not fit {ROUTER_CONFIG}: {error}") from None
         routers.append(router.eval())
     return routers
@@ -244,6 +251,9 @@ class Routing:
     router: Router
     trade: float = TRADE
 
+    def __post_init__(self) -> None:
+        _check_trade(self.trade)
+
     @property
     def identity(self) -> dict[str, Any]:
         """What tells its choices from those of another one, as JSON values."""
@@ -285,7 +295,7 @@ def set_view(
 
     Raises:
         FileNotFoundError: There is no router.
-        ValueError: The router is of another model, or `trade` without `auto`; or as `set_resolution`.
+        ValueError: The router is of another model, or `trade` is negative or without `auto`; or as `set_resolution`.
     """
     if view != AUTO_VIEW and trade is not None:
         raise ValueError(f"a trade is for the view {AUTO_VIEW!r}, found the view {view!r}")

@@ -170,21 +170,18 @@ def tiny_processor(
     """
     from florence_vl.model.chat_template import CHAT_TEMPLATES
     from florence_vl.model.image_processing import FlorenceVLImageProcessor
-    from florence_vl.model.processing import FlorenceVLProcessor, ImageTokenRule
+    from florence_vl.model.processing import FlorenceVLProcessor
 
     config = config or tiny_config()
     tokenizer = tiny_tokenizer()
     if template == "vicuna_v1":
         tokenizer.eos_token = "</s>"
     return FlorenceVLProcessor(
-        FlorenceVLImageProcessor(size=image_size, views=config.views, features=config.features, tiles=config.tiles),
+        FlorenceVLImageProcessor(size=image_size),
         tokenizer,
         chat_template=CHAT_TEMPLATES[template].build(tokenizer, "<image>", **options),
         image_token="<image>",
-        image_token_rule=ImageTokenRule.from_config(config),
-        context_length=config.context_length,
-        question_context=config.fusion_options.get("context") == "question",
-    )
+    ).fit(config)
 
 
 def tiny_recipe(output: str | Path, **changes: Any) -> dict[str, Any]:

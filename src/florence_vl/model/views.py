@@ -45,7 +45,7 @@ def check_views(views: Any, features: Sequence[str]) -> dict[str, dict[str, Any]
         if features[0] not in chosen:
             raise ValueError(f"views[{name!r}] lacks the feature {features[0]!r}, which is part of every view")
         size = view.get("size")
-        if size is not None and (not isinstance(size, int) or size < 1):
+        if size is not None and (type(size) is not int or size < 1):
             raise ValueError(f"views[{name!r}]: size must be pixels per side, found {size!r}")
         result[str(name)] = {"size": size, "features": [feature for feature in features if feature in chosen]}
     return result
@@ -102,11 +102,12 @@ class FeatureFill(nn.Module):
         Raises:
             ValueError: There are no images.
         """
-        sums = {name: torch.zeros_like(vector, dtype=torch.float64) for name, vector in self.vectors.items()}
+        # On the CPU, as MPS has no float64.
+        sums = {name: torch.zeros(vector.shape, dtype=torch.float64) for name, vector in self.vectors.items()}
         images = tokens = 0
         for features in batches:
             for name, feature_BND in features.items():
-                sums[name] += feature_BND.double().sum((0, 1))
+                sums[name] += feature_BND.cpu().double().sum((0, 1))
             images += feature_BND.shape[0]
             tokens += feature_BND.shape[0] * feature_BND.shape[1]
         if not images:

@@ -87,6 +87,11 @@ class VisionTower(nn.Module, ABC):
                 handle.remove()
 
     @property
+    def fixed_size(self) -> bool:
+        """Whether it accepts images of one size only."""
+        return False
+
+    @property
     @abstractmethod
     def feature_dims(self) -> dict[str, int]:
         """Channels D by feature name, in the order of fusion."""
@@ -136,9 +141,9 @@ def check_pixels(pixel_values: Tensor) -> None:
     """Check that the input is a batch of RGB images.
 
     Raises:
-        ValueError: `pixel_values` is not (B, 3, H, W), or contains NaN or infinity (checked on the CPU only).
+        ValueError: `pixel_values` is not (B, 3, H, W), is empty, or contains NaN or infinity (checked on the CPU only).
     """
-    if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or not len(pixel_values):
         raise ValueError(
             f"pixel_values has shape {tuple(pixel_values.shape)}; expected (images, 3, height, width): RGB images as "
             "the processor returns them, all images of the batch along the first dimension"

@@ -5,6 +5,8 @@ Shape letters: B images, N image tokens, D channels.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig
@@ -21,13 +23,18 @@ class BackboneTower(VisionTower):
         config: `vision_config` is the backbone's, `feature_layers` names the layers (LLaVA-1.5: `{"clip": -2}`).
 
     Raises:
-        ValueError: A layer index is out of range.
+        ValueError: A layer index is out of range, or the model is not a vision transformer of one patch size.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         self.config = config
         vision = config.vision_config
+        for field in ("hidden_size", "image_size", "num_hidden_layers", "patch_size"):
+            if not isinstance(getattr(vision, field, None), int):
+                raise ValueError(
+                    f"a {vision.model_type} cannot be a backbone: its config has no {field} that is a number"
+                )
         if vision.model_type.startswith("siglip"):
             vision.vision_use_head = False  # SigLIP's pooling head, which is not used as a feature
         self.backbone = AutoModel.from_config(vision, dtype=torch.get_default_dtype())
@@ -77,10 +84,19 @@ class BackboneTower(VisionTower):
     def forward(self, pixel_values: Tensor, feature_mask: Tensor | None = None) -> dict[str, Tensor]:
         check_pixels(pixel_values)
         num_tokens = self.num_tokens(*pixel_values.shape[-2:])
+        total = math.prod(self.grid_size(*pixel_values.shape[-2:])) + self.num_prefix_tokens
         pixel_values = self.with_input_gradients(pixel_values.to(self.dtype))
         states = self.backbone(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
         features: dict[str, Tensor] = {}
         for name in self.config.features:
-            state_BND = states[self.config.feature_layers[name]]
+            layer = self.config.feature_layers[name]
+            state_BND = states[layer]
+            expected = (total, self.config.vision_config.hidden_size)
+            if state_BND.shape[1:] != expected:
+                raise ValueError(
+                    f"layer {layer} of this {self.config.vision_config.model_type} has shape "
+                    f"{tuple(state_BND.shape[1:])}, expected {expected}: a backbone must keep one token per patch, "
+                    f"after {self.num_prefix_tokens} others (as CLIP, SigLIP, DINO and ViT do)"
+                )
             features[name] = state_BND if self.config.mean_token == "all" else state_BND[:, -num_tokens:]
         return features

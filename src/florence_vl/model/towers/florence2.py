@@ -36,6 +36,8 @@ logger = logging.get_logger(__name__)
 CACHED = 1 << 20
 """Elements of an intermediate tensor that a CPU core's caches hold."""
 
+_RESIZE = "Resize the image (processor size=...), or set positions='resampled' in the model's config"
+
 
 class DaViTBlock(GradientCheckpointingLayer, Florence2VisionBlock):
     """transformers' DaViT block with gradient checkpointing, which upstream's lacks."""
@@ -259,6 +261,7 @@ class Florence2Tower(VisionTower):
             raise ValueError(f"an image of {height}x{width} pixels is too small: the minimum is {stride} per side")
         if self.trained_grid is None:
             self._check_absolute(height, width)
+        self._check_encoder(height, width)
         return rows * columns + (self.config.mean_token == "all")
 
     def _check_absolute(self, height: int, width: int) -> None:
@@ -266,27 +269,31 @@ class Florence2Tower(VisionTower):
         florence2 = self.config.vision_config
         limit = florence2.vision_config.max_position_embeddings
         stride = math.prod(florence2.vision_config.patch_stride)
-        other = "Resize the image (processor size=...), or set positions='resampled' in the model's config"
         if max(rows, columns) > limit:
             raise ValueError(
                 f"an image of {height}x{width} pixels gives {rows}x{columns} positions, but this Florence-2 has "
-                f"{limit} per axis: at most {limit * stride} pixels per side. {other}"
+                f"{limit} per axis: at most {limit * stride} pixels per side. {_RESIZE}"
             )
-        inside = rows * columns + (self.config.mean_token != "grid_before_encoder")
-        if self.encoder is not None:
-            encoder_limit = florence2.text_config.max_position_embeddings
-            if inside + self.prompt_ids.shape[1] > encoder_limit:
-                raise ValueError(
-                    f"an image of {height}x{width} pixels gives {inside} image tokens and the prompts have "
-                    f"{self.prompt_ids.shape[1]}, but the encoder of this Florence-2 has {encoder_limit} positions. "
-                    f"{other}; features=['davit'] needs no encoder"
-                )
         trained = self.config.position_grid
         if trained is not None and (rows, columns) != trained and not torch.compiler.is_compiling():
             logger.warning_once(
                 f"images of {height}x{width} pixels give {rows}x{columns} positions, but the position tables were "
                 f"trained for {trained[0]}x{trained[1]}: prompt features degrade. Set "
                 "positions='resampled' in the model's config"
+            )
+
+    def _check_encoder(self, height: int, width: int) -> None:
+        if self.encoder is None:
+            return
+        rows, columns = self.trained_grid or self.grid_size(height, width)
+        inside = rows * columns + (self.config.mean_token != "grid_before_encoder")
+        limit = self.config.vision_config.text_config.max_position_embeddings
+        if inside + self.prompt_ids.shape[1] > limit:
+            fixes = "Shorten the prompts" if self.trained_grid else f"{_RESIZE}, or shorten the prompts"
+            raise ValueError(
+                f"an image of {height}x{width} pixels takes {inside} positions and the longest prompt "
+                f"{self.prompt_ids.shape[1]}, but the encoder of this Florence-2 has {limit} positions. {fixes}; "
+                "features=['davit'] needs no encoder"
             )
 
     def forward(self, pixel_values: Tensor, feature_mask: Tensor | None = None) -> dict[str, Tensor]:
@@ -313,9 +320,16 @@ class Florence2Tower(VisionTower):
         """Features (B, N, D) of prompts that are not the model's own, given as token ids of its Florence-2.
 
         Raises:
-            ValueError: The prompts and the image take more positions than the encoder has.
+            ValueError: The prompts and the image take more positions than the encoder has, or an id is not in its
+                vocabulary.
         """
         height, width = pixel_values.shape[-2:]
+        vocab_size = self.config.vision_config.text_config.vocab_size
+        if not all(0 <= token < vocab_size for ids in prompts for token in ids):
+            raise ValueError(
+                f"a prompt has token ids outside [0, {vocab_size}), the vocabulary of this Florence-2: tokenize it "
+                "with that Florence-2's own tokenizer"
+            )
         try:
             self._set_prompts(prompts)
             num_tokens = self.num_tokens(height, width)
