@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import typer
 
-from florence_vl.cli.common import named
-from florence_vl.cli.resolution import ASPECT, IMAGE_SIZE, POSITIONS, TILES, TOKEN_BUDGET, TRADE, VIEW, given
+from florence_vl.cli.common import DEVICE, DTYPE, named, refuse
+from florence_vl.cli.resolution import ASPECT, IMAGE_SIZE, POSITIONS, TILES, TOKEN_BUDGET, TRADE, VIEW, apply, given
 from florence_vl.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -39,13 +39,13 @@ Use any OpenAI client with base_url=http://127.0.0.1:8000/v1"""
 
 
 def command(
-    model: str = typer.Argument(..., help="Folder of a saved model, or `mini`, the included model."),
+    model: str = typer.Argument(..., help="Folder or hub id of a model, or `mini`, the included model."),
     host: str = typer.Option("127.0.0.1", "--host", help="Address to listen on; 0.0.0.0 for all."),
     port: int = typer.Option(8000, "--port", min=0, max=65535, help="Port to listen on."),
     name: Optional[str] = typer.Option(None, "--name", help="The model's name in requests; by default its folder's."),  # noqa: UP045
     adapter: list[str] = typer.Option([], "--adapter", help="NAME=FOLDER of a LoRA adapter (peft); may be repeated."),
-    device: str = typer.Option("auto", "--device", help="auto, cpu, cuda, cuda:1, mps."),
-    dtype: str = typer.Option("auto", "--dtype", help="auto, float32, bfloat16, float16."),
+    device: str = DEVICE,
+    dtype: str = DTYPE,
     int8: bool = typer.Option(False, "--int8", help="Store the LLM's weights in 8 bits (torchao)."),
     compile_: bool = typer.Option(False, "--compile", help="Compile the LLM with torch.compile; needs a C++ compiler."),
     image_size: Optional[int] = IMAGE_SIZE,  # noqa: UP045
@@ -106,14 +106,12 @@ def command(
         }
         own |= {"--max-queue": max_queue != 64, "--cache-gib": cache_gib != 1.0, "--max-body-mib": max_body_mib != 32}
         own |= {"--max-new-tokens": max_new_tokens != 1024, "--grace": grace != 30}
-        refused = [flag for flag, value in own.items() if value]
-        if refused:
-            raise ValueError(f"{', '.join(refused)}: not supported with --engine vllm; run vLLM directly for these")
+        refuse(own, "not supported with --engine vllm; run vLLM directly for these")
         words = vllm_command(model, host, port, name, dtype, max_batch, allowed_media_domain, allowed_media_path)
         if not escapes_control_tokens(words[words.index("--model") + 1]):
             typer.echo(
                 f"warning: the chat template of {model} does not escape control tokens, so with vLLM the text of a "
-                "user can contain turns of its own; docs/serving.md tells how to renew the template",
+                "user can contain turns of its own; docs/serving.md explains how to renew the template",
                 err=True,
             )
         environment = {**os.environ, **({"VLLM_API_KEY": key} if key else {}), "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0"}
@@ -139,12 +137,7 @@ def command(
         raise ValueError(f"--adapter {config.name} has the same name as the model; choose another, or give --name")
     with bind(host, port) as listener:
         loaded, processor = load(model, adapters, device, dtype, int8, compile_)
-        routing = None
-        if resolution:
-            from florence_vl.model.loading import check_folder
-            from florence_vl.model.router import set_view
-
-            routing = set_view(loaded, processor, check_folder(model), **resolution)
+        routing = apply(loaded, processor, model, resolution)
         extras = tools(loaded, processor, tokenize_prompts(model, prompt_tokenizer))
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
         logging.getLogger("florence_vl.serve").setLevel(logging.INFO)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import typer
 
+from florence_vl.cli.common import refuse
+
 epilog = """[bold]Examples[/bold]
 
   florence-vl web --model mini
@@ -34,6 +36,7 @@ def command(
         raise typer.BadParameter("give either --server (once or twice) or --model")
     if len(server) > 2:
         raise typer.BadParameter("at most two servers can be compared")
+    refuse({"--server-port": server and server_port != 8000}, "is the port of the server that --model starts")
     from florence_vl.serve.web import Server, build_page, launch
 
     pictures = _examples(examples)

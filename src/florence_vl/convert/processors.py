@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from florence_vl.files import read_json
-from florence_vl.model.chat_template import CHAT_TEMPLATES, _own_bos, choose_template
+from florence_vl.model.chat_template import CHAT_TEMPLATES, own_bos, choose_template
 
 _BOS = re.compile(r'(\{%- set bos = "[^"\n]*)(" -%\})')  # lines written by `ChatTemplate.build`
 _IMAGE = re.compile(r'\{%- set image_token = "([^"\n]*)" -%\}')
@@ -145,7 +145,7 @@ class ReleasedProcessor:
         # another control token a fast tokenizer adds none either, so a literal space is equivalent.
         assert self._chosen is not None
         ids = self.tokenizer(f"{self._chosen.token} {text}", add_special_tokens=False)["input_ids"][1:]
-        bos = [self.tokenizer.bos_token_id] if _own_bos(self.tokenizer) else []
+        bos = [self.tokenizer.bos_token_id] if own_bos(self.tokenizer) else []
         if len(ids) > 1 and ids[1] in self.tokenizer.all_special_ids and self._named_special(ids[1]):
             ids = ids[1:]
         return bos + ids
@@ -194,9 +194,7 @@ class ReleasedProcessor:
     def stop_ids(self) -> list[int]:
         """Ids that end an answer: the template's end if it is one token, and the checkpoint's end tokens."""
         end = (self.template_options or {}).get("end", "eos")
-        end = CHAT_TEMPLATES[str(self.template)].end_text(self.tokenizer, end)
-        answer, ended = self.tokenizer(["a", f"a{end}"], add_special_tokens=False)["input_ids"]
-        ids = ended[len(answer) :] if len(ended) == len(answer) + 1 else []
+        ids: list[int | None] = [*CHAT_TEMPLATES[str(self.template)].end_ids(self.tokenizer, end)]
         for found in (
             self.generation.get("eos_token_id"),
             self.config.get("eos_token_id"),
@@ -313,7 +311,7 @@ def parity_options(template: str, tokenizer: Any) -> dict[str, Any]:
     token is the newline after the image; with one that does, the llama3 template (which also writes one) gives two.
     """
     if template == "llama3":
-        own = bool(_own_bos(tokenizer))
+        own = bool(own_bos(tokenizer))
         return {"newline_after_image": own, "double_bos": own}
     if template == "plain":
         return {"end": "newline"}

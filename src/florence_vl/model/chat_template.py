@@ -126,7 +126,7 @@ class ChatTemplate:
         end = options.get("end", "eos")
         if end not in PLAIN_ENDS:
             raise ValueError(f"unknown end {end!r} of a caption. {did_you_mean(end, PLAIN_ENDS)}")
-        bos = self.bos if self.bos is not None else _own_bos(tokenizer)
+        bos = self.bos if self.bos is not None else own_bos(tokenizer)
         if options.get("double_bos"):
             bos = self.bos or tokenizer.bos_token
             if bos is None:
@@ -212,7 +212,7 @@ def _is_one_token(tokenizer: Any, token: str) -> bool:
     return index is not None and tokenizer.encode(token, add_special_tokens=False) == [index]
 
 
-def _own_bos(tokenizer: Any) -> str:
+def own_bos(tokenizer: Any) -> str:
     """The begin token, if the tokenizer adds one to every text itself."""
     if tokenizer.bos_token_id is None:
         return ""
