@@ -60,7 +60,9 @@ def test_help_keeps_square_brackets(name):
             assert Text.from_markup(written).plain == written.replace("\\[", "["), f"florence-vl {path} --help"
 
 
-def test_help_of_an_encoder_names_its_size(capsys):
+def test_help_of_an_encoder_names_its_size(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 200)
     assert main(["analyze", "pca", "--help"]) == 0
     assert "[@size]" in re.sub(r"[\s│]", "", capsys.readouterr().out)
 
