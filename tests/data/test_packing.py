@@ -24,6 +24,7 @@ from florence_vl.data.packing import (
     BatchLayout,
     WindowPlanner,
     build_batches,
+    check_fingerprint,
     count_steps,
     merge_states,
 )
@@ -509,3 +510,73 @@ def test_wrong_worlds_and_states_are_refused(encoder):
         build_batches(mixture_of(size=59), encoder, PACKED, start_step=1, state=state)
     with pytest.raises(ValueError, match="different steps"):
         merge_states([state, {**state, "step": 9}])
+
+
+def test_every_rank_counts_its_share_of_the_records(encoder):
+    bad = dict.fromkeys(range(0, 60, 6), "unsupervised")
+    config = BatchLayout(tokens_per_row=200, global_batch_size=3, window=16, max_bad_share=1.0)
+
+    def reports(world):
+        mixture = Mixture([MixtureSource("set", Made(60, bad))])
+        ranks = [build_batches(mixture, encoder, config, rank=rank, world_size=world) for rank in range(world)]
+        return [(take(rank, 8), rank.report())[1] for rank in ranks]
+
+    (whole,) = reports(1)
+    shares = reports(3)
+    assert sum(report.records for report in shares) == whole.records
+    assert sum((report.bad for report in shares), Counter()) == whole.bad
+    windows = whole.records // 15
+    assert max(report.records for report in shares) - min(report.records for report in shares) <= windows
+
+
+def test_counts_and_the_list_of_bad_records_go_on_where_the_checkpoint_is(encoder, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    bad = dict.fromkeys(range(0, 60, 3), "unsupervised")
+    config = BatchLayout(
+        tokens_per_row=200, global_batch_size=2, window=8, max_bad_share=1.0, bad_records_file=str(path)
+    )
+
+    def build(rank=0, world=1, step=0, state=None):
+        mixture = Mixture([MixtureSource("set", Made(60, bad))])
+        return build_batches(mixture, encoder, config, 0, rank, world, step, state=state)
+
+    whole = build()
+    take(whole, 3)
+    state = json.loads(json.dumps(whole.state()))
+    take(whole, 3)
+    expected = path.read_text()
+    take(build(step=3, state=state), 3)  # after a kill
+    assert path.read_text() == expected
+    take(build(), 6)  # without a checkpoint
+    assert path.read_text() == expected
+    counts = Counter()
+    for rank in range(2):
+        counts.update(build(rank, 2, 3, state).report().bad)
+    assert counts == Counter({("unsupervised", "set"): state["reports"]["0"]["bad"][0][2]})
+
+
+def test_all_rows_within_the_limit_are_measured(encoder, monkeypatch):
+    measured = []
+
+    def get(self, number, original=WindowPlanner.__getitem__):
+        measured.append(number)
+        return original(self, number)
+
+    monkeypatch.setattr(WindowPlanner, "__getitem__", get)
+    mixture = mixture_of()
+    for epochs in (0.5, 1.5):
+        measured.clear()
+        count_steps(mixture, encoder, PACKED, epochs, limit=int(len(mixture) * epochs))
+        assert measured == list(range(len(measured)))
+
+
+def test_a_state_of_an_earlier_version_lacks_keys(encoder):
+    batches = build_batches(mixture_of(), encoder, PACKED)
+    take(batches, 1)
+    state = batches.state()
+    with pytest.raises(ValueError, match="shuffle was True at the checkpoint and is False now"):
+        build_batches(mixture_of(shuffle=False), encoder, PACKED, start_step=1, state=state)
+    del state["fingerprint"]["shuffle"]
+    build_batches(mixture_of(), encoder, PACKED, start_step=1, state=state)
+    with pytest.raises(ValueError, match="views was None"):
+        check_fingerprint({}, {"views": [{"full": 1}, 0.0]})

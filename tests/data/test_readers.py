@@ -548,3 +548,23 @@ def test_prompts_are_spread_and_fixed(tmp_path):
     assert asked == [reader[i].text("user") for i in range(40)]
     with pytest.raises(ValueError, match="at least one text"):
         open_reader(tmp_path, prompts=[])
+
+
+@pytest.mark.parametrize("layout", ["conversations", "texts", "messages"])
+def test_webdataset_shows_images_in_the_order_of_the_record(tmp_path, layout):
+    question = "<image> or <image>?"
+    texts = {
+        "conversations": turns(question, "b"),
+        "texts": [{"user": question, "assistant": "b"}],
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "b"}],
+    }
+    members = [("k.a.png", png((1, 0, 0))), ("k.b.png", png((2, 0, 0)))]
+    shown = {}
+    for name, listed in (("swapped", ["x/k.b.png", "x/k.a.png"]), ("lost", ["k.b.png", "k.c.png"]), ("others", ["7"])):
+        row = {"image": listed, layout: texts[layout]}
+        reader = open_reader(write_tar(tmp_path / f"{name}.tar", [*members, ("k.json", json.dumps(row).encode())]))
+        try:
+            shown[name] = [open_image(image).getpixel((0, 0))[0] for image in reader[0].images]
+        except BadRecord as error:
+            shown[name] = error.kind
+    assert shown == {"swapped": [2, 1], "lost": "image", "others": "image" if layout == "messages" else [1, 2]}

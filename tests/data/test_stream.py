@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import json
+import os
+import signal
 import tarfile
 from collections import Counter
 
@@ -127,3 +130,37 @@ def test_wrong_streams_are_refused(encoder, shards, tmp_path):
     next(stream)
     with pytest.raises(ValueError, match="finish the step"):
         stream.state()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_is_too_long_ends_the_run_if_the_encoder_says_so(shards, workers):
+    encoder = RecordEncoder(tiny_processor(), max_length=20, on_long="error")
+    stream = build_stream(shards, encoder, PADDED, num_workers=workers)
+    with pytest.raises(ValueError, match=r"^record .* more than max_length=20. Shorten it, or set on_long"):
+        take(stream, 20)
+    stream.close()
+
+
+def test_workers_outlive_signals_and_end_with_the_stream(encoder, shards, monkeypatch):
+    at_exit = []
+    monkeypatch.setattr(atexit, "register", lambda *call: at_exit.append(call))
+    stream = build_stream(shards, encoder, PADDED, num_workers=1)
+    take(stream, 1)
+    workers = stream._loader._iterator._workers
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+    take(stream, 6)  # more than was prefetched
+    for function, *arguments in at_exit:
+        function(*arguments)
+    assert not any(worker.is_alive() for worker in workers)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"prompts": "Say it."}, "prompts was"), ({"caption": "even"}, "caption was txt at the checkpoint and is even")],
+)
+def test_other_captions_are_refused_on_resume(encoder, shards, change, message):
+    stream = build_stream(shards, encoder, PADDED)
+    take(stream, 1)
+    with pytest.raises(ValueError, match=message):
+        build_stream(shards, encoder, PADDED, state=stream.state(), **change)

@@ -8,16 +8,17 @@ import multiprocessing
 import os
 import random
 import runpy
+import shutil
 import signal
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch.distributed.checkpoint as dcp
 
-from florence_vl.train.checkpoint import latest_checkpoint, list_checkpoints
+from florence_vl.train.checkpoint import CheckpointError, CheckpointManager, latest_checkpoint, list_checkpoints
 
 STEPS = 12
 
@@ -117,3 +118,43 @@ def test_a_synchronous_checkpoint_resumes_exactly_from_an_earlier_step(tiny_run:
     whole = tiny_run.run(tmp_path, steps=4, checkpoint=settings)
     earlier = str(tmp_path / "checkpoints" / "step-00000002")
     assert tiny_run.run(tmp_path, steps=4, resume=earlier, checkpoint=settings) == whole
+
+
+def test_a_signal_in_a_step_that_is_saved_anyway_saves_it_once(
+    tiny_run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+
+    def write(self: Any, step: int, *others: Any, original: Any = CheckpointManager._write) -> None:
+        written.append(step)
+        original(self, step, *others)
+
+    monkeypatch.setattr(CheckpointManager, "_write", write)
+    settings = {"every_steps": 2, "keep_last": 1, "export": False}
+    tiny_run.run(tmp_path, steps=6, kill_at=1, kill_with=signal.SIGTERM, checkpoint=settings)
+    assert written == [2]
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [2]
+
+
+def test_a_full_disk_keeps_the_newest_complete_checkpoint(
+    tiny_run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"every_steps": 2, "keep_last": 3, "asynchronous": False, "export": False}
+    tiny_run.run(tmp_path, steps=4, checkpoint=settings)
+    damaged = tmp_path / "checkpoints" / "step-00000004"
+    os.truncate(damaged / "__0_0.distcp", 10)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(dcp, "save", full)
+    with pytest.raises(CheckpointError, match="the last good one is step-00000002"):
+        tiny_run.run(tmp_path, steps=3, resume="auto", checkpoint=settings)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [2]
+    for step in (4, 6):
+        shutil.copytree(tmp_path / "checkpoints" / "step-00000002", tmp_path / "checkpoints" / f"step-0000000{step}")
+    os.truncate(damaged.with_name("step-00000006") / "__0_0.distcp", 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(CheckpointError):
+        tiny_run.run(tmp_path, steps=5, resume=str(damaged), checkpoint=settings)
+    assert latest_checkpoint(tmp_path) == damaged

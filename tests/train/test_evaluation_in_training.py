@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from PIL import Image
 from florence_vl.evaluate.sample import evaluate_sample, suite_scorer
 from florence_vl.model.tiny import tiny_model, tiny_recipe
 from florence_vl.train import load_recipe, train
+from florence_vl.train.checkpoint import list_checkpoints
 from florence_vl.train.evaluation import read_suite
 from florence_vl.train.metrics import read_metrics
 from florence_vl.train.world import World
@@ -176,3 +178,69 @@ def test_two_unsharded_processes_train_as_without_it(
     rows = read_metrics(tmp_path / "with" / "metrics.jsonl")
     assert ["eval/pope" in row for row in rows] == [False, True, False, True, True]
     assert tiny_run.losses(tmp_path / "with") == tiny_run.losses(tmp_path / "without")
+
+
+def _run_scored(
+    tiny_run: ModuleType, output: Path, score: Any, resume: str = "never", callbacks: Any = (), steps: int = 5
+) -> list[dict[str, Any]]:
+    """Evaluate and save every two steps; the rows without what the clock determines."""
+    values = tiny_run.recipe(
+        output,
+        steps=steps,
+        checkpoint={"every_steps": 2, "export": False},
+        evaluate={"every_steps": 2, "suite": "any"},
+    )
+    train(
+        values,
+        *tiny_model(),
+        batches=lambda step, rank, size, _state: tiny_run.SyntheticBatches(step, rank, size),
+        suite_reader=lambda *_: lambda model, _processor: score(model),
+        resume=resume,
+        callbacks=callbacks,
+    )
+    rows = read_metrics(output / "metrics.jsonl")
+    return [{key: row[key] for key in row if key in ("step", "loss", "eval/any", "lr/llm")} for row in rows]
+
+
+def _score(model: Any) -> dict[str, float]:
+    return {"eval/any": float(model.lm_head.weight.sum())}
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_an_evaluation_that_fails_loses_no_step(tiny_run: ModuleType, tmp_path: Path, step: int) -> None:
+    whole = _run_scored(tiny_run, tmp_path / "whole", _score)
+    assert [row["step"] for row in whole if "eval/any" in row] == [2, 4, 5]
+    scores = []
+
+    def fail(model: Any) -> dict[str, float]:
+        scores.append(_score(model))
+        if len(scores) == {2: 1, 5: 3}[step]:
+            raise RuntimeError("the benchmark's server is away")
+        return scores[-1]
+
+    with pytest.raises(RuntimeError, match="away"):
+        _run_scored(tiny_run, tmp_path / "cut", fail)
+    assert [number for number, _ in list_checkpoints(tmp_path / "cut")][-1] == step
+    assert _run_scored(tiny_run, tmp_path / "cut", _score, resume="auto") == whole
+    scores.clear()
+    assert _run_scored(tiny_run, tmp_path / "cut", fail, resume="auto") == whole
+    assert not scores  # reported before
+    assert json.loads((tmp_path / "cut" / "summary.json").read_text())["metrics"]["eval/any"] == whole[-1]["eval/any"]
+
+
+def test_a_signal_does_not_wait_for_an_evaluation(tiny_run: ModuleType, tmp_path: Path) -> None:
+    whole = _run_scored(tiny_run, tmp_path / "whole", _score)
+    scored = []
+
+    def count(model: Any) -> dict[str, float]:
+        scored.append(model)
+        return _score(model)
+
+    def stop(_trainer: Any, row: dict[str, Any]) -> None:
+        if row["step"] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert _run_scored(tiny_run, tmp_path / "cut", count, callbacks=[stop]) == whole[:1]
+    assert not scored
+    assert (tmp_path / "cut" / "STOPPED").is_file()
+    assert _run_scored(tiny_run, tmp_path / "cut", _score, resume="auto") == whole

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
@@ -20,9 +21,12 @@ from PIL import Image
 
 from florence_vl.model.tiny import tiny_model, tiny_recipe
 from florence_vl.train import TrainingError, load_recipe, train
+from florence_vl.train import fingerprint as fingerprints
 from florence_vl.train.checkpoint import list_checkpoints
 from florence_vl.train.checkpoint_files import find_damage
+from florence_vl.train.config import SourceConfig
 from florence_vl.train.export import export_run
+from florence_vl.train.fingerprint import check_fingerprint, fingerprint
 from florence_vl.train.guards import blame
 from florence_vl.train.lock import RunLock
 from florence_vl.train.metrics import MetricsFile, read_metrics
@@ -237,6 +241,32 @@ def test_the_last_checkpoint_makes_room_for_itself(
     assert [step for step, _ in list_checkpoints(tmp_path)] == [4, 5]
 
 
+def test_sources_of_many_files_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deep").mkdir()
+    files = [tmp_path / name for name in ("a.tar", "b.tar", "deep/c.tar")]
+    for file in files:
+        file.write_bytes(b"0" * 100)
+    sources = [SourceConfig(path=str(tmp_path / "**" / "*.tar"))]
+    whole = fingerprint(sources)
+    assert len(whole) == 1
+    monkeypatch.setattr(fingerprints, "WHOLE", 100)
+    monkeypatch.setattr(fingerprints, "_PIECE", 1)
+    monkeypatch.setattr(fingerprints, "_PIECES", 2)  # the first and the last byte
+    sampled = fingerprint(sources)
+    check_fingerprint(whole, sampled)  # of an earlier version that read everything
+    files[1].write_bytes(b"1" * 100)
+    assert fingerprint(sources) == sampled
+    for number, data in ((2, b"0" * 99 + b"1"), (1, b"1" * 101)):
+        before = files[number].read_bytes()
+        files[number].write_bytes(data)
+        with pytest.raises(ValueError, match=r"\*\*/\*\.tar changed since the checkpoint"):
+            check_fingerprint(sampled, fingerprint(sources))
+        files[number].write_bytes(before)
+    files[0].write_bytes(b"0" * 101)
+    alone = fingerprint([SourceConfig(path=str(files[0]))])
+    assert alone == {str(files[0]): hashlib.sha256(b"101\n00").hexdigest()}  # as in earlier versions
+
+
 def test_edited_data_is_noticed_on_resume(tmp_path: Path) -> None:
     records = _records(tmp_path, present=8)
     _train(records, tmp_path / "run")
@@ -253,6 +283,13 @@ def test_edited_data_is_noticed_on_resume(tmp_path: Path) -> None:
         ("data.max_length=100", "data.max_length was 2048 at the checkpoint and is 100 now"),
         ("data.on_long=error", "data.on_long was truncate_turns at the checkpoint and is error now"),
         ("data.template=chatml", "data.template was None at the checkpoint and is chatml now"),
+        ("data.sources.0.image_root=.", r"data.sources.0.image_root was .* at the checkpoint and is \. now"),
+        (
+            "data.sources.0.options.allow_outside=true",
+            r"data.sources.0.options was {} at the checkpoint and is {'allow",
+        ),
+        ("data.shuffle=false", "shuffle was True at the checkpoint and is False now"),
+        ("model.image_size=128", "model.image_size was None at the checkpoint and is 128 now"),
     ],
 )
 def test_changed_encoding_is_noticed_on_resume(tmp_path: Path, setting: str, words: str) -> None:

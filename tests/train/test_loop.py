@@ -13,11 +13,16 @@ import pytest
 import torch
 import yaml
 
-from florence_vl.train import TrainingError, train
+from florence_vl.model.tiny import tiny_model
+from florence_vl.train import TrainingError, load_recipe, train
 from florence_vl.train.checkpoint import latest_checkpoint, list_checkpoints
+from florence_vl.train.checkpoint_files import read_trainer_state
 from florence_vl.train.export import export_run
 from florence_vl.train.loop import TrainResult
 from florence_vl.train.metrics import MetricsFile, read_metrics
+from florence_vl.train.parallel import parallelize
+from florence_vl.train.setup import _restore, describe_environment
+from florence_vl.train.world import World
 
 CUTS = {
     "one batch of 4": {"micro": 4},
@@ -228,3 +233,59 @@ def test_automatic_precision_is_measured_once_a_run(
     cut = tiny_run.run(tmp_path / "cut", steps=2, precision="auto", resume="auto")
     assert cut == whole
     assert yaml.safe_load((tmp_path / "cut/recipe.yaml").read_text())["precision"] == precision
+
+
+def test_without_git_a_run_has_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert describe_environment()["git"] == {"commit": None, "dirty": False}
+
+
+def test_batches_with_a_state_of_their_own_get_it_back(tiny_run: ModuleType, tmp_path: Path) -> None:
+    given = []
+
+    class Own(tiny_run.SyntheticBatches):  # type: ignore[name-defined, misc]
+        def state(self) -> dict[str, Any]:
+            return {"position": self.step}
+
+    def batches(step: int, rank: int, size: int, state: Any) -> Any:
+        given.append(state)
+        return Own(step, rank, size)
+
+    for steps, resume in ((2, "never"), (3, "auto")):
+        values = tiny_run.recipe(tmp_path, steps=steps, checkpoint={"every_steps": None, "export": False})
+        train(values, model=tiny_run.tiny(), batches=batches, resume=resume)
+    assert given == [None, {"position": 2}]
+    saved = read_trainer_state(tmp_path / "checkpoints" / "step-00000003")
+    with pytest.raises(ValueError, match="data states of 1 processes, and this run has 2"):
+        _restore(load_recipe(values), World(torch.device("cpu"), size=2), saved, {})
+
+
+def test_gates_report_their_own_rate(tiny_run: ModuleType, tmp_path: Path) -> None:
+    model, _ = tiny_model(fusion="gated")
+    train(
+        tiny_run.recipe(
+            tmp_path,
+            steps=1,
+            parts={"projector": {"lr": 1e-5, "gate_lr": 3e-3}},
+            schedule={"name": "constant", "warmup_ratio": 0},
+            checkpoint={"every_steps": None, "export": False},
+        ),
+        model=model,
+        batches=lambda step, rank, size, _state: tiny_run.SyntheticBatches(step, rank, size, text_only=1),
+    )
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert (row["lr/projector"], row["lr/gates"]) == (1e-5, 3e-3)
+
+
+def test_pure_bf16_keeps_the_rotary_frequencies_of_the_export(tiny_run: ModuleType, tmp_path: Path) -> None:
+    model = tiny_run.tiny()
+    model.save_pretrained(tmp_path)
+    recipe = load_recipe({"steps": 1, "precision": "bf16_pure", "device": "cpu"})
+    parallelize(model, World(torch.device("cpu")), recipe, (64, 64))
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    buffers = dict(model.model.language_model.named_buffers())
+    assert any("inv_freq" in name for name in buffers)
+    for name, buffer in loaded.model.language_model.named_buffers():
+        assert buffers[name].dtype == buffer.dtype
+        assert torch.equal(buffers[name], buffer)

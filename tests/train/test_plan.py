@@ -18,7 +18,7 @@ from florence_vl.model.tiny import tiny_config
 from florence_vl.train.config import LLMPartConfig, LoraConfig, PartConfig, PartsConfig
 from florence_vl.train.flops import ActivationMeter, Multipliers, _set_attention, build_shell, count_flops
 from florence_vl.train.optimizer import apply_parts, count_parameters
-from florence_vl.train.plan import Workload, model_config, plan_recipe
+from florence_vl.train.plan import Workload, model_config, plan_recipe, recipe_that_writes
 from florence_vl.train.recipes import load_recipe
 from florence_vl.train.step import count_pairs, count_samples, count_supervised, count_tokens
 from florence_vl.train.throughput import estimate_throughput
@@ -278,3 +278,12 @@ def peaks() -> dict[str, tuple[float, float]]:
 def test_planned_memory_is_what_a_step_holds_at_its_peak(peaks: dict[str, tuple[float, float]], case: str) -> None:
     measured, planned = peaks[case]
     assert 0.95 * measured <= planned <= 1.2 * measured  # rather too much than too little
+
+
+def test_a_recipe_that_does_not_load_is_no_obstacle_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken.yaml").write_text("steps: 1\noutput: ${NOT_SET_ANYWHERE}\n")
+    (tmp_path / "writes.yaml").write_text("steps: 1\noutput: runs/found\n")
+    monkeypatch.setenv("FLORENCE_VL_RECIPES", str(tmp_path))
+    found = recipe_that_writes("runs/found/model")
+    assert found is not None
+    assert found.name == "writes"

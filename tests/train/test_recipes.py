@@ -42,6 +42,14 @@ def test_values_reach_the_typed_recipe() -> None:
         ({"steps": 1, "parts": {"llm": {"train": False, "lora": {}}}}, "`parts.llm.train` is false but"),
         ({"steps": 1, "logging": {"profile_steps": [0, 3]}}, "`logging.profile_steps` [0, 3] must be a first and"),
         ({"steps": 1, "logging": {"profile_steps": [5, 3]}}, "counted from 1"),
+        (
+            {"steps": 1, "data": {"stream": {"path": "x", "filters": [{"column": "a", "test": "="}]}}},
+            "unknown test '=' in a filter. Did you mean",
+        ),
+        (
+            {"steps": 1, "data": {"stream": {"path": "x", "filters": [{"column": "a", "test": "==", "vale": 1}]}}},
+            "unknown key `data.stream.filters.0.vale`. Did you mean 'value'",
+        ),
         ({"steps": 1, "output": "runs/{nam}"}, "may contain only the field {name}"),
         (
             {"steps": 1, "data": {"max_length": 9000, "packing": {"mode": "packed", "tokens_per_row": 4096}}},

@@ -49,6 +49,15 @@ def test_warmup_ratio_is_a_share_of_the_run() -> None:
     assert lr_factor(schedule, 30, 1000) == 1
 
 
+def test_warmup_steps_are_steps_whatever_the_clock_says() -> None:
+    schedule = ScheduleConfig(warmup_steps=100)
+    for step in range(200):  # a budget of 200 steps of 100,000
+        factor = lr_factor(schedule, step * 500.0, 100_000, step)
+        assert factor <= (step + 1) / 101
+    assert lr_factor(schedule, 5_000.0, 100_000, 10) == 11 / 101
+    assert lr_factor(schedule, 50_000.0, 100_000, 100) == lr_factor(schedule, 50_000.0, 100_000)
+
+
 def groups_of(model: nn.Module, parts: PartsConfig) -> list:
     return parameter_groups(model, parts, OptimizerConfig(lr=1e-3, weight_decay=0.1), ScheduleConfig())  # type: ignore[arg-type]
 

@@ -187,3 +187,23 @@ def test_warm_up_without_captions_is_refused(data: Path, tmp_path: Path) -> None
         load_recipe({**settings, "warm_up": {"pairs": 1}}).check()
     with pytest.raises(ValueError, match=r"`warm_up.pairs: 0` needs `warm_up.regions`"):
         load_recipe({**settings, "warm_up": {"pairs": 0}}).check()
+
+
+def test_turns_are_truncated_to_a_packed_row(tmp_path: Path) -> None:
+    turns = [{"from": who, "value": "red"} for _ in range(40) for who in ("human", "gpt")]
+    (tmp_path / "data.json").write_text(json.dumps([{"id": "a", "conversations": turns}]))
+    values = recipe(tmp_path, tmp_path / "run", packed=True)
+    values["data"] |= {"max_length": None, "max_bad_share": 0.0}
+    batches = TrainingData(load_recipe(values), tiny_model()[1]).batches(0, 0, 1, None)
+    assert 80 < next(batches)["input_ids"].numel() <= 160 * values["micro_batch_size"]
+    assert batches.report().num_bad == 0  # type: ignore[union-attr]
+
+
+def test_the_command_that_writes_missing_data_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("florence_vl_mini")
+    source = SourceConfig(str(tmp_path / "captions/data.jsonl"), name="captions")
+    with pytest.raises(FileNotFoundError, match="florence-vl mini data --set captions --out .*/captions"):
+        open_source(source)
+    with pytest.raises(FileNotFoundError) as error:
+        open_source(SourceConfig(str(tmp_path / "other/data.jsonl"), name="other"))
+    assert "mini data" not in str(error.value)

@@ -289,21 +289,18 @@ def _store(config: AblationConfig) -> Path:
 
 def _data(config: AblationConfig) -> Iterator[Step]:
     """Steps that create the recipes' data if it is missing and an installed package provides it."""
-    from florence_vl.registry import plugins
+    from florence_vl.data.sources import writers
     from florence_vl.train.recipes import load_recipe
 
-    writers: dict[str, tuple[str, ...]] = {}
-    for point in plugins("datasets").values():
-        writers |= point.load()()
-
+    known = writers()
     seen: set[Path] = set()
     for stage in STAGES:
         recipe = load_recipe(config.about["recipes"][stage])
         for source in (*recipe.data.sources, *(recipe.warm_up.regions if recipe.warm_up else ())):
             path = Path(source.path)
-            if source.name in writers and path.name == "data.jsonl" and not path.exists() and path not in seen:
+            if source.name in known and path.name == "data.jsonl" and not path.exists() and path not in seen:
                 seen.add(path)
-                words = (*writers[source.name], "--out", str(path.parent))
+                words = (*known[source.name], "--out", str(path.parent))
                 yield Step("data", source.name, 0, path.parent, words, "")
 
 

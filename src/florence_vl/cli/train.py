@@ -68,7 +68,7 @@ def command(
         raise typer.Exit(0 if result.finished else STOPPED)
     if result.bad_records:
         skipped = ", ".join(f"{number} x {name}" for name, number in sorted(result.bad_records.items()))
-        typer.echo(f"skipped bad records: {skipped} (see {result.run_dir}/bad_records.jsonl)", err=True)
+        typer.echo(f"skipped bad records: {skipped} (see {result.run_dir}/bad_records*.jsonl)", err=True)
     if not result.finished:
         typer.echo(f"saved step {result.steps} in {result.run_dir}; resume with: --resume auto")
         raise typer.Exit(STOPPED)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from florence_vl.files import read_json
-from florence_vl.model.chat_template import CHAT_TEMPLATES, own_bos, choose_template
+from florence_vl.model.chat_template import CHAT_TEMPLATES, choose_template, own_bos
 
 _BOS = re.compile(r'(\{%- set bos = "[^"\n]*)(" -%\})')  # lines written by `ChatTemplate.build`
 _IMAGE = re.compile(r'\{%- set image_token = "([^"\n]*)" -%\}')

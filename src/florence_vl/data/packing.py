@@ -14,10 +14,12 @@ stream: by default it computes its own, and `share` provides it otherwise.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import signal
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -29,7 +31,7 @@ from florence_vl.data.mixture import Mixture
 from florence_vl.data.planner import WindowPlan, WindowPlanner, bad_entry, count_steps
 from florence_vl.data.records import BadRecord
 from florence_vl.data.report import BadEntry, DataReport, rank_file
-from florence_vl.data.sampler import check_rank, mix
+from florence_vl.data.sampler import check_rank
 from florence_vl.data.trees import WHOLE, Tree, join_samples, shares_pictures, split_turns
 
 T = TypeVar("T")
@@ -145,7 +147,70 @@ def stop_workers(iterator: Iterator[Any] | None) -> None:
         stop()
 
 
-class Batches(Iterator[dict[str, torch.Tensor]]):
+class RankBatches(Iterator[dict[str, torch.Tensor]]):
+    """Common parts of `Batches` and `florence_vl.data.stream.StreamBatches`: the report, and the state at a step.
+
+    Args:
+        layout: The layout.
+        rank: Rank of this process.
+        world_size: Number of data-parallel processes.
+        fingerprint: What identifies the data and its order.
+        step: Number of optimizer steps done.
+        state: Data state of that step, if known; it must be of the same data.
+    """
+
+    def __init__(
+        self,
+        layout: BatchLayout,
+        rank: int,
+        world_size: int,
+        fingerprint: dict[str, Any],
+        step: int,
+        state: Mapping[str, Any] | None,
+    ) -> None:
+        self.batches_per_rank = layout.batches_per_step // world_size
+        self.ids: list[tuple[str, str]] = []
+        self._rank, self._world_size, self._step, self._fingerprint = rank, world_size, step, fingerprint
+        size, counts = None if step else 0, []
+        if state is not None:
+            check_fingerprint(state["fingerprint"], fingerprint)
+            own = state["reports"].get(str(rank), {})
+            size = own.get("size")
+            if state["world_size"] == world_size:
+                counts = [own] if own else []
+            elif rank == 0:
+                counts = list(state["reports"].values())
+        path = rank_file(layout.bad_records_file, rank)
+        self._report = DataReport(layout.max_bad_share, layout.min_records, path, counts, size)
+        # At its exit Python ends workers by SIGTERM, which they ignore, and waits for them.
+        atexit.register(_close, weakref.ref(self))
+
+    def _count(
+        self, ids: list[tuple[str, str]], records: int, bad: Sequence[BadEntry], tokens: int, input_ids: torch.Tensor
+    ) -> None:
+        self.ids = ids
+        self._report.add(records=records, bad=bad, samples=len(ids), tokens=tokens, slots=input_ids.numel())
+
+    def report(self) -> DataReport:
+        """Bad records by kind and source, and the fill ratio of the rows, of this rank since the run's start."""
+        return self._report
+
+    def state(self) -> dict[str, Any]:
+        """Position of the data after the last complete step, as plain types for a checkpoint."""
+        return {
+            "step": self._step,
+            "world_size": self._world_size,
+            "fingerprint": self._fingerprint,
+            "reports": {str(self._rank): self._report.counts()},
+        }
+
+
+def _close(reference: weakref.ref[Any]) -> None:
+    if (batches := reference()) is not None:
+        batches.close()
+
+
+class Batches(RankBatches):
     """Endless iterator over one rank's micro-batches, created by `build_batches`.
 
     Pass each item as `model(**batch)`. A step consists of `batches_per_rank` items.
@@ -162,16 +227,18 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
         pin_memory: bool,
         share: Share = _make_own,
     ) -> None:
+        if state is not None and state["step"] != start_step:
+            raise ValueError(f"the data state is of step {state['step']}, the run resumes at step {start_step}")
         layout = planner.layout
-        self.batches_per_rank = layout.batches_per_step // world_size
-        self.ids: list[tuple[str, str]] = []
+        super().__init__(layout, rank, world_size, _fingerprint(planner), start_step, state)
         self._planner, self._layout, self._share = planner, layout, share
-        self._rank, self._world_size = rank, world_size
-        self._step = self._start_step = start_step
-        self._fingerprint = _fingerprint(planner)
-        self._cursor, counts = self._read_state(state)
-        path = rank_file(layout.bad_records_file, rank)
-        self._report = DataReport(layout.max_bad_share, layout.min_records, path, counts)
+        self._start_step = start_step
+        self._cursor: tuple[int, int] | None = None  # window and row, if known
+        if layout.mode == "padded":
+            window = planner.window(start_step)
+            self._cursor = (window.number, (start_step - window.number) * layout.groups_per_step)
+        elif state is not None:
+            self._cursor = (int(state["cursor"][0]), int(state["cursor"][1]))
         self._num_workers = num_workers
         self._pin_memory = pin_memory and torch.cuda.is_available()
         self._plans: Iterator[WindowPlan] | None = None
@@ -230,17 +297,13 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
                 for b in own:
                     batch = MicroBatch(step, last_of_step=b == own[-1], cursor=taken[-1][1])
                     batch.groups = [trees for trees, _ in taken[b * size : (b + 1) * size]]
-                    for plan in begun:
-                        if mix(plan.window.first) % self._world_size == self._rank:  # each window is counted once
-                            batch.records += plan.window.end - plan.window.first
-                            batch.bad.extend(plan.bad)
+                    for plan in begun:  # each rank counts its share
+                        batch.records += len(range(plan.window.first + self._rank, plan.window.end, self._world_size))
+                        batch.bad.extend(plan.bad[self._rank :: self._world_size])
                     begun.clear()
                     yield batch
         except (ValueError, OSError) as error:
             yield MicroBatch(-1, last_of_step=False, error=error)
-
-    def __iter__(self) -> Batches:
-        return self
 
     def __next__(self) -> dict[str, torch.Tensor]:
         """The next micro-batch.
@@ -256,36 +319,19 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
         if batch.error is not None:
             self.close()
             raise batch.error
-        self.ids = batch.ids
-        self._report.add(
-            records=batch.records,
-            bad=batch.bad,
-            samples=len(batch.ids),
-            tokens=batch.tokens,
-            slots=batch.tensors["input_ids"].numel(),
-        )
+        self._count(batch.ids, batch.records, batch.bad, batch.tokens, batch.tensors["input_ids"])
         if batch.last_of_step:
             self._step, self._cursor = batch.step + 1, batch.cursor
         if self._pin_memory:
             return {name: value.pin_memory() for name, value in batch.tensors.items()}
         return batch.tensors
 
-    def report(self) -> DataReport:
-        """Bad records by kind and source, and the fill ratio of the rows, of this rank since the run's start."""
-        return self._report
-
     def state(self) -> dict[str, Any]:
         """Position of the data after the last complete step, as plain types for a checkpoint.
 
         The step alone is sufficient to resume; with the position of packed rows no text has to be measured again.
         """
-        return {
-            "step": self._step,
-            "world_size": self._world_size,
-            "fingerprint": self._fingerprint,
-            "cursor": list(self._cursor or (0, 0)),
-            "reports": {str(self._rank): self._report.counts()},
-        }
+        return super().state() | {"cursor": list(self._cursor or (0, 0))}
 
     def close(self) -> None:
         """Stop the workers; the iterator is then exhausted."""
@@ -378,8 +424,14 @@ def check_sizes(encoder: RecordEncoder, packing: BatchLayout, rank: int, world_s
         )
 
 
+_ONLY_IF_USED = ("views", "packing.trees")
+"""Keys that a fingerprint has only if the setting is used."""
+
+
 def check_fingerprint(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Check that a data state belongs to this data.
+
+    Keys that it does not have are not compared: it is of an earlier version.
 
     Raises:
         ValueError: It differs; the message names what differs.
@@ -391,7 +443,7 @@ def check_fingerprint(found: Mapping[str, Any], expected: Mapping[str, Any]) -> 
             "the version that began it, or start a new run from the checkpoint's weights"
         )
     for key in {**expected, **found}:
-        if found.get(key) != expected.get(key):
+        if (key in found or key in _ONLY_IF_USED) and found.get(key) != expected.get(key):
             raise ValueError(
                 f"cannot resume at the same data: {key} was {found.get(key)} at the checkpoint and is "
                 f"{expected.get(key)} now; restore it, or start a new run from the checkpoint's weights"
@@ -418,19 +470,25 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return merged
 
 
+def layout_fingerprint(layout: BatchLayout, encoder: RecordEncoder) -> dict[str, Any]:
+    """What determines the rows of given records, as JSON values by name."""
+    keep = ["mode", "tokens_per_row", "max_images_per_row", "global_batch_size", "window", "group_by_length"]
+    if layout.mode == "padded":
+        keep.append("batch_size")
+    print_: dict[str, Any] = {f"packing.{key}": getattr(layout, key) for key in keep}
+    if layout.trees:
+        print_["packing.trees"] = "split turns" if layout.split_turns else "records"
+    if encoder.views is not None:
+        print_["views"] = [dict(encoder.views.weights), encoder.views.feature_dropout]
+    return print_
+
+
 def _fingerprint(planner: WindowPlanner) -> dict[str, Any]:
-    config, mixture = planner.layout, planner.mixture
-    keep = ("mode", "tokens_per_row", "max_images_per_row", "global_batch_size", "window", "group_by_length")
-    print_: dict[str, Any] = {"order": ORDER}
-    print_ |= {f"packing.{key}": value for key, value in asdict(config).items() if key in keep}
-    if config.mode == "padded":
-        print_["packing.batch_size"] = config.batch_size
-    if config.trees:
-        print_["packing.trees"] = "split turns" if config.split_turns else "records"
-    if planner.encoder.views is not None:
-        print_["views"] = [dict(planner.encoder.views.weights), planner.encoder.views.feature_dropout]
+    mixture = planner.mixture
+    print_ = {"order": ORDER, **layout_fingerprint(planner.layout, planner.encoder)}
     print_["seed"] = planner.seed
     print_["mixture seed"] = mixture.seed
+    print_["shuffle"] = mixture.shuffle
     print_["sources"] = [
         [source.name, size, draws]
         for source, size, draws in zip(mixture.sources, mixture.sizes, mixture.draws, strict=True)

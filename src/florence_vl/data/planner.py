@@ -141,7 +141,7 @@ def count_steps(
         return max(1, -(-records // packing.global_batch_size))
     planner = RememberingPlanner(mixture, encoder, packing, seed)
     windows = list(itertools.takewhile(lambda n: planner.window(n).first < records, planner.numbers(0)))
-    step = max(1, -(-len(mixture) * math.ceil(epochs) // limit))
+    step = max(1, -(-records // limit))
     rows = seen = 0.0
     for number in windows[::step]:
         plan = planner[number]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ class DataReport:
         max_bad_share: Maximum fraction of bad records.
         min_records: Number of records that must have been read before the fraction is checked.
         path: File to which bad records are appended as JSON lines; None writes none.
-        counts: Result of `counts()` when the run was stopped.
+        counts: Results of `counts()` at the checkpoint, which are added up.
+        size: Length of the file at the checkpoint; what the killed session wrote behind it is overwritten. None keeps
+            it.
     """
 
     def __init__(
@@ -44,17 +47,19 @@ class DataReport:
         max_bad_share: float = 0.05,
         min_records: int = 1000,
         path: str | Path | None = None,
-        counts: Mapping[str, Any] | None = None,
+        counts: Iterable[Mapping[str, Any]] = (),
+        size: int | None = None,
     ) -> None:
         self.max_bad_share, self.min_records = max_bad_share, min_records
         self.path = Path(path) if path else None
         self.records = self.samples = self.tokens = self.slots = 0
         self.bad: Counter[tuple[str, str]] = Counter()
         self._last: list[BadEntry] = []
-        if counts is not None:
+        self._size = size
+        for saved in counts:
             for name in _NUMBERS:
-                setattr(self, name, int(counts[name]))
-            self.bad.update({(kind, source): int(n) for kind, source, n in counts["bad"]})
+                setattr(self, name, getattr(self, name) + int(saved[name]))
+            self.bad.update({(kind, source): int(n) for kind, source, n in saved["bad"]})
 
     def add(self, *, records: int, bad: Sequence[BadEntry], samples: int, tokens: int, slots: int) -> None:
         """Count one micro-batch.
@@ -83,9 +88,12 @@ class DataReport:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("ab") as file:
+            if self._size is not None and self._size < file.tell():
+                file.truncate(self._size)
             for entry in bad:
-                file.write(json.dumps(asdict(entry), ensure_ascii=False) + "\n")
+                file.write(json.dumps(asdict(entry), ensure_ascii=False).encode() + b"\n")
+            self._size = file.seek(0, os.SEEK_END)
 
     def _check(self) -> None:
         if self.records < self.min_records or self.bad_share <= self.max_bad_share:
@@ -129,7 +137,7 @@ class DataReport:
         """All counts as plain types, for a checkpoint."""
         plain: dict[str, Any] = {name: getattr(self, name) for name in _NUMBERS}
         plain["bad"] = [[kind, source, n] for (kind, source), n in sorted(self.bad.items())]
-        return plain
+        return plain | {"size": self._size}
 
 
 def rank_file(path: str | None, rank: int) -> str | None:

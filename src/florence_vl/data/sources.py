@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from florence_vl.data.readers import READERS, Filter, Reader, WebDatasetReader, files, guess_reader, open_reader
-from florence_vl.registry import Registry
+from florence_vl.registry import Registry, plugins
 
 
 @dataclass(frozen=True)
@@ -265,6 +265,11 @@ _add(
 )
 
 
+def writers() -> dict[str, tuple[str, ...]]:
+    """The `florence-vl` command that writes each data set of the installed packages; append `--out FOLDER`."""
+    return {name: words for point in plugins("datasets").values() for name, words in point.load()().items()}
+
+
 def open_dataset(name: str, path: str | Path, **options: Any) -> Reader:
     """Open a reader of a known data set.
 
@@ -316,4 +321,4 @@ def _renamed_caption(path: str | Path, own: Mapping[str, Any]) -> dict[str, Any]
     return {"caption": "caption", "filters": filters}
 
 
-__all__ = ["DATASETS", "READERS", "Dataset", "open_dataset"]
+__all__ = ["DATASETS", "READERS", "Dataset", "open_dataset", "writers"]

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import importlib
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from megatron.energon import (
     edataclass,
     get_savable_loader,
     get_train_dataset,
+    reraise_exception,
     stateless,
 )
 from megatron.energon import Sample as EnergonSample
@@ -39,12 +41,12 @@ from megatron.energon.task_encoder.cooking import basic_sample_keys
 
 from florence_vl.data.encode import RecordEncoder, Sample
 from florence_vl.data.layout import BatchLayout, RowCollator, arrange, check_fits, measure
-from florence_vl.data.packing import check_fingerprint, check_sizes
+from florence_vl.data.packing import RankBatches, check_sizes, ignore_stop_signals, layout_fingerprint, stop_workers
 from florence_vl.data.readers import Filter, files
 from florence_vl.data.readers.base import Caption, as_prompts
-from florence_vl.data.readers.webdataset import is_image, is_text, parse_json, record_from_members
-from florence_vl.data.records import BadRecord, ImageSource, Record, bad_record_on_error, decode_text
-from florence_vl.data.report import BadEntry, DataReport, rank_file
+from florence_vl.data.readers.webdataset import Members
+from florence_vl.data.records import BadRecord, Record, bad_record_on_error
+from florence_vl.data.report import BadEntry
 
 
 @edataclass
@@ -56,14 +58,15 @@ class StreamSample(EnergonSample):
         tokens: Its length, once measured.
         images: Number of its images, once measured.
         sample: The encoded sample.
-        bad: Why it is skipped.
+        bad: Why it is skipped, or the error that ends the run: it is raised in the main process, without a worker's
+            traceback.
     """
 
     record: Record | None = None
     tokens: int = 0
     images: int = 0
     sample: Sample | None = None
-    bad: BadEntry | None = None
+    bad: BadEntry | Exception | None = None
 
 
 @edataclass
@@ -84,13 +87,13 @@ class StreamBatch(EnergonBatch):
     Args:
         tensors: Inputs of the model.
         ids: Source and id of every sample.
-        bad: Skipped records.
+        bad: Skipped records, and errors that end the run.
         tokens: Tokens without padding.
     """
 
     tensors: dict[str, torch.Tensor]
     ids: list[tuple[str, str]]
-    bad: list[BadEntry]
+    bad: list[BadEntry | Exception]
     tokens: int
 
 
@@ -131,17 +134,11 @@ class RecordTaskEncoder(TaskEncoder):
     def _record(self, key: str, crude: Mapping[str, Any]) -> Record | None:
         """The record of a sample; None if the filters drop it."""
         members = {f"{key}.{name}": data for name, data in crude.items() if isinstance(data, bytes)}
-        row: dict[str, Any] = {}
-        for name, data in members.items():
-            if name.lower().endswith(".json"):
-                row = parse_json(data, f"{self.name}/{name}")
-        if self.filters and not all(keep(row) for keep in self.filters):
+        sample = Members(self.name, key, members, members.__getitem__)
+        row = sample.row()
+        if self.filters and (row is None or not all(keep(row) for keep in self.filters)):
             return None
-        names = sorted(name for name in members if is_image(name))
-        images: list[ImageSource] = [members[name] for name in names]
-        text = next((decode_text(data, f"{self.name}/{n}") for n, data in members.items() if is_text(n)), None)
-        number, where = zlib.crc32(key.encode()), f"{self.name}/{key}"
-        return record_from_members(key, names, images, row, text, self.caption, self.name, number, where).check()
+        return sample.record(row or {}, self.caption, self.name, zlib.crc32(key.encode())).check()
 
     def _bad(self, key: str, error: BadRecord) -> BadEntry:
         return BadEntry(error.kind, self.name, -1, -1, f"{key}: {error}")
@@ -155,6 +152,8 @@ class RecordTaskEncoder(TaskEncoder):
                 check_fits(self.encoder, self.packing, sample.record, sample.tokens, sample.images)
             except BadRecord as error:
                 sample.record, sample.bad = None, self._bad(sample.__key__, error)
+            except (ValueError, OSError) as error:
+                sample.record, sample.bad = None, error
         return sample
 
     def select_samples_to_pack(self, samples: list[StreamSample]) -> list[list[StreamSample]]:
@@ -278,7 +277,7 @@ def _state_class(module: str, name: str) -> type:
     return found
 
 
-class StreamBatches(Iterator[dict[str, torch.Tensor]]):
+class StreamBatches(RankBatches):
     """Endless iterator over one rank's micro-batches of a stream, created by `build_stream`. Used like `Batches`."""
 
     def __init__(
@@ -290,13 +289,6 @@ class StreamBatches(Iterator[dict[str, torch.Tensor]]):
         world_size: int,
         state: Mapping[str, Any] | None,
     ) -> None:
-        self.batches_per_rank = packing.batches_per_step // world_size
-        self.ids: list[tuple[str, str]] = []
-        self._loader, self._fingerprint = loader, fingerprint
-        self._rank, self._world_size = rank, world_size
-        path = rank_file(packing.bad_records_file, rank)
-        counts = None
-        self._step = self._taken = 0
         if state is not None:
             for key in ("world size", "workers"):
                 found = state["fingerprint"].get(key)
@@ -306,16 +298,13 @@ class StreamBatches(Iterator[dict[str, torch.Tensor]]):
                         f"{key} was {found} at the checkpoint and is {fingerprint[key]} now; restore it, or start a "
                         "new run from the checkpoint's weights"
                     )
-            check_fingerprint(state["fingerprint"], fingerprint)
+        super().__init__(packing, rank, world_size, fingerprint, 0 if state is None else int(state["step"]), state)
+        self._loader, self._taken = loader, 0
+        if state is not None:
             if str(rank) not in state["streams"]:
                 raise ValueError(f"the data state has no stream of rank {rank}: found {sorted(state['streams'])}")
             loader.restore_state_rank(_unpack(state["streams"][str(rank)]))
-            self._step, counts = int(state["step"]), state["reports"][str(rank)]
-        self._report = DataReport(packing.max_bad_share, packing.min_records, path, counts)
         self._iterator: Iterator[StreamBatch] = iter(loader)
-
-    def __iter__(self) -> StreamBatches:
-        return self
 
     def __next__(self) -> dict[str, torch.Tensor]:
         """The next micro-batch.
@@ -324,22 +313,16 @@ class StreamBatches(Iterator[dict[str, torch.Tensor]]):
             ValueError: Too many records are bad, see `BatchLayout.max_bad_share`.
         """
         batch = next(self._iterator)
-        self.ids = batch.ids
-        self._report.add(
-            records=len(batch.ids) + len(batch.bad),
-            bad=batch.bad,
-            samples=len(batch.ids),
-            tokens=batch.tokens,
-            slots=batch.tensors["input_ids"].numel(),
-        )
+        bad: list[BadEntry] = []
+        for entry in batch.bad:
+            if isinstance(entry, Exception):
+                raise entry
+            bad.append(entry)
+        self._count(batch.ids, len(batch.ids) + len(bad), bad, batch.tokens, batch.tensors["input_ids"])
         self._taken += 1
         if self._taken == self.batches_per_rank:
             self._step, self._taken = self._step + 1, 0
         return batch.tensors
-
-    def report(self) -> DataReport:
-        """See `Batches.report`."""
-        return self._report
 
     def state(self) -> dict[str, Any]:
         """Position of this rank's stream between two steps, as plain types for a checkpoint.
@@ -349,18 +332,18 @@ class StreamBatches(Iterator[dict[str, torch.Tensor]]):
         """
         if self._taken:
             raise ValueError(f"{self._taken} batches of a step of {self.batches_per_rank} are taken: finish the step")
-        return {
-            "step": self._step,
-            "world_size": self._world_size,
-            "fingerprint": self._fingerprint,
-            "streams": {str(self._rank): _pack(self._loader.save_state_rank())},
-            "reports": {str(self._rank): self._report.counts()},
-        }
+        return super().state() | {"streams": {str(self._rank): _pack(self._loader.save_state_rank())}}
 
     def close(self) -> None:
         """Stop the workers."""
+        stop_workers(getattr(self._loader, "_iterator", None))
         self._iterator = iter(())
         self._loader = None
+
+
+def _start_worker(start: Callable[[int], None], worker: int) -> None:
+    ignore_stop_signals(worker)
+    start(worker)
 
 
 def build_stream(
@@ -410,7 +393,13 @@ def build_stream(
     task = RecordTaskEncoder(
         encoder, packing, source, Caption(caption or "txt", as_prompts(prompts), tuple(strip_prefixes)), filters
     )
-    workers = WorkerConfig(rank=rank, world_size=world_size, num_workers=num_workers, seed_offset=seed)
+    workers = WorkerConfig(
+        rank=rank,
+        world_size=world_size,
+        num_workers=num_workers,
+        seed_offset=seed,
+        global_error_handler=reraise_exception,  # bad records are none of energon's errors
+    )
     dataset = get_train_dataset(
         folder,
         worker_config=workers,
@@ -427,17 +416,15 @@ def build_stream(
         "workers": num_workers,
         "seed": seed,
         "shuffle buffer": shuffle_buffer,
-        "packing.mode": packing.mode,
-        "packing.window": packing.window,
+        **layout_fingerprint(packing, encoder),
         "packing.batch_size": packing.batch_size,
-        "packing.global_batch_size": packing.global_batch_size,
-        "packing.tokens_per_row": packing.tokens_per_row,
-        "packing.max_images_per_row": packing.max_images_per_row,
+        "caption": task.caption.column,
+        "prompts": list(task.caption.prompts),
+        "strip_prefixes": list(task.caption.strip_prefixes),
         "filters": [keep.key() for keep in filters],
     }
-    if encoder.views is not None:
-        fingerprint["views"] = [dict(encoder.views.weights), encoder.views.feature_dropout]
     # in this process, garbage collection is left to the training loop
     collect = {} if num_workers else {"gc_collect_every_n_steps": 0}
     loader = get_savable_loader(dataset, watchdog_timeout_seconds=None, **collect)
+    loader.worker_init_fn = functools.partial(_start_worker, loader.worker_init_fn)
     return StreamBatches(loader, packing, fingerprint, rank, world_size, state)

@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -77,20 +78,25 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     Raises:
         ValueError: All checkpoints are damaged.
     """
-    problems: list[str] = []
-    for _, path in reversed(list_checkpoints(run_dir)):
-        problem = find_damage(path)
-        if problem is None:
-            for one in problems:
-                log.warning("a checkpoint is damaged: %s. Using the newest complete one, %s", one, path)
-            return path
-        problems.append(problem)
-    if problems:
+    path, problems = newest_complete(list_checkpoints(run_dir))
+    if problems and path is None:
         raise ValueError(
             f"no checkpoint of {run_dir} is complete: {'; '.join(problems)}. Restore the files, or start a new run in "
             "another folder (output=...)"
         )
-    return None
+    for problem in problems:
+        log.warning("a checkpoint is damaged: %s. Using the newest complete one, %s", problem, path)
+    return path
+
+
+def newest_complete(checkpoints: Sequence[tuple[int, Path]]) -> tuple[Path | None, list[str]]:
+    """The newest complete checkpoint of a list by step, and the damage of each newer one."""
+    problems: list[str] = []
+    for _, path in reversed(checkpoints):
+        if (problem := find_damage(path)) is None:
+            return path, problems
+        problems.append(problem)
+    return None, problems
 
 
 def find_checkpoint(run_dir: Path, resume: str | Path) -> Path | None:
@@ -126,9 +132,9 @@ def find_checkpoint(run_dir: Path, resume: str | Path) -> Path | None:
 
 def _way_back(damaged: Path) -> str:
     """Advice that names the newest complete checkpoint before a damaged one."""
-    for _, path in reversed(list_checkpoints(damaged.parent.parent)):
-        if path.name < damaged.name and find_damage(path) is None:
-            return f"The newest complete one before it is {path}: --resume {path}"
+    before = [one for one in list_checkpoints(damaged.parent.parent) if one[1].name < damaged.name]
+    if path := newest_complete(before)[0]:
+        return f"The newest complete one before it is {path}: --resume {path}"
     return "There is no complete one before it"
 
 
@@ -252,20 +258,23 @@ class CheckpointManager:
     def _is_kept(self, step: int) -> bool:
         return bool(self.config.keep_every) and step % (self.config.keep_every or 1) == 0
 
-    def _make_room(self) -> bool:
-        """If the disk cannot hold another checkpoint, delete all but the newest; True if any was deleted."""
-        deleted = False
-        found = list_checkpoints(self.run_dir)
-        for number, path in found[:-1]:
-            need = sum(file.stat().st_size for file in found[-1][1].iterdir())
-            if shutil.disk_usage(self.folder).free > 1.05 * need:
-                break
-            if not self._is_kept(number):
-                self._delete(path)
-                deleted = True
-        if deleted:
+    def _make_room(self) -> None:
+        """Delete all checkpoints but the newest complete one if the disk cannot hold another."""
+        newest, _ = newest_complete(list_checkpoints(self.run_dir))
+        if newest is None:
+            return
+        need = sum(file.stat().st_size for file in newest.iterdir())
+        if shutil.disk_usage(self.folder).free <= 1.05 * need and self._keep_newest():
             log.warning("the disk of %s is nearly full: only the newest checkpoint was kept", self.folder)
-        return deleted
+
+    def _keep_newest(self) -> bool:
+        """Delete all checkpoints but the newest complete one and those of `keep_every`; True if any was deleted."""
+        found = list_checkpoints(self.run_dir)
+        newest, _ = newest_complete(found)
+        doomed = [path for number, path in found if newest not in (None, path) and not self._is_kept(number)]
+        for path in doomed:
+            self._delete(path)
+        return bool(doomed)
 
     def _delete(self, path: Path) -> None:
         """Delete a checkpoint; renamed first, so that a partially deleted folder does not look like a checkpoint."""
@@ -277,21 +286,17 @@ class CheckpointManager:
     def _clean_up(self, step: int, temporary: Path, error: BaseException | None) -> bool:
         """Remove the incomplete folder (on the main process); True if there is space for another attempt."""
         shutil.rmtree(temporary, ignore_errors=True)
-        found = list_checkpoints(self.run_dir)
-        if not _FULL.search(str(error)) or len(found) < 2:
+        if not _FULL.search(str(error)) or not self._keep_newest():
             return False
-        for number, path in found[:-1]:
-            if not self._is_kept(number):
-                self._delete(path)
         log.warning("%s; only the newest checkpoint was kept, to free space", self._explain(step, error))
         return True
 
     def _explain(self, step: int, error: BaseException | None) -> str:
-        last = list_checkpoints(self.run_dir)
+        newest, _ = newest_complete(list_checkpoints(self.run_dir))
         cause = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         return (
             f"the checkpoint of step {step} could not be written to {self.folder} ({cause}); "
-            f"the last good one is {last[-1][1].name if last else 'none'}"
+            f"the last good one is {newest.name if newest else 'none'}"
         )
 
     def _report(self, step: int, temporary: Path, error: BaseException) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict
 
+from florence_vl.data.readers.base import Filter
 from florence_vl.model.build_config import BuildConfig
 from florence_vl.train.bounds import check_numbers
 
@@ -123,23 +124,6 @@ class PackingConfig:
 
 
 @dataclass
-class FilterConfig:
-    """Keeps the samples whose JSON key passes a test.
-
-    Attributes:
-        column: The key.
-        test: One of `== != <= >= in not in filled`.
-        value: The value to compare with.
-    """
-
-    __pydantic_config__ = STRICT
-
-    column: str
-    test: str
-    value: Any = True
-
-
-@dataclass
 class StreamConfig:
     """WebDataset shards, read sequentially through megatron-energon (extra `[stream]`).
 
@@ -162,7 +146,7 @@ class StreamConfig:
     caption: str | None = None
     prompts: str | list[str] | None = None
     strip_prefixes: list[str] = field(default_factory=list)
-    filters: list[FilterConfig] = field(default_factory=list)
+    filters: list[Filter] = field(default_factory=list)
 
 
 @dataclass
@@ -176,7 +160,7 @@ class DataConfig:
             stream, independent of its size.
         template: Chat template that determines the labels; None uses the processor's own.
         template_options: Options of the template: `system`, `newline_after_image`, `double_bos`, `end`.
-        max_length: Maximum tokens per sample, including image tokens; None means no limit (padded rows only).
+        max_length: Maximum tokens per sample, including image tokens. None means no limit, except that of a packed row.
         on_long: Treatment of longer samples.
         packing: See PackingConfig.
         workers: Processes that decode and encode; 0 uses the training process.

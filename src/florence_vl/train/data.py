@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from florence_vl.data.layout import BatchLayout
 from florence_vl.data.mixture import Mixture, MixtureSource
 from florence_vl.data.packing import Batches, Share, WindowPlan, build_batches, count_steps, stop_workers
-from florence_vl.data.readers import Filter, Reader, open_reader
+from florence_vl.data.readers import Reader, files, open_reader
 from florence_vl.data.records import Record
 from florence_vl.data.trees import keep_pictures_together
 from florence_vl.train.config import DataConfig, Recipe, SourceConfig, StreamConfig
@@ -48,14 +49,18 @@ def open_source(source: SourceConfig) -> Reader | LimitedReader:
         FileNotFoundError: The path does not exist.
         ValueError: The reader, data set or option is unknown.
     """
+    from florence_vl.data.sources import open_dataset, writers
+
+    path = Path(source.path)
+    if path.name == "data.jsonl" and not files.exists(source.path) and (words := writers().get(source.name or "")):
+        command = shlex.join(["florence-vl", *words, "--out", str(path.parent)])
+        raise FileNotFoundError(f"no such data file: {source.path}. This command writes it: {command}")
     options = dict(source.options)
     if source.image_root is not None:
         options["image_root"] = source.image_root
     if source.name is not None:
         options["name"] = source.name
     if source.dataset is not None:
-        from florence_vl.data.sources import open_dataset
-
         if source.reader is not None:
             raise ValueError(f"source {source.path!r}: give `dataset` or `reader`, not both")
         reader = open_dataset(source.dataset, source.path, **options)
@@ -161,9 +166,12 @@ class TrainingData:
         views = None
         if config.views is not None or config.feature_dropout:
             views = ViewDraws(config.views or {FULL_VIEW: 1.0}, config.feature_dropout, recipe.seed)
+        max_length = config.max_length
+        if max_length is None and config.packing.mode == "packed":
+            max_length = config.packing.tokens_per_row  # turns are truncated to a row
         self.encoder = RecordEncoder(
             processor,
-            max_length=config.max_length,
+            max_length=max_length,
             on_long=config.on_long,
             views=views,
             distill=recipe.distill > 0,
@@ -244,7 +252,7 @@ class TrainingData:
             caption=config.caption,
             prompts=config.prompts,
             strip_prefixes=config.strip_prefixes,
-            filters=[Filter(**vars(item)) for item in config.filters],
+            filters=config.filters,
         )
 
     def steps(self, epochs: float) -> int:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from florence_vl.data.collate import PaddedCollator
-from florence_vl.data.encode import IGNORE, RecordEncoder
+from florence_vl.data.encode import RecordEncoder
+from florence_vl.data.layout import BatchLayout, RowCollator
 from florence_vl.data.records import BadRecord
 from florence_vl.model.frozen import eval_mode
 from florence_vl.train.config import EvaluateConfig, Recipe
@@ -46,7 +46,7 @@ class HeldOut:
         self.config, self.world = config, world
         self.mixture = build_mixture(config.sources, data, recipe.seed, shuffle=False)
         self.encoder = RecordEncoder(processor, max_length=data.max_length, on_long="drop")
-        self.collate = PaddedCollator(processor.tokenizer.pad_token_id)
+        self.collate = RowCollator(self.encoder, BatchLayout(mode="padded"))
         self.size = recipe.micro_batch_size
         self.varies = processor.image_processor.varies  # images differ in size
         self.total = min(config.samples, len(self.mixture))
@@ -63,7 +63,7 @@ class HeldOut:
         raise ValueError(f"evaluate.sources: none of the first {self.total} records can be used; the last: {reason}")
 
     def _batch(self, positions: range) -> dict[str, torch.Tensor]:
-        """The good records at these positions; if there are none, a batch with zero weight.
+        """The good records at these positions; if there are none, a batch without supervised tokens.
 
         Every process must run the same number of forward passes.
         """
@@ -73,10 +73,7 @@ class HeldOut:
                 samples.append(self.encoder(self.mixture[position]))
             except BadRecord:
                 continue
-        if samples:
-            return self.collate(samples)
-        ids = torch.zeros(1, 2, dtype=torch.long)
-        return {"input_ids": ids, "labels": torch.full_like(ids, IGNORE), "attention_mask": torch.ones_like(ids)}
+        return self.collate([samples])
 
     @torch.no_grad()
     def loss(self, module: nn.Module) -> float:

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from florence_vl.train.config import DataConfig, SourceConfig
+from florence_vl.train.config import Recipe, SourceConfig
 
-WHOLE = 1 << 30  # bytes; larger files are sampled
+WHOLE = 1 << 30  # bytes; sources with more are sampled
 _PIECES, _PIECE = 256, 1 << 16
+_SAMPLED = "sampled:"  # files that earlier versions read completely; digests of both kinds are not comparable
 
 
 def fingerprint(sources: Sequence[SourceConfig]) -> dict[str, str]:
     """A digest of each source's files, by path; their pictures are not read.
 
-    A file below 1 GiB is read completely; of a larger one, its size and 256 pieces spread over its length. For a
-    folder, the names and sizes of its files are included, and the content of the record files directly in it. URLs and
+    Files of up to 1 GiB together are read completely; of larger ones, their sizes and 256 pieces spread over their
+    content. For a folder, the names and sizes of its files are included, and the content of its JSON files. URLs and
     other non-local paths are skipped.
     """
     found = {}
     for source in sources:
         path = Path(source.path).expanduser()
-        files = [path] if path.is_file() else sorted(Path(name) for name in glob.glob(str(path)))
+        files = [path] if path.is_file() else sorted(Path(name) for name in glob.glob(str(path), recursive=True))
         if path.is_dir():
             files = [path]
         if files:
@@ -32,12 +34,20 @@ def fingerprint(sources: Sequence[SourceConfig]) -> dict[str, str]:
     return found
 
 
-def encoding_settings(data: DataConfig) -> dict[str, Any]:
-    """The settings that determine a record's tokens and labels, as JSON values by name.
+def encoding_settings(recipe: Recipe) -> dict[str, Any]:
+    """The settings that determine a record's text, images, tokens and labels, as JSON values by name.
 
     Those of order and packing are in the state of the data; `florence_vl.data.packing.check_fingerprint` checks both.
     """
-    return {f"data.{key}": getattr(data, key) for key in ("template", "template_options", "max_length", "on_long")}
+    values = recipe.to_dict()
+    data, model = values["data"], values["model"]
+    found = {f"data.{key}": data[key] for key in ("template", "template_options", "max_length", "on_long")}
+    for number, source in enumerate(data["sources"]):
+        found |= {f"data.sources.{number}.{key}": source[key] for key in ("image_root", "options")}
+    for name, part in (("model", model), ("model.build", model["build"] or {})):
+        keys = ("image_aspect_ratio", "image_size", "token_budget", "tiles", "views")
+        found |= {f"{name}.{key}": part[key] for key in keys if key in part}
+    return json.loads(json.dumps(found | {"distill": recipe.distill > 0}, default=str))
 
 
 def check_fingerprint(saved: Mapping[str, str], now: Mapping[str, str]) -> None:
@@ -46,7 +56,8 @@ def check_fingerprint(saved: Mapping[str, str], now: Mapping[str, str]) -> None:
     Raises:
         ValueError: Files changed; the message names them.
     """
-    if edited := [path for path in saved if path in now and saved[path] != now[path]]:
+    both = [(path, then, now[path]) for path, then in saved.items() if path in now]
+    if edited := [p for p, a, b in both if a != b and a.startswith(_SAMPLED) == b.startswith(_SAMPLED)]:
         raise ValueError(
             f"cannot resume at the same data: {', '.join(edited)} changed since the checkpoint was saved. Restore the "
             "file, or start a new run from the checkpoint's weights (florence-vl export, model.path)"
@@ -54,27 +65,32 @@ def check_fingerprint(saved: Mapping[str, str], now: Mapping[str, str]) -> None:
 
 
 def _digest(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
+    parts: list[tuple[str, Path | None]] = []  # what is known of a file, and the file if its content counts
     for file in files:
-        if file.is_dir():
-            for inner in sorted(file.rglob("*")):
-                if inner.is_file():
-                    digest.update(f"{inner.relative_to(file)} {inner.stat().st_size}\n".encode())
-                    if inner.suffix in (".json", ".jsonl"):
-                        _add(digest, inner)
-        else:
-            digest.update(f"{file.stat().st_size}\n".encode())
-            _add(digest, file)
-    return digest.hexdigest()
-
-
-def _add(digest: hashlib._Hash, path: Path) -> None:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if size <= WHOLE:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-            return
-        for number in range(_PIECES):
-            file.seek(number * (size - _PIECE) // (_PIECES - 1))
-            digest.update(file.read(_PIECE))
+        if not file.is_dir():
+            parts.append((f"{file.stat().st_size}\n", file))
+            continue
+        for inner in sorted(file.rglob("*")):
+            if inner.is_file():
+                known = f"{inner.relative_to(file)} {inner.stat().st_size}\n"
+                parts.append((known, inner if inner.suffix in (".json", ".jsonl") else None))
+    contents = [(path, path.stat().st_size) for _, path in parts if path is not None]
+    total = sum(size for _, size in contents)
+    digest = hashlib.sha256()
+    for known, path in parts:
+        digest.update(known.encode())
+        if path is not None and total <= WHOLE:
+            with path.open("rb") as opened:
+                while chunk := opened.read(1 << 22):
+                    digest.update(chunk)
+    if total <= WHOLE:
+        return digest.hexdigest()
+    first, wanted = 0, [number * (total - _PIECE) // (_PIECES - 1) for number in range(_PIECES)]
+    for path, size in contents:  # as if they were one file
+        if places := [place - first for place in wanted if first <= place < first + size]:
+            with path.open("rb") as opened:
+                for place in places:
+                    opened.seek(place)
+                    digest.update(opened.read(_PIECE))
+        first += size
+    return digest.hexdigest() if len(parts) == 1 else _SAMPLED + digest.hexdigest()

@@ -190,12 +190,15 @@ class Trainer:
         with self.signals:
             try:
                 self.model.train()
+                if self.step:
+                    self._report_last_step()
                 while not self._is_done() and self.stop_requested is None:
                     self.train_step()
                 finished = self._is_done()
                 self.profiler.close()
                 if self.stop_requested:
                     self.reporter.message(f"{self.stop_requested}: saving step {self.step} and stopping")
+                self.checkpoints.finish()
                 if self.world.decide(lambda: self.checkpoints.last_saved_step != self.step):
                     self._save(blocking=True)
             finally:
@@ -237,9 +240,9 @@ class Trainer:
         self.state.add(counts)
         self.state.minutes = self._elapsed_minutes()
         self.profiler.after(self.step)
-        row = self._row(counts, data_wait, loss, norm, norms, time.perf_counter() - began)
-        self._report(row, self._evaluate())
+        self.state.metrics = self._row(counts, data_wait, loss, norm, norms, time.perf_counter() - began)
         self._save_if_due()
+        self._report()
 
     # ----------------------------------------------------------------------------------------------- parts of a step
 
@@ -284,7 +287,7 @@ class Trainer:
     def _set_learning_rates(self) -> None:
         position = max(float(self.step), self.time_fraction * self.total_steps)
         for group, settings in zip(self.groups, self.optimizer.param_groups, strict=True):
-            settings["lr"] = group.lr * lr_factor(group.schedule, position, self.total_steps)
+            settings["lr"] = group.lr * lr_factor(group.schedule, position, self.total_steps, self.step)
 
     def _blame(self, error: Exception, micro_batches: list[Batch]) -> str:
         """The message for an error in a step; the batch is saved if it may be the cause."""
@@ -345,13 +348,13 @@ class Trainer:
     ) -> dict[str, Any]:
         """The step's line of metrics.jsonl."""
         settings = self.optimizer.param_groups
-        rates = {group.part: one["lr"] for group, one in zip(self.groups, settings, strict=True)}
+        rates = {group.name: one["lr"] for group, one in zip(self.groups, settings, strict=True)}
         return {
             "step": self.step,
             "loss": loss,
             "grad_norm": norm,
             **{f"grad_norm/{part}": value for part, value in norms.items()},
-            **{f"lr/{part}": rate for part, rate in rates.items()},
+            **{f"lr/{name}": rate for name, rate in rates.items()},
             "samples": self.state.samples,
             "tokens": self.state.tokens,
             "seconds": seconds,
@@ -365,16 +368,29 @@ class Trainer:
             "minutes": self.state.minutes,
         }
 
-    def _report(self, row: dict[str, Any], scores: dict[str, float]) -> None:
-        self.state.metrics = row | scores
+    def _report(self) -> None:
+        """Evaluate if it is due, and report the step; a run that is asked to stop leaves both to its next session."""
+        due = self.evaluation is not None and self.evaluation.is_due(self.step, last=self._is_done())
+        if due and self.stop_requested and not self._is_done():
+            self.reporter.message(f"step {self.step}: the evaluation is left to the resumed run")
+            return
+        scores = self._evaluate() if due else {}
+        self.state.metrics |= scores
         self.reporter.report(self.state.metrics, max(self.step / self.total_steps, self.time_fraction), bool(scores))
         if self.world.is_main:
             for callback in self.callbacks:
                 callback(self, self.state.metrics)
 
+    def _report_last_step(self) -> None:
+        """Report the step of the checkpoint if the previous session ended between saving and reporting it."""
+        row = self.world.decide(self.reporter.last_row)
+        if row["step"] == self.step:
+            self.state.metrics = row
+        elif row["step"] == self.step - 1 and self.state.metrics:
+            self._report()
+
     def _evaluate(self) -> dict[str, float]:
-        if self.evaluation is None or not self.evaluation.is_due(self.step, last=self._is_done()):
-            return {}
+        assert self.evaluation is not None
         found = self.evaluation.run(self.parallel)
         self.reporter.message(f"step {self.step}: {describe_scores(found)}")
         return found
@@ -382,7 +398,9 @@ class Trainer:
     def _save_if_due(self) -> None:
         self.checkpoints.poll()
         every = self.recipe.checkpoint.every_steps
-        if every is not None and self.step % every == 0 and self.step < self.total_steps:
+        if self._is_done():
+            self._save(blocking=True)
+        elif every is not None and self.step % every == 0:
             self._save()
 
     def _save(self, blocking: bool = False) -> None:
@@ -391,7 +409,7 @@ class Trainer:
             "seed": self.recipe.seed,
             "precision": self.recipe.precision,
             "world_size": self.world.size,
-            "encoding": encoding_settings(self.recipe.data),
+            "encoding": encoding_settings(self.recipe),
             "digests": self.digests,
             "data": self.world.gather_objects(self.stream.state()),
         }

@@ -37,13 +37,18 @@ class MetricsFile:
     Args:
         path: The file.
         resume_step: Lines of later steps, written after the last checkpoint of a killed run, are dropped.
+
+    Attributes:
+        last_row: The last row when the file was opened; only `step` 0 if there was none.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.last_row: dict[str, Any] = {"step": 0}
         if path.exists():
-            kept = [json.dumps(row) for row in read_metrics(path) if row["step"] <= resume_step] if resume_step else []
-            write_text(path, "".join(line + "\n" for line in kept))
+            kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if resume_step else []
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+            self.last_row = [self.last_row, *kept][-1]
         self._path = path
         self._file = path.open("ab", buffering=0)
         self._waiting = b""
@@ -194,6 +199,11 @@ class Reporter:
         shown = recipe.logging if is_main else replace(recipe.logging, progress="none")
         self.progress = Progress(run.total_steps, run.state.step, shown)
         self._failed: set[int] = set()
+
+    def last_row(self) -> dict[str, Any]:
+        """The last row that the previous session reported; on the main process."""
+        assert self.metrics is not None
+        return self.metrics.last_row
 
     def report(self, row: Mapping[str, Any], fraction: float, extra: bool) -> None:
         """Report a step's row.

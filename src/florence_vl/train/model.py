@@ -98,8 +98,7 @@ def _pictures(records: Mixture) -> Iterator[Any]:
 def set_images(recipe: Recipe, model: FlorenceVLForConditionalGeneration, processor: Any) -> None:
     """Set how the model sees images as the recipe says: sizes, positions, tiles, views and the question."""
     config = recipe.model
-    processor.question_context = model.model.fusion.uses_context
-    processor.image_processor.views, processor.image_processor.features = model.config.views, model.config.features
+    processor.fit(model.config)
     settings: dict[str, Any] = {"aspect": config.image_aspect_ratio, "image_size": config.image_size}
     settings |= {"token_budget": config.token_budget, "positions": config.positions}
     if any(value is not None for value in [*settings.values(), model.config.tiles]):

@@ -23,6 +23,7 @@ class Group:
 
     Attributes:
         part: `tower`, `projector` or `llm`.
+        name: The part, or `gates` for gates with their own learning rate.
         lr: Peak learning rate.
         weight_decay: Zero for biases and norms.
         schedule: Shape of its learning rate.
@@ -30,6 +31,7 @@ class Group:
     """
 
     part: str
+    name: str
     lr: float
     weight_decay: float
     schedule: ScheduleConfig
@@ -138,7 +140,11 @@ def parameter_groups(
                 (0.0, {name: p for name, p in own if p.ndim < 2}),
             ):
                 if chosen:
-                    groups.append(Group(part, rate, weight_decay, config.schedule or schedule, chosen))
+                    groups.append(
+                        Group(
+                            part, "gates" if of_gates else part, rate, weight_decay, config.schedule or schedule, chosen
+                        )
+                    )
     if not groups:
         raise ValueError("nothing trains: every parameter is frozen. Set parts.<part>.train to true")
     return groups

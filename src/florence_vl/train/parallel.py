@@ -325,7 +325,7 @@ def parallelize(
     """
     precision, strategy = recipe.precision, resolve_strategy(recipe.parallel, world)
     if precision == "bf16_pure":
-        model.to(torch.bfloat16)
+        _cast_weights(model, torch.bfloat16)
     apply_activation_checkpointing(model, recipe.activation_checkpointing)
     apply_compile(model, recipe.compile)
     sharded = strategy in ("fsdp", "hsdp")
@@ -349,6 +349,14 @@ def parallelize(
                 find_unused_parameters=recipe.parts.tower.train and isinstance(model.model.vision_tower, BackboneTower),
             )
     return Parallelized(module, model, strategy, float(world.size))
+
+
+def _cast_weights(model: FlorenceVLForConditionalGeneration, dtype: torch.dtype) -> None:
+    """Cast a model as `from_pretrained` loads it: the buffers of the LLM, its rotary frequencies, stay fp32."""
+    exact = [(module, dict(module._buffers)) for module in model.model.language_model.modules()]
+    model.to(dtype)
+    for module, buffers in exact:
+        module._buffers.update(buffers)
 
 
 def _cast_outputs_of_buffers(tower: nn.Module, dtype: torch.dtype) -> None:

@@ -5,6 +5,7 @@ Everything is computed from configs on the meta device: no weights, no data, no 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -158,8 +159,11 @@ def _saved_or_built_config(recipe: Recipe) -> tuple[FlorenceVLConfig, tuple[int,
 
 def recipe_that_writes(folder: str) -> Recipe | None:
     """The recipe whose run exports a model to a folder, if there is one."""
-    recipes = map(load_recipe, list_recipes().values())
-    return next((other for other in recipes if other.run_dir / "model" == Path(folder)), None)
+    for path in list_recipes().values():
+        with contextlib.suppress(ValueError, FileNotFoundError):  # of a recipe that this one does not need
+            if (other := load_recipe(path)).run_dir / "model" == Path(folder):
+                return other
+    return None
 
 
 def _stride(config: FlorenceVLConfig) -> int:

@@ -209,7 +209,7 @@ def prepare_run(
     digests = {} if data is None else world.decide(lambda: fingerprint(recipe.data.sources))
     state, data_state = RunState(), None
     if checkpoint is not None:
-        state, data_state = _restore(recipe, checkpoints.load(checkpoint), digests)
+        state, data_state = _restore(recipe, world, checkpoints.load(checkpoint), digests)
         checkpoints.last_saved_step = state.step
     evaluation = None
     if recipe.evaluate is not None:
@@ -278,7 +278,7 @@ def refuse_early(recipe: Recipe, world: World, batches: BatchFactory | None = No
 
 
 def _restore(
-    recipe: Recipe, saved: Mapping[str, Any], digests: Mapping[str, str]
+    recipe: Recipe, world: World, saved: Mapping[str, Any], digests: Mapping[str, str]
 ) -> tuple[RunState, Mapping[str, Any] | None]:
     """The state of a checkpoint, and the position of its data."""
     from florence_vl.data import packing
@@ -289,10 +289,20 @@ def _restore(
             "would differ. Restore the seed"
         )
     if "encoding" in saved:
-        packing.check_fingerprint(saved["encoding"], encoding_settings(recipe.data))
+        packing.check_fingerprint(saved["encoding"], encoding_settings(recipe))
     check_fingerprint(saved.get("digests", {}), digests)
     states = [state for state in saved["data"] if state]
-    return RunState.from_dict(saved), packing.merge_states(states) if states else None
+    state = RunState.from_dict(saved)
+    if not states:
+        return state, None
+    if "fingerprint" in states[0]:
+        return state, packing.merge_states(states)
+    if len(saved["data"]) != world.size:  # states of the caller's own batches
+        raise ValueError(
+            f"the checkpoint has the data states of {len(saved['data'])} processes, and this run has {world.size}: "
+            "only the recipe's own data can resume with another number of processes. Use as many as before"
+        )
+    return state, saved["data"][world.rank]
 
 
 def warm_up(recipe: Recipe, world: World, model: FlorenceVLForConditionalGeneration, processor: Any, data: Any) -> None:
@@ -341,8 +351,6 @@ def describe_environment() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -350,8 +358,16 @@ def describe_environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "command": sys.argv,
-        "git": {"commit": commit.stdout.strip() or None, "dirty": bool(dirty.stdout.strip())},
+        "git": {"commit": _git("rev-parse", "HEAD") or None, "dirty": bool(_git("status", "--porcelain", "-uno"))},
     }
+
+
+def _git(*arguments: str) -> str:
+    """Output of a git command; empty outside of a repository and without git."""
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
 
 
 def describe_run(recipe: Recipe, model: FlorenceVLForConditionalGeneration, processor: Any) -> None:

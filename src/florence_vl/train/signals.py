@@ -7,7 +7,10 @@ from typing import Any
 
 
 class StopSignals:
-    """SIGTERM, SIGUSR1 (sent by Slurm before the time limit) and Ctrl-C request a save and stop; a second one kills."""
+    """SIGTERM, SIGUSR1 (sent by Slurm before the time limit) and Ctrl-C request a save and stop.
+
+    Only Ctrl-C after another signal ends the run at once: schedulers send SIGTERM while a run is still saving.
+    """
 
     def __init__(self) -> None:
         self.received = 0

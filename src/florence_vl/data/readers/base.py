@@ -82,6 +82,8 @@ class Filter:
         value: The value to compare with.
     """
 
+    __pydantic_config__ = {"extra": "forbid"}
+
     column: str
     test: str
     value: Any = True

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -98,39 +99,22 @@ class WebDatasetReader(Reader):
 
     def _passes(self, shard: int, first: int, count: int) -> bool:
         try:
-            row = self._json(shard, self._parts(shard, first, count))
+            row = self._sample(shard, first, count).row()
             return row is not None and all(f(row) for f in self.filters)
         except Exception:
             return True  # kept, so that reading it counts it as bad
 
-    def _parts(self, shard: int, first: int, count: int) -> dict[str, np.void]:
-        """Members of a sample by their full names."""
-        members = self._shard(shard)[first : first + count]
-        return {_read_name(self.shards[shard], member): member for member in members}
-
-    def _json(self, shard: int, parts: dict[str, np.void]) -> dict[str, Any] | None:
-        for name, member in parts.items():
-            if name.lower().endswith(".json"):
-                text = files.read_range(self.shards[shard], int(member["offset"]), int(member["size"]))
-                return parse_json(text, f"{self.shards[shard]}/{name}")
-        return None
+    def _sample(self, shard: int, first: int, count: int) -> Members:
+        path = self.shards[shard]
+        parts = {_read_name(path, member): member for member in self._shard(shard)[first : first + count]}
+        places = {name: (int(member["offset"]), int(member["size"])) for name, member in parts.items()}
+        sources: dict[str, ImageSource] = {n: ImageRef(path, *place, name=f"{path}/{n}") for n, place in places.items()}
+        return Members(path, _split_key(next(iter(parts)))[0], sources, lambda n: files.read_range(path, *places[n]))
 
     def _read(self, index: int) -> Record:
         shard, _, first, count = (int(x) for x in self._samples[index])
-        path = self.shards[shard]
-        parts = self._parts(shard, first, count)
-        key = _split_key(next(iter(parts)))[0]
-        where = f"{path}/{key}"
-        names = sorted(name for name in parts if is_image(name))
-        images: list[ImageSource] = [
-            ImageRef(path, int(parts[name]["offset"]), int(parts[name]["size"]), name=f"{path}/{name}")
-            for name in names
-        ]
-        row = self._json(shard, parts) or {}
-        text = None
-        if self.caption.column == "txt":
-            text = self._caption_text(path, parts)
-        return record_from_members(key, names, images, row, text, self.caption, self.name, index, where)
+        sample = self._sample(shard, first, count)
+        return sample.record(sample.row() or {}, self.caption, self.name, index)
 
     def json(self, index: int) -> dict[str, Any] | None:
         """The object in a sample's JSON member; None without one.
@@ -139,14 +123,7 @@ class WebDatasetReader(Reader):
             BadRecord: The member is malformed.
         """
         shard, _, first, count = (int(x) for x in self._samples[index])
-        return self._json(shard, self._parts(shard, first, count))
-
-    def _caption_text(self, path: str, parts: dict[str, np.void]) -> str | None:
-        for name, member in parts.items():
-            if is_text(name):
-                data = files.read_range(path, int(member["offset"]), int(member["size"]))
-                return decode_text(data, f"{path}/{name}")
-        return None
+        return self._sample(shard, first, count).row()
 
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
@@ -176,52 +153,69 @@ def is_text(name: str) -> bool:
     return name.lower().rsplit(".", 1)[-1] in _TEXT_EXTENSIONS
 
 
-def record_from_members(
-    key: str,
-    names: Sequence[str],
-    images: list[ImageSource],
-    row: dict[str, Any],
-    text: str | None,
-    caption: Caption,
-    source: str,
-    index: int,
-    where: str,
-) -> Record:
-    """Create a record from the members of one WebDataset sample.
+@dataclass(frozen=True)
+class Members:
+    """The members of one WebDataset sample.
 
     Args:
+        root: The shard, or the data set, for messages.
         key: The sample's key; its id if the JSON has none.
-        names: Names of the image members, sorted.
-        images: Their sources, in the same order.
-        row: The JSON member; empty without one.
-        text: The text member, if any.
-        caption: Converts a caption to messages; its column "txt" uses `text`, or the JSON's `caption`.
-        source: Name of the data set.
-        index: Number that determines the prompt.
-        where: Name of the sample, for messages.
-
-    Raises:
-        BadRecord: The sample is malformed.
+        sources: Name of each member -> where it is, if it is an image.
+        read: Returns the content of a member.
     """
-    identifier = str(row.get("id") or row.get("uid") or row.get("key") or key)
-    layout = next((key for key in ("messages", "conversations", "texts") if key in row), None)
-    if layout == "messages":
-        by_name = {PurePosixPath(name).name: image for name, image in zip(names, images, strict=True)}
-        listed = row_images(row, where)
-        chosen = [by_name.get(PurePosixPath(str(image)).name) for image in listed] if listed else list(images)
-        if any(image is None for image in chosen):
-            raise BadRecord("image", f"{where}: the JSON names images {listed} that are not in the sample")
-        images = [image for image in chosen if image is not None]
-    if layout:  # the members are the images, whatever the messages name
-        messages, _ = from_row(row, layout, [b"member"] * len(images), ImageStore(None), where)
-    else:
+
+    root: str
+    key: str
+    sources: Mapping[str, ImageSource]
+    read: Callable[[str], bytes]
+
+    def row(self) -> dict[str, Any] | None:
+        """The object in the JSON member; None without one.
+
+        Raises:
+            BadRecord: The member is malformed.
+        """
+        found = [name for name in self.sources if name.lower().endswith(".json")]
+        return parse_json(self.read(found[0]), f"{self.root}/{found[0]}") if found else None
+
+    def record(self, row: Mapping[str, Any], caption: Caption, source: str, index: int) -> Record:
+        """Create the sample's record.
+
+        Args:
+            row: The JSON member; empty without one.
+            caption: Converts a caption to messages; its column "txt" uses the text member, or the JSON's `caption`.
+            source: Name of the data set.
+            index: Number that determines the prompt.
+
+        Raises:
+            BadRecord: The sample is malformed.
+        """
+        where = f"{self.root}/{self.key}"
+        identifier = str(row.get("id") or row.get("uid") or row.get("key") or self.key)
+        layout = next((key for key in ("messages", "conversations", "texts") if key in row), None)
+        images = self._shown(row if layout else {}, layout == "messages", where)
+        if layout:  # the members are the images, whatever the messages name
+            messages, _ = from_row(row, layout, [b"member"] * len(images), ImageStore(None), where)
+            return Record(identifier, source, messages, images)
         refuse_meaning(row, where, SYSTEM_KEYS)
-        if caption.column != "txt":
-            text = row.get(caption.column)
-        elif text is None:
-            text = row.get("caption")
-        messages = caption.messages(text, index, where)
-    return Record(identifier, source, messages, images)
+        text = row.get(caption.column)
+        if caption.column == "txt":
+            found = [name for name in self.sources if is_text(name)]
+            text = decode_text(self.read(found[0]), f"{self.root}/{found[0]}") if found else row.get("caption")
+        return Record(identifier, source, caption.messages(text, index, where), images)
+
+    def _shown(self, row: Mapping[str, Any], strict: bool, where: str) -> list[ImageSource]:
+        """The images in the order in which the row lists them, or of their names if it lists no members.
+
+        Raises:
+            BadRecord: The row lists images that are not members, `strict` or beside others that are.
+        """
+        own = {PurePosixPath(name).name: self.sources[name] for name in sorted(self.sources) if is_image(name)}
+        listed = row_images(row, where)
+        chosen = [own[name] for image in listed if (name := PurePosixPath(str(image)).name) in own]
+        if len(chosen) < len(listed) and (strict or chosen):
+            raise BadRecord("image", f"{where}: the JSON names images {listed} that are not in the sample")
+        return chosen or list(own.values())
 
 
 def _split_key(name: str) -> tuple[str, str]:
