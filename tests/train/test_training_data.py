@@ -202,7 +202,7 @@ def test_turns_are_truncated_to_a_packed_row(tmp_path: Path) -> None:
 def test_the_command_that_writes_missing_data_is_named(tmp_path: Path) -> None:
     pytest.importorskip("florence_vl_mini")
     source = SourceConfig(str(tmp_path / "captions/data.jsonl"), name="captions")
-    with pytest.raises(FileNotFoundError, match="florence-vl mini data --set captions --out .*/captions"):
+    with pytest.raises(FileNotFoundError, match=r"florence-vl mini data --set captions --out .*/captions"):
         open_source(source)
     with pytest.raises(FileNotFoundError) as error:
         open_source(SourceConfig(str(tmp_path / "other/data.jsonl"), name="other"))
