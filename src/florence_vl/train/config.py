@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict
 
-from florence_vl.data.readers.base import Filter
+from florence_vl.data.filters import Filter
 from florence_vl.model.build_config import BuildConfig
 from florence_vl.train.bounds import check_numbers
 

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from florence_vl.data.filters import Filter
 from florence_vl.data.readers import files
-from florence_vl.data.readers.base import READERS, Caption, Filter, Reader
+from florence_vl.data.readers.base import READERS, Caption, Reader
 from florence_vl.data.readers.folder import FolderReader
 from florence_vl.data.readers.images import ImageStore
 from florence_vl.data.readers.json_files import IndexedJson, LlavaReader, MessagesReader

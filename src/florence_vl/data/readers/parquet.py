@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from florence_vl.data.filters import Filter
 from florence_vl.data.readers import files
-from florence_vl.data.readers.base import READERS, Caption, Filter, Reader, as_prompts
+from florence_vl.data.readers.base import READERS, Caption, Reader, as_prompts
 from florence_vl.data.readers.conversation import (
     MEANING_KEYS,
     SYSTEM_KEYS,

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from florence_vl.data.filters import Filter
 from florence_vl.data.readers import files
-from florence_vl.data.readers.base import READERS, Caption, Filter, Reader, as_prompts
+from florence_vl.data.readers.base import READERS, Caption, Reader, as_prompts
 from florence_vl.data.readers.conversation import SYSTEM_KEYS, from_row, refuse_meaning, row_images
 from florence_vl.data.readers.images import ImageStore, check_tar_end, open_tar
 from florence_vl.data.readers.index import cached_array
