@@ -201,9 +201,10 @@ def _notes(table: AblationTable, scores: Sequence[RowScores], config: AblationCo
     words = "1 seed" if counts == [1] else f"{' to '.join(map(str, counts))} seeds"
     asked = {sum(map(len, by_column.values())) for row in scores for by_column in row.questions.values()}
     questions = f", {' to '.join(map(str, sorted(asked)))} questions" if asked else ""
+    shared = "" if len(counts) == 1 else "; only seeds that both rows have count"
     yield (
         f"{words} per row{questions}. Scores: mean and 95 % interval over seeds. Differences: paired by question and "
-        "seed, which are both treated as random samples."
+        f"seed, which are both treated as random samples{shared}."
     )
     absent = [row.name for row in table.rows if row.name not in {s.row.name for s in scores}]
     if absent:
