@@ -154,7 +154,7 @@ def test_other_files_of_the_folder_are_not_read(folder):
     (folder / "notes.json").write_text("[1, 2]")
     (folder / "photo.png").write_text(POINTER)
     (folder / "router.safetensors").write_text(POINTER)
-    load_model(folder, "cpu")
+    assert load_model(folder, "cpu")[0].device.type == "cpu"
 
 
 def test_the_processor_is_of_the_same_revision_as_the_weights(folder, monkeypatch):

@@ -181,8 +181,10 @@ class AblationConfig:
 
     def of_seed(self, seed: int) -> AblationConfig:
         """The settings of a seed: with the data type in which its first step was begun, of any row."""
+        if self.scale != "mini":
+            return self
         paths = (path for name in MARKERS for path in sorted(self.root.glob(f"*/seed-{seed}/*/{name}")))
-        markers = (read_marker(path.parent, path.name) for path in paths if self.scale == "mini")
+        markers = (read_marker(path.parent, path.name) for path in paths)
         return replace(self, dtype=next((m["dtype"] for m in markers if m and m.get("dtype")), self.dtype))
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Hashable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
@@ -14,7 +14,7 @@ import yaml
 
 from florence_vl.evaluate.judge import Judge
 from florence_vl.evaluate.metrics import METRICS, Units, Verdict, stratify
-from florence_vl.evaluate.metrics.base import Judged, Metric
+from florence_vl.evaluate.metrics.base import Judged, Metric, group_units
 from florence_vl.evaluate.metrics.judged import JudgedMetric
 from florence_vl.evaluate.runner import load_judgements, strict_verdict, verdict_of
 from florence_vl.evaluate.store import ResultsFolder
@@ -230,11 +230,8 @@ def _compare(
     sides = [_units(metric.name, {i: run[i] for i in ids}) for run in (first, second)]
     if sides[0] is None or sides[1] is None or not sides[0].vectors:
         return None
-    pairs: dict[Hashable, list[tuple[float, float]]] = defaultdict(list)
-    for i in ids:  # won and lost count units, as the questions of a unit are not independent
-        unit = metric.unit(first[i][1])
-        pairs[i if unit is None else ("unit", unit)].append((first[i][0].score, second[i][0].score))
-    scores = [(sum(a for a, _ in unit), sum(b for _, b in unit)) for unit in pairs.values()]
+    units = [group_units(metric, [run[i] for i in ids], ids).values() for run in (first, second)]
+    scores = [(sum(v.score for v, _ in one), sum(v.score for v, _ in other)) for one, other in zip(*units, strict=True)]
     return compare(sides[0], sides[1], metric.combine, key, scores, draws)
 
 

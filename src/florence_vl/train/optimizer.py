@@ -134,17 +134,14 @@ def parameter_groups(
         lr = optimizer.lr if config.lr is None else config.lr
         decay = optimizer.weight_decay if config.weight_decay is None else config.weight_decay
         for rate, of_gates in ((lr, False), (gate_lr or lr, True)):
-            own = [(name, p) for name, p in named if (name in gates) == of_gates]
+            name = "gates" if of_gates else part
+            own = [(key, p) for key, p in named if (key in gates) == of_gates]
             for weight_decay, chosen in (
-                (decay, {name: p for name, p in own if p.ndim >= 2}),
-                (0.0, {name: p for name, p in own if p.ndim < 2}),
+                (decay, {key: p for key, p in own if p.ndim >= 2}),
+                (0.0, {key: p for key, p in own if p.ndim < 2}),
             ):
                 if chosen:
-                    groups.append(
-                        Group(
-                            part, "gates" if of_gates else part, rate, weight_decay, config.schedule or schedule, chosen
-                        )
-                    )
+                    groups.append(Group(part, name, rate, weight_decay, config.schedule or schedule, chosen))
     if not groups:
         raise ValueError("nothing trains: every parameter is frozen. Set parts.<part>.train to true")
     return groups

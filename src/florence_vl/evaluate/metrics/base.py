@@ -157,6 +157,18 @@ def score_all(chosen: Metric, judged: Sequence[Judged]) -> dict[str, float]:
     return chosen.combine(stratify(chosen, judged).means())
 
 
+def group_units(
+    chosen: Metric, judged: Sequence[Judged], ids: Sequence[str] | None = None
+) -> dict[tuple[str, Hashable], list[Judged]]:
+    """The verdicts of each unit, by stratum and key; arguments as in `stratify`."""
+    members: dict[tuple[str, Hashable], list[Judged]] = {}
+    for position, (found, reference) in enumerate(judged):
+        unit = chosen.unit(reference)
+        key = ("question", ids[position] if ids else position) if unit is None else unit
+        members.setdefault((chosen.stratum(reference), key), []).append((found, reference))
+    return members
+
+
 def stratify(
     chosen: Metric, judged: Sequence[Judged], ids: Sequence[str] | None = None, drop_incomplete: bool = False
 ) -> Units:
@@ -173,15 +185,10 @@ def stratify(
     """
     if not judged:
         raise ValueError(f"no answer to score with the metric {chosen.name!r}")
-    members: dict[tuple[str, Hashable], list[Judged]] = {}
-    for position, (found, reference) in enumerate(judged):
-        unit = chosen.unit(reference)
-        key = ("question", ids[position] if ids else position) if unit is None else unit
-        members.setdefault((chosen.stratum(reference), key), []).append((found, reference))
     rows: dict[str, list[tuple[float, ...]]] = {}
     keys: dict[str, list[Hashable]] = {}
     extremes: list[list[tuple[float, ...]]] = [[], []]
-    for (stratum, key), group in members.items():
+    for (stratum, key), group in group_units(chosen, judged, ids).items():
         if drop_incomplete and not chosen.complete(group):
             continue
         rows.setdefault(stratum, []).append(chosen.vector(group))
