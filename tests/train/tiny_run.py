@@ -217,3 +217,5 @@ if __name__ == "__main__":  # for torchrun and forked children: a JSON list of `
         torch.distributed.init_process_group("gloo")  # one for all cases
     for case in json.loads(globals().get("CASES") or sys.argv[1]):
         run(**case)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # a group left to the interpreter's exit can abort the process
