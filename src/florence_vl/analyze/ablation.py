@@ -20,7 +20,7 @@ from florence_vl.model.features import identity_digest
 from florence_vl.registry import did_you_mean
 
 STAGES = ("pretrain", "finetune")
-MARKERS = DONE, BEGUN = ("done.json", "begun.json")  # the record of a step: what it is, and once done how it ran
+DONE = "done.json"
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,8 @@ class AblationConfig:
         """The settings of a seed: with the data type in which its first step was begun, of any row."""
         if self.scale != "mini":
             return self
-        paths = (path for name in MARKERS for path in sorted(self.root.glob(f"*/seed-{seed}/*/{name}")))
-        markers = (read_marker(path.parent, path.name) for path in paths)
+        names = (f"*/{DONE}", "*.begun.json")
+        markers = (read_marker(file) for name in names for file in sorted(self.root.glob(f"*/seed-{seed}/{name}")))
         return replace(self, dtype=next((m["dtype"] for m in markers if m and m.get("dtype")), self.dtype))
 
 
@@ -224,6 +224,11 @@ class Step:
         return self.folder / DONE
 
     @property
+    def begun_marker(self) -> Path:
+        """Exists while the step is unfinished; beside the folder, which belongs to the command."""
+        return self.folder.with_name(f"{self.folder.name}.begun.json")
+
+    @property
     def done(self) -> bool:
         """Whether the step is done.
 
@@ -232,8 +237,8 @@ class Step:
         """
         if self.kind == "data":
             return (self.folder / "data.jsonl").is_file()
-        found = read_marker(self.folder)
-        known = found or read_marker(self.folder, BEGUN)
+        found = read_marker(self.marker)
+        known = found or (read_marker(self.begun_marker) if self.folder.is_dir() else None)
         if known is not None and known["identity"] != self.identity:
             raise ValueError(
                 f"{self.folder} contains the result of other settings ({known['command']}); delete it or change --out"
@@ -241,10 +246,10 @@ class Step:
         return found is not None
 
 
-def read_marker(folder: Path, name: str = DONE) -> dict[str, Any] | None:
-    """The record of a finished step in its folder, or with `BEGUN` of an unfinished one; None if there is none."""
+def read_marker(file: Path) -> dict[str, Any] | None:
+    """The record of a step: what it is, and once done how it ran; None if there is none."""
     try:
-        return json.loads((folder / name).read_text())
+        return json.loads(file.read_text())
     except (FileNotFoundError, ValueError):
         return None
 

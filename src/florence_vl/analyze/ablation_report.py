@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from florence_vl.analyze.ablation import (
+    DONE,
     STAGES,
     AblationConfig,
     AblationTable,
@@ -68,7 +69,7 @@ def read_scores(table: AblationTable, config: AblationConfig) -> list[RowScores]
         scores = RowScores(row)
         for seed in range(config.seeds):
             folder = config.root / row.variant / f"seed-{seed}"
-            marker = read_marker(folder / "evaluate")
+            marker = read_marker(folder / "evaluate" / DONE)
             if marker is None:
                 continue
             if marker["identity"] != identities[folder / "evaluate"]:
@@ -83,7 +84,7 @@ def read_scores(table: AblationTable, config: AblationConfig) -> list[RowScores]
                 for of in [METRICS[score.facts["metric"]]]
                 for column, key in score.facts["columns"].items()
             }
-            markers = [*(read_marker(folder / kind) for kind in STAGES), marker]
+            markers = [*(read_marker(folder / kind / DONE) for kind in STAGES), marker]
             scores.made_by[seed] = [made for made in markers if made is not None]
         if scores.seeds:
             found.append(scores)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from florence_vl.analyze.ablation import BEGUN, STAGES, AblationConfig, Step, read_marker
+from florence_vl.analyze.ablation import STAGES, AblationConfig, Step, read_marker
 from florence_vl.files import write_text
 
 STOPPED = 75  # exit code of `florence-vl train` that was stopped by a signal with everything saved
@@ -60,7 +60,7 @@ def remaining(steps: Sequence[Step], jobs: int) -> tuple[list[Step], float | Non
     times: dict[str, list[float]] = defaultdict(list)
     todo = unfinished(steps)
     for step in steps:
-        if step.done and (found := read_marker(step.folder)) is not None:
+        if step.done and (found := read_marker(step.marker)) is not None:
             times[step.kind].append(found["seconds"])
     kinds = [step.kind for step in todo if step.kind != "data"]
     if not all(times[kind] for kind in kinds):
@@ -92,7 +92,7 @@ class _Running:
         command = shlex.join(["florence-vl", *step.command])
         self.about = {"identity": step.identity, "command": command, "dtype": step.dtype}
         if step.kind != "data":
-            write_text(step.folder / BEGUN, json.dumps(self.about, indent=1) + "\n")
+            write_text(step.begun_marker, json.dumps(self.about, indent=1) + "\n")
         environment = dict(os.environ)
         if config.jobs > 1:
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // config.jobs))
@@ -128,7 +128,7 @@ class _Running:
             shutil.rmtree(step.folder / "checkpoints", ignore_errors=True)
         times = {"seconds": round(time.monotonic() - self.began, 1), "cpu_seconds": round(self.cpu_seconds, 1)}
         write_text(step.marker, json.dumps(self.about | times | about, indent=1) + "\n")
-        (step.folder / BEGUN).unlink()
+        step.begun_marker.unlink()
 
 
 def _children_seconds() -> float:
