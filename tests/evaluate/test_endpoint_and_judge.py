@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from florence_vl.cli.main import main
 from florence_vl.evaluate.answer import Answer
 from florence_vl.evaluate.benchmark import Generation
 from florence_vl.evaluate.endpoint import (
@@ -353,3 +354,21 @@ def test_judged_benchmarks_from_end_to_end(
     asked_before = len(server.seen)
     judge_answers(asked, folder, metrics)
     assert len(server.seen) == asked_before + 3  # only the three that failed
+
+
+def test_a_run_whose_judge_failed_is_incomplete_until_it_answered(
+    serve: Callable[..., Server], benchmark_folder: Path, tmp_path: Path
+) -> None:
+    works = False
+
+    def word(body: dict[str, Any]) -> tuple[int, Any]:
+        return said("0.3") if works else (500, b"down")
+
+    model, judging = serve(lambda body: said("It shows a picture")), serve(word, models=("judge-1",))
+    command = ["evaluate", "--model", model.url, "--suite", "mmvet", "--data", str(benchmark_folder), "--draws", "0"]
+    command += ["--out", str(tmp_path / "run"), "--retries", "0"]
+    assert main([*command, "--judge", judging.url]) == 1
+    assert main(command) == 1  # without the judge it is still incomplete
+    works = True
+    assert main([*command, "--judge", judging.url]) == 0
+    assert main(command) == 0

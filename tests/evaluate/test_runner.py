@@ -371,8 +371,11 @@ def test_ranks_write_files_of_their_own(small_plan: EvaluationPlan, tmp_path: Pa
     assert total == small_plan.total == folder.count_answers()
     assert (tmp_path / "run" / "answers-1.jsonl").is_file()
     assert folder.unanswered() == {"pope": {"x0": "gone", "x1": "gone"}}
-    ResultsFolder(tmp_path / "run").forget_unanswered()  # of both, also if the next run has one process
-    assert folder.unanswered() == {}
+    ResultsFolder(tmp_path / "run", 1).write_unanswered({})
+    assert folder.unanswered() == {"pope": {"x0": "gone"}}
+    answered = next(key for name, key in folder.answers() if name == "pope")
+    ResultsFolder(tmp_path / "run", 5).write_unanswered({"pope": {answered: "gone"}})  # of a run with more processes
+    assert folder.unanswered() == {"pope": {"x0": "gone"}}
     assert all(score.complete for score in score_folder(tmp_path / "run", draws=0).benchmarks.values())
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from florence_vl.evaluate.answer import Answerer
     from florence_vl.evaluate.runner import EvaluationPlan
+    from florence_vl.evaluate.scoring import Scores
     from florence_vl.evaluate.store import ResultsFolder
 
 app = typer.Typer(
@@ -132,25 +133,25 @@ def run_command(
 
         judge_client = Judge(ChatEndpoint(judge, judge_model, retries=retries, key_variable=JUDGE_KEY_VARIABLE))
     if processes > 1:
-        folder.forget_unanswered()
-        failed = _run_processes(processes, made, folder)
+        _run_processes(processes, made, folder)
     else:
         answerer = answers()
         if feature_store is not None:
             _store_features(answerer, feature_store)
         try:
             open_results(folder, answerer, made, data)
-            folder.forget_unanswered()
-            failed = _run_here(answerer, made, folder)
+            _run_here(answerer, made, folder)
         finally:
             answerer.close()
-    unjudged = []
+    replies = []
     if judge_client is not None:
         description = folder.description
         folder.write_description(description | {"judge": judge_client.identity})
         judgements = judge_answers(judge_client, folder, {name: b.metric for name, b in made.benchmarks.items()})
-        unjudged = [line["reply"] for line in judgements.values() if line["verdict"] is None]
-    _report(out, paper_row, draws, made.questions)
+        replies = [line["reply"] for line in judgements.values() if line["verdict"] is None]
+    scores = _report(out, paper_row, draws, made.questions)
+    unjudged = sum(score.unjudged for score in scores.benchmarks.values()) if "judge" in scores.description else 0
+    failed = folder.unanswered()
     lost = sum(map(len, failed.values()))
     if lost:
         first = next(iter(next(iter(failed.values())).values()))
@@ -158,9 +159,10 @@ def run_command(
             f"{lost} questions are unanswered, so these scores are incomplete. The first failure: {first}", err=True
         )
     if unjudged:
+        reply = f" Its first reply without a verdict: {replies[0]}" if replies else ""
         typer.echo(
-            f"The judge failed on {len(unjudged)} answers, so these scores are incomplete; the same command asks it "
-            f"again. Its first reply: {unjudged[0]}",
+            f"{unjudged} answers have no verdict of the judge, so these scores are incomplete; the same command with "
+            f"--judge asks it for them.{reply}",
             err=True,
         )
     if lost or unjudged:
@@ -314,7 +316,7 @@ class _LogLine:
         typer.echo(f"{self.done} of {self.total} questions, {left / 60:.0f} min left", err=True)
 
 
-def _run_here(answerer: Answerer, made: EvaluationPlan, folder: ResultsFolder) -> dict[str, dict[str, str]]:
+def _run_here(answerer: Answerer, made: EvaluationPlan, folder: ResultsFolder) -> None:
     from florence_vl.evaluate.runner import run
 
     with _progress(made.total) as progress:
@@ -326,9 +328,7 @@ def _run_here(answerer: Answerer, made: EvaluationPlan, folder: ResultsFolder) -
             if tell is not None:
                 tell(count)
 
-        failed = run(answerer, made, folder, advance)
-    folder.write_unanswered(failed)
-    return failed
+        folder.write_unanswered(run(answerer, made, folder, advance))
 
 
 def _run_shard(which: str, answers: Callable[[], Answerer], made: EvaluationPlan, out: Path, data: Path | None) -> None:
@@ -345,7 +345,7 @@ def _run_shard(which: str, answers: Callable[[], Answerer], made: EvaluationPlan
         answerer.close()
 
 
-def _run_processes(processes: int, made: EvaluationPlan, folder: ResultsFolder) -> dict[str, dict[str, str]]:
+def _run_processes(processes: int, made: EvaluationPlan, folder: ResultsFolder) -> None:
     """Start this command once per process with its shard, and show the common progress."""
     import os
     import subprocess
@@ -385,10 +385,9 @@ def _run_processes(processes: int, made: EvaluationPlan, folder: ResultsFolder) 
         raise RuntimeError(
             f"process {next(i for i, code in enumerate(codes) if code)} of {processes} failed; see above"
         )
-    return folder.unanswered()
 
 
-def _report(folder: Path, paper_row: str, draws: int, questions: Any) -> None:
+def _report(folder: Path, paper_row: str, draws: int, questions: Any) -> Scores:
     from rich.console import Console
 
     from florence_vl.evaluate.report import as_terminal, write_reports
@@ -398,3 +397,4 @@ def _report(folder: Path, paper_row: str, draws: int, questions: Any) -> None:
     files = write_reports(scores, paper_row or None, questions)
     Console(highlight=False).print(as_terminal(scores, paper_row or None))
     typer.echo(f"reports: {', '.join(map(str, files))}")
+    return scores

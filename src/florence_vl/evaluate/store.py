@@ -109,24 +109,27 @@ class ResultsFolder:
         """Number of answers, without reading them."""
         return sum(file.read_bytes().count(b"\n") for file in self.path.glob("answers*.jsonl"))
 
-    def forget_unanswered(self) -> None:
-        """Remove what earlier runs stored with `write_unanswered`, also those with more processes."""
-        if (self.path / "run.json").is_file():
-            for file in self.path.glob("unanswered*.json"):
-                file.unlink()
-
     def write_unanswered(self, failed: Mapping[str, Mapping[str, str]]) -> None:
-        """Store the questions that this process could not get answered, with the reasons, if there are any."""
+        """Store the questions that this process could not get answered, with the reasons; none removes the file."""
+        file = self.path / self.file.name.replace("answers", "unanswered").replace(".jsonl", ".json")
         if failed:
-            file = self.path / self.file.name.replace("answers", "unanswered").replace(".jsonl", ".json")
             write_text(file, json.dumps(failed, indent=2, ensure_ascii=False) + "\n")
+        else:
+            file.unlink(missing_ok=True)
 
     def unanswered(self) -> dict[str, dict[str, str]]:
-        """Unanswered questions of all processes: ids and reasons by benchmark."""
+        """What processes of this run or of earlier ones failed to get answered, if it still has no answer.
+
+        Returns:
+            Ids and reasons by benchmark.
+        """
+        files = sorted(self.path.glob("unanswered*.json"))
+        known = self.answers() if files else {}
         found: dict[str, dict[str, str]] = {}
-        for file in sorted(self.path.glob("unanswered*.json")):
+        for file in files:
             for name, failures in json.loads(file.read_text(encoding="utf-8")).items():
-                found.setdefault(name, {}).update(failures)
+                left = {key: reason for key, reason in failures.items() if (name, key) not in known}
+                found.update({name: found.get(name, {}) | left} if left else {})
         return found
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
