@@ -205,6 +205,7 @@ def test_sources_command(monkeypatch, capsys):
         (["stats", "DATA", "--option", "x"], "not of the form key=value"),
         (["stats", "DATA", "--option", "captoin=x"], "no option 'captoin'"),
         (["stats", "DATA", "--max-length", "5"], "need --model"),
+        (["stats", "DATA", "--trees", "5"], "--trees: needs --model or a recipe"),
         (["stats", "DATA", "a.b=c"], "overrides are for recipes"),
         (["inspect", "DATA", "--start", "7"], "has 7 records"),
         (["stats", "DATA", "--dataset", "docmatrix"], "'docmatix'"),

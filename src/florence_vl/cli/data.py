@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from florence_vl.cli.common import refuse
+from florence_vl.cli.common import is_given, refuse
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -96,6 +96,7 @@ def inspect_command(
 
 @app.command("stats")
 def stats_command(
+    context: typer.Context,
     data: str = typer.Argument(..., help="A recipe (name or .yaml), or a data file, folder or URL."),
     overrides: list[str] = typer.Argument(None, help="Overrides of the recipe, key.path=value.", show_default=False),
     records: int = typer.Option(10_000, "--records", min=0, help="Records to read at most (a uniform sample); 0: all."),
@@ -119,6 +120,8 @@ def stats_command(
     from florence_vl.data import inspect
 
     source, encoder, recipe = _open(data, overrides, dataset, reader, image_root, option, model, template, max_length)
+    measured = {"--trees": encoder is None and is_given(context, "trees")}
+    refuse(measured, "needs --model or a recipe, which determine the tokens of a record")
     stats = inspect.collect_stats(source, records or None, encoder, check_images)
     summary = stats.summary()
     trees = min(trees, len(source))
