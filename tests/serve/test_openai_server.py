@@ -15,6 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import openai
@@ -213,6 +214,24 @@ def test_pictures_of_a_request_share_one_limit_of_pixels(parts):
         status, answer, _ = post(url, "/tokenize", {"messages": [user(QUESTION, data_url(), data_url("blue"))]})
     assert status == 400
     assert "50x30 pixels, but only 10 are left" in answer["error"]["message"]
+
+
+def test_few_requests_are_decoded_at_the_same_time(parts, monkeypatch):
+    active, most, decode = [], [], openai_server.open_image
+
+    def slow(*args, **kwargs):
+        active.append(None)
+        most.append(len(active))
+        time.sleep(0.1)
+        active.pop()
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(openai_server, "open_image", slow)
+    monkeypatch.setattr(openai_server, "MAX_DECODING", 2)
+    with serving(parts) as (url, _, _, _), ThreadPoolExecutor(6) as pool:
+        body = {"messages": [user(QUESTION, data_url())]}
+        found = list(pool.map(lambda _: post(url, "/tokenize", body)[0], range(6)))
+    assert (found, max(most)) == ([200] * 6, 2)
 
 
 def test_more_choices_than_the_server_can_take_are_no_reason_to_try_again(parts):

@@ -48,6 +48,7 @@ from florence_vl.serve.sampling import TokenLogprob, token_bytes
 
 logger = logging.getLogger(__name__)
 Body = TypeVar("Body", bound=Strict)
+MAX_DECODING = 4  # requests whose decoded pictures are in memory at the same time
 OPEN_PATHS = ("/health", "/ready", "/metrics")  # need no key
 
 
@@ -152,6 +153,7 @@ class Server:
         self.engine, self.config, self.tools = engine, config, tools or Tools()
         self.created = int(time.time())
         self._preparing = 0  # requests between the queue check and the queue
+        self._decoding, self._tool_turn = asyncio.Semaphore(MAX_DECODING), asyncio.Lock()
         self._metrics = CollectorRegistry()
         self._metrics.register(self)
 
@@ -196,7 +198,8 @@ class Server:
         urls = body.image_urls()
         if len(urls) > self.config.max_images:
             raise ApiError(400, f"{len(urls)} images; the limit is {self.config.max_images}", param="messages")
-        return await asyncio.to_thread(self._prepare, body, urls, adapter)
+        async with self._decoding:
+            return await asyncio.to_thread(self._prepare, body, urls, adapter)
 
     def _prepare(self, body: Conversation, urls: Sequence[str], adapter: str | None) -> Prompt:
         pictures: list[Any] = []
@@ -416,9 +419,10 @@ class Server:
         self.check_room(1)
         self._preparing += 1
         try:
-            picture = await asyncio.to_thread(self.picture, body.image)
-            called = asyncio.wrap_future(self.engine.call(lambda: tool(picture, *arguments)))
-            return JSONResponse(await self._or_gone(request, called))
+            async with self._tool_turn:
+                picture = await asyncio.to_thread(self.picture, body.image)
+                called = asyncio.wrap_future(self.engine.call(lambda: tool(picture, *arguments)))
+                return JSONResponse(await self._or_gone(request, called))
         finally:
             self._preparing -= 1
 
