@@ -29,7 +29,7 @@ class Stopped(Exception):
 
 
 def machine_class() -> str:
-    """The type of machine, without its name: GPU, or processor and cores."""
+    """The type of machine, without its name: GPU, or processor, cores and its fastest instructions for bfloat16."""
     import torch
 
     if torch.cuda.is_available():
@@ -38,8 +38,10 @@ def machine_class() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{name or platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    fastest = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in facts.get("flags", "").split()][:1]
+    return ", ".join([name, f"{os.cpu_count()} cores", *fastest])
 
 
 def unfinished(steps: Sequence[Step]) -> list[Step]:
