@@ -131,6 +131,9 @@ def test_comparing_runs(good_run: Path, made: EvaluationPlan, tmp_path: Path, be
         compare_runs(score_folder(fake_run(tmp_path / "gqa", small, lambda q: ""), 0), score_folder(authors, 0))
     result = CliRunner().invoke(app, ["compare", str(worse), str(good_run), "--json", str(tmp_path / "c.json")])
     assert result.exit_code == 0, result.output
+    assert f"{good_run} minus {worse}" in result.output
+    for text in ("95 % interval", "+100.0", "not significant"):  # nothing is cut at 80 columns
+        assert text in result.output
     assert json.loads((tmp_path / "c.json").read_text())["pope"]["difference"] == pytest.approx(100)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from florence_vl.cli.common import DEVICE, DTYPE, is_given, refuse
+from florence_vl.cli.common import DEVICE, DTYPE, is_given, print_table, refuse
 from florence_vl.cli.resolution import ASPECT, IMAGE_SIZE, POSITIONS, TILES, TOKEN_BUDGET, TRADE, VIEW, given
 
 if TYPE_CHECKING:
@@ -224,15 +224,13 @@ def compare_command(
     """Compare two runs question by question: difference, interval, significance, questions won and lost."""
     import json
 
-    from rich.console import Console
-
     from florence_vl.evaluate.report import comparison_table
     from florence_vl.evaluate.scoring import compare_runs, score_folder
     from florence_vl.files import write_text
 
     one, other = (score_folder(folder, draws=0) for folder in (first, second))
-    table, values = comparison_table(one, other, compare_runs(one, other, draws=draws))
-    Console(highlight=False).print(table)
+    header, cells, values = comparison_table(one, compare_runs(one, other, draws=draws))
+    print_table(f"{second} minus {first}", header, cells)
     if json_file is not None:
         write_text(json_file, json.dumps(values, indent=2) + "\n")
 

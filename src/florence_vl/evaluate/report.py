@@ -255,16 +255,11 @@ def write_reports(
 
 
 def comparison_table(
-    first: Scores, second: Scores, found: Mapping[str, PairedComparison]
-) -> tuple[RenderableType, dict[str, Any]]:
-    """A comparison of two runs, for a terminal and as JSON values."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(f"{second.folder} minus {first.folder}"), title_justify="left")
-    for name in ("benchmark", "first", "second", "difference", "95 % interval", "p", "won", "lost", "tied", ""):
-        table.add_column(name, justify="left" if name in ("benchmark", "") else "right")
-    values = {}
+    first: Scores, found: Mapping[str, PairedComparison]
+) -> tuple[list[str], list[list[str]], dict[str, Any]]:
+    """A comparison of the run `first` with another: header and cells of a table, and the same as JSON values."""
+    header = ["benchmark", "first", "second", "difference", "95 % interval", "p", "won", "lost", "tied", ""]
+    cells, values = [], {}
     columns = {
         column: (f"{score.facts['title']}: {column}" if column != name else score.facts["title"], key)
         for name, score in first.benchmarks.items()
@@ -272,15 +267,9 @@ def comparison_table(
     }
     for name, result in found.items():
         title, key = columns[name]
+        means = [f"{result.first:.1f}", f"{result.second:.1f}", f"{result.difference:+.1f}"]
+        counts = map(str, (result.won, result.lost, result.tied))
         word = "significant" if result.significant else "not significant"
-        cells = [
-            title,
-            f"{result.first:.1f}",
-            f"{result.second:.1f}",
-            f"{result.difference:+.1f}",
-            _interval(result.interval),
-        ]
-        cells += [f"{result.p_value:.3f}", str(result.won), str(result.lost), str(result.tied), word]
-        table.add_row(*map(Text, cells))
+        cells.append([title, *means, _interval(result.interval), f"{result.p_value:.3f}", *counts, word])
         values[name] = asdict(result) | {"score": key, "significant": result.significant}
-    return table, values
+    return header, cells, values
