@@ -223,3 +223,8 @@ def test_a_difference_of_rows_counts_benchmarks_alike() -> None:
             crossed(wrong, names)
     with pytest.raises(ValueError, match="at least 2 seeds and 2 questions"):
         Components(1.0, 1.0, 1.0).detectable(1, 10)
+
+
+def test_a_mean_that_rounds_to_zero_has_no_sign():
+    assert interval([-0.01, -0.02]).text(1) == "0.0 ± 0.1"
+    assert interval([-0.2]).text(1) == "-0.2"

@@ -303,7 +303,7 @@ class Interval:
 
     def text(self, digits: int = 3, scale: float = 1.0) -> str:
         """`mean ± half`, or the mean alone for a single run."""
-        mean = f"{self.mean * scale:.{digits}f}"
+        mean = f"{round(self.mean * scale, digits) + 0.0:.{digits}f}"  # no -0.0
         return mean if self.half is None else f"{mean} ± {self.half * scale:.{digits}f}"
 
 

@@ -356,7 +356,10 @@ def test_verdicts_respect_the_interval_and_say_what_could_be_seen():
 def test_the_table_stands_beside_the_paper(tmp_path):
     table = table_of(6)
     rows = [scores(table, "full", [50, 51, 52]), scores(table, "minus OCR", [40, 41, 42.5])]
+    fewer = [scores(table, "minus caption", [50, 51]), scores(table, "minus grounding", [50])]
+    assert build_table(table, rows + fewer, AblationConfig("mini", tmp_path))["notes"][0].startswith("1 to 3 seeds")
     made = build_table(table, rows, AblationConfig("mini", tmp_path))
+    assert made["notes"][0].startswith("3 seeds per row, 160 questions")
     first = made["parts"][0]
     assert first["title"] == "(a) OCR & chart"
     assert first["header"][1] == "Mini-OCR"

@@ -197,11 +197,15 @@ def _seeds_by_dtype(scores: Sequence[RowScores]) -> dict[str, list[int]]:
     return {dtype: sorted(seed for of, seed in found if of == dtype) for dtype in sorted({dtype for dtype, _ in found})}
 
 
+def _range(counts: set[int]) -> str:
+    return " to ".join(map(str, sorted({min(counts), max(counts)})))
+
+
 def _notes(table: AblationTable, scores: Sequence[RowScores], config: AblationConfig) -> Iterator[str]:
-    counts = sorted({len(s.seeds) for s in scores})
-    words = "1 seed" if counts == [1] else f"{' to '.join(map(str, counts))} seeds"
+    counts = {len(s.seeds) for s in scores}
+    words = "1 seed" if counts == {1} else f"{_range(counts)} seeds"
     asked = {sum(map(len, by_column.values())) for row in scores for by_column in row.questions.values()}
-    questions = f", {' to '.join(map(str, sorted(asked)))} questions" if asked else ""
+    questions = f", {_range(asked)} questions" if asked else ""
     shared = "" if len(counts) == 1 else "; only seeds that both rows have count"
     yield (
         f"{words} per row{questions}. Scores: mean and 95 % interval over seeds. Differences: paired by question and "

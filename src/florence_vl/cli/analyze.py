@@ -60,7 +60,9 @@ class SeveralValues(TyperCommand):
         return super().parse_args(ctx, expanded)
 
 
-ENCODERS_HELP = "name[=weights][:features]\\[@size], features joined by +; `florence-vl analyze encoders` lists the names."
+ENCODERS_HELP = (
+    "name[=weights][:features]\\[@size], features joined by +; `florence-vl analyze encoders` lists the names."
+)
 _FIT = typer.Option("squash", "--fit", help="How an image is fitted to the encoder's square: squash, pad or crop.")
 
 
