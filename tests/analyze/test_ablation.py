@@ -503,3 +503,21 @@ def test_the_result_is_part_of_the_report(tmp_path):
 
 def test_unset_options_are_not_part_of_an_identity():
     assert ablation._given({"a": None, "b": [{"c": None, "d": 1}], "e": 0}) == {"b": [{"d": 1}], "e": 0}
+
+
+@pytest.mark.slow
+def test_a_row_from_its_data_to_the_table(tmp_path, monkeypatch, capsys):
+    """The real commands, at the smallest size."""
+    monkeypatch.setenv("FLORENCE_VL_MINI_DATA", str(tmp_path / "data"))
+    for name in ("captions", "questions", "regions"):
+        assert main(["mini", "data", "--set", name, "--samples", "24", "--out", str(tmp_path / "data" / name)]) == 0
+    command = ["ablate", "--start", "mini", "--table", "4", "--rows", "[V]", "--seeds", "1", "--limit", "1"]
+    command += ["--set", "pretrain:warm_up.pairs=8", "--set", "pretrain:warm_up.steps=2", "--set", "steps=1"]
+    command += ["--out", str(tmp_path / "out"), "--dtype", "float32"]
+    assert main(command) == 0
+    made = json.loads((tmp_path / "out" / "mini" / "mini" / "table4.json").read_text())["table"]
+    assert made["seeds"] == {"[V]": [0]}
+    assert len(list((tmp_path / "out").rglob("done.json"))) == 3
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "started" not in "".join(capsys.readouterr())
