@@ -78,6 +78,9 @@ for part in ${*:-alignment features pca headroom bill views resolution gates tab
         florence-vl ablate --scale mini --start mini --table $table --seeds ${SEEDS:-8} --dtype bfloat16 \
           --set pretrain:steps=10 --set finetune:steps=30 ${JOBS:+--jobs $JOBS} --out $out/ablations
       done
+      # the other start, with the default steps: 30 and 90
+      florence-vl ablate --scale mini --start smollm2 --table 5 --seeds ${START_SEEDS:-2} --dtype bfloat16 \
+        ${JOBS:+--jobs $JOBS} --out $out/ablations
       (cd $out && find ablations -path '*/evaluate/done.json' | sed 's#/evaluate/done.json$##' | LC_ALL=C sort | while read -r run; do
         for file in pretrain/done.json finetune/done.json evaluate/done.json evaluate/run.json evaluate/answers.jsonl; do
           echo $run/$file
