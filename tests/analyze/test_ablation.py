@@ -169,6 +169,9 @@ def test_mini_data_is_written_where_it_is_absent(recipes, tmp_path, commands):
     assert steps[0].command == ("mini", "data", "--set", "captions", "--out", f"{tmp_path}/data/captions")
     execute(steps, config, lambda _: None)
     assert started[0][1:5] == ["-m", "florence_vl", "mini", "data"]
+    count = len(started)
+    execute(plan(rows_of(4, "[V]"), config), config, lambda _: None)
+    assert len(started) == count, "data is not written again for rows that are done"
 
 
 def test_tables_share_their_runs_and_go_on_where_they_stopped(recipes, tmp_path, commands):

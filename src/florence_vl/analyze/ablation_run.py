@@ -45,13 +45,12 @@ def machine_class() -> str:
 
 
 def unfinished(steps: Sequence[Step]) -> list[Step]:
-    """Steps to run: those that are not done, and finished stages whose model is gone but needed by one of these."""
-    todo = {step.folder for step in steps if not step.done}
+    """Steps to run: rows that are not done, and what they need: data, and finished stages whose model is gone."""
+    todo = {step.folder for step in steps if step.kind != "data" and not step.done}
     while True:
         needed = {folder for step in steps if step.folder in todo for folder in step.needs}
-        gone = {
-            s.folder for s in steps if s.kind in STAGES and s.folder in needed and not (s.folder / "model").is_dir()
-        }
+        wanted = [step for step in steps if step.folder in needed]
+        gone = {s.folder for s in wanted if not (s.done if s.kind == "data" else (s.folder / "model").is_dir())}
         if gone <= todo:
             return [step for step in steps if step.folder in todo]
         todo |= gone

@@ -68,7 +68,7 @@ def command(
 
     from florence_vl.analyze.ablation import STAGES, AblationConfig, load_tables, plan, table_of
     from florence_vl.analyze.ablation_report import build_table, read_scores
-    from florence_vl.analyze.ablation_run import Stopped, describe_remaining, execute
+    from florence_vl.analyze.ablation_run import Stopped, describe_remaining, execute, unfinished
     from florence_vl.cli.common import called, print_table, refuse, say
     from florence_vl.files import write_text
     from florence_vl.model.loading import choose_device
@@ -107,9 +107,11 @@ def command(
                 say(f"seed {seed} was begun in {begun} and continues in it")
         steps = plan([row for table in chosen for row in table.choose(names)], config)
         if dry_run:
+            todo = unfinished(steps)
             for step in steps:
                 words = (*config.launcher, *step.command) if step.kind in STAGES else ("florence-vl", *step.command)
-                typer.echo(("# done: " if step.done else "") + shlex.join(words))
+                if step in todo or step.done:  # else it is data that no step needs
+                    typer.echo(("" if step in todo else "# done: ") + shlex.join(words))
             say(describe_remaining(steps, config.jobs))
             return
         try:
