@@ -67,6 +67,11 @@ def test_help_of_an_encoder_names_its_size(capsys, monkeypatch):
     assert "[@size]" in re.sub(r"[\s│]", "", capsys.readouterr().out)
 
 
+def test_a_title_longer_than_the_table_stays_one_line(capsys):
+    print_table("a title / " * 20, ["feature"], [["ocr"]])
+    assert "a title / " * 20 in capsys.readouterr().out
+
+
 def test_tables_print_any_text(capsys):
     print_table("What does [/INST] mean?", ["[b]feature"], [["[red]ocr[/red]"]])
     out = " ".join(capsys.readouterr().out.split())

@@ -66,10 +66,12 @@ def print_table(title: str, header: Sequence[str], cells: Sequence[Sequence[str]
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE)
+    table = Table(box=box.SIMPLE)
     for name in header:
         table.add_column(Text(name), no_wrap=True)
     for row in cells:
         table.add_row(*map(Text, row))
     widest = sum(max(map(len, column)) + 3 for column in zip(header, *cells, strict=True))
-    Console(width=max(widest + 2, len(title) + 2, 80)).print(table)
+    console = Console(width=max(widest + 2, len(title) + 2, 80))
+    console.print(Text(title, style="italic"))  # as the table's title it would wrap at the table's width
+    console.print(table)
