@@ -223,4 +223,5 @@ def test_a_broken_file_is_told(browser_page, tmp_path):
     box = page.get_by_label("Question").first
     box.fill("What is shown?")
     box.press("Enter")
-    page.locator(".toast-body >> visible=true").first.wait_for(timeout=30_000)
+    told = page.locator(".toast-body >> visible=true").first.inner_text(timeout=30_000)
+    assert "cannot identify image file" in told
